@@ -1,0 +1,68 @@
+# Two commands: `make demo` and `make test`. Each sets up .venv by itself, once, and again only after a change of
+# requirements/ or pyproject.toml. Nothing outside this folder is written, except pip's own cache.
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+TORCH       := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+# The lock was made with 3.11; newer ones work where every locked package has a wheel for them.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
+	&& { echo $$python; break; }; done)
+
+# Further arguments: `make test ARGS="-k park -x"`, `make demo ARGS=--quick`.
+ARGS ?=
+
+# One OpenMP thread and no binding keep timings steady on a shared machine; the others keep vLLM off the network.
+RUN := env OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format wheel clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: $(STAMP) ## create .venv from the lock (the other targets do this by themselves)
+
+demo: $(STAMP) ## stock vLLM, layerkv and the oracle under the same load; report in out/demo
+	$(RUN) $(BIN)/layerkv demo $(ARGS)
+
+test: $(STAMP) ## all tests; those that need a GPU skip themselves where there is none
+	$(RUN) $(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff (lint and format), mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(STAMP) ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --no-isolation
+
+clean: ## remove what commands here wrote, but not .venv
+	rm -rf build dist out .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
+
+$(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt
+	@test -n "$(PYTHON)" || { \
+	echo "layerkv needs Python 3.11 to 3.14 with the venv module; none was found as python3.11, python3.12, python3.13" \
+	"or python3. Install one, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "Setting up $(VENV) (once; about 1 GB to fetch on a fresh machine)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps '$(TORCH)' \
+	|| { echo "The configured package index has no $(TORCH); taking it from $(TORCH_INDEX)"; \
+	$(BIN)/python -m pip install --quiet --no-deps --extra-index-url $(TORCH_INDEX) '$(TORCH)'; }
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements/cpu.txt -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

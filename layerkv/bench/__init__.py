@@ -1,0 +1,1 @@
+"""The demo and its parts: load, one engine per subprocess, figures, report."""

@@ -1,0 +1,151 @@
+"""The demo: one load through stock vLLM, layerkv and the oracle, compared side by side.
+
+Runs in the process of `layerkv demo`, with each engine in a process of its own, one after the other. Leaves
+in the output folder: result.json, report.html, and for each engine NAME.spec.json, NAME.json (all its
+records) and NAME.log. Invariant: these files are of this run alone, and what was measured is kept when
+something fails.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+import layerkv
+from layerkv.bench import metrics, records
+from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.plan import ENGINE_NAMES, check_engine_names, demo_load, engine_specs
+from layerkv.bench.report import write_report
+from layerkv.bench.supervise import log_tail, run_child
+from layerkv.bench.terminal import ProgressBoard, print_result
+from layerkv.bench.tiny_model import SHAPES, make_tiny_model
+
+MODEL_SHAPE = "demo"
+ENGINE_COMMAND = (sys.executable, "-m", "layerkv.bench.engine_run")
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+
+
+@dataclass(slots=True)
+class Outcomes:
+    """What became of the engines, by name; an engine that was never started is in neither mapping."""
+
+    runs: dict[str, records.EngineRun] = field(default_factory=dict)
+    failures: dict[str, metrics.EngineFailure] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+def run_demo(out_dir: Path, *, seed: int = 0, quick: bool = False, engines: Sequence[str] = ENGINE_NAMES) -> int:
+    """Runs the demo and leaves its files in `out_dir`; returns the exit code of the command.
+
+    0: every engine finished and tokens are equal. 1: an engine failed or tokens differ. 130: interrupted by
+    Ctrl-C. `quick` takes a small load (under 90 s in all) whose ratios mean little.
+
+    Raises:
+        ConfigError: `engines` names an unknown engine, or one twice, or none.
+    """
+    console = Console()
+    shape = SHAPES[MODEL_SHAPE]
+    load = demo_load(shape, seed=seed, quick=quick)
+    check_engine_names(engines)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with console.status("making a tiny random model"):
+        model_dir = make_tiny_model(MODEL_SHAPE, out_dir / "models", seed=seed)
+    specs = engine_specs(engines, model_dir, shape, load)
+
+    outcomes = run_engines(specs, out_dir, console)
+    result = compare(specs, outcomes)
+    records.write_json(result, out_dir / "result.json")
+    write_report(result, outcomes.runs, out_dir / "report.html")
+    print_result(result, out_dir, console)
+    if outcomes.interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_OK if result.complete and result.tokens_equal is not False else EXIT_FAILED
+
+
+def run_engines(
+    specs: Sequence[records.EngineSpec],
+    out_dir: Path,
+    console: Console,
+    command: Sequence[str] = ENGINE_COMMAND,
+) -> Outcomes:
+    """Runs the engines one after the other, each by `command` SPEC OUT; Ctrl-C ends the one that runs."""
+    _remove_earlier_results(out_dir)
+    outcomes = Outcomes()
+    with ProgressBoard([spec.name for spec in specs], console) as board:
+        for spec in specs:
+            board.starts(spec.name)
+            try:
+                outcome = _run_engine(spec, out_dir, board, command)
+            except KeyboardInterrupt:
+                outcomes.failures[spec.name] = metrics.EngineFailure(reason="was interrupted", log_tail=[])
+                outcomes.interrupted = True
+                board.ends(spec.name, "stopped")
+                break
+            if isinstance(outcome, metrics.EngineFailure):
+                outcomes.failures[spec.name] = outcome
+                board.ends(spec.name, "FAILED")
+            else:
+                outcomes.runs[spec.name] = outcome
+                board.ends(spec.name, "done")
+    return outcomes
+
+
+def _remove_earlier_results(out_dir: Path) -> None:
+    of_engines = (f"{name}{end}" for name in ENGINE_NAMES for end in (".spec.json", ".json", ".log"))
+    for name in ("result.json", "report.html", *of_engines):
+        (out_dir / name).unlink(missing_ok=True)
+
+
+def _run_engine(
+    spec: records.EngineSpec, out_dir: Path, board: ProgressBoard, command: Sequence[str]
+) -> records.EngineRun | metrics.EngineFailure:
+    spec_path, run_path = out_dir / f"{spec.name}.spec.json", out_dir / f"{spec.name}.json"
+    log_path = out_dir / f"{spec.name}.log"
+    records.write_json(spec, spec_path)
+    failure = run_child(
+        [*command, str(spec_path), str(run_path)],
+        env=_child_env(),
+        log_path=log_path,
+        on_progress=lambda line: board.advances(spec.name, line),
+    )
+    if failure is not None:
+        return failure
+    try:
+        return records.read_json(run_path, records.EngineRun)
+    except (OSError, msgspec.DecodeError) as error:
+        return metrics.EngineFailure(reason=f"left no readable result ({error})", log_tail=log_tail(log_path))
+
+
+def _child_env() -> dict[str, str]:
+    """This environment, with this very layerkv importable whether it is installed or lies in a checkout."""
+    package_parent = str(Path(layerkv.__file__).parents[1])
+    inherited = os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package_parent, inherited)))}
+
+
+def compare(specs: Sequence[records.EngineSpec], outcomes: Outcomes) -> metrics.DemoResult:
+    """The figures of the engines that finished, side by side, with where and when they were measured."""
+    engines = {name: metrics.engine_figures(run) for name, run in outcomes.runs.items()}
+    layerkv_run, oracle_run = outcomes.runs.get("layerkv"), outcomes.runs.get("oracle")
+    load = specs[0].load
+    return metrics.DemoResult(
+        complete=len(outcomes.runs) == len(specs),
+        interrupted=outcomes.interrupted,
+        engines=engines,
+        ratios=metrics.engine_ratios(engines),
+        tokens_equal=(not metrics.differing_requests(layerkv_run, oracle_run) if layerkv_run and oracle_run else None),
+        failures=outcomes.failures,
+        load=load,
+        kv_cache_memory_bytes={spec.name: spec.engine_args["kv_cache_memory_bytes"] for spec in specs},
+        command=this_command(),
+        machine=Machine.here(),
+        versions=installed_versions(),
+        seed=load.seed,
+        date=utc_now(),
+    )

@@ -1,0 +1,125 @@
+"""Runs one engine process: starts it, follows its progress, and ends it whatever happens.
+
+Runs in the demo's process. Invariant: when `run_child` returns or raises, the child and everything it started
+are gone. The child has a session of its own, so that Ctrl-C reaches only this process, which then ends the
+child.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from layerkv.bench.metrics import EngineFailure
+from layerkv.bench.records import Progress
+
+# Longer than any start-up seen (15-60 s, nearly all imports) and any single step.
+STALL_LIMIT_S = 180.0
+POLL_INTERVAL_S = 0.5
+TERMINATION_GRACE_S = 5.0
+LOG_TAIL_LINES = 12
+LOG_TAIL_LINE_CHARS = 400
+
+
+def run_child(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    log_path: Path,
+    on_progress: Callable[[Progress], None],
+    stall_limit_s: float = STALL_LIMIT_S,
+) -> EngineFailure | None:
+    """Runs `command` to its end; returns why it failed, or None when it succeeded.
+
+    Its standard error goes to `log_path`. `on_progress` gets every progress line of its standard output. A
+    child that makes no progress for `stall_limit_s` is ended and counts as failed.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the child has been ended.
+    """
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=env,
+            start_new_session=True,
+        )
+    try:
+        stalled = _follow(process, on_progress, stall_limit_s)
+    finally:
+        _end(process)
+    if stalled:
+        reason = f"made no progress for {stall_limit_s:g} s"
+    elif process.returncode < 0:
+        reason = f"was killed by {signal.Signals(-process.returncode).name}"
+    elif process.returncode > 0:
+        reason = f"ended with exit status {process.returncode}"
+    else:
+        return None
+    return EngineFailure(reason=reason, log_tail=log_tail(log_path))
+
+
+def log_tail(log_path: Path) -> list[str]:
+    """The last lines of a log that say something, each cut to a readable length."""
+    lines = log_path.read_text(errors="replace").splitlines()
+    return [line[:LOG_TAIL_LINE_CHARS] for line in lines if line.strip()][-LOG_TAIL_LINES:]
+
+
+def _follow(process: subprocess.Popen[bytes], on_progress: Callable[[Progress], None], stall_limit_s: float) -> bool:
+    """Reads progress until the child's output ends, which is at its exit; True if it stalled instead."""
+    assert process.stdout is not None
+    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True).start()
+    most_progress = -1
+    advanced_s = time.monotonic()
+    while True:
+        try:
+            line = lines.get(timeout=POLL_INTERVAL_S)
+        except queue.Empty:
+            line = b""
+        if line is None:
+            process.wait()
+            return False
+        progress = _parse(line)
+        if progress is not None:
+            on_progress(progress)
+            if progress.progress > most_progress:
+                most_progress = progress.progress
+                advanced_s = time.monotonic()
+        if time.monotonic() - advanced_s > stall_limit_s:
+            return True
+
+
+def _pump(stream: IO[bytes], lines: queue.SimpleQueue[bytes | None]) -> None:
+    with stream:
+        for line in stream:
+            lines.put(line)
+    lines.put(None)
+
+
+def _parse(line: bytes) -> Progress | None:
+    try:
+        return msgspec.json.decode(line, type=Progress)
+    except msgspec.DecodeError:
+        return None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(TERMINATION_GRACE_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -1,0 +1,97 @@
+"""The `layerkv` command: reads arguments, calls the module that does the work, turns errors into one line.
+
+Runs in its own process, once. Everything heavy is imported only by the command that needs it, so that
+`layerkv --help` is quick. Exit status: 0 all right, 1 the command failed or found a problem, 2 wrong input.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from layerkv import __version__
+from layerkv.errors import ConfigError, LayerKVError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status; `argv` defaults to the arguments of the process."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int | None = arguments.run(arguments)
+    except ConfigError as error:
+        return _fail(error, status=2)
+    except LayerKVError as error:
+        return _fail(error, status=1)
+    except ModuleNotFoundError as error:
+        if (error.name or "layerkv").partition(".")[0] == "layerkv":
+            raise  # a mistake of ours, not a missing extra
+        return _fail(f"{error.name} is not installed; install layerkv[cpu,bench]", status=1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=130)
+    return status or 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="layerkv", description="First tokens without waiting for KV-cache memory, on vLLM."
+    )
+    parser.add_argument("--version", action="version", version=f"layerkv {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="run stock vLLM, layerkv and the oracle under the same load",
+        description="Make a tiny random model, run the same open-loop load through stock vLLM, layerkv and "
+        "the oracle (stock with KV memory for everything), and write result.json and report.html.",
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("out/demo"), metavar="DIR", help="where results go (%(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of prompts, arrivals and weights (%(default)s)")
+    demo.add_argument("--quick", action="store_true", help="a small load, for a first look")
+    demo.set_defaults(run=_demo)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is installed, what is supported here, and why not",
+        description="Check this machine, the installed vLLM and, with --policy, an SLO policy file. "
+        "Exit status 0 means that everything is all right.",
+    )
+    doctor.add_argument("--policy", metavar="FILE", help="an SLO policy file to check as well")
+    doctor.set_defaults(run=_doctor)
+
+    bench = commands.add_parser("bench", help="micro-benchmarks")
+    benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
+    overhead = benchmarks.add_parser(
+        "overhead",
+        help="host time that scheduling adds to a step",
+        description="Measure the host time that layerkv's scheduling adds to one engine step.",
+    )
+    overhead.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    overhead.set_defaults(run=_overhead)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int | None:
+    from layerkv.bench.demo import run_demo
+
+    return run_demo(arguments.out, seed=arguments.seed, quick=arguments.quick)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from layerkv.doctor import run_doctor
+
+    return run_doctor(arguments.policy)
+
+
+def _overhead(arguments: argparse.Namespace) -> int | None:
+    from layerkv.bench.overhead import run_overhead
+
+    return run_overhead(arguments.json)
+
+
+def _fail(reason: object, *, status: int) -> int:
+    print(f"layerkv: {reason}", file=sys.stderr)
+    return status

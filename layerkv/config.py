@@ -1,0 +1,327 @@
+"""The typed configuration: SLO policy files (YAML) and the `kv_connector_extra_config` of vLLM's flag.
+
+Read by every process that is handed the flag (front end, engine core, workers) and by `layerkv doctor`;
+frozen afterwards. Invariant: whatever is wrong with the input is one `ConfigError`, raised before anything is
+allocated, whose one-line message says where it is, what was found, what was expected, and what to set.
+"""
+
+import difflib
+import json
+import reprlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, get_args
+
+import msgspec
+import yaml
+from msgspec import Meta
+
+from layerkv.errors import ConfigError
+from layerkv.units import parse_bytes, parse_seconds
+
+__all__ = [
+    "EXTRA_CONFIG",
+    "EngineConfig",
+    "Mode",
+    "OnUnsupported",
+    "SloClass",
+    "SloPolicy",
+    "default_policy",
+    "load_policy",
+    "slo_class_of",
+]
+
+EXTRA_CONFIG: Final = "kv_connector_extra_config"
+
+Mode: TypeAlias = Literal["auto", "resident", "layered"]
+OnUnsupported: TypeAlias = Literal["error", "passthrough"]
+
+_Keys = TypeVar("_Keys", bound=msgspec.Struct)
+_Number = TypeVar("_Number", int, float)
+
+
+class SloClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one class of requests was promised.
+
+    `ttft_s` bounds the time to the first token, `tpot_s` the mean time per output token after it; both are
+    seconds above zero. `weight` says how much a missed promise of this class counts against another's.
+    """
+
+    name: str
+    ttft_s: float
+    tpot_s: float
+    weight: float = 1.0
+
+
+class SloPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All SLO classes of an engine, by name. `default_class` is always one of them.
+
+    `streamed_decode` allows a layered request to go on decoding while its KV stays in host memory.
+    """
+
+    classes: dict[str, SloClass]
+    default_class: str
+    streamed_decode: bool = False
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything that the flag's `kv_connector_extra_config` says, checked; `None` means "layerkv chooses".
+
+    `mode` is `auto` (layered when it helps), `resident` (never layered) or `layered` (every prompt that can
+    be). `on_unsupported` says whether something layerkv cannot serve ends start-up or runs as stock vLLM.
+    """
+
+    policy: SloPolicy
+    policy_path: str | None = None
+    host_memory_bytes: int | None = None
+    lanes: int | None = None
+    zone_tokens: int | None = None
+    mode: Mode = "auto"
+    on_unsupported: OnUnsupported = "error"
+
+    @classmethod
+    def from_extra_config(cls, extra_config: Mapping[str, Any]) -> "EngineConfig":
+        """Check the flag's `kv_connector_extra_config` and load the policy file it names.
+
+        A relative policy path is relative to the working directory of the process.
+
+        Raises:
+            ConfigError: anything about the mapping or the policy file is wrong.
+        """
+        keys = _read(extra_config, _EngineKeys, where=EXTRA_CONFIG)
+        host_memory_bytes = None
+        if keys.host_memory is not None:
+            where = f"{EXTRA_CONFIG}.host_memory"
+            host_memory_bytes = _above_zero(parse_bytes, keys.host_memory, where=where, example="8GiB")
+        return cls(
+            policy=default_policy() if keys.policy is None else load_policy(keys.policy),
+            policy_path=keys.policy,
+            host_memory_bytes=host_memory_bytes,
+            lanes=keys.lanes,
+            zone_tokens=keys.zone_tokens,
+            mode=keys.mode,
+            on_unsupported=keys.on_unsupported,
+        )
+
+
+def default_policy() -> SloPolicy:
+    """Return the policy of an engine that was given no file: one class, `default`, 2 s and 200 ms."""
+    only = SloClass(name="default", ttft_s=2.0, tpot_s=0.2)
+    return SloPolicy(classes={only.name: only}, default_class=only.name)
+
+
+def load_policy(path: str | Path) -> SloPolicy:
+    """Read and check an SLO policy file.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, is not YAML, or does not describe a policy.
+    """
+    top = f"{path}: $"
+    keys = _read(_load_yaml(path), _PolicyKeys, where=top)
+    classes = {
+        name: _read_class(name, promises, where=_join(f"{top}.classes", name))
+        for name, promises in keys.classes.items()
+    }
+    if keys.default_class not in classes:
+        problem = _unknown_class(keys.default_class, classes)
+        fix = _did_you_mean(keys.default_class, classes) or "set it to one of them, or add the class"
+        raise _wrong(f"{top}.default_class", problem, fix)
+    return SloPolicy(classes=classes, default_class=keys.default_class, streamed_decode=keys.streamed_decode)
+
+
+def slo_class_of(extra_args: Mapping[str, Any] | None, policy: SloPolicy) -> SloClass:
+    """Return the SLO class that a request names in `SamplingParams.extra_args`, else the default class.
+
+    Raises:
+        ConfigError: the request names a class that the policy does not have.
+    """
+    name = (extra_args or {}).get("slo_class")
+    if name is None:
+        return policy.classes[policy.default_class]
+    if not isinstance(name, str) or name not in policy.classes:
+        fix = _did_you_mean(name, policy.classes)
+        fix = fix or f"set one of them, or leave it out for {policy.default_class}"
+        raise _wrong("slo_class", _unknown_class(name, policy.classes), fix)
+    return policy.classes[name]
+
+
+# What the files and the flag look like before units are read. `description` completes "expected ...",
+# `examples[0]` completes "set <key> to ...".
+_Count: TypeAlias = Annotated[int, Meta(ge=1)]
+_Duration: TypeAlias = Annotated[
+    str | int | float,
+    Meta(description="a duration above zero such as 500ms, 30s or 2m", examples=["500ms"]),
+]
+_Weight: TypeAlias = Annotated[
+    float,
+    Meta(gt=0, le=sys.float_info.max, description="a finite number above zero", examples=[1]),
+]
+_Version: TypeAlias = Annotated[Literal[1], Meta(description="the number 1", examples=[1])]
+_ClassName: TypeAlias = Annotated[str, Meta(description="the name of one of the classes, as text", examples=["chat"])]
+_Classes: TypeAlias = Annotated[
+    dict[str, Any],
+    Meta(
+        min_length=1,
+        description="a mapping from at least one class name (as text) to its promises",
+        examples=[{"chat": {"ttft": "500ms", "tpot": "50ms"}}],
+    ),
+]
+_Switch: TypeAlias = Annotated[bool, Meta(description="true or false", examples=[False])]
+_PolicyPath: TypeAlias = Annotated[
+    str | None, Meta(description="the path of an SLO policy file", examples=["slo.yaml"])
+]
+_HostMemory: TypeAlias = Annotated[
+    str | int | None, Meta(description="a size above zero such as 8GiB", examples=["8GiB"])
+]
+_Lanes: TypeAlias = Annotated[_Count | None, Meta(description="a whole number of lanes, 1 or more", examples=[1])]
+_ZoneTokens: TypeAlias = Annotated[
+    _Count | None, Meta(description="a whole number of tokens, 1 or more", examples=[8192])
+]
+_Mode: TypeAlias = Annotated[Mode, Meta(description="auto, resident or layered", examples=["auto"])]
+_OnUnsupported: TypeAlias = Annotated[OnUnsupported, Meta(description="error or passthrough", examples=["error"])]
+
+
+class _ClassKeys(msgspec.Struct, frozen=True):
+    """One entry under `classes`."""
+
+    ttft: _Duration
+    tpot: _Duration
+    weight: _Weight = 1.0
+
+
+class _PolicyKeys(msgspec.Struct, frozen=True):
+    """The top of a policy file. Classes are read one by one: msgspec's own path leaves their names out."""
+
+    version: _Version
+    default_class: _ClassName
+    classes: _Classes
+    streamed_decode: _Switch = False
+
+
+class _EngineKeys(msgspec.Struct, frozen=True):
+    """The keys of `kv_connector_extra_config`."""
+
+    policy: _PolicyPath = None
+    host_memory: _HostMemory = None
+    lanes: _Lanes = None
+    zone_tokens: _ZoneTokens = None
+    mode: _Mode = "auto"
+    on_unsupported: _OnUnsupported = "error"
+
+
+def _read_class(name: str, promises: Any, *, where: str) -> SloClass:
+    keys = _read(promises, _ClassKeys, where=where)
+    return SloClass(
+        name=name,
+        ttft_s=_above_zero(parse_seconds, keys.ttft, where=f"{where}.ttft", example="500ms"),
+        tpot_s=_above_zero(parse_seconds, keys.tpot, where=f"{where}.tpot", example="50ms"),
+        weight=keys.weight,
+    )
+
+
+def _read(raw: Any, keys_type: type[_Keys], *, where: str) -> _Keys:
+    """Turn a mapping into `keys_type`, field by field, so that every message names the whole path.
+
+    Raises:
+        ConfigError: `raw` is no mapping, has an unknown key, lacks a required one, or has a wrong type in it.
+    """
+    fields = {field.name: field for field in msgspec.structs.fields(keys_type)}
+    if not isinstance(raw, Mapping):
+        raise _wrong(where, f"found {_show(raw)}; expected a mapping with the keys {', '.join(fields)}")
+    for key in raw:
+        if key not in fields:
+            problem = f"found an unknown key; expected one of {', '.join(fields)}"
+            raise _wrong(_join(where, key), problem, _did_you_mean(key, fields))
+    values = {}
+    for name, field in fields.items():
+        meta: Meta = get_args(field.type)[-1]
+        assert meta.examples, field
+        fix = f"set {name} to {json.dumps(meta.examples[0])}, say"
+        if name in raw:
+            try:
+                values[name] = msgspec.convert(raw[name], field.type)
+            except msgspec.ValidationError:
+                problem = f"found {_show(raw[name])}; expected {meta.description}"
+                raise _wrong(f"{where}.{name}", problem, fix) from None
+        elif field.required:
+            raise _wrong(f"{where}.{name}", f"found nothing; expected {meta.description}", fix)
+    return keys_type(**values)
+
+
+def _above_zero(parse: Callable[[Any], _Number], value: object, *, where: str, example: str) -> _Number:
+    """Parse a size or a duration that must not be zero, adding to the parser's message where it stands."""
+    fix = f"set {where.rpartition('.')[2]} to {example}, say"
+    try:
+        quantity = parse(value)
+    except ValueError as error:
+        raise _wrong(where, str(error), fix) from None
+    if not quantity:
+        raise _wrong(where, f"found {_show(value)}; expected more than zero", fix)
+    return quantity
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys in silence; a policy that says two things is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        seen = set()
+        for key, _ in node.value:
+            # Only text: `<<` may repeat, and a key of any other type is refused by name later.
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    problem = f"found the key {key.value!r} twice; expected it once"
+                    raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _load_yaml(path: str | Path) -> Any:
+    """Return what the YAML file holds, with duplicate keys refused."""
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        problem = f"found no readable file ({reason}); expected an SLO policy in YAML"
+        raise _wrong(str(path), problem, "set policy to its path") from None
+    try:
+        document = yaml.load(content, Loader=_UniqueKeyLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}: line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+        raise _wrong(where, problem, "mend the YAML there") from None
+    # Values that only look like a date or a number end in ValueError, endless brackets in RecursionError.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise _wrong(str(path), f"found what is not YAML ({reason}); expected an SLO policy") from None
+    if document is None:
+        problem = "found an empty file; expected an SLO policy"
+        raise _wrong(str(path), problem, "set version, default_class and classes in it")
+    return document
+
+
+def _join(where: str, key: object) -> str:
+    """Append a key to a path such as `slo.yaml: $.classes`."""
+    return f"{where}.{key}" if isinstance(key, str) and key.isidentifier() else f"{where}[{_show(key)}]"
+
+
+def _show(value: object) -> str:
+    """`repr` cut to one short line, with the type where the text alone would puzzle (`yes` is a bool)."""
+    text = reprlib.repr(value)
+    return text if type(value) in (str, int, float) else f"{text} ({type(value).__name__})"
+
+
+def _unknown_class(name: object, known: Iterable[str]) -> str:
+    return f"found {_show(name)}; expected one of the classes: {', '.join(known)}"
+
+
+def _did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return a hint such as `did you mean ttft?`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1) if isinstance(name, str) else []
+    return f"did you mean {close[0]}?" if close else ""
+
+
+def _wrong(where: str, problem: str, fix: str = "") -> ConfigError:
+    """One line: where, what was found and expected, what to set."""
+    return ConfigError("; ".join(part for part in (f"{where}: {problem}", fix) if part))

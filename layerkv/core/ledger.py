@@ -1,0 +1,297 @@
+"""The scheduler process's book of where every request's KV is, and the writer of the workers' step plans.
+
+It knows block ids but touches no memory: vLLM owns the device's block tables, the workers own the bytes. Each
+change here adds the copies it needs to the plan of the step being scheduled; :meth:`KVLedger.take_plan` hands
+that plan out once per step. Host blocks and zone room are taken before anything else, so an operation either
+happens as a whole or raises :class:`CapacityError` and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from layerkv.core.geometry import KVGeometry
+from layerkv.core.residency import Residency, ResidencyTable
+from layerkv.core.runs import RunAllocator
+from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan, merge_runs, num_blocks
+from layerkv.core.zone import ZoneLedger
+from layerkv.errors import CapacityError
+
+
+@dataclass(slots=True)
+class HostCopy:
+    """A request's place in host memory.
+
+    Attributes:
+        blocks: Host block of each entry of the request's block table, by position.
+        num_tokens: Tokens whose KV is (or, for stores under way, will be) valid there; set when parked.
+    """
+
+    blocks: list[int]
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
+class LedgerCounters:
+    """Totals since the start, for the metrics."""
+
+    parks: int = 0
+    fetches: int = 0
+    layered_admissions: int = 0
+    recomputes: int = 0
+    stored_blocks: int = 0
+    loaded_blocks: int = 0
+
+
+@dataclass(slots=True)
+class _PlanDraft:
+    parks: list[BlockRun] = field(default_factory=list)
+    stores: list[BlockRun] = field(default_factory=list)
+    loads: list[BlockRun] = field(default_factory=list)
+    fetches: list[FetchPlan] = field(default_factory=list)
+
+
+class KVLedger:
+    """Residency, host blocks and zone room of all requests. Not thread-safe; one per scheduler.
+
+    Lifetime of a host block: taken when a request is admitted layered or is parked, given back when its fetch
+    has been reported complete, or when the request leaves in another state. A host block may be reused while
+    a store into it is still under way, because stores run in the order in which they were planned; it is never
+    reused while a load reads it.
+    """
+
+    def __init__(self, geometry: KVGeometry, num_host_blocks: int) -> None:
+        self.geometry = geometry
+        self.residency = ResidencyTable()
+        self.zone = ZoneLedger(geometry.pool_blocks, geometry.zone_blocks)
+        self.host = RunAllocator(0, num_host_blocks)
+        self.counters = LedgerCounters()
+        self._copies: dict[str, HostCopy] = {}
+        self._layered: set[str] = set()
+        self._orphans: dict[str, HostCopy] = {}  # left while FETCHING: blocks stay until the load is reported
+        self._draft = _PlanDraft()
+
+    # Admission -----------------------------------------------------------------------------------------------
+
+    def add(self, request_id: str) -> None:
+        """A request arrives."""
+        self.residency.add(request_id)
+
+    def admit_layered(self, request_id: str, *, table_blocks: int, zone_blocks: int) -> None:
+        """Admit a waiting request whose new blocks come from the zone.
+
+        Args:
+            request_id: The request.
+            table_blocks: Blocks of its whole prompt, prefix-cache hits included: all get a host block.
+            zone_blocks: Those of them that come from the zone (the rest are hits in the pool).
+
+        Raises:
+            CapacityError: zone or host memory has no room; nothing changed.
+        """
+        if table_blocks > self.host.num_free:
+            raise CapacityError(f"host memory: {table_blocks} blocks wanted, {self.host.num_free} free")
+        self.zone.reserve(request_id, zone_blocks)
+        self._copies[request_id] = HostCopy(self.host.take(table_blocks))
+        self._layered.add(request_id)
+        self.counters.layered_admissions += 1
+
+    def cancel_layered(self, request_id: str) -> None:
+        """Take back an admission that vLLM did not act on: the request never ran."""
+        assert self.residency[request_id] is Residency.WAITING
+        self._leave_zone(request_id)
+        self._release_host(request_id)
+        self.counters.layered_admissions -= 1
+
+    def is_layered(self, request_id: str) -> bool:
+        """Whether the request's new blocks come from the zone."""
+        return request_id in self._layered
+
+    @property
+    def layered_ids(self) -> frozenset[str]:
+        """Requests in the lane zone, or admitted to it."""
+        return frozenset(self._layered)
+
+    def started(self, request_id: str) -> None:
+        """vLLM has given the request blocks for computing (its first chunk, or a recompute)."""
+        if self.residency[request_id] is not Residency.WAITING:
+            return
+        self.residency.move(request_id, Residency.LAYERED if request_id in self._layered else Residency.RESIDENT)
+
+    # Each step -----------------------------------------------------------------------------------------------
+
+    def step_layered(self, request_id: str, block_ids: Sequence[int], *, num_computed: int, num_scheduled: int) -> None:
+        """A layered request computes ``num_scheduled`` tokens after ``num_computed`` in this step.
+
+        Plans the store of every zone block written and the load of every zone block that holds earlier tokens.
+        The last earlier block may be both: it is loaded whole, written on, and stored whole.
+
+        Raises:
+            CapacityError: host memory has no room for a block beyond the admitted prompt (streamed decode).
+        """
+        tokens = self.geometry.block_tokens
+        copy = self._copies[request_id]
+        last_block = (num_computed + num_scheduled - 1) // tokens
+        if (missing := last_block + 1 - len(copy.blocks)) > 0:
+            copy.blocks += self.host.take(missing)
+        in_pool = self._num_leading_pool_blocks(block_ids)
+        first_written = max(num_computed // tokens, in_pool)
+        loaded = slice(in_pool, -(-num_computed // tokens))
+        written = slice(first_written, last_block + 1)
+        loads = merge_runs(block_ids[loaded], copy.blocks[loaded])
+        stores = merge_runs(block_ids[written], copy.blocks[written])
+        self._draft.loads += loads
+        self._draft.stores += stores
+        self.counters.loaded_blocks += num_blocks(loads)
+        self.counters.stored_blocks += num_blocks(stores)
+
+    def can_park(self, num_table_blocks: int) -> bool:
+        """Whether host memory has room to park a resident request of that many blocks."""
+        return num_table_blocks <= self.host.num_free
+
+    def park(self, request_id: str, block_ids: Sequence[int], num_computed: int) -> None:
+        """The request gives up its device blocks; its KV of ``num_computed`` tokens goes to, or is in, host memory.
+
+        A layered request's zone blocks are in host memory already, so only its prefix-cache hits are stored. A
+        resident one's blocks are stored now, before this step's forward pass.
+
+        Raises:
+            CapacityError: no room in host memory for a resident request; nothing changed.
+        """
+        num_needed = -(-num_computed // self.geometry.block_tokens)
+        layered = self.residency[request_id] is Residency.LAYERED
+        if layered:
+            copy = self._copies[request_id]
+            num_to_store = min(self._num_leading_pool_blocks(block_ids), num_needed)
+            self.host.give_back(copy.blocks[num_needed:])
+            del copy.blocks[num_needed:]
+            self._leave_zone(request_id)
+        else:
+            copy = self._copies[request_id] = HostCopy(self.host.take(num_needed))
+            num_to_store = num_needed
+        copy.num_tokens = num_computed
+        self._draft.parks += merge_runs(block_ids[:num_to_store], copy.blocks[:num_to_store])
+        self.residency.move(request_id, Residency.PARKED)
+        self.counters.parks += 1
+        self.counters.stored_blocks += num_to_store
+
+    def num_host_blocks_of(self, request_id: str) -> int:
+        """Host blocks that the request holds."""
+        copy = self._copies.get(request_id)
+        return 0 if copy is None else len(copy.blocks)
+
+    def parked_tokens(self, request_id: str) -> int:
+        """Tokens of the request that can be fetched from host memory; 0 if it is not parked."""
+        if self.residency.get(request_id) is not Residency.PARKED:
+            return 0
+        return self._copies[request_id].num_tokens
+
+    def fetch(self, request_id: str, block_ids: Sequence[int], num_local_tokens: int) -> None:
+        """Load a parked request into its new pool blocks; the first ``num_local_tokens`` are there already.
+
+        Args:
+            request_id: A PARKED request.
+            block_ids: Its new block table, covering all parked tokens.
+            num_local_tokens: Prefix-cache hits on the device, a multiple of the block size.
+        """
+        copy = self._copies[request_id]
+        covered = slice(num_local_tokens // self.geometry.block_tokens, len(copy.blocks))
+        runs = merge_runs(block_ids[covered], copy.blocks[covered])
+        self._draft.fetches.append(FetchPlan(request_id, runs))
+        self.residency.move(request_id, Residency.FETCHING)
+        self.counters.fetches += 1
+        self.counters.loaded_blocks += num_blocks(runs)
+
+    def resume_without_fetch(self, request_id: str) -> None:
+        """A parked request runs again with all its KV found in the device's prefix cache."""
+        self._release_host(request_id)
+        self.residency.move(request_id, Residency.RESIDENT)
+
+    def complete_fetch(self, request_id: str) -> None:
+        """All workers have reported the load complete, or failed: its host blocks are no longer read."""
+        if (orphan := self._orphans.pop(request_id, None)) is not None:
+            self.host.give_back(orphan.blocks)
+            return
+        if self.residency.get(request_id) is Residency.FETCHING:
+            self._release_host(request_id)
+            self.residency.move(request_id, Residency.RESIDENT)
+
+    def take_plan(self, num_tokens: int) -> StepPlan:
+        """The copies planned since the last call, for the step that computes ``num_tokens``."""
+        draft, self._draft = self._draft, _PlanDraft()
+        return StepPlan(
+            parks=tuple(draft.parks),
+            stores=tuple(draft.stores),
+            loads=tuple(draft.loads),
+            fetches=tuple(draft.fetches),
+            num_tokens=num_tokens,
+        )
+
+    # Leaving -------------------------------------------------------------------------------------------------
+
+    def drop(self, request_id: str) -> None:
+        """The request's KV is given up and will be computed again (vLLM preempted it, or its copy is invalid).
+
+        Never while it is FETCHING: the load under way reads its host blocks.
+        """
+        if self.residency[request_id] is Residency.WAITING:
+            return
+        assert self.residency[request_id] is not Residency.FETCHING, f"{request_id} is dropped while it is loaded"
+        self._leave_zone(request_id)
+        self._release_host(request_id)
+        self.residency.move(request_id, Residency.WAITING)
+        self.counters.recomputes += 1
+
+    def finish(self, request_id: str) -> None:
+        """The request leaves for good, from any residency: finished, aborted or refused."""
+        state = self.residency.get(request_id)
+        if state is None:
+            return
+        self._leave_zone(request_id)
+        if state is Residency.FETCHING:
+            self._orphans[request_id] = self._copies.pop(request_id)
+        else:
+            self._release_host(request_id)
+        self.residency.remove(request_id)
+
+    # Inspection ----------------------------------------------------------------------------------------------
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing planned, nobody layered and no fetch under way: this step needs no plan."""
+        draft = self._draft
+        is_fetching = self.residency.counts[Residency.FETCHING] or self._orphans
+        return not (self._layered or draft.parks or draft.fetches or is_fetching)
+
+    @property
+    def num_host_blocks_used(self) -> int:
+        """Host blocks taken."""
+        return self.host.count - self.host.num_free
+
+    def check(self) -> None:
+        """Assert that every block is accounted for exactly once (tests call it after every operation)."""
+        self.zone.check()
+        self.host.check()
+        held = [block for copy in (*self._copies.values(), *self._orphans.values()) for block in copy.blocks]
+        assert len(held) == len(set(held)) == self.num_host_blocks_used
+        assert not any(self.host.is_free(block) for block in held)
+        for request_id, state in ((r, self.residency[r]) for r in self.residency):
+            has_copy = request_id in self._copies
+            if state in (Residency.LAYERED, Residency.PARKED, Residency.FETCHING):
+                assert has_copy, f"{request_id} is {state} without a host copy"
+            elif state is Residency.RESIDENT:
+                assert not has_copy, f"{request_id} is resident and keeps host blocks"
+        assert set(self._copies) <= set(self.residency)
+
+    def _num_leading_pool_blocks(self, block_ids: Sequence[int]) -> int:
+        first_zone_block = self.geometry.pool_blocks
+        return next((i for i, block in enumerate(block_ids) if block >= first_zone_block), len(block_ids))
+
+    def _leave_zone(self, request_id: str) -> None:
+        self._layered.discard(request_id)
+        self.zone.end_reservation(request_id)
+
+    def _release_host(self, request_id: str) -> None:
+        copy = self._copies.pop(request_id, None)
+        if copy is not None:
+            self.host.give_back(copy.blocks)

@@ -1,0 +1,65 @@
+"""What the workers must copy in one step, as data that travels with vLLM's scheduler output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class BlockRun(NamedTuple):
+    """``num_blocks`` consecutive device blocks and the consecutive host blocks they pair with."""
+
+    device_block: int
+    host_block: int
+    num_blocks: int
+
+
+class FetchPlan(NamedTuple):
+    """Load all layers of a parked request into fresh pool blocks."""
+
+    request_id: str
+    runs: tuple[BlockRun, ...]
+
+
+class StepPlan(NamedTuple):
+    """The copies of one step. Block ids are those of vLLM's block tables; host ids those of the host allocator.
+
+    Attributes:
+        parks: Pool blocks to store, all layers, before this step's forward pass may overwrite them.
+        stores: Zone blocks written in this step, to store layer by layer after each layer's attention.
+        loads: Zone blocks written in earlier steps, to load layer by layer before each layer's KV-cache update.
+        fetches: Requests to load into pool blocks while the step runs.
+        num_tokens: Tokens computed in this step; with 0 there is no forward pass to overlap with.
+    """
+
+    parks: tuple[BlockRun, ...] = ()
+    stores: tuple[BlockRun, ...] = ()
+    loads: tuple[BlockRun, ...] = ()
+    fetches: tuple[FetchPlan, ...] = ()
+    num_tokens: int = 0
+
+    @property
+    def is_layered(self) -> bool:
+        """Whether the layer hooks have work in this step."""
+        return bool(self.stores)
+
+
+def merge_runs(device_blocks: Sequence[int], host_blocks: Sequence[int]) -> tuple[BlockRun, ...]:
+    """Pair blocks up and merge what is consecutive on both sides.
+
+    The pairs are sorted by device block first: copies of one batch do not depend on each other's order.
+    """
+    runs: list[BlockRun] = []
+    for device, host in sorted(zip(device_blocks, host_blocks, strict=True)):
+        if runs:
+            last = runs[-1]
+            if last.device_block + last.num_blocks == device and last.host_block + last.num_blocks == host:
+                runs[-1] = last._replace(num_blocks=last.num_blocks + 1)
+                continue
+        runs.append(BlockRun(device, host, 1))
+    return tuple(runs)
+
+
+def num_blocks(runs: Sequence[BlockRun]) -> int:
+    """Blocks in all runs together."""
+    return sum(run.num_blocks for run in runs)

@@ -1,0 +1,103 @@
+"""The two seams of the device layer: an arena owns KV memory, a transfer engine moves blocks of it.
+
+Implementations: :mod:`layerkv.device.mmap_arena` and :mod:`layerkv.device.cpu_engine` here; CUDA virtual memory and
+CUDA streams fit the same interfaces. Tests run one contract suite over every implementation and over the fake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Protocol
+
+import torch
+
+from layerkv.core.geometry import KVGeometry
+from layerkv.core.transfer import BlockRun
+
+
+class Direction(StrEnum):
+    """Which way a copy goes."""
+
+    STORE = "store"
+    """Device to host."""
+    LOAD = "load"
+    """Host to device."""
+
+
+class Event(Protocol):
+    """The end of one copy, or a point in the compute stream.
+
+    Lifetime: any length; an event that ended stays ended.
+    """
+
+    def is_done(self) -> bool:
+        """Whether it has ended, with or without an error. Never blocks."""
+
+    @property
+    def error(self) -> BaseException | None:
+        """Why the copy failed; None while under way or after success."""
+
+
+class Arena(Protocol):
+    """Owner of the memory behind vLLM's KV tensor, with the lane zone aliased between layers.
+
+    The tensor's address range has ``geometry.virtual_bytes`` bytes; its physical memory is
+    ``geometry.physical_bytes``. Zero at first. Memory lives until the last tensor over it is gone.
+    """
+
+    geometry: KVGeometry
+
+    def tensor(self) -> torch.Tensor:
+        """The whole range as a flat int8 tensor ``[virtual_bytes]``."""
+
+
+class HostMemory(Protocol):
+    """Host blocks of one worker: bytes ``[num_layers, num_host_blocks, page_bytes]``."""
+
+    num_blocks: int
+
+
+class TransferEngine(Protocol):
+    """Copies runs of blocks between the arena and host memory, ordered by events.
+
+    Stores run one after another in the order of submission; so do loads. Foreground copies (those that this step's
+    compute waits for) overtake background ones of the same direction that have not begun.
+
+    Threads: one thread, the one that runs the model, calls these methods.
+    """
+
+    def record_compute(self) -> Event:
+        """An event that ends when all compute enqueued so far has ended."""
+
+    def submit(
+        self,
+        direction: Direction,
+        layers: Sequence[int],
+        runs: Sequence[BlockRun],
+        *,
+        after: Sequence[Event] = (),
+        background: bool = False,
+    ) -> Event:
+        """Copy ``runs`` of each of ``layers``, to begin only after all of ``after`` have ended.
+
+        Returns:
+            An event that ends when the copies have. A copy whose ``after`` failed fails too.
+        """
+
+    def wait_compute(self, event: Event) -> None:
+        """Make all compute enqueued from now on wait for ``event``.
+
+        Raises:
+            TransferError: the copy failed and compute must not read what it should have written (where the
+                implementation can tell at once; otherwise the event carries the error).
+        """
+
+    def wait_host(self, event: Event, timeout_s: float) -> bool:
+        """Block this thread until ``event`` ends or the time is up; whether it ended."""
+
+    def take_seconds(self) -> dict[Direction, float]:
+        """Seconds spent copying, by direction, since the last call."""
+
+    def close(self) -> None:
+        """Finish what is under way and stop. Idempotent."""

@@ -1,0 +1,185 @@
+"""The transfer engine for CPU workers: one thread that stores and one that loads, beside the thread that computes.
+
+The event contract is that of CUDA streams. Compute here is synchronous, so everything enqueued so far has ended
+already: :meth:`CPUTransferEngine.record_compute` returns an event that is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import heapq
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from layerkv.core.transfer import BlockRun
+from layerkv.device.base import Direction, Event
+from layerkv.device.host_memory import MmapHostMemory
+from layerkv.device.mmap_arena import MmapArena
+from layerkv.errors import TransferError
+
+COPY_TIMEOUT_S = 60.0
+"""A copy between two places in memory that takes longer than this is taken for lost."""
+
+
+class CopyEvent:
+    """See :class:`layerkv.device.base.Event`. Set once, by the thread that copies."""
+
+    __slots__ = ("_done", "error")
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self.error: BaseException | None = None
+
+    def is_done(self) -> bool:
+        return self._done.is_set()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Mark it ended and wake whoever waits."""
+        self.error = error
+        self._done.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Block until it ends; False if the time is up first."""
+        return self._done.wait(timeout_s)
+
+
+def _ended() -> CopyEvent:
+    event = CopyEvent()
+    event.end()
+    return event
+
+
+_COMPUTE_DONE = _ended()
+
+
+@dataclass(order=True, slots=True)
+class _Copy:
+    background: bool
+    sequence: int
+    layers: Sequence[int] = field(compare=False)
+    runs: Sequence[BlockRun] = field(compare=False)
+    after: Sequence[Event] = field(compare=False)
+    event: CopyEvent = field(compare=False)
+
+
+class _CopyThread(threading.Thread):
+    """Works off the copies of one direction, foreground first, each kind in order of submission."""
+
+    def __init__(self, direction: Direction, arena: MmapArena, host: MmapHostMemory) -> None:
+        super().__init__(name=f"layerkv-{direction}", daemon=True)
+        self._direction = direction
+        self._geometry = arena.geometry
+        self._tensor = arena.tensor()  # keeps the memory mapped for as long as this thread copies
+        self._base = self._tensor.data_ptr()
+        self._host = host
+        self._queue: list[_Copy] = []
+        self._wake = threading.Condition()
+        self._closing = False
+        self._sequence = 0
+        self._seconds = 0.0
+        self.start()
+
+    def submit(
+        self, layers: Sequence[int], runs: Sequence[BlockRun], after: Sequence[Event], *, background: bool
+    ) -> CopyEvent:
+        event = CopyEvent()
+        with self._wake:
+            if self._closing:
+                raise TransferError(f"{self._direction} submitted after the transfer engine was closed")
+            self._sequence += 1
+            heapq.heappush(self._queue, _Copy(background, self._sequence, layers, runs, after, event))
+            self._wake.notify()
+        return event
+
+    def run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._queue and not self._closing:
+                    self._wake.wait()
+                if not self._queue:
+                    return
+                copy = heapq.heappop(self._queue)
+            try:
+                self._await(copy.after)
+                started = time.perf_counter()
+                self._copy(copy.layers, copy.runs)
+                self._seconds += time.perf_counter() - started
+                copy.event.end()
+            except BaseException as error:  # the edge of this thread: whoever waits must hear of it
+                copy.event.end(error)
+
+    def take_seconds(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    def close(self) -> None:
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self.join(COPY_TIMEOUT_S)
+
+    def _await(self, events: Sequence[Event]) -> None:
+        for event in events:
+            assert isinstance(event, CopyEvent)
+            if not event.wait(COPY_TIMEOUT_S):
+                raise TransferError(f"{self._direction}: the copy it depends on did not end in {COPY_TIMEOUT_S:.0f} s")
+            if event.error is not None:
+                raise TransferError(f"{self._direction}: the copy it depends on failed: {event.error}") from event.error
+
+    def _copy(self, layers: Sequence[int], runs: Sequence[BlockRun]) -> None:
+        geometry, host, base = self._geometry, self._host, self._base
+        page, storing = geometry.page_bytes, self._direction is Direction.STORE
+        memmove = ctypes.memmove  # releases the GIL for the copy, so compute goes on
+        for layer in layers:
+            for device_block, host_block, num_blocks in runs:
+                if host_block + num_blocks > host.num_blocks or device_block + num_blocks > geometry.total_blocks:
+                    raise TransferError(f"{self._direction}: run {device_block}, {host_block}, {num_blocks} is outside")
+                on_device = base + geometry.offset(layer, device_block)
+                on_host = host.address(layer, host_block)
+                if storing:
+                    memmove(on_host, on_device, num_blocks * page)
+                else:
+                    memmove(on_device, on_host, num_blocks * page)
+
+
+class CPUTransferEngine:
+    """See :class:`layerkv.device.base.TransferEngine`."""
+
+    def __init__(self, arena: MmapArena, host: MmapHostMemory) -> None:
+        self._threads = {direction: _CopyThread(direction, arena, host) for direction in Direction}
+
+    def record_compute(self) -> Event:
+        return _COMPUTE_DONE
+
+    def submit(
+        self,
+        direction: Direction,
+        layers: Sequence[int],
+        runs: Sequence[BlockRun],
+        *,
+        after: Sequence[Event] = (),
+        background: bool = False,
+    ) -> Event:
+        if not runs:
+            return _COMPUTE_DONE
+        return self._threads[direction].submit(layers, runs, after, background=background)
+
+    def wait_compute(self, event: Event) -> None:
+        assert isinstance(event, CopyEvent)
+        if not event.wait(COPY_TIMEOUT_S):
+            raise TransferError(f"a copy did not end in {COPY_TIMEOUT_S:.0f} s")
+        if event.error is not None:
+            raise TransferError(f"a copy failed: {event.error}") from event.error
+
+    def wait_host(self, event: Event, timeout_s: float) -> bool:
+        assert isinstance(event, CopyEvent)
+        return event.wait(timeout_s)
+
+    def take_seconds(self) -> dict[Direction, float]:
+        return {direction: thread.take_seconds() for direction, thread in self._threads.items()}
+
+    def close(self) -> None:
+        for thread in self._threads.values():
+            thread.close()

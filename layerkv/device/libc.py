@@ -1,0 +1,59 @@
+"""The three libc calls that Python's mmap module cannot express: mapping at a fixed address, and undoing it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_long,
+    ]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    return libc
+
+
+def reserve(num_bytes: int) -> int:
+    """Map a zero, private range whose pages get memory when they are first touched.
+
+    Returns:
+        Its address.
+
+    Raises:
+        MemoryError: the kernel refused.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    address = _libc().mmap(None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    if address in (None, _FAILED):
+        raise MemoryError(f"cannot map {num_bytes} bytes: {os.strerror(ctypes.get_errno())}")
+    return int(address)
+
+
+def map_shared_at(address: int, num_bytes: int, fd: int, offset: int) -> None:
+    """Replace a page-aligned part of a range reserved before by a shared mapping of a file.
+
+    Raises:
+        MemoryError: the kernel refused; the range is as before.
+    """
+    flags = mmap.MAP_SHARED | _MAP_FIXED
+    got = _libc().mmap(address, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, offset)
+    if got in (None, _FAILED):
+        raise MemoryError(f"cannot alias {num_bytes} bytes: {os.strerror(ctypes.get_errno())}")
+
+
+def unmap(address: int, num_bytes: int) -> None:
+    """Give a range back, aliased parts included."""
+    _libc().munmap(address, num_bytes)

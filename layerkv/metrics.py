@@ -1,0 +1,116 @@
+"""The metrics as data: what each is called and means, and a payload that travels between processes.
+
+vLLM carries the payload from workers and scheduler to the process that serves ``/metrics``; the adapter registers
+there what :data:`METRICS` lists. A sample's key is ``name`` or ``name|label value``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One metric of ``/metrics``.
+
+    Attributes:
+        name: Without the ``_total`` that Prometheus clients add to counters.
+        kind: Prometheus type.
+        help: One sentence for the person who reads it.
+        label: Its label besides vLLM's own, or None.
+        buckets: Upper bounds, for histograms.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    label: str | None = None
+    buckets: tuple[float, ...] = ()
+
+
+METRICS: tuple[MetricSpec, ...] = (
+    MetricSpec("layerkv_requests", "gauge", "Requests by residency of their KV.", "residency"),
+    MetricSpec("layerkv_bytes", "counter", "KV bytes copied, by direction (store: device to host).", "direction"),
+    MetricSpec("layerkv_copy_seconds", "counter", "Seconds spent copying KV, by direction.", "direction"),
+    MetricSpec("layerkv_parks", "counter", "Requests parked: KV in host memory only."),
+    MetricSpec("layerkv_fetches", "counter", "Parked requests fetched back into the pool."),
+    MetricSpec("layerkv_layered_prefills", "counter", "Prompts admitted through the lane zone."),
+    MetricSpec("layerkv_recomputes", "counter", "Requests whose KV was given up and is computed again."),
+    MetricSpec("layerkv_declined", "counter", "Decided starts that vLLM put off: a few are normal, many are a bug."),
+    MetricSpec("layerkv_refused", "counter", "Requests refused because they can never run here."),
+    MetricSpec("layerkv_host_blocks_used", "gauge", "Host blocks in use."),
+    MetricSpec("layerkv_host_blocks", "gauge", "Host blocks in all."),
+    MetricSpec("layerkv_pool_blocks", "gauge", "Pool blocks in all."),
+    MetricSpec("layerkv_zone_blocks_used", "gauge", "Lane-zone blocks in use."),
+    MetricSpec("layerkv_zone_blocks", "gauge", "Lane-zone blocks in all."),
+    MetricSpec("layerkv_admission_wait_seconds", "histogram", "Arrival to first compute.", None, _SECONDS),
+    MetricSpec("layerkv_decide_seconds", "counter", "Seconds spent deciding and applying decisions, all steps."),
+    MetricSpec("layerkv_ttft_slo_met", "counter", "First tokens on time, by SLO class.", "slo_class"),
+    MetricSpec("layerkv_ttft_slo_missed", "counter", "First tokens late, by SLO class.", "slo_class"),
+)
+
+Payload = dict[str, dict[str, Any]]
+
+
+@dataclass(slots=True)
+class MetricSamples:
+    """Samples since the last payload was taken. Counters hold increments, gauges the latest value."""
+
+    counters: dict[str, float] = field(default_factory=dict)
+    gauges: dict[str, float] = field(default_factory=dict)
+    histograms: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, value: float, label: str | None = None) -> None:
+        """Count ``value`` more."""
+        key = _key(name, label)
+        self.counters[key] = self.counters.get(key, 0) + value
+
+    def set(self, name: str, value: float, label: str | None = None) -> None:
+        """Set a gauge."""
+        self.gauges[_key(name, label)] = value
+
+    def observe(self, name: str, value: float) -> None:
+        """Add one observation to a histogram."""
+        self.histograms.setdefault(name, []).append(value)
+
+    def __bool__(self) -> bool:
+        return bool(self.counters or self.gauges or self.histograms)
+
+    def take(self) -> Payload:
+        """The samples as a payload; this object is empty afterwards."""
+        payload: Payload = {"counters": self.counters, "gauges": self.gauges, "histograms": self.histograms}
+        self.counters, self.gauges, self.histograms = {}, {}, {}
+        return payload
+
+
+def merge_payloads(first: Payload, second: Payload) -> Payload:
+    """Both payloads in one: counters add up, histograms join, of gauges the second's count."""
+    counters = dict(first.get("counters", {}))
+    for key, value in second.get("counters", {}).items():
+        counters[key] = counters.get(key, 0) + value
+    histograms = {key: list(values) for key, values in first.get("histograms", {}).items()}
+    for key, values in second.get("histograms", {}).items():
+        histograms.setdefault(key, []).extend(values)
+    gauges = {**first.get("gauges", {}), **second.get("gauges", {})}
+    return {"counters": counters, "gauges": gauges, "histograms": histograms}
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """Name and label value of a sample's key."""
+    name, _, label = key.partition("|")
+    return name, label or None
+
+
+def specs_by_name(specs: Iterable[MetricSpec] = METRICS) -> dict[str, MetricSpec]:
+    """Index of the metrics by name."""
+    return {spec.name: spec for spec in specs}
+
+
+def _key(name: str, label: str | None) -> str:
+    return name if label is None else f"{name}|{label}"

@@ -1,0 +1,88 @@
+"""Turns ``--kv-transfer-config '{"kv_connector": "LayerKVConnector", ...}'`` into a running layerkv.
+
+vLLM chooses worker and scheduler classes by other flags. So that one flag is enough, :func:`install` wraps the one
+method that builds the engine's configuration. This is the only patch in the project; without the connector's name
+the wrapper returns vLLM's configuration untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
+
+from layerkv.errors import LayerKVError
+from layerkv.vllm_plugin import CONNECTOR
+from layerkv.vllm_plugin.support import (
+    CPU_WORKER,
+    OUR_ASYNC_SCHEDULER,
+    OUR_SCHEDULER,
+    OUR_WORKERS,
+    require_supported,
+)
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that vLLM's log configuration applies
+
+
+def register_connector() -> None:
+    """Make the connector's name known. Re-entrant."""
+    if CONNECTOR not in KVConnectorFactory._registry:
+        KVConnectorFactory.register_connector(CONNECTOR, "layerkv.vllm_plugin.connector", CONNECTOR)
+
+
+def install() -> None:
+    """Wrap ``EngineArgs.create_engine_config``. Re-entrant."""
+    original = EngineArgs.create_engine_config
+    if getattr(original, "wrapped_by_layerkv", False):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        vllm_config = original(self, *args, **kwargs)
+        transfer = vllm_config.kv_transfer_config
+        if transfer is not None and transfer.kv_connector == CONNECTOR:
+            _activate(vllm_config)
+        return vllm_config
+
+    create_engine_config.wrapped_by_layerkv = True  # type: ignore[attr-defined]
+    EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
+
+
+def _activate(vllm_config: VllmConfig) -> None:
+    """Select our worker and scheduler, or pass through if the configuration cannot be served and may be.
+
+    Raises:
+        LayerKVError: the configuration is wrong, or cannot be served.
+    """
+    from layerkv.vllm_plugin.compat import require_compatible
+    from layerkv.vllm_plugin.setup import engine_config, require_host_memory
+    from layerkv.vllm_plugin.slo_gate import add_gate
+
+    transfer = vllm_config.kv_transfer_config
+    assert transfer is not None
+    config = engine_config(vllm_config)
+    require_host_memory(config)
+    try:
+        require_compatible()
+        require_supported(vllm_config)
+    except LayerKVError as error:
+        if config.on_unsupported == "error":
+            raise
+        logger.warning("layerkv is off, vLLM runs as without it: %s", error)
+        vllm_config.kv_transfer_config = None
+        if vllm_config.parallel_config.worker_cls in OUR_WORKERS.values():  # given by explicit flags
+            vllm_config.parallel_config.worker_cls = CPU_WORKER
+        if vllm_config.scheduler_config.scheduler_cls in (OUR_SCHEDULER, OUR_ASYNC_SCHEDULER):
+            vllm_config.scheduler_config.scheduler_cls = None
+        return
+    vllm_config.parallel_config.worker_cls = OUR_WORKERS[vllm_config.device_config.device_type]
+    use_async = vllm_config.scheduler_config.async_scheduling
+    vllm_config.scheduler_config.scheduler_cls = OUR_ASYNC_SCHEDULER if use_async else OUR_SCHEDULER
+    transfer.kv_load_failure_policy = "recompute"  # a parked request can always be computed again
+    add_gate(vllm_config, config.policy)

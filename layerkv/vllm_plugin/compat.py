@@ -1,0 +1,128 @@
+"""Which vLLM this adapter stands on, and whether the installed one still has what it stands on.
+
+Every surface listed here is used by a module of this package. They are checked once, at start-up, so that a vLLM
+that moved one of them is refused with its name and not met in the middle of a request.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from layerkv.errors import IncompatibleVLLMError
+
+SUPPORTED_VLLM: tuple[str, ...] = ("0.32.0",)
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """A name in vLLM that this package relies on, and the parameters it passes by name."""
+
+    module: str
+    name: str
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SurfaceProblem:
+    """A surface that is not what it was."""
+
+    what: str
+    why: str
+
+
+_SURFACES: tuple[Surface, ...] = (
+    Surface("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
+    Surface("vllm.v1.kv_cache_spec_registry", "register_kv_cache_spec", ("manager_class", "uniform_type_base_spec")),
+    Surface("vllm.v1.kv_cache_spec_registry", "KVCacheSpecRegistry._ensure_registered"),
+    Surface("vllm.v1.kv_cache_interface", "FullAttentionSpec"),
+    Surface(
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.get_num_blocks_to_allocate",
+        ("request_id", "num_tokens", "new_computed_blocks"),
+    ),
+    Surface(
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.allocate_new_blocks",
+        ("request_id", "num_tokens"),
+    ),
+    Surface(
+        "vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.cache_blocks", ("request", "num_tokens")
+    ),
+    Surface("vllm.v1.core.block_pool", "BlockPool.free_blocks", ("ordered_blocks",)),
+    Surface("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.remove"),
+    Surface("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_block_ids", ("request_id",)),
+    Surface("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_computed_blocks", ("request",)),
+    Surface("vllm.v1.core.sched.scheduler", "Scheduler.schedule", ("throttle_prefills",)),
+    Surface(
+        "vllm.v1.core.sched.scheduler", "Scheduler._preempt_request", ("request", "timestamp", "drop_stale_output")
+    ),
+    Surface("vllm.v1.core.sched.scheduler", "Scheduler._inflight_prefill_reserved_blocks"),
+    Surface("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", ("request_ids", "finished_status")),
+    Surface(
+        "vllm.v1.core.sched.scheduler", "Scheduler.reset_prefix_cache", ("reset_running_requests", "reset_connector")
+    ),
+    Surface("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
+    Surface("vllm.distributed.kv_transfer.kv_connector.factory", "KVConnectorFactory.register_connector"),
+    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "SupportsHMA"),
+    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.bind_kv_cache_manager"),
+    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.get_mem_pool_context"),
+    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.has_connector_metadata"),
+    Surface("vllm.distributed.kv_transfer.kv_connector.v1.metrics", "KVConnectorPromMetrics"),
+    Surface("vllm.v1.worker.cpu_worker", "CPUWorker.determine_available_memory"),
+    Surface("vllm.v1.worker.gpu_worker", "Worker.get_kv_cache_spec"),
+)
+
+
+def check_version(version: str) -> None:
+    """Refuse a vLLM that this adapter was not made for.
+
+    Raises:
+        IncompatibleVLLMError: naming what was found and what is supported.
+    """
+    if version.split("+")[0] not in SUPPORTED_VLLM:
+        raise IncompatibleVLLMError(
+            f"vLLM {version} is installed, but this layerkv supports {', '.join(SUPPORTED_VLLM)} only; "
+            f"install vllm=={SUPPORTED_VLLM[-1]} or a layerkv release for {version}, or set "
+            f'"on_unsupported": "passthrough" in kv_connector_extra_config to run without layerkv'
+        )
+
+
+def check_surfaces() -> list[SurfaceProblem]:
+    """Every surface of the installed vLLM that is missing or has lost a parameter."""
+    return [problem for surface in _SURFACES if (problem := _check(surface)) is not None]
+
+
+def require_compatible() -> None:
+    """Refuse the installed vLLM if anything is wrong with it.
+
+    Raises:
+        IncompatibleVLLMError: with the version, or with the first surface that changed.
+    """
+    from vllm import __version__
+
+    check_version(__version__)
+    if problems := check_surfaces():
+        first = problems[0]
+        raise IncompatibleVLLMError(
+            f"vLLM {__version__} is not what layerkv expects: {first.what} {first.why} "
+            f"({len(problems)} such surfaces in all); reinstall vllm=={SUPPORTED_VLLM[-1]}"
+        )
+
+
+def _check(surface: Surface) -> SurfaceProblem | None:
+    what = f"{surface.module}.{surface.name}"
+    try:
+        found: Any = importlib.import_module(surface.module)
+        for part in surface.name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        return SurfaceProblem(what, f"is missing ({error})")
+    if surface.parameters:
+        known = inspect.signature(found).parameters
+        missing = [name for name in surface.parameters if name not in known]
+        if missing:
+            return SurfaceProblem(what, f"no longer takes {', '.join(missing)}")
+    return None

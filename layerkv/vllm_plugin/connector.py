@@ -1,0 +1,184 @@
+"""``LayerKVConnector``: vLLM's KV-connector interface, divided between the two roles it plays.
+
+vLLM makes one instance beside the scheduler and one in each worker; each forwards to its side. Everything here is
+translation: books are kept by :class:`~layerkv.core.ledger.KVLedger`, copies are ordered by
+:class:`~layerkv.device.lane_schedule.LaneSchedule`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+
+from layerkv.core.transfer import StepPlan
+from layerkv.vllm_plugin.compat import require_compatible
+from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
+from layerkv.vllm_plugin.connector_worker import WorkerSide
+from layerkv.vllm_plugin.prom import LayerKVPromMetrics, LayerKVStats
+from layerkv.vllm_plugin.setup import engine_config, geometry_of
+from layerkv.vllm_plugin.support import require_supported
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+@dataclass(slots=True)
+class LayerKVMetadata(KVConnectorMetadata):
+    """What the scheduler's side tells the workers' for one step."""
+
+    plan: StepPlan
+
+
+_NOTHING_TO_DO = LayerKVMetadata(StepPlan())
+
+
+class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
+    """See the module. Without our spec (``on_unsupported: passthrough``) both sides are None and nothing is done."""
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        require_compatible()
+        require_supported(vllm_config)
+        config = engine_config(vllm_config)
+        geometry = geometry_of(vllm_config, config, kv_cache_config)
+        self.scheduler_side: SchedulerSide | None = None
+        self.worker_side: WorkerSide | None = None
+        self._has_layer_work = False
+        if geometry is None:
+            return
+        if role is KVConnectorRole.SCHEDULER:
+            self.scheduler_side = SchedulerSide(vllm_config, config, geometry)
+        else:
+            self.worker_side = WorkerSide(vllm_config, config, geometry, kv_cache_config)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """False: a preempted request's in-flight token is delivered; its KV is parked or computed again."""
+        return False
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """True: layer hooks do not run when a full CUDA graph is replayed."""
+        return True
+
+    # Worker side ---------------------------------------------------------------------------------------------
+
+    def get_mem_pool_context(self) -> AbstractContextManager[Any] | None:
+        return None if self.worker_side is None else self.worker_side.allocation()
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self.worker_side is not None:
+            self.worker_side.register(kv_caches)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self.worker_side is not None:
+            assert isinstance(connector_metadata, LayerKVMetadata)
+            self.worker_side.begin_step(connector_metadata.plan)
+            self._has_layer_work = connector_metadata.plan.is_layered
+
+    def has_connector_metadata(self) -> bool:
+        """Whether the layer hooks have work. vLLM skips them otherwise: steps without layered requests pay nothing."""
+        return self._has_layer_work
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        """Nothing: it runs after the forward pass, and what the pass needs was begun before it."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing: it runs after the layer's KV-cache update, and the wait was enqueued a layer earlier."""
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        assert self.worker_side is not None
+        self.worker_side.layer_done(layer_name)
+
+    def wait_for_save(self) -> None:
+        """Nothing: a lane's next user waits for its store, and host blocks are read only by later loads."""
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        self._has_layer_work = False  # the forward pass is over
+        return None, (None if self.worker_side is None else self.worker_side.finished_fetches())
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return set() if self.worker_side is None else self.worker_side.take_failed_blocks()
+
+    def shutdown(self) -> None:
+        if self.worker_side is not None:
+            self.worker_side.shutdown()
+
+    # Scheduler side ------------------------------------------------------------------------------------------
+
+    def bind_kv_cache_manager(self, kv_cache_manager: KVCacheManager) -> None:
+        super().bind_kv_cache_manager(kv_cache_manager)
+        if self.scheduler_side is not None:
+            self.scheduler_side.attach(kv_cache_manager)
+
+    def on_new_request(self, request: Request) -> None:
+        if self.scheduler_side is not None:
+            self.scheduler_side.ledger.add(request.request_id)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        if self.scheduler_side is None:
+            return 0, False
+        return self.scheduler_side.tokens_to_fetch(request.request_id, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        if self.scheduler_side is not None:
+            self.scheduler_side.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        if self.scheduler_side is None or (plan := self.scheduler_side.plan(scheduler_output)) is None:
+            return _NOTHING_TO_DO
+        return LayerKVMetadata(plan)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        if self.scheduler_side is not None:
+            for request_id in connector_output.finished_recving or ():
+                self.scheduler_side.ledger.complete_fetch(request_id)
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Never delays vLLM's free: a later step's copies are ordered behind this request's last ones."""
+        if self.scheduler_side is not None:
+            self.scheduler_side.ledger.finish(request.request_id)
+        return False, None
+
+    # Metrics -------------------------------------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        side = self.scheduler_side or self.worker_side
+        payload = side.take_metrics() if side is not None else None
+        return None if payload is None else LayerKVStats(data=payload)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return LayerKVStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        return LayerKVPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)

@@ -1,0 +1,123 @@
+"""The connector beside the scheduler: vLLM's events become the ledger's, the ledger's plan becomes metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from layerkv.config import EngineConfig
+from layerkv.core.geometry import KVGeometry
+from layerkv.core.ledger import KVLedger, LedgerCounters
+from layerkv.core.residency import Residency
+from layerkv.core.transfer import StepPlan
+from layerkv.errors import IncompatibleVLLMError
+from layerkv.metrics import MetricSamples, Payload
+from layerkv.vllm_plugin.setup import host_blocks_per_worker
+from layerkv.vllm_plugin.spec import LayerKVManager
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+_COUNTED = {
+    "parks": "layerkv_parks",
+    "fetches": "layerkv_fetches",
+    "layered_admissions": "layerkv_layered_prefills",
+    "recomputes": "layerkv_recomputes",
+}
+
+
+class SchedulerSide:
+    """Owns the ledger. The scheduler reads and changes it directly; vLLM's own events come through here."""
+
+    def __init__(self, vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry) -> None:
+        self.config = config
+        self.geometry = geometry
+        self.ledger = KVLedger(geometry, host_blocks_per_worker(vllm_config, config, geometry))
+        self.metrics = MetricSamples()
+        self._requests: Mapping[str, Request] = {}
+        self._reported = LedgerCounters()
+        self._reported_version: tuple[int, int, int] | None = None
+        self._reported_gauges: dict[tuple[str, str | None], float] = {}
+
+    def attach(self, kv_cache_manager: KVCacheManager) -> None:
+        """Take the zone's blocks out of vLLM's pool.
+
+        Raises:
+            IncompatibleVLLMError: vLLM did not build our manager for our spec.
+        """
+        managers = kv_cache_manager.coordinator.single_type_managers
+        if len(managers) != 1 or not isinstance(managers[0], LayerKVManager):
+            raise IncompatibleVLLMError(
+                f"vLLM made {', '.join(type(m).__name__ for m in managers)} to manage KV blocks where one "
+                "LayerKVManager was registered; use the vLLM version that layerkv supports"
+            )
+        managers[0].attach(self.ledger)
+
+    def follow(self, requests: Mapping[str, Request]) -> None:
+        """The scheduler's table of requests, for their token counts."""
+        self._requests = requests
+
+    def tokens_to_fetch(self, request_id: str, num_local_tokens: int) -> tuple[int, bool]:
+        """Tokens in host memory beyond those in the device's prefix cache, and that they arrive asynchronously."""
+        if self.ledger.residency.get(request_id) in (Residency.RESIDENT, Residency.LAYERED):
+            self.ledger.drop(request_id)  # vLLM starts it from nothing: a failed load, or a preemption of vLLM's own
+        beyond = self.ledger.parked_tokens(request_id) - num_local_tokens
+        return (beyond, True) if beyond > 0 else (0, False)
+
+    def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
+        """vLLM gave the request blocks: to load into, or to compute in."""
+        if num_external_tokens > 0:
+            num_local_tokens = self.ledger.parked_tokens(request_id) - num_external_tokens
+            self.ledger.fetch(request_id, block_ids, num_local_tokens)
+        elif self.ledger.residency.get(request_id) is Residency.PARKED:
+            self.ledger.resume_without_fetch(request_id)
+        else:
+            self.ledger.started(request_id)
+
+    def plan(self, output: SchedulerOutput) -> StepPlan | None:
+        """This step's copies; None if there are none."""
+        if self.ledger.is_idle:
+            return None
+        state = output.kv_connector_block_state
+        assert state is not None
+        for request_id in self.ledger.layered_ids & output.num_scheduled_tokens.keys():
+            self.ledger.step_layered(
+                request_id,
+                state.resolve_block_ids(request_id)[0],
+                num_computed=self._requests[request_id].num_computed_tokens,
+                num_scheduled=output.num_scheduled_tokens[request_id],
+            )
+        return self.ledger.take_plan(output.total_num_scheduled_tokens)
+
+    def take_metrics(self) -> Payload | None:
+        """What changed since the last call; None if nothing did."""
+        ledger, counters = self.ledger, self.ledger.counters
+        version = (ledger.residency.version, ledger.zone.num_taken, ledger.host.num_free)
+        if version == self._reported_version and not self.metrics:
+            return None
+        self._reported_version = version
+        for field, name in _COUNTED.items():
+            value = getattr(counters, field)
+            if (new := value - getattr(self._reported, field)) != 0:
+                self.metrics.add(name, new)
+                setattr(self._reported, field, value)
+        for key, gauge in self._gauges().items():
+            if self._reported_gauges.get(key) != gauge:
+                self._reported_gauges[key] = gauge
+                self.metrics.set(key[0], gauge, key[1])
+        return self.metrics.take() if self.metrics else None
+
+    def _gauges(self) -> dict[tuple[str, str | None], float]:
+        ledger = self.ledger
+        gauges: dict[tuple[str, str | None], float] = {
+            ("layerkv_requests", residency.value): count for residency, count in ledger.residency.counts.items()
+        }
+        gauges["layerkv_host_blocks_used", None] = ledger.num_host_blocks_used
+        gauges["layerkv_host_blocks", None] = ledger.host.count
+        gauges["layerkv_pool_blocks", None] = self.geometry.pool_blocks - 1
+        gauges["layerkv_zone_blocks_used", None] = ledger.zone.num_taken
+        gauges["layerkv_zone_blocks", None] = self.geometry.zone_blocks
+        return gauges

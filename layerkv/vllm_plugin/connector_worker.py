@@ -1,0 +1,139 @@
+"""The connector in a worker: owns the arena, host memory and transfer engine, and forwards vLLM's layer hooks."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+
+from layerkv.config import EngineConfig
+from layerkv.core.geometry import KVGeometry
+from layerkv.core.transfer import StepPlan, num_blocks
+from layerkv.device.allocation import ArenaAllocation
+from layerkv.device.base import Direction
+from layerkv.device.cpu_engine import COPY_TIMEOUT_S, CPUTransferEngine
+from layerkv.device.host_memory import MmapHostMemory
+from layerkv.device.lane_schedule import LaneSchedule
+from layerkv.device.mmap_arena import MmapArena
+from layerkv.errors import IncompatibleVLLMError, TransferError
+from layerkv.metrics import MetricSamples, Payload
+from layerkv.vllm_plugin.setup import host_blocks_per_worker
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+IDLE_WAIT_S = 0.005
+"""A step without tokens waits this long for a fetch: without compute to overlap, polling would only spin."""
+
+
+class WorkerSide:
+    """One worker's memory and copies. Called by the thread that runs the model."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry, kv_cache_config: KVCacheConfig
+    ) -> None:
+        layer_names = _layers_in_order(kv_cache_config, geometry)
+        self._layer_index = {name: index for index, name in enumerate(layer_names)}
+        self._geometry = geometry
+        self._arena = MmapArena(geometry)
+        self._host = MmapHostMemory(geometry, host_blocks_per_worker(vllm_config, config, geometry))
+        self._engine = CPUTransferEngine(self._arena, self._host)
+        self._lanes = LaneSchedule(self._engine, geometry.num_layers, geometry.lanes)
+        self._is_idle_step = False
+        self._failed_blocks: set[int] = set()
+        self._metrics = MetricSamples()
+        self._has_copied = False
+
+    def allocation(self) -> AbstractContextManager[Any]:
+        """A context in which vLLM's allocation of the KV cache gets the arena's tensor."""
+        return ArenaAllocation(self._arena)
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Check that vLLM laid the layers out as the arena did.
+
+        Raises:
+            IncompatibleVLLMError: a layer lies elsewhere.
+        """
+        base = self._arena.tensor().data_ptr()
+        for name, index in self._layer_index.items():
+            if (found := kv_caches[name].data_ptr() - base) != self._geometry.offset(index, 0):
+                raise IncompatibleVLLMError(
+                    f"vLLM placed the KV cache of {name} at byte {found} of its allocation, layerkv expects "
+                    f"{self._geometry.offset(index, 0)}; use the vLLM version that layerkv supports"
+                )
+
+    def begin_step(self, plan: StepPlan) -> None:
+        """Begin the copies that this step's forward pass depends on, and its fetches."""
+        self._is_idle_step = plan.num_tokens == 0
+        if plan.parks or plan.stores or plan.fetches:
+            self._has_copied = True
+            self._lanes.begin_step(plan)
+            self._count(plan)
+
+    def layer_done(self, layer_name: str) -> None:
+        """The layer's attention has run (or is enqueued)."""
+        self._lanes.layer_done(self._layer_index[layer_name])
+
+    def finished_fetches(self) -> set[str] | None:
+        """Requests whose fetch has ended since the last call."""
+        finished = self._lanes.poll_fetches(IDLE_WAIT_S if self._is_idle_step else 0.0)
+        for fetch in finished:
+            if fetch.error is not None:
+                logger.error("fetching %s failed, its KV is computed again: %s", fetch.request_id, fetch.error)
+                self._failed_blocks.update(fetch.device_blocks)
+        return {fetch.request_id for fetch in finished} or None
+
+    def take_failed_blocks(self) -> set[int]:
+        """Blocks that should have been loaded and were not."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_metrics(self) -> Payload | None:
+        """Bytes and seconds since the last call; None if nothing was copied."""
+        if not self._has_copied:
+            return None
+        for direction, seconds in self._engine.take_seconds().items():
+            if seconds:
+                self._metrics.add("layerkv_copy_seconds", seconds, direction)
+        self._has_copied = self._lanes.has_fetches
+        return self._metrics.take() if self._metrics else None
+
+    def shutdown(self) -> None:
+        """Let what is under way end, then stop the copy threads."""
+        try:
+            self._lanes.drain(COPY_TIMEOUT_S)
+        except TransferError as error:
+            logger.error("shutting down: %s", error)
+        self._engine.close()
+
+    def _count(self, plan: StepPlan) -> None:
+        block_bytes = self._geometry.block_bytes
+        stored = num_blocks(plan.parks) + num_blocks(plan.stores)
+        loaded = num_blocks(plan.loads) + sum(num_blocks(fetch.runs) for fetch in plan.fetches)
+        if stored:
+            self._metrics.add("layerkv_bytes", stored * block_bytes, Direction.STORE)
+        if loaded:
+            self._metrics.add("layerkv_bytes", loaded * block_bytes, Direction.LOAD)
+
+
+def _layers_in_order(kv_cache_config: KVCacheConfig, geometry: KVGeometry) -> list[str]:
+    """Layer names by their place in the allocation.
+
+    Raises:
+        IncompatibleVLLMError: the layer is not the outermost dimension, so that a lane cannot be aliased.
+    """
+    tensors = kv_cache_config.kv_cache_tensors
+    if len(tensors) == 1:
+        only = tensors[0]
+        placed = (only.offset, only.layer_stride, only.block_stride)
+        if placed == (0, geometry.layer_bytes, geometry.page_bytes) and len(only.layers) == geometry.num_layers:
+            return list(only.layers)
+    raise IncompatibleVLLMError(
+        f"the KV-cache layout {kv_cache_config.kv_cache_layout} does not keep each layer in one stretch of memory, "
+        "which the lane zone needs; set --kv-cache-layout to a layout whose name begins with L"
+    )

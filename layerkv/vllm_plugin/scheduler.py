@@ -1,0 +1,417 @@
+"""The scheduler classes: vLLM's own, with a decision taken before each step.
+
+Each step: take a snapshot, let the policy decide, park, put the chosen requests (and only those) into vLLM's
+waiting queue in the chosen order, and let vLLM schedule. Decisions are the policy's and books the ledger's; this
+module carries out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
+
+from layerkv.config import slo_class_of
+from layerkv.core.residency import Residency
+from layerkv.errors import ConfigError
+from layerkv.scheduler.policy import decide
+from layerkv.scheduler.snapshot import Decision, ParkedRequest, Snapshot, WaitingRequest
+from layerkv.scheduler.tracker import DeadlineQueue, StepTimer, TrackedRequest
+from layerkv.units import format_bytes
+from layerkv.vllm_plugin.connector import LayerKVConnector
+from layerkv.vllm_plugin.snapshot import SnapshotTaker
+from layerkv.vllm_plugin.spec import LayerKVManager
+from layerkv.vllm_plugin.waiting_queue import WaitingQueue
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+logger = init_logger(f"vllm.{__name__}")
+
+MAX_CLOCK_SKEW_S = 3600.0
+"""An arrival time further back than this is a clock that jumped, not a request that waited."""
+
+
+if TYPE_CHECKING:
+    _VLLMScheduler = Any  # a checker sees vLLM as Any: its methods and attributes are found there at run time
+else:
+    _VLLMScheduler = object
+
+
+class LayerKVSchedulerMixin(_VLLMScheduler):
+    """Over either of vLLM's schedulers. Without our spec (passthrough) it adds nothing."""
+
+    running: list[Request]
+    max_num_scheduled_tokens: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.connector, LayerKVConnector):
+            raise ConfigError(
+                f"scheduler_cls: {type(self).__name__} works with LayerKVConnector only; set "
+                '--kv-transfer-config \'{"kv_connector":"LayerKVConnector","kv_role":"kv_both"}\''
+            )
+        side = self.connector.scheduler_side
+        self._is_active = side is not None
+        if side is None:
+            return
+        self._side = side
+        self._ledger = side.ledger
+        self._policy = side.config.policy
+        side.follow(self.requests)
+        manager = self.kv_cache_manager.coordinator.single_type_managers[0]
+        assert isinstance(manager, LayerKVManager)
+        self._tracked: dict[str, TrackedRequest] = {}
+        self._waiting_views: DeadlineQueue[WaitingRequest] = DeadlineQueue()
+        self._parked_views: DeadlineQueue[ParkedRequest] = DeadlineQueue()
+        self._refused: dict[str, str] = {}
+        self._overtaken: dict[str, int] = {}
+        self._no_first_token: set[str] = set()
+        self._timer = StepTimer()
+        self._steps_in_flight: deque[tuple[float, int]] = deque()  # (start, prefill tokens), oldest first
+        self._last_output_s = 0.0
+        self._take_snapshot = SnapshotTaker(self, side, manager)
+        # The policy chooses who is found and in which order; under priority scheduling, priorities shift deadlines.
+        self.waiting = self._queue = WaitingQueue()
+        self.kv_cache_manager.watermark_blocks = 0  # the policy's headroom takes its place
+        self._report_capacity()
+
+    # What the engine calls -----------------------------------------------------------------------------------
+
+    def add_request(self, request: Request) -> None:
+        """Take a request in and find out its SLO class."""
+        super().add_request(request)
+        if self._is_active and self.requests.get(request.request_id) is request:
+            self._track(request)
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:  # noqa: FBT001, FBT002 (vLLM's signature)
+        """Decide, carry the decision out, and let vLLM schedule what is left visible."""
+        if not self._is_active or self._pause_state is PauseState.PAUSED_ALL:
+            return super().schedule(throttle_prefills)
+        started_s = time.monotonic()
+        if self._take_snapshot.is_quiet():
+            output = super().schedule(throttle_prefills)
+        else:
+            output = self._schedule_decided(started_s, throttle_prefills)
+        num_prefill_tokens = output.total_num_scheduled_tokens - len(output.num_scheduled_tokens)
+        if output.total_num_scheduled_tokens:
+            self._steps_in_flight.append((started_s, num_prefill_tokens))
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Note first tokens and step times, and send refusals out with the step's outputs."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if not self._is_active:
+            return outputs
+        now_s = time.monotonic()
+        if scheduler_output.total_num_scheduled_tokens and self._steps_in_flight:
+            started_s, num_prefill_tokens = self._steps_in_flight.popleft()
+            self._timer.observe(now_s - max(started_s, self._last_output_s), num_prefill_tokens)
+        self._last_output_s = now_s
+        if self._no_first_token:
+            self._note_first_tokens(outputs.values(), now_s)
+        if self._refused:
+            self._send_refusals(outputs)
+        return outputs
+
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:  # noqa: FBT001, FBT002
+        """vLLM's reset; when running requests start over, so do parked ones: their KV may be of old weights."""
+        if self._is_active and reset_running_requests:
+            if (num_fetching := len(self.kv_holding_waiting) - self.num_waiting_for_streaming_input) > 0:
+                raise RuntimeError(
+                    f"cannot reset the prefix cache while {num_fetching} request(s) are being fetched from host "
+                    "memory; nothing was changed, try again after the next step"
+                )
+            for request_id in [r for r in self._ledger.residency if self._ledger.residency[r] is Residency.PARKED]:
+                self._ledger.drop(request_id)
+                self._parked_views.discard(request_id)
+                self._enqueue(self.requests[request_id])
+        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+    def get_num_unfinished_requests(self) -> int:
+        """Parked requests are in mid-output: a pause that waits for running requests waits for them too."""
+        num_unfinished: int = super().get_num_unfinished_requests()
+        if self._is_active and self._pause_state is PauseState.PAUSED_NEW:
+            num_unfinished += len(self._parked_views)
+        return num_unfinished
+
+    @property
+    def residency_listener(self) -> Callable[[str, str, str, float], None] | None:
+        """Called as ``(request_id, old, new, monotonic_s)`` at every change of residency; for tools only."""
+        return None
+
+    @residency_listener.setter
+    def residency_listener(self, listener: Callable[[str, str, str, float], None]) -> None:
+        if self._is_active:
+            self._ledger.residency.listener = lambda request_id, old, new: listener(
+                request_id, old, new, time.monotonic()
+            )
+
+    # vLLM's own moves, watched ---------------------------------------------------------------------------------
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:  # noqa: FBT001, FBT002
+        """A preemption that is not a park gives the request's KV up."""
+        super()._preempt_request(request, timestamp, drop_stale_output)
+        if self._is_active and self._ledger.residency.get(request.request_id) is not Residency.PARKED:
+            self._ledger.drop(request.request_id)
+            self._enqueue(request)
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:  # noqa: FBT001, FBT002
+        """Every way out passes here: finished, aborted, refused."""
+        if self._is_active:
+            self._untrack(request.request_id)
+        return super()._free_request(request, delay_free_blocks)
+
+    # Carrying a decision out -----------------------------------------------------------------------------------
+
+    def _schedule_decided(self, now_s: float, throttle_prefills: bool) -> SchedulerOutput:  # noqa: FBT001
+        snapshot = self._take_snapshot(now_s)
+        decision = decide(snapshot)
+        for request_id, reason in decision.refuse:
+            self._refuse(request_id, reason)
+        if decision.overtaken is not None:
+            self._overtaken[decision.overtaken] = self._overtaken.get(decision.overtaken, 0) + 1
+        if decision.park:
+            self._park(decision.park, now_s)
+        chosen = self._chosen(decision)
+        is_paused = self._pause_state is not PauseState.UNPAUSED
+        saved = (self.max_num_scheduled_tokens, self.scheduler_config.long_prefill_token_threshold)
+        self._side.metrics.add("layerkv_decide_seconds", time.monotonic() - now_s)
+        try:
+            self._limit_prefill(snapshot, decision)
+            if is_paused:
+                self._drain(chosen)
+            else:
+                self._queue.show(chosen)
+            output = super().schedule(throttle_prefills)
+        finally:
+            self.max_num_scheduled_tokens, self.scheduler_config.long_prefill_token_threshold = saved
+            self._queue.show(())
+            if is_paused:
+                self._undrain(chosen)
+        self._note_started(decision, now_s)
+        return output
+
+    def _limit_prefill(self, snapshot: Snapshot, decision: Decision) -> None:
+        """Hold prompts to the decided tokens, so that decodes and resuming requests get theirs.
+
+        vLLM serves running requests in list order and a prompt takes all it can, so prompts go last and each is
+        limited to its share. Starting a fetch costs no token, but vLLM's scan ends when none is left.
+        """
+        spare = 1 if decision.fetch else 0
+        budget = snapshot.decode_tokens + decision.prefill_tokens + spare
+        self.max_num_scheduled_tokens = min(self.max_num_scheduled_tokens, max(budget, 1))
+        if snapshot.prefilling_tokens:
+            prefilling = [request for request in self.running if request.is_prefill_chunk]
+            self.running = [request for request in self.running if not request.is_prefill_chunk] + prefilling
+            room = self.max_num_scheduled_tokens - snapshot.decode_tokens - spare
+            share = max(min(room, decision.prefill_tokens) // len(prefilling), 1)
+            threshold = self.scheduler_config.long_prefill_token_threshold
+            self.scheduler_config.long_prefill_token_threshold = min(share, threshold) if threshold else share
+
+    def _drain(self, fetched: list[Request]) -> None:
+        """While new requests are paused, vLLM looks only at those that hold KV; parked ones do, in host memory."""
+        for request in fetched:
+            self._queue.remove_request(request)
+            self.kv_holding_waiting.add_request(request)
+
+    def _undrain(self, fetched: list[Request]) -> None:
+        for request in fetched:
+            if self._ledger.residency.get(request.request_id) is Residency.PARKED:
+                self.kv_holding_waiting.remove_request(request)
+                self._queue.add_request(request)
+
+    def _park(self, request_ids: Iterable[str], now_s: float) -> None:
+        parked = [self.requests[request_id] for request_id in request_ids]
+        leaving = set(parked)
+        self.running = [request for request in self.running if request not in leaving]
+        for request in parked:
+            request_id = request.request_id
+            block_ids = self.kv_cache_manager.get_block_ids(request_id)[0]
+            num_computed = request.num_computed_tokens
+            self._ledger.park(request_id, block_ids, num_computed)
+            self._preempt_request(request, now_s)  # resets its counts; its in-flight token is still delivered
+            tracked = self._tracked[request_id]
+            due_s = tracked.next_token_deadline_s(request.num_output_tokens, now_s)
+            self._parked_views.add(
+                ParkedRequest(
+                    request_id=request_id,
+                    deadline_s=due_s + tracked.rank_shift_s,
+                    num_blocks=-(-max(num_computed + 1, request.num_tokens) // self._side.geometry.block_tokens),
+                    weight=tracked.slo.weight,
+                )
+            )
+
+    def _chosen(self, decision: Decision) -> list[Request]:
+        """Whom vLLM shall find in its waiting queue in this step, in order; layered ones get their reservations."""
+        chosen = [self.requests[request_id] for request_id in decision.fetch]
+        for admission in decision.admit:
+            request = self.requests[admission.request_id]
+            if admission.layered:
+                table_blocks = -(-request.num_tokens // self._side.geometry.block_tokens)
+                self._ledger.admit_layered(
+                    admission.request_id, table_blocks=table_blocks, zone_blocks=admission.zone_blocks
+                )
+            chosen.append(request)
+        return chosen + self._strangers()
+
+    def _strangers(self) -> list[Request]:
+        """Requests in the queue that the policy does not know: vLLM alone moves them, so they stay visible."""
+        if len(self.waiting) == len(self._waiting_views) + len(self._parked_views) + len(self._refused):
+            return []
+        known = (self._waiting_views, self._parked_views, self._refused)
+        return [request for request in self.waiting if not any(request.request_id in views for views in known)]
+
+    def _note_started(self, decision: Decision, now_s: float) -> None:
+        """Bring the books in line with what vLLM did of what was decided."""
+        step = self.current_step
+        for request_id in decision.fetch:
+            if self._ledger.residency[request_id] is not Residency.PARKED:
+                self._parked_views.discard(request_id)
+                self._overtaken.pop(request_id, None)
+                self._tracked[request_id].resident_since_step = step
+            else:
+                self._side.metrics.add("layerkv_declined", 1)
+        for admission in decision.admit:
+            request = self.requests.get(admission.request_id)
+            if request is None:
+                continue
+            if request.status is RequestStatus.RUNNING:
+                self._waiting_views.discard(admission.request_id)
+                self._overtaken.pop(admission.request_id, None)
+                tracked = self._tracked[admission.request_id]
+                tracked.resident_since_step = step
+                if tracked.admitted_s is None:
+                    tracked.admitted_s = now_s
+                    self._side.metrics.observe("layerkv_admission_wait_seconds", max(now_s - tracked.arrival_s, 0.0))
+                continue
+            self._side.metrics.add("layerkv_declined", 1)
+            if admission.layered and self._ledger.residency[admission.request_id] is Residency.WAITING:
+                self._ledger.cancel_layered(admission.request_id)
+
+    # Requests coming and going ---------------------------------------------------------------------------------
+
+    def _track(self, request: Request) -> None:
+        params = request.sampling_params
+        try:
+            slo = slo_class_of(params.extra_args if params is not None else None, self._policy)
+        except ConfigError as error:  # only without our front-end gate, that is with explicit class flags
+            self._refuse(request.request_id, str(error))
+            return
+        now_s = time.monotonic()
+        waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_CLOCK_SKEW_S)
+        self._tracked[request.request_id] = TrackedRequest(
+            slo=slo,
+            arrival_s=now_s - waited_s,
+            rank=request.priority if self.policy is SchedulingPolicy.PRIORITY else 0,
+            # vLLM does not load external KV for these, or keeps their KV between turns
+            can_layer=not request.skip_reading_prefix_cache and not request.resumable,
+        )
+        self._no_first_token.add(request.request_id)
+        self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
+        """Put a request without KV into the queue of waiting ones."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return
+        due_s = tracked.ttft_deadline_s
+        if tracked.first_token_s is not None:
+            due_s = tracked.next_token_deadline_s(request.num_output_tokens, due_s) + tracked.rank_shift_s
+        self._waiting_views.discard(request.request_id)
+        self._waiting_views.add(
+            WaitingRequest(
+                request_id=request.request_id,
+                deadline_s=due_s,
+                num_tokens=request.num_tokens,
+                num_blocks=-(-request.num_tokens // self._side.geometry.block_tokens),
+                can_layer=tracked.can_layer,
+                weight=tracked.slo.weight,
+            )
+        )
+
+    def _untrack(self, request_id: str) -> None:
+        self._tracked.pop(request_id, None)
+        self._waiting_views.discard(request_id)
+        self._parked_views.discard(request_id)
+        self._overtaken.pop(request_id, None)
+        self._refused.pop(request_id, None)
+        self._no_first_token.discard(request_id)
+
+    def _refuse(self, request_id: str, reason: str) -> None:
+        self._refused[request_id] = reason
+        self._waiting_views.discard(request_id)
+
+    def _send_refusals(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        for request_id, reason in list(self._refused.items()):
+            logger.error("request %s refused: %s", request_id, reason)
+            self._side.metrics.add("layerkv_refused", 1)
+            for request in self.finish_requests(request_id, RequestStatus.FINISHED_ERROR):
+                of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+                of_client.outputs.append(
+                    EngineCoreOutput(
+                        request_id=request.request_id,
+                        new_token_ids=[],
+                        finish_reason=request.get_finished_reason(),
+                        stop_reason=reason,
+                        events=request.take_events(),
+                        trace_headers=request.trace_headers,
+                    )
+                )
+
+    def _note_first_tokens(self, outputs: Iterable[EngineCoreOutputs], now_s: float) -> None:
+        for of_client in outputs:
+            for output in of_client.outputs:
+                if output.new_token_ids and output.request_id in self._no_first_token:
+                    self._no_first_token.discard(output.request_id)
+                    tracked = self._tracked.get(output.request_id)
+                    if tracked is None:  # finished with its first token
+                        continue
+                    tracked.first_token_s = now_s
+                    on_time = now_s - tracked.arrival_s <= tracked.slo.ttft_s
+                    name = "layerkv_ttft_slo_met" if on_time else "layerkv_ttft_slo_missed"
+                    self._side.metrics.add(name, 1, tracked.slo.name)
+
+    def _report_capacity(self) -> None:
+        """Tell what is active, and correct what vLLM counted as capacity."""
+        geometry, config = self._side.geometry, self._side.config
+        pool_tokens = (geometry.pool_blocks - 1) * geometry.block_tokens
+        self.cache_config.kv_cache_size_tokens = pool_tokens
+        self.cache_config.kv_cache_max_concurrency = pool_tokens / self.max_model_len
+        logger.info(
+            "layerkv is on (mode %s): pool %d blocks (%d tokens), lane zone %d blocks (%d tokens) in %d lane(s) taking "
+            "%s of %s, host memory %d blocks (%s per worker), policy %s (%s); vLLM's own figures above count zone "
+            "blocks as if they were pool blocks",
+            config.mode,
+            geometry.pool_blocks - 1,
+            pool_tokens,
+            geometry.zone_blocks,
+            geometry.zone_blocks * geometry.block_tokens,
+            geometry.lanes,
+            format_bytes(geometry.lanes * geometry.lane_bytes),
+            format_bytes(geometry.physical_bytes),
+            self._ledger.host.count,
+            format_bytes(self._ledger.host.count * geometry.block_bytes),
+            config.policy_path or "built in",
+            ", ".join(config.policy.classes),
+        )
+
+
+class LayerKVScheduler(LayerKVSchedulerMixin, Scheduler):
+    """layerkv over vLLM's synchronous scheduler."""
+
+
+class LayerKVAsyncScheduler(LayerKVSchedulerMixin, AsyncScheduler):
+    """layerkv over vLLM's asynchronous scheduler."""

@@ -1,0 +1,128 @@
+"""From vLLM's configuration to ours: geometry and host memory, the same in scheduler and workers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerkv.config import EngineConfig
+from layerkv.core.geometry import GeometryRequest, KVGeometry, geometry_for_blocks
+from layerkv.errors import ConfigError
+from layerkv.units import format_bytes
+from layerkv.vllm_plugin.spec import LayerKVSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+CPU_ALIGNMENT_BYTES = 4096
+DEFAULT_LANES = 2
+"""One lane is written while the other is copied: enough to overlap wherever copying is faster than computing."""
+
+_DEFAULT_HOST_SHARE = 0.25
+_DEFAULT_HOST_FACTOR = 4
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def engine_config(vllm_config: VllmConfig) -> EngineConfig:
+    """Our part of ``--kv-transfer-config``.
+
+    Raises:
+        ConfigError: something in it is wrong.
+    """
+    assert vllm_config.kv_transfer_config is not None
+    return EngineConfig.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+
+
+def geometry_request(
+    vllm_config: VllmConfig, config: EngineConfig, spec: LayerKVSpec, num_layers: int
+) -> GeometryRequest:
+    """What the division into pool and zone depends on."""
+    return GeometryRequest(
+        num_layers=num_layers,
+        page_bytes=spec.page_size_bytes,
+        block_tokens=spec.block_size,
+        lanes=config.lanes or DEFAULT_LANES,
+        step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        zone_tokens=0 if config.mode == "resident" else config.zone_tokens,
+        alignment_bytes=CPU_ALIGNMENT_BYTES,
+    )
+
+
+def geometry_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVCacheConfig) -> KVGeometry | None:
+    """The division that follows from the number of blocks vLLM settled on; None if vLLM runs without our spec.
+
+    Raises:
+        ConfigError: pool and ``max_model_len`` do not go together.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, LayerKVSpec):
+        return None
+    request = geometry_request(vllm_config, config, groups[0].kv_cache_spec, len(groups[0].layer_names))
+    geometry = geometry_for_blocks(request, kv_cache_config.num_blocks)
+    require_room_for_one(vllm_config, geometry)
+    return geometry
+
+
+def require_room_for_one(vllm_config: VllmConfig, geometry: KVGeometry) -> None:
+    """vLLM's own start-up check counts zone blocks as memory; this one does not.
+
+    Raises:
+        ConfigError: a request of ``max_model_len`` tokens does not fit into the pool.
+    """
+    pool_tokens = (geometry.pool_blocks - 1) * geometry.block_tokens  # vLLM keeps one block as its null block
+    max_model_len = vllm_config.model_config.max_model_len
+    if max_model_len > pool_tokens:
+        raise ConfigError(
+            f"max_model_len: found {max_model_len}, but the KV pool holds {pool_tokens} tokens beside a lane zone of "
+            f"{geometry.zone_blocks * geometry.block_tokens} tokens; set max_model_len to {pool_tokens} or less, give "
+            "more KV memory (--kv-cache-memory-bytes, --gpu-memory-utilization), or a smaller zone_tokens"
+        )
+
+
+def require_host_memory(config: EngineConfig) -> None:
+    """Check ``host_memory`` as far as it needs no engine, so that a mistake ends start-up at once.
+
+    Raises:
+        ConfigError: it is more than the machine has.
+    """
+    machine = machine_memory_bytes()
+    if config.host_memory_bytes is not None and config.host_memory_bytes > machine:
+        raise ConfigError(
+            f"kv_connector_extra_config.host_memory: found {format_bytes(config.host_memory_bytes)}, but this machine "
+            f"has {format_bytes(machine)} of memory; set host_memory to less"
+        )
+
+
+def host_blocks_per_worker(vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry) -> int:
+    """Host blocks of each worker: ``host_memory`` is for the whole engine, divided among tensor-parallel ranks.
+
+    Raises:
+        ConfigError: it is more than the machine has, or less than one block.
+    """
+    require_host_memory(config)
+    parallel = vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size
+    total = config.host_memory_bytes
+    if total is None:
+        share = int(machine_memory_bytes() * _DEFAULT_HOST_SHARE) // parallel.data_parallel_size_local
+        total = min(_DEFAULT_HOST_FACTOR * geometry.physical_bytes * ranks, share)
+    blocks = total // ranks // geometry.block_bytes
+    if blocks == 0:
+        raise ConfigError(
+            f"kv_connector_extra_config.host_memory: found {format_bytes(total)} for {ranks} worker(s), but one host "
+            f"block takes {format_bytes(geometry.block_bytes)} on each; set host_memory to more"
+        )
+    return blocks
+
+
+def machine_memory_bytes() -> int:
+    """Memory of this machine, or of the container that this process runs in if that is less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CGROUP_LIMITS:
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return min(limits)

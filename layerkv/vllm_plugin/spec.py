@@ -1,0 +1,112 @@
+"""Our KV-cache spec and its manager: where a layered request's blocks come from.
+
+Importing this module registers both with vLLM, in whichever process it is imported: workers make the spec, and the
+engine core imports the module when it unpickles one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+from layerkv.core.ledger import KVLedger
+from layerkv.core.zone import ZoneLedger
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+# Registering the first spec of all would keep vLLM from registering its own (it does so only while there is none).
+KVCacheSpecRegistry._ensure_registered()
+
+
+class ZonePool:
+    """What vLLM gives zone blocks back to. vLLM routes every free, deferred ones too, by ``KVCacheBlock.pool``."""
+
+    def __init__(self, zone: ZoneLedger) -> None:
+        self._zone = zone
+
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
+        """Give blocks back to the zone."""
+        freed = []
+        for block in ordered_blocks:
+            block.ref_cnt -= 1
+            assert block.ref_cnt == 0, "a zone block has one owner"
+            freed.append(block.block_id)
+        self._zone.give_back(freed)
+
+
+class LayerKVManager(FullAttentionManager):
+    """Takes a layered request's new blocks from the lane zone, and everybody else's from the pool.
+
+    Until :meth:`attach` is called it is vLLM's own manager. Zone blocks never enter the pool's free queue and are
+    never hashed for prefix caching, because what they hold changes from layer to layer.
+    """
+
+    _ledger: KVLedger | None = None
+
+    def attach(self, ledger: KVLedger) -> None:
+        """Withhold the zone's ids from the pool. Called once, before the first request."""
+        pool, geometry = self.block_pool, ledger.geometry
+        zone_pool = ZonePool(ledger.zone)
+        for block in pool.blocks[geometry.pool_blocks :]:
+            pool.free_block_queue.remove(block)
+            block.pool = zone_pool  # type: ignore[assignment]
+        pool.num_gpu_blocks = geometry.pool_blocks  # usage and reset count the pool only
+        self._ledger = ledger
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Pool blocks needed: for a layered request only its prefix-cache hits that nobody holds yet.
+
+        With the zone full the answer is more than the pool has, so that ``allocate_slots`` declines.
+        """
+        if self._ledger is None or not self._ledger.is_layered(request_id):
+            return super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
+        num_held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
+        num_from_zone = max(cdiv(num_tokens, self.block_size) - num_held, 0)
+        if not self._ledger.zone.can_take(request_id, num_from_zone):
+            return self.block_pool.num_gpu_blocks + 1
+        return self._get_num_evictable_blocks(new_computed_blocks)
+
+    def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
+        """Give the request slots for ``num_tokens``, from the zone if it is layered."""
+        if self._ledger is None or not self._ledger.is_layered(request_id):
+            return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        held = self.req_to_blocks[request_id]
+        num_new = cdiv(num_tokens, self.block_size) - len(held)
+        if num_new <= 0:
+            return []
+        new = [self.block_pool.blocks[block_id] for block_id in self._ledger.zone.take(request_id, num_new)]
+        for block in new:
+            block.ref_cnt = 1
+        held.extend(new)
+        return new
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Hash full blocks for prefix caching, except a layered request's: its hits are hashed already."""
+        if self._ledger is None or not self._ledger.is_layered(request.request_id):
+            super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+
+@register_kv_cache_spec(manager_class=LayerKVManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class LayerKVSpec(FullAttentionSpec):
+    """Full attention whose blocks may come from the lane zone. A marker: the same fields, another manager."""
+
+    @classmethod
+    def of(cls, spec: FullAttentionSpec) -> LayerKVSpec:
+        """The same spec as ours."""
+        return cls(**{field.name: getattr(spec, field.name) for field in fields(FullAttentionSpec)})

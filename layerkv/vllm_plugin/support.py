@@ -1,0 +1,91 @@
+"""What cannot be served yet, found in vLLM's configuration before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from layerkv.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+OUR_WORKERS = {"cpu": "layerkv.vllm_plugin.worker.LayerKVCPUWorker"}
+OUR_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVScheduler"
+OUR_ASYNC_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVAsyncScheduler"
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """One reason why layerkv cannot serve this configuration."""
+
+    what: str
+    why: str
+    instead: str
+
+    def __str__(self) -> str:
+        return f"{self.what} is not supported by layerkv yet: {self.why}; {self.instead}"
+
+
+def unsupported(vllm_config: VllmConfig) -> Unsupported | None:
+    """The first thing in the configuration that cannot be served, or None."""
+    return next(iter(_problems(vllm_config)), None)
+
+
+def require_supported(vllm_config: VllmConfig) -> None:
+    """Refuse a configuration that cannot be served.
+
+    Raises:
+        ConfigError: with what, why, and what to set.
+    """
+    if (problem := unsupported(vllm_config)) is not None:
+        raise ConfigError(
+            f'{problem}, or set "on_unsupported": "passthrough" in kv_connector_extra_config to run without layerkv'
+        )
+
+
+def _problems(c: VllmConfig) -> Iterable[Unsupported]:
+    model, parallel, scheduler = c.model_config, c.parallel_config, c.scheduler_config
+    transfer = c.kv_transfer_config
+    assert transfer is not None
+    device = c.device_config.device_type
+    if device not in OUR_WORKERS:
+        yield Unsupported(
+            f"device type {device!r}",
+            "only the CPU arena and transfer engine exist so far",
+            f"run one of {', '.join(OUR_WORKERS)}",
+        )
+    if transfer.kv_role != "kv_both":
+        yield Unsupported(f"kv_role {transfer.kv_role!r}", "one engine stores and loads", "set kv_role to kv_both")
+    if model.runner_type != "generate":
+        yield Unsupported(f"runner type {model.runner_type!r}", "only generation keeps KV", "use a generating model")
+    if model.is_encoder_decoder:
+        yield Unsupported(
+            "an encoder-decoder model", "cross-attention KV has another layout", "use a decoder-only model"
+        )
+    if model.is_hybrid or model.is_attention_free:
+        yield Unsupported("a hybrid or attention-free model", "its state is not per-token KV", "use a dense model")
+    if model.is_multimodal_model:
+        yield Unsupported("a multimodal model", "encoder inputs are untested with parking", "use a text model")
+    if model.use_mla:
+        yield Unsupported("MLA attention", "its KV layout is untested", "use a model with full attention")
+    if c.speculative_config is not None:
+        yield Unsupported("speculative decoding", "draft KV is not tracked", "leave out --speculative-config")
+    if parallel.pipeline_parallel_size > 1:
+        yield Unsupported("pipeline parallelism", "layers are counted per engine", "set --pipeline-parallel-size 1")
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield Unsupported("context parallelism", "blocks are split between ranks", "leave out context parallelism")
+    if model.enable_sleep_mode:
+        yield Unsupported("sleep mode", "the arena is not part of its memory pool", "leave out --enable-sleep-mode")
+    if model.original_max_model_len == -1:
+        yield Unsupported(
+            "max_model_len -1 (fit to memory)", "it would count the lane zone as memory", "set --max-model-len"
+        )
+    if parallel.worker_cls not in ("auto", CPU_WORKER, *OUR_WORKERS.values()):
+        yield Unsupported(f"worker class {parallel.worker_cls!r}", "layerkv brings its own", "leave out --worker-cls")
+    if scheduler.scheduler_cls not in (None, OUR_SCHEDULER, OUR_ASYNC_SCHEDULER):
+        yield Unsupported(
+            f"scheduler class {scheduler.scheduler_cls!r}", "layerkv brings its own", "leave out --scheduler-cls"
+        )

@@ -1,0 +1,42 @@
+"""What every test needs: an environment that keeps vLLM quiet and steady, and skips for what is not here."""
+
+import importlib.util
+import os
+
+import pytest
+from hypothesis import settings
+
+# Without a deadline: on a shared machine the first example of a test may take seconds.
+settings.register_profile("layerkv", deadline=None)
+settings.load_profile("layerkv")
+
+
+def pytest_configure() -> None:
+    """Give a bare `pytest` the environment of `make test`; what is already set stays."""
+    # Before torch is imported: OpenMP reads its variable once.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run."""
+    if any(item.get_closest_marker("vllm") for item in items) and not importlib.util.find_spec("vllm"):
+        _skip(items, "vllm", "vLLM is not installed; pip install layerkv[cpu]")
+    if any(item.get_closest_marker("gpu") for item in items) and not _sees_cuda():
+        _skip(items, "gpu", "no CUDA device is visible")
+
+
+def _sees_cuda() -> bool:
+    if not importlib.util.find_spec("torch"):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))

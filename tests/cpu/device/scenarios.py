@@ -1,0 +1,307 @@
+"""Short lives of a few requests, each built so that some pair of copies, or copy and compute, would collide.
+
+A scenario takes a `TinyServer` and ends with every request gone. Blocks have four tokens; pool 15 usable blocks, zone
+12 blocks, host memory 18 blocks, so that all of them are reused all the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.fakes.tiny_server import TinyServer
+
+Scenario = Callable[[TinyServer], None]
+
+
+def whole_prompt_parked_and_fetched(server: TinyServer) -> None:
+    server.arrive("a", 21, layered=True)
+    server.step(a=21)
+    server.park("a")
+    server.step()
+    server.fetch("a")
+    server.await_fetch("a")
+    for _ in range(5):
+        server.step(a=1)
+    server.end()
+
+
+def prompt_in_chunks_that_end_inside_blocks(server: TinyServer) -> None:
+    server.arrive("a", 30, layered=True)
+    for num_tokens in (5, 1, 9, 8, 7):
+        server.step(a=num_tokens)
+    server.park("a")
+    server.step()
+    server.fetch("a")
+    server.await_fetch("a")
+    server.step(a=3)
+    server.end()
+
+
+def two_layered_requests_in_a_step(server: TinyServer) -> None:
+    server.arrive("a", 20, layered=True)
+    server.arrive("b", 17, layered=True)
+    server.step(a=11)
+    server.step(a=9, b=6)
+    server.park("a")
+    server.arrive("c", 7, layered=True)
+    server.step(b=11, c=7)
+    server.park("b")
+    server.park("c")
+    server.fetch("a")
+    server.step()
+    server.fetch("c")
+    server.fetch("b")
+    for request_id in "abc":
+        server.await_fetch(request_id)
+    server.step(a=2, b=1, c=1)
+    server.end()
+
+
+def layered_beside_resident(server: TinyServer) -> None:
+    server.arrive("r", 9, layered=False)
+    server.step(r=9)
+    server.arrive("a", 18, layered=True)
+    server.step(r=1, a=10)
+    server.step(r=1, a=8)
+    server.park("a")
+    server.step(r=1)
+    server.fetch("a")
+    server.step(r=1)
+    server.await_fetch("a")
+    server.step(r=1, a=1)
+    server.end()
+
+
+def streamed_decode(server: TinyServer) -> None:
+    server.arrive("a", 14, layered=True)
+    server.step(a=14)
+    for _ in range(6):
+        server.step(a=1)
+    server.arrive("b", 9, layered=True)
+    server.step(a=1, b=9)
+    server.step(a=1, b=1)
+    server.park("a")
+    server.step(b=1)
+    server.fetch("a")
+    server.await_fetch("a")
+    server.step(a=1, b=1)
+    server.end()
+
+
+def same_zone_blocks_in_the_next_step(server: TinyServer) -> None:
+    """The zone holds one of these prompts: each next one takes the blocks that the last one has just left."""
+    parked = []
+    server.arrive("aborted", 48, layered=True)
+    server.step(aborted=40)
+    server.finish("aborted")
+    for name in ("a", "b"):
+        server.arrive(name, 24, layered=True)
+        server.arrive(f"{name}-other", 23, layered=True)
+        server.step(**{name: 24, f"{name}-other": 20})
+        server.finish(f"{name}-other")
+        server.park(name)
+        parked.append(name)
+    server.step()
+    for name in parked:
+        server.fetch(name)
+        server.await_fetch(name)
+        server.step(**{name: 1})
+        server.finish(name)
+    server.end()
+
+
+def chunks_of_one_over_the_zone_blocks_of_another(server: TinyServer) -> None:
+    """The second prompt's chunk loads into blocks that the first one's last layers are still stored from."""
+    server.arrive("a", 22, layered=True)
+    server.arrive("b", 24, layered=True)
+    server.step(b=7)
+    server.step(a=22)
+    server.park("a")
+    server.step(b=9)
+    server.arrive("c", 21, layered=True)
+    server.step(b=8, c=5)
+    server.finish("b")
+    server.step(c=16)
+    server.park("c")
+    for name in ("a", "c"):
+        server.fetch(name)
+    for name in ("a", "c"):
+        server.await_fetch(name)
+    server.step(a=1, c=1)
+    server.end()
+
+
+def parked_prefix_overwritten_in_the_same_step(server: TinyServer) -> None:
+    """The parked request was the last user of its prefix-cache hits: a resident prompt takes those blocks at once."""
+    server.arrive("donor", 20, layered=False)
+    server.step(donor=20)
+    server.arrive("a", 26, layered=True, prefix_of="donor", num_shared=4)
+    server.finish("donor")
+    server.step(a=7)
+    server.step(a=3)
+    server.park("a")
+    server.arrive("thief", 60, layered=False)
+    server.step(thief=60)
+    server.finish("thief")
+    server.fetch("a")
+    server.await_fetch("a")
+    server.step(a=2)
+    server.end()
+
+
+def parked_resident_overwritten_in_the_same_step(server: TinyServer) -> None:
+    server.arrive("r", 33, layered=False)
+    server.step(r=33)
+    server.step(r=1)
+    server.park("r")
+    server.arrive("thief", 60, layered=False)
+    server.step(thief=60)
+    server.finish("thief")
+    server.fetch("r")
+    server.await_fetch("r")
+    server.step(r=2)
+    server.end()
+
+
+def fetched_right_after_the_park(server: TinyServer) -> None:
+    server.arrive("a", 19, layered=True)
+    server.step(a=19)
+    server.park("a")
+    server.fetch("a")
+    server.step()
+    server.await_fetch("a")
+    server.step(a=1)
+    server.park("a")
+    server.step()
+    server.fetch("a")
+    server.await_fetch("a")
+    server.step(a=1)
+    server.end()
+
+
+def fetched_into_blocks_parked_in_the_same_step(server: TinyServer) -> None:
+    server.arrive("a", 21, layered=True)
+    server.step(a=21)
+    server.park("a")
+    server.arrive("r", 22, layered=False)
+    server.arrive("full", 36, layered=False)
+    server.step(r=22, full=36)
+    server.park("r")
+    server.fetch("a")
+    server.step()
+    server.await_fetch("a")
+    server.step(a=1)
+    server.park("a")
+    server.fetch("r")
+    server.step()
+    server.await_fetch("r")
+    server.step(r=1)
+    server.end()
+
+
+def fetched_into_blocks_finished_in_the_same_step(server: TinyServer) -> None:
+    """The finished request's last token may still be on its way to these very blocks."""
+    server.arrive("a", 22, layered=True)
+    server.step(a=22)
+    server.park("a")
+    server.arrive("r", 60, layered=False)
+    server.step(r=60)
+    server.finish("r")
+    server.fetch("a")
+    server.step()
+    server.await_fetch("a")
+    server.step(a=1)
+    server.end()
+
+
+def fetched_beside_a_layered_step(server: TinyServer) -> None:
+    server.arrive("a", 15, layered=True)
+    server.step(a=15)
+    server.park("a")
+    server.arrive("b", 29, layered=True)
+    server.step(b=10)
+    server.fetch("a")
+    server.step(b=10)
+    server.step(b=9)
+    server.await_fetch("a")
+    server.step(a=1)
+    server.end()
+
+
+def fetched_onto_a_prefix_that_stayed(server: TinyServer) -> None:
+    """Another request kept the prefix in the pool, so only the rest is fetched; that one goes on decoding."""
+    server.arrive("donor", 17, layered=False)
+    server.step(donor=17)
+    server.arrive("a", 25, layered=True, prefix_of="donor", num_shared=4)
+    server.step(a=9, donor=1)
+    server.park("a")
+    server.step(donor=1)
+    server.fetch("a", prefix_of="donor", num_shared=4)
+    server.step(donor=1)
+    server.await_fetch("a")
+    server.step(a=1, donor=1)
+    server.end()
+
+
+def aborted_while_fetching(server: TinyServer) -> None:
+    """Its host blocks are read until the fetch is reported; what comes next must not write them before."""
+    server.arrive("a", 24, layered=True)
+    server.step(a=24)
+    server.park("a")
+    server.step()
+    server.fetch("a")
+    server.step()
+    server.finish("a")
+    server.arrive("b", 24, layered=True)
+    server.step(b=24)
+    server.park("b")
+    server.poll(wait_s=5.0)
+    server.fetch("b")
+    server.await_fetch("b")
+    server.step(b=1)
+    server.end()
+
+
+def host_blocks_of_an_aborted_prompt_reused(server: TinyServer) -> None:
+    """The second prompt stores into the host blocks that the first, aborted, is still stored to and loaded from."""
+    server.arrive("a", 44, layered=True)
+    server.step(a=21)
+    server.step(a=18)
+    server.finish("a")
+    server.arrive("b", 43, layered=True)
+    server.step(b=22)
+    server.step(b=21)
+    server.park("b")
+    server.step()
+    server.fetch("b")
+    server.await_fetch("b")
+    server.step(b=1)
+    server.park("b")
+    server.finish("b")
+    server.arrive("r", 30, layered=False)
+    server.step(r=30)
+    server.park("r")
+    server.fetch("r")
+    server.await_fetch("r")
+    server.step(r=1)
+    server.end()
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    whole_prompt_parked_and_fetched,
+    prompt_in_chunks_that_end_inside_blocks,
+    two_layered_requests_in_a_step,
+    layered_beside_resident,
+    streamed_decode,
+    same_zone_blocks_in_the_next_step,
+    chunks_of_one_over_the_zone_blocks_of_another,
+    parked_prefix_overwritten_in_the_same_step,
+    parked_resident_overwritten_in_the_same_step,
+    fetched_right_after_the_park,
+    fetched_into_blocks_parked_in_the_same_step,
+    fetched_into_blocks_finished_in_the_same_step,
+    fetched_beside_a_layered_step,
+    fetched_onto_a_prefix_that_stayed,
+    aborted_while_fetching,
+    host_blocks_of_an_aborted_prompt_reused,
+)

@@ -1,0 +1,175 @@
+"""What the lane schedule reports: ended and failed fetches, draining, and hooks out of order.
+
+That copies come in the right order is `test_ordering.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import pytest
+
+from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan
+from layerkv.device.base import Direction
+from layerkv.device.lane_schedule import FinishedFetch, LaneSchedule
+from layerkv.errors import TransferError
+from tests.fakes.workers import Worker, make_worker, small_geometry
+
+NUM_LAYERS, LANES = 4, 2
+ZONE = 16  # first zone block
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return make_worker("slow", small_geometry(NUM_LAYERS, LANES), 8)
+
+
+@pytest.fixture
+def lanes(worker: Worker) -> LaneSchedule:
+    return LaneSchedule(worker.engine, NUM_LAYERS, LANES)
+
+
+def fetch_of(request_id: str, device_block: int = 2, num_blocks: int = 3) -> FetchPlan:
+    return FetchPlan(request_id, (BlockRun(device_block, 0, num_blocks), BlockRun(9, 6, 1)))
+
+
+def layered_step(lanes: LaneSchedule, plan: StepPlan) -> None:
+    lanes.begin_step(plan)
+    for layer in range(NUM_LAYERS):
+        lanes.layer_done(layer)
+
+
+def test_a_fetch_is_reported_once_and_only_when_it_has_ended(worker: Worker, lanes: LaneSchedule) -> None:
+    assert not lanes.has_fetches
+    lanes.begin_step(StepPlan(fetches=(fetch_of("a"), fetch_of("b", 5))))
+    assert lanes.poll_fetches() == []
+    assert lanes.has_fetches
+    first = lanes.poll_fetches(wait_s=5.0)
+    assert [(fetch.request_id, fetch.error) for fetch in first] == [("a", None)], "the oldest is waited for"
+    worker.engine.synchronize()
+    assert [fetch.request_id for fetch in lanes.poll_fetches()] == ["b"]
+    assert not lanes.has_fetches
+    assert lanes.poll_fetches(wait_s=5.0) == []
+
+
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+def test_a_fetch_that_fails_in_any_layer_is_reported_with_all_its_blocks(
+    worker: Worker, lanes: LaneSchedule, layer: int
+) -> None:
+    worker.engine.failing.add((Direction.LOAD, layer))
+    lanes.begin_step(StepPlan(fetches=(fetch_of("a"),)))
+    [finished] = lanes.poll_fetches(wait_s=5.0)
+    assert finished.request_id == "a"
+    assert isinstance(finished.error, TransferError)
+    assert finished.device_blocks == (2, 3, 4, 9)
+
+
+def test_a_failed_fetch_does_not_fail_the_next_one(worker: Worker, lanes: LaneSchedule) -> None:
+    worker.engine.failing.add((Direction.LOAD, 1))
+    lanes.begin_step(StepPlan(fetches=(fetch_of("a"),)))
+    worker.engine.synchronize()
+    worker.engine.failing.clear()
+    lanes.begin_step(StepPlan(fetches=(fetch_of("b"),)))
+    worker.engine.synchronize()
+    assert [(f.request_id, f.error is None) for f in lanes.poll_fetches()] == [("a", False), ("b", True)]
+
+
+class FailingStores:
+    """Makes the CPU engine's stores of some layers fail."""
+
+    def __init__(self, worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.layers: set[int] = set()
+        thread = worker.engine._threads[Direction.STORE]
+        copy = thread._copy
+
+        def copy_or_fail(layers: Sequence[int], runs: Sequence[BlockRun]) -> None:
+            if self.layers.intersection(layers):
+                raise OSError("host memory is gone")
+            copy(layers, runs)
+
+        monkeypatch.setattr(thread, "_copy", copy_or_fail)
+
+
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+def test_kv_is_never_fetched_whose_store_has_failed_in_some_layer(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
+    """Rule 8: KV that never reached host memory must not be decoded from, whichever layer's it is."""
+    worker = make_worker("cpu", small_geometry(NUM_LAYERS, LANES), 8)
+    lanes, failing = LaneSchedule(worker.engine, NUM_LAYERS, LANES), FailingStores(worker, monkeypatch)
+    failing.layers = {layer}
+    finished: list[FinishedFetch] = []
+    with suppress(TransferError):  # as good: the step, and with it the worker, learns of it before anything is read
+        layered_step(lanes, StepPlan(stores=(BlockRun(ZONE, 0, 3),), num_tokens=12))
+        lanes.begin_step(StepPlan(fetches=(FetchPlan("a", (BlockRun(2, 0, 3),)),)))
+        while not finished:
+            finished = lanes.poll_fetches(wait_s=5.0)
+    worker.engine.close()
+    assert all(fetch.error is not None for fetch in finished), f"layer {layer} was fetched though its store failed"
+
+
+def test_a_park_whose_store_failed_stops_the_step_that_would_overwrite_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = make_worker("cpu", small_geometry(NUM_LAYERS, LANES), 8)
+    lanes, failing = LaneSchedule(worker.engine, NUM_LAYERS, LANES), FailingStores(worker, monkeypatch)
+    failing.layers = {0}
+    with pytest.raises(TransferError, match="host memory is gone"):
+        lanes.begin_step(StepPlan(parks=(BlockRun(2, 0, 3),)))
+    worker.engine.close()
+
+
+def test_a_load_that_failed_stops_compute_where_the_engine_can_tell_at_once() -> None:
+    worker = make_worker("cpu", small_geometry(NUM_LAYERS, 1), 8)
+    lanes = LaneSchedule(worker.engine, NUM_LAYERS, 1)
+    gate = worker.gate()
+    gate.end(TransferError("the link is down"))
+    worker.engine.submit(Direction.STORE, [0], [BlockRun(0, 0, 1)])
+    lanes._lane_stored[0] = gate  # as if the last step's store had failed
+    with pytest.raises(TransferError, match="the link is down"):
+        lanes.begin_step(StepPlan(stores=(BlockRun(ZONE, 0, 1),), loads=(BlockRun(ZONE, 0, 1),), num_tokens=1))
+    worker.engine.close()
+
+
+def test_hooks_out_of_order_are_a_bug_of_ours(lanes: LaneSchedule) -> None:
+    lanes.begin_step(StepPlan(stores=(BlockRun(ZONE, 0, 1),), num_tokens=1))
+    lanes.layer_done(0)
+    with pytest.raises(AssertionError, match="layer 2 ran where 1 was expected"):
+        lanes.layer_done(2)
+
+
+def test_draining_waits_for_stores_and_fetches(worker: Worker, lanes: LaneSchedule) -> None:
+    plan = StepPlan(stores=(BlockRun(ZONE, 0, 3),), fetches=(FetchPlan("a", (BlockRun(2, 4, 2),)),), num_tokens=12)
+    layered_step(lanes, plan)
+    lanes.drain(5.0)
+    assert not worker.engine._queues["store"]
+    assert not worker.engine._queues["background"]
+    assert [fetch.request_id for fetch in lanes.poll_fetches()] == ["a"]
+
+
+def test_draining_says_when_something_does_not_end(worker: Worker, lanes: LaneSchedule) -> None:
+    gate = worker.gate()
+    worker.engine.submit(Direction.STORE, [0], [BlockRun(0, 0, 1)], after=[gate])
+    layered_step(lanes, StepPlan(stores=(BlockRun(ZONE, 0, 3),), num_tokens=12))
+    with pytest.raises(TransferError, match="did not end"):
+        lanes.drain(0.0)
+    gate.end()
+    lanes.drain(0.0)
+
+
+def test_a_steps_copies_are_one_per_layer_and_direction() -> None:
+    """Rule 7: batched, never one call per block; parks are one call for all layers."""
+    worker = make_worker("slow", small_geometry(NUM_LAYERS, LANES), 8)
+    lanes = LaneSchedule(worker.engine, NUM_LAYERS, LANES)
+    submitted: list[tuple[Direction, tuple[int, ...]]] = []
+    submit = worker.engine.submit
+
+    def noting(direction: Direction, layers: range, runs: object, **kwargs: object) -> object:
+        submitted.append((direction, tuple(layers)))
+        return submit(direction, layers, runs, **kwargs)
+
+    worker.engine.submit = noting
+    runs = (BlockRun(ZONE, 0, 2), BlockRun(ZONE + 5, 4, 3))
+    plan = StepPlan(parks=(BlockRun(1, 7, 1), BlockRun(4, 3, 1)), stores=runs, loads=runs, num_tokens=20)
+    layered_step(lanes, plan)
+    each = [(layer,) for layer in range(NUM_LAYERS)]
+    stores = [layers for direction, layers in submitted if direction is Direction.STORE]
+    assert stores == [tuple(range(NUM_LAYERS)), *each]
+    assert [layers for direction, layers in submitted if direction is Direction.LOAD] == each

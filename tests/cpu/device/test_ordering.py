@@ -1,0 +1,285 @@
+"""The ordering rules of the lane schedule, and the proof that breaking any of them would be seen.
+
+Everything runs over fake engines that do as much harm as the engine contract permits (see `tests.fakes.stream_engine`),
+and over the real CPU engine. A wrong order shows as wrong KV in some layer's attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from layerkv.core.residency import Residency
+from layerkv.core.transfer import BlockRun
+from layerkv.device.base import Direction, Event, TransferEngine
+from layerkv.errors import CapacityError
+from tests.cpu.device import scenarios
+from tests.cpu.device.scenarios import SCENARIOS, Scenario
+from tests.fakes.tiny_server import TinyServer
+from tests.fakes.workers import ORDERS, make_worker, small_geometry
+
+HOST_BLOCKS = 18
+SHAPES = ((1, 1), (3, 1), (4, 2), (5, 2), (5, 3), (3, 3))
+"""Layers and lanes."""
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-layers-{shape[1]}-lanes")
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_every_layer_reads_right_kv_in_every_order_of_copies(scenario: Scenario, shape: tuple[int, int]) -> None:
+    for order in ORDERS:
+        worker = make_worker(order, small_geometry(*shape), HOST_BLOCKS)
+        server = worker.server(HOST_BLOCKS)
+        scenario(server)
+        assert server.model.num_checked > 0
+        assert not server.failed
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-layers-{shape[1]}-lanes")
+def test_every_layer_reads_right_kv_with_the_cpu_engine(shape: tuple[int, int]) -> None:
+    for scenario in SCENARIOS:
+        worker = make_worker("cpu", small_geometry(*shape), HOST_BLOCKS)
+        server = worker.server(HOST_BLOCKS)
+        scenario(server)
+        assert server.model.num_checked > 0
+
+
+# Mutants: the real schedule over an engine that is deaf to exactly one rule -----------------------------------------
+
+
+class DeafEngine:
+    """Forwards everything but the one `after` or the one wait that a rule asks for."""
+
+    def __init__(self, engine: TransferEngine, rule: str, num_layers: int, lanes: int) -> None:
+        self._engine, self._rule = engine, rule
+        self._num_layers, self._lanes = num_layers, lanes
+        self._kinds: dict[int, str] = {}
+        self._kept: list[Event] = []  # so that no id is used twice
+        self._is_between_steps = True
+        self.num_ignored = 0
+        self.take_seconds, self.wait_host, self.close = engine.take_seconds, engine.wait_host, engine.close
+
+    def record_compute(self) -> Event:
+        return self._remember(self._engine.record_compute(), "compute")
+
+    def submit(
+        self,
+        direction: Direction,
+        layers: Sequence[int],
+        runs: Sequence[BlockRun],
+        *,
+        after: Sequence[Event] = (),
+        background: bool = False,
+    ) -> Event:
+        if direction is Direction.LOAD:
+            kind = "fetch" if background else "load"
+        else:
+            kind = "store" if len(layers) == 1 else "park"
+        is_first_of_lane = kind == "load" and layers[0] < self._lanes
+        if kind == "store":
+            self._is_between_steps = layers[0] == self._num_layers - 1
+        deaf_to = {
+            ("1", "store"): {"compute"},
+            ("1, for parks", "park"): {"compute"},
+            ("2", "load"): set() if is_first_of_lane else {"store"},
+            ("4, across steps, with loads", "load"): {"store"} if is_first_of_lane else set(),
+            ("6", "fetch"): {"store", "park"},
+            ("6, for compute", "fetch"): {"compute"},
+        }.get((self._rule, kind), set())
+        heard = [event for event in after if self._kinds[id(event)] not in deaf_to]
+        self.num_ignored += len(after) - len(heard)
+        if self._rule == "2, while attention has ended" and kind == "load" and not is_first_of_lane:
+            heard = [self._engine.record_compute()]
+            self.num_ignored += 1
+        event = self._engine.submit(direction, layers, runs, after=heard, background=background)
+        return self._remember(event, kind)
+
+    def wait_compute(self, event: Event) -> None:
+        kind = self._kinds[id(event)]
+        within_step = "4, across steps" if self._is_between_steps else "4"
+        if self._rule == {"load": "3", "store": within_step, "park": "5"}.get(kind):
+            self.num_ignored += 1
+        else:
+            self._engine.wait_compute(event)
+
+    def _remember(self, event: Event, kind: str) -> Event:
+        self._kinds[id(event)] = kind
+        self._kept.append(event)
+        return event
+
+
+MUTANTS = {
+    "1": scenarios.whole_prompt_parked_and_fetched,
+    "1, for parks": scenarios.parked_resident_overwritten_in_the_same_step,
+    "2": scenarios.prompt_in_chunks_that_end_inside_blocks,
+    "2, while attention has ended": scenarios.prompt_in_chunks_that_end_inside_blocks,
+    "3": scenarios.prompt_in_chunks_that_end_inside_blocks,
+    "4": scenarios.whole_prompt_parked_and_fetched,
+    "4, across steps": scenarios.same_zone_blocks_in_the_next_step,
+    "4, across steps, with loads": scenarios.chunks_of_one_over_the_zone_blocks_of_another,
+    "5": scenarios.parked_prefix_overwritten_in_the_same_step,
+    "6": scenarios.fetched_right_after_the_park,
+    "6, for compute": scenarios.fetched_into_blocks_finished_in_the_same_step,
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (5, 2), (4, 3)], ids=lambda shape: f"{shape[0]}-layers-{shape[1]}-lanes")
+@pytest.mark.parametrize("broken_rule", MUTANTS)
+def test_breaking_a_rule_shows_as_wrong_kv(broken_rule: str, shape: tuple[int, int]) -> None:
+    with pytest.raises(AssertionError, match="read wrong KV"):
+        run_broken(MUTANTS[broken_rule], broken_rule, shape)
+
+
+def run_broken(scenario: Scenario, rule: str, shape: tuple[int, int]) -> None:
+    for order in ORDERS:
+        worker = make_worker(order, small_geometry(*shape), HOST_BLOCKS)
+        deaf = DeafEngine(worker.engine, rule, *shape)
+        scenario(worker.server(HOST_BLOCKS, engine=deaf))
+        assert deaf.num_ignored > 0, "the scenario never comes to where the rule matters"
+
+
+def test_the_mutants_engine_itself_breaks_nothing() -> None:
+    for scenario in MUTANTS.values():
+        for order in ORDERS:
+            worker = make_worker(order, small_geometry(5, 2), HOST_BLOCKS)
+            scenario(worker.server(HOST_BLOCKS, engine=DeafEngine(worker.engine, "none", 5, 2)))
+
+
+# Any life of any requests ---------------------------------------------------------------------------------------
+
+
+class AnyLife(RuleBasedStateMachine):
+    """Random decisions of a scheduler, random orders of copies; after each step books and blocks are checked."""
+
+    @initialize(
+        shape=st.sampled_from(SHAPES),
+        seed=st.integers(0, 10_000),
+        order=st.sampled_from((None, "slow", "compute-first", "fetches-first", "loads-first", "stores-then-loads")),
+    )
+    def begin(self, shape: tuple[int, int], seed: int, order: str | None) -> None:
+        worker = make_worker(order or f"random-{seed}", small_geometry(*shape), HOST_BLOCKS)
+        self.server: TinyServer = worker.server(HOST_BLOCKS)
+        self.num_arrived = 0
+
+    def _in(self, *residencies: Residency) -> list[str]:
+        table = self.server.ledger.residency
+        return [request_id for request_id in self.server.requests if table[request_id] in residencies]
+
+    @precondition(lambda self: len(self.server.requests) < 5)
+    @rule(num_tokens=st.integers(1, 26), layered=st.booleans(), data=st.data())
+    def arrive(self, num_tokens: int, layered: bool, data: st.DataObject) -> None:
+        full = [
+            (request_id, num_shared)
+            for request_id in self._in(Residency.RESIDENT)
+            if (num_shared := min(self.server.requests[request_id].num_computed, num_tokens - 1) // 4) > 0
+        ]
+        prefix_of, num_shared = data.draw(st.sampled_from([*full, (None, 0)]))
+        request_id = f"r{self.num_arrived}"
+        self.num_arrived += 1
+        arrive = partial(self.server.arrive, prefix_of=prefix_of, num_shared=num_shared)
+        try:
+            arrive(request_id, num_tokens, layered=layered)
+        except CapacityError:
+            self.server.requests.pop(request_id)
+            self.server.ledger.finish(request_id)
+
+    @property
+    def runnable(self) -> list[str]:
+        return self._in(Residency.WAITING, Residency.RESIDENT, Residency.LAYERED)
+
+    @precondition(lambda self: self.runnable)
+    @rule(data=st.data())
+    def step(self, data: st.DataObject) -> None:
+        server = self.server
+        chosen = data.draw(st.lists(st.sampled_from(self.runnable), unique=True, min_size=1, max_size=3))
+        num_scheduled = {}
+        pool, host, zone = server.pool.num_free, server.ledger.host.num_free, server.ledger.zone.num_available
+        for request_id in chosen:
+            request = server.requests[request_id]
+            prompt_left = len(request.token_ids) - request.num_computed
+            num_tokens = data.draw(st.integers(1, prompt_left)) if prompt_left > 0 else 1
+            missing = server.blocks(request.num_computed + num_tokens) - len(request.block_ids)
+            if server.ledger.is_layered(request_id):
+                if not server.ledger.zone.can_take(request_id, max(missing, 0)):
+                    continue
+                if prompt_left <= 0 and missing > 0:  # streamed decode beyond the admitted prompt
+                    host -= missing
+                    zone -= missing
+                    if host < 0 or zone < 0:
+                        continue
+            elif missing > 0:
+                pool -= missing
+                if pool < 0:
+                    continue
+            num_scheduled[request_id] = num_tokens
+        try:
+            server.step(**num_scheduled)
+        except CapacityError:
+            raise AssertionError("a step was refused after room for it had been checked") from None
+
+    @property
+    def parkable(self) -> list[str]:
+        server = self.server
+        return [
+            request_id
+            for request_id in self._in(Residency.LAYERED, Residency.RESIDENT)
+            if (num_computed := server.requests[request_id].num_computed)
+            and (server.ledger.is_layered(request_id) or server.ledger.can_park(server.blocks(num_computed)))
+        ]
+
+    @precondition(lambda self: self.parkable)
+    @rule(data=st.data())
+    def park(self, data: st.DataObject) -> None:
+        self.server.park(data.draw(st.sampled_from(self.parkable)))
+
+    @property
+    def fetchable(self) -> list[str]:
+        server = self.server
+        return [
+            request_id
+            for request_id in self._in(Residency.PARKED)
+            if server.blocks(server.requests[request_id].num_computed + 1) <= server.pool.num_free
+        ]
+
+    @precondition(lambda self: self.fetchable)
+    @rule(data=st.data())
+    def fetch(self, data: st.DataObject) -> None:
+        self.server.fetch(data.draw(st.sampled_from(self.fetchable)))
+
+    @precondition(lambda self: len(self.server.requests) > 1)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        self.server.step()  # parks and fetches are decided while a step is planned; requests leave between steps
+        self.server.finish(data.draw(st.sampled_from(sorted(self.server.requests))))
+
+    @rule(num_moves=st.integers(1, 40))
+    def time_passes(self, num_moves: int) -> None:
+        self.server.engine.advance(num_moves)
+        self.server.poll()
+
+    @precondition(lambda self: self._in(Residency.FETCHING))
+    @rule()
+    def fetches_end(self) -> None:
+        for request_id in self._in(Residency.FETCHING):
+            self.server.await_fetch(request_id)
+
+    @invariant()
+    def books_agree(self) -> None:
+        if hasattr(self, "server"):
+            self.server.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "server"):
+            self.server.step()
+            self.server.end()
+
+
+AnyLife.TestCase.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+
+
+class TestAnyLifeReadsRightKV(AnyLife.TestCase):
+    """Named for the report."""

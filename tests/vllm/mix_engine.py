@@ -1,0 +1,156 @@
+"""Runs mixes through one engine in this process: `python -m tests.vllm.mix_engine SPEC.json OUT.json`.
+
+SPEC: engine_args, mixes (keyword arguments of make_mix), ahead (schedule one step before the last one's output is
+processed, as under asynchronous scheduling), fail_every (make fetches fail),
+pause_step (let what has begun come to its end before that step goes on).
+
+OUT: for each mix the tokens of each request, and what the books say after the mix: everything given back or not, and
+how often each move was made.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from tests.vllm.mix import MixRequest, make_mix
+
+
+def build(spec: dict[str, Any]) -> Any:
+    from vllm import EngineArgs
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor import Executor
+
+    config = EngineArgs(**spec["engine_args"]).create_engine_config()
+    if spec.get("ahead"):
+        from layerkv.vllm_plugin.support import OUR_ASYNC_SCHEDULER
+
+        config.scheduler_config.scheduler_cls = OUR_ASYNC_SCHEDULER
+    engine = LLMEngine(config, Executor.get_class(config), log_stats=False)
+    if spec.get("ahead"):
+        schedule_ahead(engine.engine_core.engine_core)
+    if spec.get("fail_every"):
+        fail_fetches(spec["fail_every"])
+    return engine
+
+
+def fail_fetches(every: int) -> None:
+    """Every n-th fetch ends with an error and without having copied anything."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    from layerkv.device.cpu_engine import CopyEvent
+
+    lanes = get_kv_transfer_group().worker_side._lanes  # the worker runs in this process
+    submit, count = lanes._submit_fetch, 0
+
+    def submit_or_fail(fetch: Any, compute: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count % every:
+            return submit(fetch, compute)
+        event = CopyEvent()
+        event.end(RuntimeError("made to fail by the test"))
+        return event
+
+    lanes._submit_fetch = submit_or_fail
+
+
+def schedule_ahead(core: Any) -> None:
+    """Two steps in flight: the CPU platform turns asynchronous scheduling off, so do by hand what it would do."""
+    core.batch_queue_size = 2
+    core.batch_queue = deque(maxlen=2)
+    core.step_fn = core.step_with_batch_queue
+    core.scheduler.defer_block_free = True
+
+
+def drain_paused(engine: Any) -> list[Any]:
+    """Pause new requests until those that have begun are done; returns what the steps put out."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    scheduler, outputs = engine.engine_core.engine_core.scheduler, []
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    for _ in range(5_000):
+        if not scheduler.get_num_unfinished_requests():
+            break
+        outputs += engine.step()
+    assert not scheduler.running
+    assert not scheduler._parked_views
+    scheduler.set_pause_state(PauseState.UNPAUSED)
+    return outputs
+
+
+def run_mix(engine: Any, requests: list[MixRequest], pause_step: int | None) -> list[list[int]]:
+    """Add and abort by step count; returns each request's tokens, up to its abort."""
+    from vllm import SamplingParams
+    from vllm.inputs.engine import tokens_input
+    from vllm.sampling_params import RequestOutputKind
+
+    tokens: dict[str, list[int]] = {str(i): [] for i in range(len(requests))}
+    internal: dict[str, str] = {}
+    todo = sorted(enumerate(requests), key=lambda pair: pair[1].arrive_step)
+    step = 0
+    while todo or engine.has_unfinished_requests():
+        while todo and todo[0][1].arrive_step <= step:
+            index, request = todo.pop(0)
+            params = SamplingParams(
+                max_tokens=request.max_tokens,
+                temperature=0,
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            prompt = tokens_input(prompt_token_ids=list(request.prompt))
+            internal[str(index)] = engine.add_request(str(index), prompt, params)
+        for index, request in enumerate(requests):
+            if request.abort_step == step and str(index) in internal:
+                engine.abort_request([str(index)])
+        outputs = drain_paused(engine) if step == pause_step else engine.step()
+        for output in outputs:
+            tokens[output.request_id].extend(output.outputs[0].token_ids)
+        step += 1
+        assert step < 20_000, "the engine does not come to an end"
+    for _ in range(3):  # let frees that vLLM defers, and fetches of aborted requests, come in
+        engine.engine_core.engine_core.step_fn()
+    return [tokens[str(i)] for i in range(len(requests))]
+
+
+def books(engine: Any, scheduler: Any) -> dict[str, Any]:
+    pool = scheduler.kv_cache_manager.block_pool
+    found: dict[str, Any] = {
+        "pool_all_free": pool.get_num_free_blocks() == pool.num_gpu_blocks - 1,
+        "no_requests": not scheduler.requests,
+        "usage": scheduler.get_kv_cache_usage(),
+    }
+    ledger = getattr(scheduler, "_ledger", None)
+    if ledger is not None:
+        ledger.check()
+        found |= {
+            "host_all_free": ledger.host.num_free == ledger.host.count,
+            "zone_all_free": ledger.zone.num_available == ledger.geometry.zone_blocks,
+            "tracked": len(scheduler._tracked),
+            "moves": {
+                name: getattr(ledger.counters, name)
+                for name in ("parks", "fetches", "layered_admissions", "recomputes")
+            },
+        }
+    return found
+
+
+def main(spec_path: str, out_path: str) -> None:
+    spec = json.loads(Path(spec_path).read_text())
+    engine = build(spec)
+    scheduler = engine.engine_core.engine_core.scheduler
+    results = []
+    for mix in spec["mixes"]:
+        tokens = run_mix(engine, make_mix(**mix), spec.get("pause_step"))
+        results.append({"tokens": tokens, "books": books(engine, scheduler)})
+        Path(out_path).write_text(json.dumps(results))
+        engine.reset_prefix_cache()
+    engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

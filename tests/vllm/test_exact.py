@@ -1,0 +1,154 @@
+"""layerkv's greedy tokens are stock vLLM's, in float32, whatever the mix; and afterwards every block is back.
+
+Each engine runs in a process of its own (vLLM keeps one KV connector per process) and takes ten random mixes one
+after the other. The reference is stock vLLM with KV memory for everything, whose tokens depend on the prompt alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerkv.bench.tiny_model import make_tiny_model
+from tests.vllm.mix import make_mix
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+PLENTIFUL_BYTES = 128 << 20
+SCARCE_BYTES = 6 << 20  # 32 blocks of the tiny model: two or three requests
+MIXES = [
+    {"seed": seed, "sharing": sharing, "aborts": aborts}
+    for (sharing, aborts), seed in product(product((False, True), (False, True)), range(3))
+][:10]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one engine differs from the others."""
+
+    name: str
+    extra: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    policy: str | None = None
+    ahead: bool = False
+    fail_every: int = 0
+    pause_step: int | None = None
+    must_move: tuple[str, ...] = ("parks", "fetches", "layered_admissions")
+
+
+STREAMED = "version: 1\ndefault_class: all\nstreamed_decode: true\nclasses:\n  all: {ttft: 1s, tpot: 100ms}\n"
+TIGHT = "version: 1\ndefault_class: all\nclasses:\n  all: {ttft: 10ms, tpot: 5ms}\n"
+
+SETTINGS = [
+    Setting("one-lane", {"lanes": 1, "zone_tokens": 320}),
+    Setting("two-lanes-no-prefix-cache", {"zone_tokens": 640}, {"enable_prefix_caching": False}),
+    Setting("three-lanes-odd-chunks", {"lanes": 3, "zone_tokens": 384}, {"max_num_batched_tokens": 77}),
+    Setting("a-lane-per-layer", {"lanes": 99, "zone_tokens": 320}, {"kv_cache_memory_bytes": 7 << 20}),
+    Setting("tight-objectives", {"zone_tokens": 320}, {"max_num_batched_tokens": 600}, policy=TIGHT),
+    Setting(
+        "host-memory-too-small",
+        {"zone_tokens": 64, "host_memory": "1MiB"},
+        {"kv_cache_memory_bytes": 3 << 20},
+        must_move=("recomputes",),
+    ),
+    Setting("paused-in-between", {"zone_tokens": 320}, pause_step=12),
+    Setting("never-layered", {"mode": "resident"}, {"kv_cache_memory_bytes": 3 << 20}, must_move=("parks", "fetches")),
+    Setting("always-layered", {"mode": "layered", "zone_tokens": 320}, {"max_num_batched_tokens": 96}),
+    Setting("streamed-decode", {"zone_tokens": 640}, policy=STREAMED, must_move=("layered_admissions",)),
+    Setting("streamed-host-small", {"zone_tokens": 640, "host_memory": "2MiB"}, policy=STREAMED, must_move=("parks",)),
+    Setting("scheduled-ahead", {"zone_tokens": 320}, ahead=True),
+    Setting("ahead-host-too-small", {"zone_tokens": 320, "host_memory": "3MiB"}, ahead=True, must_move=("parks",)),
+    Setting("failing-fetches", {"zone_tokens": 320}, fail_every=3),
+    Setting("tensor-parallel-2", {"zone_tokens": 320}, {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 3 << 20}),
+    Setting("compiled", {"zone_tokens": 320}, {"enforce_eager": False}, env={"VLLM_CPU_CI_ENV": "1"}),
+    Setting("priorities-and-watermark", {"zone_tokens": 320}, {"scheduling_policy": "priority", "watermark": 0.05}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model("test", tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def reference(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[list[int]]]:
+    """The tokens that each request of each mix would have, had it not been aborted."""
+    mixes = [{**mix, "unaborted": True} for mix in MIXES]
+    args = {**engine_args(model), "kv_cache_memory_bytes": PLENTIFUL_BYTES}
+    results = run_engine(tmp_path_factory.mktemp("reference"), {"engine_args": args, "mixes": mixes})
+    return [result["tokens"] for result in results]
+
+
+def engine_args(model: Path) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "block_size": 32,
+        "max_model_len": 400,
+        "kv_cache_memory_bytes": SCARCE_BYTES,
+        "max_num_batched_tokens": 160,
+        "max_num_seqs": 16,
+        "enable_prefix_caching": True,
+        "seed": 0,
+    }
+
+
+def run_engine(folder: Path, spec: dict[str, Any], env: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    spec_path, out_path, log_path = folder / "spec.json", folder / "out.json", folder / "log"
+    spec_path.write_text(json.dumps(spec))
+    with log_path.open("wb") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.vllm.mix_engine", str(spec_path), str(out_path)],
+            cwd=ROOT,
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(env or {})},
+            stdout=log,
+            stderr=log,
+            timeout=600,
+        )
+    assert done.returncode == 0, log_path.read_text(errors="replace")[-6000:]
+    return json.loads(out_path.read_text())
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_tokens_are_stock_vllms_and_every_block_comes_back(
+    setting: Setting, model: Path, reference: list[list[list[int]]], tmp_path: Path
+) -> None:
+    extra = {"host_memory": "64MiB", **setting.extra}
+    if setting.policy is not None:
+        policy_path = tmp_path / "slo.yaml"
+        policy_path.write_text(setting.policy)
+        extra["policy"] = str(policy_path)
+    connector = {"kv_connector": "LayerKVConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    args = {**engine_args(model), **setting.engine, "kv_transfer_config": connector}
+    spec = {"engine_args": args, "mixes": MIXES, "ahead": setting.ahead, "fail_every": setting.fail_every}
+    spec["pause_step"] = setting.pause_step
+    results = run_engine(tmp_path, spec, setting.env)
+
+    assert len(results) == len(MIXES)
+    for mix, expected, result in zip(MIXES, reference, results, strict=True):
+        for request, want, got in zip(make_mix(**mix), expected, result["tokens"], strict=True):
+            assert len(want) == request.max_tokens
+            assert got == (want if request.abort_step is None else want[: len(got)]), mix
+        books = result["books"]
+        moves = books.pop("moves")
+        assert books == {
+            "pool_all_free": True,
+            "host_all_free": True,
+            "zone_all_free": True,
+            "no_requests": True,
+            "usage": 0.0,
+            "tracked": 0,
+        }, mix
+    for move in setting.must_move:  # or the setting has not tested what it is there for
+        assert moves[move] > 0, moves

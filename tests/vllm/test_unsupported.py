@@ -1,0 +1,395 @@
+"""What layerkv cannot serve, and what is configured wrongly, ends start-up with one sentence, or runs without it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from layerkv.errors import ConfigError, IncompatibleVLLMError
+from tests.vllm.engines_in_turn import Case, Turns, flag, prompt, run_in_turn
+from tests.vllm.server.served import START_LIMIT_S, free_port, vllm_serve
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+pytestmark = pytest.mark.vllm
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+WORKER, SCHEDULER = "vllm.v1.worker.gpu_worker.Worker", "vllm.v1.core.sched.scheduler.Scheduler"
+PASSTHROUGH = 'or set "on_unsupported": "passthrough" in kv_connector_extra_config to run without layerkv'
+OFF = "layerkv is off, vLLM runs as without it: "
+
+
+def config_of(engine: dict[str, Any], *, on_unsupported: str = "error", **more: Any) -> VllmConfig:
+    from vllm.engine.arg_utils import EngineArgs
+
+    role = more.pop("kv_role", "kv_both")
+    transfer = {**flag(on_unsupported=on_unsupported), "kv_role": role}
+    return EngineArgs(**{**engine, "kv_transfer_config": transfer, **more}).create_engine_config()
+
+
+def check_sentence(sentence: str, what: str, instead: str) -> None:
+    """One line that says what was found, why that is a problem, and what to set."""
+    found = re.fullmatch(
+        r"(?P<what>.+) is not supported by layerkv yet: (?P<why>.+); (?P<set>.+), (?P<or>.+)", sentence
+    )
+    assert found is not None, sentence
+    assert what in found["what"]
+    assert found["why"]
+    assert instead in found["set"]
+    assert found["or"] == PASSTHROUGH
+
+
+# In the configuration ------------------------------------------------------------------------------------------------
+
+UNSUPPORTED = [
+    pytest.param({"kv_role": "kv_producer"}, "kv_role 'kv_producer'", "kv_both", id="a-producer"),
+    pytest.param({"kv_role": "kv_consumer"}, "kv_role 'kv_consumer'", "kv_both", id="a-consumer"),
+    pytest.param({"speculative_config": NGRAM}, "speculative decoding", "--speculative-config", id="speculation"),
+    pytest.param({"pipeline_parallel_size": 2}, "pipeline", "--pipeline-parallel-size 1", id="pipeline"),
+    pytest.param({"max_model_len": -1}, "max_model_len -1", "--max-model-len", id="fitted-length"),
+    pytest.param({"worker_cls": WORKER}, WORKER, "--worker-cls", id="another-worker"),
+    pytest.param({"scheduler_cls": SCHEDULER}, SCHEDULER, "--scheduler-cls", id="another-scheduler"),
+    pytest.param({"runner": "pooling"}, "'pooling'", "generating model", id="pooling"),
+]
+
+
+@pytest.mark.parametrize(("more", "what", "instead"), UNSUPPORTED)
+def test_what_is_not_supported_ends_start_up_with_what_why_and_what_to_set(
+    small_engine: dict[str, Any], more: dict[str, Any], what: str, instead: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config_of(small_engine, **more)
+    check_sentence(str(refused.value), what, instead)
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """The warnings of layerkv's activation during the test; vLLM keeps its loggers from pytest's."""
+    logger = logging.getLogger("vllm.layerkv.vllm_plugin.activate")
+    found: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    handler = Keep(logging.WARNING)
+    logger.addHandler(handler)
+    yield found
+    logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(("more", "what", "instead"), UNSUPPORTED)
+def test_passthrough_configures_vllm_as_without_the_flag(
+    small_engine: dict[str, Any],
+    warnings: list[str],
+    more: dict[str, Any],
+    what: str,
+    instead: str,
+) -> None:
+    config = config_of(small_engine, on_unsupported="passthrough", **more)
+    stock = config_of(small_engine, kv_transfer_config=None, **{k: v for k, v in more.items() if k != "kv_role"})
+    assert config.kv_transfer_config is None
+    assert config.compute_hash() == stock.compute_hash()
+    assert config.parallel_config.worker_cls == stock.parallel_config.worker_cls
+    assert config.scheduler_config.scheduler_cls == stock.scheduler_config.scheduler_cls
+    assert config.model_config.logits_processors is None
+    (warning,) = warnings
+    assert warning.startswith(OFF)
+    check_sentence(warning.removeprefix(OFF), what, instead)
+
+
+def sleep_mode(config: VllmConfig) -> None:
+    config.model_config.enable_sleep_mode = True
+
+
+def context_parallel(config: VllmConfig) -> None:
+    config.parallel_config.decode_context_parallel_size = 2
+
+
+def another_device(config: VllmConfig) -> None:
+    config.device_config.device_type = "xpu"
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "instead"),
+    [
+        (sleep_mode, "sleep mode", "--enable-sleep-mode"),
+        (context_parallel, "context parallel", "context parallel"),
+        (another_device, "'xpu'", "cpu"),
+    ],
+)
+def test_what_vllm_itself_refuses_on_a_cpu_layerkv_refuses_elsewhere(
+    small_engine: dict[str, Any], change: Callable[[VllmConfig], None], what: str, instead: str
+) -> None:
+    from layerkv.vllm_plugin.support import require_supported
+
+    config = config_of(small_engine)
+    require_supported(config)
+    change(config)
+    with pytest.raises(ConfigError) as refused:
+        require_supported(config)
+    check_sentence(str(refused.value), what, instead)
+
+
+def hybrid() -> Any:
+    from transformers import JambaConfig
+
+    return JambaConfig(architectures=["JambaForCausalLM"], num_hidden_layers=8, num_experts=2, **TINY)
+
+
+def encoder_decoder() -> Any:
+    from transformers import WhisperConfig
+
+    sizes = {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1}
+    return WhisperConfig(architectures=["WhisperForConditionalGeneration"], max_target_positions=1024, **sizes)
+
+
+def latent_attention() -> Any:
+    from transformers import DeepseekV2Config
+
+    ranks = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    return DeepseekV2Config(
+        architectures=["DeepseekV2ForCausalLM"], num_hidden_layers=2, first_k_dense_replace=2, **TINY, **ranks
+    )
+
+
+TINY = {
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [(hybrid, "hybrid"), (encoder_decoder, "encoder-decoder"), (latent_attention, "MLA")],
+)
+def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(
+    small_engine: dict[str, Any], tmp_path: Path, make: Callable[[], Any], what: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small_engine["model"], folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    make().save_pretrained(folder)
+    with pytest.raises(ConfigError) as refused:
+        config_of(small_engine, model=str(folder), max_model_len=256)
+    check_sentence(str(refused.value), what, "use a")
+
+
+# Another vLLM --------------------------------------------------------------------------------------------------------
+
+
+def test_an_unsupported_vllm_is_refused_by_its_version(
+    small_engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import __version__
+
+    monkeypatch.setattr("layerkv.vllm_plugin.compat.SUPPORTED_VLLM", ("0.31.0", "0.31.1"))
+    with pytest.raises(IncompatibleVLLMError) as refused:
+        config_of(small_engine)
+    sentence = str(refused.value)
+    assert "\n" not in sentence
+    for part in (__version__, "0.31.0, 0.31.1", "install vllm==0.31.1", '"on_unsupported": "passthrough"'):
+        assert part in sentence
+
+
+def test_a_vllm_that_lost_what_layerkv_stands_on_is_refused_by_naming_it(
+    small_engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    monkeypatch.delattr(KVCacheManager, "get_block_ids")
+    with pytest.raises(IncompatibleVLLMError) as refused:
+        config_of(small_engine)
+    assert "vllm.v1.core.kv_cache_manager.KVCacheManager.get_block_ids is missing" in str(refused.value)
+    assert "install vllm==" in str(refused.value)
+
+
+def test_passthrough_runs_an_unsupported_vllm_without_layerkv(
+    small_engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layerkv.vllm_plugin.compat.SUPPORTED_VLLM", ("0.31.0",))
+    config = config_of(small_engine, on_unsupported="passthrough")
+    assert config.kv_transfer_config is None
+    assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+# Wrong values --------------------------------------------------------------------------------------------------------
+
+WRONG = [
+    ({"zone_token": 64}, "kv_connector_extra_config.zone_token: found an unknown key", "did you mean zone_tokens?"),
+    ({"policy": "/no/slo.yaml"}, "/no/slo.yaml: found no readable file", "set policy to its path"),
+    ({"host_memory": "999999GiB"}, "host_memory: found 999999GiB, but this machine has", "set host_memory to less"),
+    ({"on_unsupported": "pass"}, "on_unsupported: found 'pass'", 'set on_unsupported to "error"'),
+]
+
+
+@pytest.mark.parametrize(("extra_config", "found", "fix"), WRONG, ids=lambda value: next(iter(value), ""))
+@pytest.mark.parametrize("on_unsupported", ["error", "passthrough"])
+def test_a_wrong_value_ends_start_up_even_where_unsupported_things_pass(
+    small_engine: dict[str, Any], extra_config: dict[str, Any], found: str, fix: str, on_unsupported: str
+) -> None:
+    transfer = flag(**{"on_unsupported": on_unsupported, **extra_config})
+    with pytest.raises(ConfigError) as refused:
+        config_of(small_engine, kv_transfer_config=transfer)
+    sentence = str(refused.value)
+    assert "\n" not in sentence
+    assert found in sentence
+    assert fix in sentence
+
+
+# Engines -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sliding_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Mistral that attends to the last 64 tokens only."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    folder = tmp_path_factory.mktemp("sliding") / "model"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    config = MistralConfig(
+        architectures=["MistralForCausalLM"], num_hidden_layers=2, sliding_window=64, initializer_range=0.15, **TINY
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        MistralForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return str(folder)
+
+
+FITTING_LEN = 2080
+TOO_LONG = {"max_model_len": 2200}
+
+
+@pytest.fixture(scope="module")
+def turns(small_engine: dict[str, Any], sliding_model: str, tmp_path_factory: pytest.TempPathFactory) -> Turns:
+    """Engines that cannot be served by layerkv, or start with wrong sizes, in one process."""
+    stock = small_engine
+    sliding = {**stock, "model": sliding_model}
+    scheduled = {**stock, "scheduler_cls": SCHEDULER}
+    off = {"kv_transfer_config": flag(on_unsupported="passthrough")}
+
+    def sized(**extra_config: Any) -> dict[str, Any]:
+        return {**stock, "kv_transfer_config": flag(**extra_config)}
+
+    calls: list[tuple[list[list[int]], dict[str, Any]]] = [([prompt(200, seed=seed) for seed in range(4)], {})]
+    cases = [
+        Case("sliding stock", sliding, calls),
+        Case("sliding refused", {**sliding, "kv_transfer_config": flag()}),
+        Case("sliding off", {**sliding, **off}, calls),
+        Case("another scheduler stock", scheduled, calls),
+        Case("another scheduler off", {**scheduled, **off}, calls),
+        Case("zone too large", sized(zone_tokens=100_000)),
+        Case("zone too small", sized(zone_tokens=31)),
+        Case("zone just large enough", sized(zone_tokens=32), calls),
+        Case("model length beyond the pool", {**sized(), **TOO_LONG}),
+        Case("model length as advised", {**sized(), "max_model_len": FITTING_LEN}, calls),
+        Case("host memory below a block", sized(host_memory="100KiB")),
+    ]
+    return run_in_turn(cases, tmp_path_factory.mktemp("unsupported"))
+
+
+@pytest.mark.slow
+def test_a_sliding_window_model_is_refused_by_naming_the_layer(turns: Turns) -> None:
+    failure = turns["sliding refused"].failure
+    assert failure is not None
+    assert failure.startswith("layerkv.errors.ConfigError: layer model.layers.0.self_attn.attn has a SlidingWindowSpec")
+    assert "use a model without sliding-window" in failure
+    assert failure.endswith(PASSTHROUGH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sliding", "another scheduler"])
+def test_passthrough_gives_stocks_tokens(turns: Turns, name: str) -> None:
+    stock, off = turns[f"{name} stock"], turns[f"{name} off"]
+    assert stock.failure is None
+    assert off.failure is None
+    assert off.calls == stock.calls
+    assert all(len(set(tokens)) > 4 for tokens, *_ in off.calls[0])  # not one token over and over
+    assert not off.connector_active
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "reason"), [("sliding", "SlidingWindowSpec"), ("another scheduler", "scheduler class")]
+)
+def test_passthrough_warns_once_that_layerkv_is_off(turns: Turns, name: str, reason: str) -> None:
+    of_case = turns.log.partition(f"case {name} off\n")[2].partition("\ncase ")[0]
+    warnings = [line for line in of_case.splitlines() if OFF in line]
+    assert len(warnings) == 1
+    assert " WARNING " in warnings[0]
+    assert reason in warnings[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "found", "fix"),
+    [
+        ("zone too large", "zone_tokens: found 100000 tokens, which leaves no pool", "set a smaller zone_tokens"),
+        ("zone too small", "zone_tokens: found 31, but a lane holds at least one block of 32", "to 32 or more"),
+        ("model length beyond the pool", "max_model_len: found 2200, but the KV pool", f"to {FITTING_LEN} or less"),
+        ("host memory below a block", "host_memory: found 100KiB", "set host_memory to more"),
+    ],
+)
+def test_a_size_that_cannot_be_ends_start_up_with_found_expected_and_what_to_set(
+    turns: Turns, name: str, found: str, fix: str
+) -> None:
+    failure = turns[name].failure
+    assert failure is not None
+    assert failure.startswith("layerkv.errors.ConfigError: ")
+    assert "\n" not in failure
+    assert found in failure
+    assert fix in failure
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zone just large enough", "model length as advised"])
+def test_an_engine_set_as_the_sentence_advises_starts_and_serves(turns: Turns, name: str) -> None:
+    assert turns[name].failure is None
+    assert turns[name].connector_active
+    assert [len(tokens) for tokens, *_ in turns[name].calls[0]] == [16] * 4
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+def failing_serve(model: Path, transfer: dict[str, Any]) -> list[str]:
+    """What `vllm serve` prints before it ends with an error."""
+
+    command = vllm_serve(model, "--port", str(free_port()), "--kv-transfer-config", json.dumps(transfer))
+    run = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=START_LIMIT_S
+    )
+    assert run.returncode not in (0, None)
+    return [line for line in run.stdout.splitlines() if line.strip()]
+
+
+@pytest.mark.slow
+def test_vllm_serve_ends_with_the_sentence_about_a_mistyped_key(tiny_model: Path) -> None:
+    lines = failing_serve(tiny_model, flag(polcy="slo.yaml"))
+    errors = [line for line in lines if "Error: " in line]
+    assert errors[-1].startswith("layerkv.errors.ConfigError: kv_connector_extra_config.polcy: found an unknown key; ")
+    assert errors[-1].endswith("did you mean policy?")
+    assert lines.index(errors[-1]) == len(lines) - 1
+
+
+@pytest.mark.slow
+def test_vllm_serve_points_at_the_sentence_of_a_worker_that_cannot_start(tiny_model: Path) -> None:
+    lines = failing_serve(tiny_model, flag(zone_tokens=100_000))
+    # vLLM's own last word; the sentence ends the traceback above it, in the log of the process that found out.
+    assert any("Engine core initialization failed. See root cause above." in line for line in lines)
+    sentence = "layerkv.errors.ConfigError: kv_connector_extra_config.zone_tokens: found 100000 tokens"
+    assert any(sentence in line and " ERROR " in line for line in lines)
