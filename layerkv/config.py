@@ -25,6 +25,7 @@ __all__ = [
     "EngineConfig",
     "Mode",
     "OnUnsupported",
+    "Overload",
     "SloClass",
     "SloPolicy",
     "default_policy",
@@ -36,6 +37,8 @@ EXTRA_CONFIG: Final = "kv_connector_extra_config"
 
 Mode: TypeAlias = Literal["auto", "resident", "layered"]
 OnUnsupported: TypeAlias = Literal["error", "passthrough"]
+Overload: TypeAlias = Literal["queue", "reject"]
+LengthPrediction: TypeAlias = Literal["quantile", "none"]
 
 _Keys = TypeVar("_Keys", bound=msgspec.Struct)
 _Number = TypeVar("_Number", int, float)
@@ -46,23 +49,33 @@ class SloClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     `ttft_s` bounds the time to the first token, `tpot_s` the mean time per output token after it; both are
     seconds above zero. `weight` says how much a missed promise of this class counts against another's.
+    `max_stall_s` bounds the time between any two tokens, `None` leaves it to the mean. `overload` says what becomes
+    of a request that cannot have its first token in time: it queues behind those that can, or is rejected.
     """
 
     name: str
     ttft_s: float
     tpot_s: float
     weight: float = 1.0
+    max_stall_s: float | None = None
+    overload: Overload = "queue"
 
 
 class SloPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All SLO classes of an engine, by name. `default_class` is always one of them.
 
     `streamed_decode` allows a layered request to go on decoding while its KV stays in host memory.
+    `slo_scheduling` off leaves the objectives out of every decision: arrival order, no prefill budget (to compare
+    with). `length_prediction` is `quantile` (learned per class from finished requests) or `none` (`max_tokens`).
+    `adapt_host_share` lets eLLM's 3-of-5 rule limit how much host memory early prefills may take.
     """
 
     classes: dict[str, SloClass]
     default_class: str
     streamed_decode: bool = False
+    slo_scheduling: bool = True
+    length_prediction: LengthPrediction = "quantile"
+    adapt_host_share: bool = True
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -70,6 +83,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     `mode` is `auto` (layered when it helps), `resident` (never layered) or `layered` (every prompt that can
     be). `on_unsupported` says whether something layerkv cannot serve ends start-up or runs as stock vLLM.
+    `cost_profile` is a file that `layerkv profile` wrote; without one, costs are learned from the first steps.
+    `decision_log` is a file that decisions are appended to, for `layerkv explain`.
     """
 
     policy: SloPolicy
@@ -79,6 +94,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     zone_tokens: int | None = None
     mode: Mode = "auto"
     on_unsupported: OnUnsupported = "error"
+    cost_profile: str | None = None
+    decision_log: str | None = None
 
     @classmethod
     def from_extra_config(cls, extra_config: Mapping[str, Any]) -> "EngineConfig":
@@ -102,6 +119,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             zone_tokens=keys.zone_tokens,
             mode=keys.mode,
             on_unsupported=keys.on_unsupported,
+            cost_profile=keys.cost_profile,
+            decision_log=keys.decision_log,
         )
 
 
@@ -120,14 +139,21 @@ def load_policy(path: str | Path) -> SloPolicy:
     top = f"{path}: $"
     keys = _read(_load_yaml(path), _PolicyKeys, where=top)
     classes = {
-        name: _read_class(name, promises, where=_join(f"{top}.classes", name))
+        name: _read_class(name, promises, where=_join(f"{top}.classes", name), overload=keys.overload)
         for name, promises in keys.classes.items()
     }
     if keys.default_class not in classes:
         problem = _unknown_class(keys.default_class, classes)
         fix = _did_you_mean(keys.default_class, classes) or "set it to one of them, or add the class"
         raise _wrong(f"{top}.default_class", problem, fix)
-    return SloPolicy(classes=classes, default_class=keys.default_class, streamed_decode=keys.streamed_decode)
+    return SloPolicy(
+        classes=classes,
+        default_class=keys.default_class,
+        streamed_decode=keys.streamed_decode,
+        slo_scheduling=keys.slo_scheduling,
+        length_prediction=keys.length_prediction,
+        adapt_host_share=keys.adapt_host_share,
+    )
 
 
 def slo_class_of(extra_args: Mapping[str, Any] | None, policy: SloPolicy) -> SloClass:
@@ -168,6 +194,21 @@ _Classes: TypeAlias = Annotated[
     ),
 ]
 _Switch: TypeAlias = Annotated[bool, Meta(description="true or false", examples=[False])]
+_Overload: TypeAlias = Annotated[Overload, Meta(description="queue or reject", examples=["queue"])]
+_ClassOverload: TypeAlias = Annotated[Overload | None, Meta(description="queue or reject", examples=["queue"])]
+_Stall: TypeAlias = Annotated[
+    str | int | float | None,
+    Meta(description="a duration above zero such as 500ms, 30s or 2m", examples=["2s"]),
+]
+_LengthPrediction: TypeAlias = Annotated[
+    LengthPrediction, Meta(description="quantile or none", examples=["quantile"])
+]
+_ProfilePath: TypeAlias = Annotated[
+    str | None, Meta(description="the path of a file that `layerkv profile` wrote", examples=["profile.json"])
+]
+_LogPath: TypeAlias = Annotated[
+    str | None, Meta(description="the path of a file to append decisions to", examples=["decisions.jsonl"])
+]
 _PolicyPath: TypeAlias = Annotated[
     str | None, Meta(description="the path of an SLO policy file", examples=["slo.yaml"])
 ]
@@ -188,6 +229,8 @@ class _ClassKeys(msgspec.Struct, frozen=True):
     ttft: _Duration
     tpot: _Duration
     weight: _Weight = 1.0
+    max_stall: _Stall = None
+    overload: _ClassOverload = None
 
 
 class _PolicyKeys(msgspec.Struct, frozen=True):
@@ -197,6 +240,10 @@ class _PolicyKeys(msgspec.Struct, frozen=True):
     default_class: _ClassName
     classes: _Classes
     streamed_decode: _Switch = False
+    overload: _Overload = "queue"
+    slo_scheduling: _Switch = True
+    length_prediction: _LengthPrediction = "quantile"
+    adapt_host_share: _Switch = True
 
 
 class _EngineKeys(msgspec.Struct, frozen=True):
@@ -208,15 +255,22 @@ class _EngineKeys(msgspec.Struct, frozen=True):
     zone_tokens: _ZoneTokens = None
     mode: _Mode = "auto"
     on_unsupported: _OnUnsupported = "error"
+    cost_profile: _ProfilePath = None
+    decision_log: _LogPath = None
 
 
-def _read_class(name: str, promises: Any, *, where: str) -> SloClass:
+def _read_class(name: str, promises: Any, *, where: str, overload: Overload) -> SloClass:
     keys = _read(promises, _ClassKeys, where=where)
+    max_stall_s = None
+    if keys.max_stall is not None:
+        max_stall_s = _above_zero(parse_seconds, keys.max_stall, where=f"{where}.max_stall", example="2s")
     return SloClass(
         name=name,
         ttft_s=_above_zero(parse_seconds, keys.ttft, where=f"{where}.ttft", example="500ms"),
         tpot_s=_above_zero(parse_seconds, keys.tpot, where=f"{where}.tpot", example="50ms"),
         weight=keys.weight,
+        max_stall_s=max_stall_s,
+        overload=keys.overload or overload,
     )
 
 

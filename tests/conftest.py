@@ -12,7 +12,11 @@ settings.load_profile("layerkv")
 
 
 def pytest_configure() -> None:
-    """Give a bare `pytest` the environment of `make test`; what is already set stays."""
+    """Give a bare `pytest` the environment of `make test`; of what is already set, only the log is not kept."""
+    # Tests read what a user sees in the log with vLLM's default settings, and a machine may have made vLLM silent.
+    for name in ("VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_CONFIG_PATH", "VLLM_LOGGING_PREFIX", "VLLM_PLUGINS"):
+        os.environ.pop(name, None)
+    os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
     # Before torch is imported: OpenMP reads its variable once.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

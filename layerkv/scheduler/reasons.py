@@ -1,0 +1,95 @@
+"""Why a request waits, runs, is parked or refused: one word each, for decisions, metrics and the decision log."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+
+class Reason(StrEnum):
+    """Why the scheduler did what it did with a request in a step. The value is the label in ``/metrics``."""
+
+    # it starts, or goes on
+    FITS = "fits"
+    """Admitted to the pool: it fits without hurting anyone."""
+    POOL_CONTENDED = "pool_contended"
+    """Admitted layered: the pool has no room for it, or others stand in line for the pool."""
+    HOST_FULL_RESIDENT = "host_full_resident"
+    """Admitted to the pool although others stand in line: host memory is too full to run it layered."""
+    ITS_TURN = "its_turn"
+    """Fetched: pool blocks for it are free and nobody stands before it."""
+    # it waits
+    NO_TOKENS_LEFT = "no_tokens_left"
+    """The step's prefill budget is spent: decodes need the rest, or prompts before it took it."""
+    NO_SLOT = "no_slot"
+    """max_num_seqs requests run already."""
+    POOL_FULL = "pool_full"
+    """It can only run in the pool (parked, or not able to run layered), and the pool has no room now."""
+    ZONE_FULL = "zone_full"
+    """It is to run layered, and the lane zone has no room now."""
+    HOST_FULL = "host_full"
+    """It is to run layered, and host memory has no room now."""
+    SMALL_REST = "small_rest"
+    """A layered prompt is not begun with a small rest of the step's tokens: every chunk re-loads the earlier ones."""
+    BEHIND = "behind"
+    """Another stands before it in line for the same room."""
+    LATE = "late"
+    """It cannot have its first token in time, so those that can go first (bounded)."""
+    WAIT_IS_SHORTER = "wait_is_shorter"
+    """Pool blocks will be free sooner than parking and fetching it would take: LAYERED would help nobody."""
+    VICTIMS_LEAVE = "victims_leave"
+    """Running requests are being parked for want of blocks: nobody comes in by the door through which others leave."""
+    # it is parked or gives its KV up
+    FIRST_TOKEN_DONE = "first_token_done"
+    """Parked: its layered prefill is over, and it waits for pool blocks to decode."""
+    POOL_SHORT = "pool_short"
+    """Parked: running requests need more blocks than are free, and it can best afford to wait."""
+    MAKES_ROOM = "makes_room"
+    """Parked: another is about to miss its objective for want of blocks, and it can afford to wait."""
+    STREAM_BUDGET = "stream_budget"
+    """Parked: streaming its KV in every step costs more than the objectives leave."""
+    RECOMPUTE_CHEAPER = "recompute_cheaper"
+    """Its KV is given up: computing it again costs less than copying it there and back."""
+    # it is refused
+    NEVER_FITS = "never_fits"
+    """Refused: it cannot run here at all."""
+    OVERLOAD = "overload"
+    """Refused: its first token would be late, and its class asks to be refused then."""
+
+
+class Event(StrEnum):
+    """What happened to a request, in the decision log."""
+
+    ARRIVED = "arrived"
+    WAITS = "waits"
+    ADMITTED_RESIDENT = "admitted_resident"
+    ADMITTED_LAYERED = "admitted_layered"
+    FIRST_TOKEN = "first_token"
+    PARKED = "parked"
+    FETCHED = "fetched"
+    RECOMPUTES = "recomputes"
+    STORED_AHEAD = "stored_ahead"
+    REFUSED = "refused"
+    FINISHED = "finished"
+
+
+class LogEntry(NamedTuple):
+    """One line of the decision log: a change in what happens to one request.
+
+    In JSON an object with these keys, ``reason`` and ``facts`` left out when empty. A request waits for the same
+    reason until its next entry: only changes are written.
+
+    Attributes:
+        time_s: On the engine's monotonic clock.
+        request_id: The request.
+        event: What happened.
+        reason: Why, if there was a choice.
+        facts: Figures behind it, such as ``{"slo_class": "chat", "ttft_s": 0.5, "prompt_tokens": 900}`` on arrival,
+            ``{"late_by_s": 0.2}`` with a first token, ``{"free_blocks": 3, "need_blocks": 40}`` with a wait.
+    """
+
+    time_s: float
+    request_id: str
+    event: Event
+    reason: Reason | None = None
+    facts: dict[str, Any] = {}  # noqa: RUF012 (a NamedTuple's default; never changed)
