@@ -67,7 +67,7 @@ def test_two_policies_are_shipped() -> None:
         pytest.param(
             one_class("{tfft: 1s, tpot: 1s}"),
             "$.classes.chat.tfft",
-            "found an unknown key; expected one of ttft, tpot, weight; did you mean ttft?",
+            "found an unknown key; expected one of ttft, tpot, weight, max_stall, overload; did you mean ttft?",
             id="mistyped key",
         ),
         pytest.param("vresion: 1", "$.vresion", "did you mean version?", id="mistyped key at the top"),
@@ -299,12 +299,12 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
         (
             {"lane": 1},
             ".lane: found an unknown key; expected one of policy, host_memory, lanes, zone_tokens, mode, "
-            "on_unsupported; did you mean lanes?",
+            "on_unsupported, cost_profile, decision_log; did you mean lanes?",
         ),
         (
             {"host-memory": 1},
             "['host-memory']: found an unknown key; expected one of policy, host_memory, lanes, "
-            "zone_tokens, mode, on_unsupported; did you mean host_memory?",
+            "zone_tokens, mode, on_unsupported, cost_profile, decision_log; did you mean host_memory?",
         ),
         ({"lanes": 0}, ".lanes: found 0; expected a whole number of lanes, 1 or more; set lanes to 1, say"),
         (
@@ -343,7 +343,7 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
         (
             "slo.yaml",
             ": found 'slo.yaml'; expected a mapping with the keys policy, host_memory, lanes, zone_tokens, "
-            "mode, on_unsupported",
+            "mode, on_unsupported, cost_profile, decision_log",
         ),
     ],
 )

@@ -1,8 +1,9 @@
 """The demo with engines that are small scripts: what it does when one dies, hangs, lies or is interrupted."""
 
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,15 @@ def test_an_engine_that_leaves_no_result_counts_as_failed(tmp_path: Path) -> Non
     assert outcomes.failures["layerkv"].reason.startswith("left no readable result")
 
 
+@pytest.fixture
+def listens_to_ctrl_c() -> Iterator[None]:
+    """A shell that starts the tests in the background has SIGINT ignored in them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listens_to_ctrl_c")
 def test_ctrl_c_ends_the_running_engine_and_keeps_what_was_measured(tmp_path: Path) -> None:
     note = "pathlib.Path(sys.argv[2] + '.pid').write_text(str(os.getpid()))"
     outcomes = run_fakes(tmp_path, f"{note}; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)")

@@ -545,8 +545,9 @@ class Lives(RuleBasedStateMachine):
             self.loading[fetch.request_id] = list(pairs(fetch.runs).values())
 
     def store(self, runs: tuple[BlockRun, ...]) -> None:
-        for block, host_block in pairs(runs).items():
-            self.host[host_block] = list(self.device[block])
+        for run in runs:  # one device block may go to two hosts: two parked requests shared it
+            for offset in range(run.num_blocks):
+                self.host[run.host_block + offset] = list(self.device[run.device_block + offset])
 
     def attend(self, request_id: str) -> None:
         life = self.lives[request_id]
