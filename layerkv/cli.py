@@ -62,6 +62,22 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--policy", metavar="FILE", help="an SLO policy file to check as well")
     doctor.set_defaults(run=_doctor)
 
+    profile = commands.add_parser(
+        "profile",
+        help="measure what steps and copies cost here",
+        description="Measure what steps and copies of an engine cost on this machine, and write a cost profile: the "
+        "file that kv_connector_extra_config.cost_profile names. Takes a few minutes for the tiny model.",
+    )
+    profile.add_argument("--model", metavar="MODEL", help="as for vLLM; without it, the demo's tiny random model")
+    profile.add_argument(
+        "--out", type=Path, default=Path("profile.json"), metavar="FILE", help="where the profile goes (%(default)s)"
+    )
+    profile.add_argument(
+        "--engine-args", metavar="JSON", help='vLLM engine arguments, such as \'{"dtype": "bfloat16"}\''
+    )
+    profile.add_argument("--quick", action="store_true", help="fewer steps, for a first look")
+    profile.set_defaults(run=_profile)
+
     bench = commands.add_parser("bench", help="micro-benchmarks")
     benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
     overhead = benchmarks.add_parser(
@@ -84,6 +100,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from layerkv.doctor import run_doctor
 
     return run_doctor(arguments.policy)
+
+
+def _profile(arguments: argparse.Namespace) -> int | None:
+    from layerkv.bench.profile import run_profile
+
+    return run_profile(arguments.model, arguments.out, engine_args=arguments.engine_args, quick=arguments.quick)
 
 
 def _overhead(arguments: argparse.Namespace) -> int | None:

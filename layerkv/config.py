@@ -30,6 +30,7 @@ __all__ = [
     "SloPolicy",
     "default_policy",
     "load_policy",
+    "parse_policy",
     "slo_class_of",
 ]
 
@@ -136,8 +137,17 @@ def load_policy(path: str | Path) -> SloPolicy:
     Raises:
         ConfigError: the file is missing or unreadable, is not YAML, or does not describe a policy.
     """
-    top = f"{path}: $"
-    keys = _read(_load_yaml(path), _PolicyKeys, where=top)
+    return parse_policy(_load_yaml(path), where=f"{path}: $")
+
+
+def parse_policy(raw: Any, *, where: str) -> SloPolicy:
+    """Check what a policy file holds; `where` is the path of its top in messages, such as `slo.yaml: $`.
+
+    Raises:
+        ConfigError: it does not describe a policy.
+    """
+    top = where
+    keys = _read(raw, _PolicyKeys, where=top)
     classes = {
         name: _read_class(name, promises, where=_join(f"{top}.classes", name), overload=keys.overload)
         for name, promises in keys.classes.items()

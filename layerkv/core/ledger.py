@@ -26,10 +26,12 @@ class HostCopy:
     Attributes:
         blocks: Host block of each entry of the request's block table, by position.
         num_tokens: Tokens whose KV is (or, for stores under way, will be) valid there; set when parked.
+        is_ahead: The request is resident: its leading whole blocks were stored before anybody parked it.
     """
 
     blocks: list[int]
     num_tokens: int = 0
+    is_ahead: bool = False
 
 
 @dataclass(slots=True)
@@ -40,6 +42,7 @@ class LedgerCounters:
     fetches: int = 0
     layered_admissions: int = 0
     recomputes: int = 0
+    stored_ahead_blocks: int = 0
     stored_blocks: int = 0
     loaded_blocks: int = 0
 
@@ -49,16 +52,19 @@ class _PlanDraft:
     parks: list[BlockRun] = field(default_factory=list)
     stores: list[BlockRun] = field(default_factory=list)
     loads: list[BlockRun] = field(default_factory=list)
+    ahead: dict[str, tuple[BlockRun, ...]] = field(default_factory=dict)
+    settle: bool = False
     fetches: list[FetchPlan] = field(default_factory=list)
 
 
 class KVLedger:
     """Residency, host blocks and zone room of all requests. Not thread-safe; one per scheduler.
 
-    Lifetime of a host block: taken when a request is admitted layered or is parked, given back when its fetch
-    has been reported complete, or when the request leaves in another state. A host block may be reused while
-    a store into it is still under way, because stores run in the order in which they were planned; it is never
-    reused while a load reads it.
+    Lifetime of a host block: taken when a request is admitted layered, is stored ahead or is parked, given back when
+    its fetch has been reported complete, or when the request leaves in another state. A host block may be reused while
+    a store into it is still under way, because stores run in the order in which they were planned, and a step that
+    gives away what a background store may still write waits for that (``StepPlan.settle``); it is never reused while
+    a load reads it.
     """
 
     def __init__(self, geometry: KVGeometry, num_host_blocks: int) -> None:
@@ -149,11 +155,39 @@ class KVLedger:
         """Whether host memory has room to park a resident request of that many blocks."""
         return num_table_blocks <= self.host.num_free
 
+    def store_ahead(self, request_id: str, block_ids: Sequence[int], num_computed: int) -> int:
+        """Copy a resident request's whole blocks to host memory in the background, so that parking it is cheap.
+
+        Whole blocks are never written again, so the copy stays good while the request goes on. The blocks stay with
+        the request until it is parked (then only the rest is stored) or leaves.
+
+        Returns:
+            Leading blocks that host memory holds now, or will once the copy has ended.
+
+        Raises:
+            CapacityError: no room in host memory; nothing changed.
+        """
+        assert self.residency[request_id] is Residency.RESIDENT
+        copy = self._copies.get(request_id)
+        num_stored = 0 if copy is None else len(copy.blocks)
+        num_whole = num_computed // self.geometry.block_tokens
+        if num_whole <= num_stored:
+            return num_stored
+        new = self.host.take(num_whole - num_stored)
+        if copy is None:
+            copy = self._copies[request_id] = HostCopy([], is_ahead=True)
+        copy.blocks += new
+        assert request_id not in self._draft.ahead, f"{request_id} is stored ahead twice in one step"
+        self._draft.ahead[request_id] = merge_runs(block_ids[num_stored:num_whole], new)
+        self.counters.stored_ahead_blocks += len(new)
+        self.counters.stored_blocks += len(new)
+        return num_whole
+
     def park(self, request_id: str, block_ids: Sequence[int], num_computed: int) -> None:
         """The request gives up its device blocks; its KV of ``num_computed`` tokens goes to, or is in, host memory.
 
-        A layered request's zone blocks are in host memory already, so only its prefix-cache hits are stored. A
-        resident one's blocks are stored now, before this step's forward pass.
+        A layered request's zone blocks are in host memory already, so only its prefix-cache hits are stored. Of a
+        resident one, what was not stored ahead is stored now, before this step's forward pass.
 
         Raises:
             CapacityError: no room in host memory for a resident request; nothing changed.
@@ -166,11 +200,18 @@ class KVLedger:
             self.host.give_back(copy.blocks[num_needed:])
             del copy.blocks[num_needed:]
             self._leave_zone(request_id)
+            to_store = slice(0, num_to_store)
         else:
-            copy = self._copies[request_id] = HostCopy(self.host.take(num_needed))
-            num_to_store = num_needed
+            ahead = self._copies.get(request_id)
+            num_stored = 0 if ahead is None else len(ahead.blocks)
+            rest = self.host.take(num_needed - num_stored)
+            copy = self._copies[request_id] = HostCopy([*(ahead.blocks if ahead else ()), *rest])
+            to_store = slice(num_stored, num_needed)
+            num_to_store = num_needed - num_stored
+            self._draft.settle |= num_stored > 0
+            self._draft.parks += self._draft.ahead.pop(request_id, ())  # not begun yet: the park waits for it
         copy.num_tokens = num_computed
-        self._draft.parks += merge_runs(block_ids[:num_to_store], copy.blocks[:num_to_store])
+        self._draft.parks += merge_runs(block_ids[to_store], copy.blocks[to_store])
         self.residency.move(request_id, Residency.PARKED)
         self.counters.parks += 1
         self.counters.stored_blocks += num_to_store
@@ -223,6 +264,8 @@ class KVLedger:
             parks=tuple(draft.parks),
             stores=tuple(draft.stores),
             loads=tuple(draft.loads),
+            ahead=tuple(run for runs in draft.ahead.values() for run in runs),
+            settle=draft.settle,
             fetches=tuple(draft.fetches),
             num_tokens=num_tokens,
         )
@@ -261,7 +304,8 @@ class KVLedger:
         """Nothing planned, nobody layered and no fetch under way: this step needs no plan."""
         draft = self._draft
         is_fetching = self.residency.counts[Residency.FETCHING] or self._orphans
-        return not (self._layered or draft.parks or draft.fetches or is_fetching)
+        has_copies = draft.parks or draft.ahead or draft.settle or draft.fetches
+        return not (self._layered or has_copies or is_fetching)
 
     @property
     def num_host_blocks_used(self) -> int:
@@ -280,7 +324,7 @@ class KVLedger:
             if state in (Residency.LAYERED, Residency.PARKED, Residency.FETCHING):
                 assert has_copy, f"{request_id} is {state} without a host copy"
             elif state is Residency.RESIDENT:
-                assert not has_copy, f"{request_id} is resident and keeps host blocks"
+                assert not has_copy or self._copies[request_id].is_ahead, f"{request_id} keeps host blocks for nothing"
         assert set(self._copies) <= set(self.residency)
 
     def _num_leading_pool_blocks(self, block_ids: Sequence[int]) -> int:
@@ -295,3 +339,5 @@ class KVLedger:
         copy = self._copies.pop(request_id, None)
         if copy is not None:
             self.host.give_back(copy.blocks)
+            self._draft.settle |= copy.is_ahead
+            self._draft.ahead.pop(request_id, None)

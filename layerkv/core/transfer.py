@@ -28,6 +28,9 @@ class StepPlan(NamedTuple):
         parks: Pool blocks to store, all layers, before this step's forward pass may overwrite them.
         stores: Zone blocks written in this step, to store layer by layer after each layer's attention.
         loads: Zone blocks written in earlier steps, to load layer by layer before each layer's KV-cache update.
+        ahead: Pool blocks to store in the background, all layers: nobody waits for them but a step that settles.
+        settle: Whether everything in this step waits until earlier ``ahead`` stores have ended: a host block that
+            one of them writes is read or given to somebody else from now on.
         fetches: Requests to load into pool blocks while the step runs.
         num_tokens: Tokens computed in this step; with 0 there is no forward pass to overlap with.
     """
@@ -35,8 +38,15 @@ class StepPlan(NamedTuple):
     parks: tuple[BlockRun, ...] = ()
     stores: tuple[BlockRun, ...] = ()
     loads: tuple[BlockRun, ...] = ()
+    ahead: tuple[BlockRun, ...] = ()
+    settle: bool = False
     fetches: tuple[FetchPlan, ...] = ()
     num_tokens: int = 0
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether workers have anything to do."""
+        return bool(self.parks or self.stores or self.ahead or self.settle or self.fetches)
 
     @property
     def is_layered(self) -> bool:

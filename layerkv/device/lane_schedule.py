@@ -12,6 +12,8 @@ One :class:`LaneSchedule` per worker. The model's thread calls :meth:`begin_step
    The first layers of a step wait likewise for the last stores of the step before.
 5. blocks that a park frees are stored before this step's compute may overwrite them.
 6. a fetch begins after every store submitted so far, among them the request's own last one.
+7. stores ahead of a park run in the background; a step that settles waits for all of them first, before it reads
+   what they wrote or writes where they write.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class LaneSchedule:
         self._lane_stored: list[Event | None] = [None] * lanes  # last store out of each lane, across steps
         self._lane_ready: list[Event | None] = [None] * lanes  # what the lane's next layer must wait for
         self._last_store: Event | None = None
+        self._last_ahead: Event | None = None
         self._fetches: list[tuple[FetchPlan, Event]] = []
         self._stores: Sequence[BlockRun] = ()
         self._loads: Sequence[BlockRun] = ()
@@ -60,7 +63,12 @@ class LaneSchedule:
         engine = self._engine
         self._stores, self._loads = plan.stores, plan.loads
         self._next_layer = 0
+        if plan.settle and self._last_ahead is not None:
+            engine.wait_compute(self._last_ahead)  # rule 7
+            self._last_ahead = None
         compute = engine.record_compute()
+        if plan.ahead:
+            self._last_ahead = self._submit_by_layer(Direction.STORE, plan.ahead, [compute], self._last_ahead)
         if plan.parks:
             self._last_store = engine.submit(Direction.STORE, self._all_layers, plan.parks, after=[compute])
             engine.wait_compute(self._last_store)  # rule 5
@@ -123,20 +131,32 @@ class LaneSchedule:
         Raises:
             TransferError: something still is when the time is up.
         """
-        events = [event for _, event in self._fetches] + [e for e in (self._last_store, *self._lane_stored) if e]
+        stores = (self._last_store, self._last_ahead, *self._lane_stored)
+        events = [event for _, event in self._fetches] + [event for event in stores if event is not None]
         for event in events:
             if not self._engine.wait_host(event, timeout_s):
                 raise TransferError(f"a copy did not end in {timeout_s:.0f} s")
 
     def _submit_fetch(self, fetch: FetchPlan, compute: Event) -> Event:
-        """One copy per layer, so that a layered step's loads never wait behind a whole fetch."""
         # rule 6; each lane's last store by name too, so that none of them can fail unseen
         stores = (self._last_store, *self._lane_stored)
         after = [compute, *(store for store in stores if store is not None)]
-        event = compute
+        return self._submit_by_layer(Direction.LOAD, fetch.runs, after)
+
+    def _submit_by_layer(
+        self, direction: Direction, runs: Sequence[BlockRun], after: Sequence[Event], last: Event | None = None
+    ) -> Event:
+        """One background copy per layer, so that what a step's compute waits for never waits behind a whole request.
+
+        Returns:
+            An event that ends when all have, and ``last`` too; it fails if any of them did.
+        """
+        event = last
         for layer in self._all_layers:
-            event = self._engine.submit(Direction.LOAD, [layer], fetch.runs, after=after, background=True)
-            after = [event]  # so that the last event fails if any of them did
+            event = self._engine.submit(
+                direction, [layer], runs, after=[*after, *([event] if event is not None else ())], background=True
+            )
+        assert event is not None
         return event
 
     def _wait_for_lane_of(self, layer: int) -> None:

@@ -1,32 +1,44 @@
-"""The first scheduler policy: earliest TTFT deadline first, layered when the pool is full, fetch by least laxity.
+"""The scheduler policy: who is parked, fetched, admitted or refused in a step, and how much prefill it does.
 
-:func:`decide` is pure: same snapshot, same decision. It looks at the head of each queue only, so its cost does
-not grow with the number of waiting requests.
+:func:`decide` is pure: same snapshot, same decision. It looks at the heads of the queues only, so its cost does not
+grow with the number of waiting requests.
 
-Who gets pool blocks: parked requests, and prompts that cannot run layered, form one queue of *claims* ordered by
-deadline. The head may be overtaken by smaller claims while it does not fit, but only ``max_overtakes`` times:
-then the pool is left to drain for it. Deadlines never move, so every claim becomes the head in the end, and an
-empty pool fits any of them: nobody starves.
+Two lines form. Prompts stand in line for *compute*, by TTFT deadline; those that cannot be on time (Moore-Hodgson)
+behind those that can. Whoever can only go on in the pool, that is parked requests and prompts that cannot run layered,
+stands in line for *pool blocks*, by the latest time to go on; those too late for their objectives behind those that
+are not.
+
+Nobody starves. In either line, the first of those left behind may be overtaken ``max_overtakes`` times; then nobody
+passes it any more, and the room is left to drain for it: any single request fits an empty pool and an empty zone.
+Deadlines never move, so the ``k``-th left behind starts after at most ``k * (max_overtakes + 1)`` others. Prefill
+itself never stops for more than ``max_idle_steps`` steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from heapq import merge
-from itertools import islice
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
+from layerkv.core.cost import StepWork
+from layerkv.scheduler.forecast import Forecast
+from layerkv.scheduler.prefill import late_prompts, prefill_budget
+from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import (
     Admission,
     Decision,
     ParkedRequest,
     PrefixHit,
+    Refusal,
     ResidentRequest,
     Snapshot,
     WaitingRequest,
 )
 
 _NO_HIT = PrefixHit()
+
+Claim = ParkedRequest | WaitingRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,123 +47,188 @@ class PolicyLimits:
 
     Attributes:
         headroom_tokens: Tokens that every resident request can still make before the pool runs short, kept free
-            when one more is let in. Hysteresis: a fetch that would be parked again at once is not worth its copies.
+            when one more is let in, whatever the forecast says. Hysteresis: a fetch that would be parked again at
+            once is not worth its copies.
         min_resident_steps: A request fetched or admitted less long ago is parked only if nobody else can be.
-        max_overtakes: How often the head of the pool's queue may be overtaken.
-        min_prefill_tokens: Prefill goes on at this rate even when every decode is late: no starvation.
+        max_overtakes: How often the first of those left behind may be overtaken.
+        min_prefill_tokens: Prompt tokens computed although decodes have no slack,
+        max_idle_steps: after this many steps without any.
         scan: How many entries of a queue are looked at in one step.
+        ahead_steps: The forecast's horizon: shortages that near are prepared for by storing ahead.
+        rescue_steps: A parked request whose latest time to go on is nearer than its fetch plus so many steps may
+            have room made for it.
     """
 
     headroom_tokens: int = 32
     min_resident_steps: int = 32
     max_overtakes: int = 64
-    min_prefill_tokens: int = 512
+    min_prefill_tokens: int = 256
+    max_idle_steps: int = 8
     scan: int = 64
+    ahead_steps: int = 64
+    rescue_steps: int = 8
 
 
 @dataclass(slots=True)
-class _Room:
-    """What is left while the decision is being put together."""
+class _Draft:
+    """The decision while it is put together, and the room that is left."""
 
     pool: int
     zone: int
     host: int
+    early_host: int
     slots: int
     residents: int
+    park: list[str] = field(default_factory=list)
+    recompute: list[str] = field(default_factory=list)
+    store_ahead: list[str] = field(default_factory=list)
+    fetch: list[str] = field(default_factory=list)
+    resident_prompts: set[str] = field(default_factory=set)
+    admit: list[Admission] = field(default_factory=list)
+    refuse: list[Refusal] = field(default_factory=list)
+    overtaken: list[str] = field(default_factory=list)
+    reasons: dict[str, Reason] = field(default_factory=dict)
+    waits: dict[str, Reason] = field(default_factory=dict)
+    blocked: Claim | None = None
+    made_room: bool = False
 
 
 def decide(snapshot: Snapshot, limits: PolicyLimits | None = None) -> Decision:
     """Choose what to park, fetch and admit before one engine step."""
     s, limits = snapshot, limits or PolicyLimits()
-    room = _Room(
+    draft = _Draft(
         pool=s.free_blocks - s.reserved_blocks,
         zone=s.free_zone_blocks,
         host=s.free_host_blocks,
+        early_host=s.free_host_blocks if s.early_host_blocks is None else s.early_host_blocks,
         slots=s.free_slots,
         residents=s.num_resident,
     )
-    leave_zone = _choose_leavers(s)
-    leaving = set(leave_zone)
-    for r in s.layered:
-        if r.request_id not in leaving:
-            room.zone -= r.needs_zone_block
-            room.host -= r.needs_host_block
-        elif not s.frees_are_deferred:
-            room.zone += r.num_zone_blocks
-    victims = _choose_victims(s, limits, room)
-    room.slots += len(victims) + len(leave_zone)
-    room.pool -= s.growth_blocks
-
-    prefill_tokens = prefill_budget(s, limits)
-    if victims:  # hysteresis: nobody comes in through the door by which others must leave
-        fetches: list[str] = []
-        resident: list[Admission] = []
-        blocked, overtaken = True, None
+    _let_layered_leave(s, draft)
+    _relieve_pool(s, limits, draft)
+    draft.pool -= s.growth_blocks
+    forecast = _forecast(s)
+    prefill_tokens = prefill_budget(s, min_tokens=limits.min_prefill_tokens, max_idle_steps=limits.max_idle_steps)
+    waiting = s.waiting[: limits.scan]
+    late = late_prompts(s, s.waiting, prefill_tokens)
+    is_relieving = bool(draft.recompute) or Reason.POOL_SHORT in draft.reasons.values()
+    claims = _claims(s, limits, waiting, late)
+    if is_relieving:  # hysteresis: nobody comes in through the door by which others must leave
+        draft.blocked = claims[0] if claims else None
+        draft.waits.update((claim.request_id, Reason.VICTIMS_LEAVE) for claim in claims)
     else:
-        fetches, resident, blocked, overtaken = _grant_claims(s, limits, room)
-    admitted, refused = _admit(s, limits, room, resident, prefill_tokens, pool_is_contended=blocked)
-    return Decision(
-        park=(*leave_zone, *victims),
-        fetch=tuple(fetches),
-        admit=tuple(admitted),
+        _grant_claims(s, limits, draft, claims, forecast)
+        _make_room(s, limits, draft)
+    _store_ahead(s, limits, draft, forecast)
+    turn = _Turn(
+        tokens=max(prefill_tokens - s.prefilling_tokens, 0),
         prefill_tokens=prefill_tokens,
-        refuse=tuple(refused),
-        overtaken=overtaken,
+        late=late,
+        forecast=forecast,
+        pool_is_contended=draft.blocked is not None or is_relieving,
+    )
+    _admit(s, limits, draft, _by_turn(s, limits, waiting, late), turn)
+    return Decision(
+        park=tuple(draft.park),
+        recompute=tuple(draft.recompute),
+        store_ahead=tuple(draft.store_ahead),
+        fetch=tuple(draft.fetch),
+        admit=tuple(draft.admit),
+        prefill_tokens=prefill_tokens,
+        refuse=tuple(draft.refuse),
+        overtaken=tuple(draft.overtaken),
+        made_room=draft.made_room,
+        reasons=draft.reasons,
+        waits=draft.waits,
     )
 
 
-def prefill_budget(snapshot: Snapshot, limits: PolicyLimits) -> int:
-    """Most prompt tokens whose step time fits the smallest decode slack (LayerKV Eq. 1, restated per step)."""
-    s = snapshot
-    most = max(s.budget_tokens - s.decode_tokens, 0)
-    if s.prefill_s_per_token <= 0 or s.decode_slack_s == float("inf"):
-        return most
-    fitting = int(s.decode_slack_s / s.prefill_s_per_token)
-    return min(most, max(fitting, limits.min_prefill_tokens))
+# Leaving --------------------------------------------------------------------------------------------------------------
 
 
-def _choose_victims(s: Snapshot, limits: PolicyLimits, room: _Room) -> list[str]:
-    """Park residents until the running requests' growth fits: those with most laxity and least weight first."""
+def _let_layered_leave(s: Snapshot, draft: _Draft) -> None:
+    """Park layered requests after their first token, or, when they may stream, once that is not worth it."""
+    stream_bytes = _stream_budget(s)
+    wanted = min((w.num_blocks for w in s.waiting[:1]), default=0)
+    pool = draft.pool - s.growth_blocks
+    for r in s.layered:
+        zone_cost, host_cost = int(r.needs_zone_block), int(r.needs_host_block)
+        reason: Reason | None = None
+        if r.prefill_done:
+            stream_bytes -= r.num_zone_blocks * s.block_bytes
+            is_wanted = draft.zone - zone_cost < wanted or draft.host < host_cost or r.num_blocks <= pool
+            if not s.streamed_decode or is_wanted:  # a first token matters more, and the pool is better, than streaming
+                reason = Reason.FIRST_TOKEN_DONE
+            elif stream_bytes < 0:
+                reason = Reason.STREAM_BUDGET
+        if reason is None:
+            draft.zone -= zone_cost
+            draft.host -= host_cost
+            continue
+        stream_bytes += r.num_zone_blocks * s.block_bytes
+        pool -= r.num_blocks
+        if not s.frees_are_deferred:
+            draft.zone += r.num_zone_blocks
+        draft.slots += 1
+        draft.park.append(r.request_id)
+        draft.reasons[r.request_id] = reason
+
+
+def _stream_budget(s: Snapshot) -> float:
+    """Bytes per step that the TPOT objectives leave time to load: ``(TPOT_SLO - T_step) * link``."""
+    if s.cost is None or not s.slo_scheduling or not s.streamed_decode:
+        return math.inf
+    if s.tightest_tpot_s == math.inf:
+        return math.inf
+    step_s = s.cost.step_s(StepWork(num_decodes=s.decode_tokens, decode_context=s.decode_context))
+    return s.cost.load_bytes_in(s.tightest_tpot_s - step_s)
+
+
+def _relieve_pool(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> None:
+    """Take residents out until the running requests' growth fits."""
     deficit = s.growth_blocks - s.free_blocks
     if deficit <= 0:
-        return []
-
-    def reluctance(r: ResidentRequest) -> tuple[bool, float, float]:
-        return (r.steps_resident < limits.min_resident_steps, r.weight, -r.deadline_s)
-
-    victims: list[str] = []
-    for r in sorted((r for r in s.resident if r.can_park), key=reluctance):
-        if deficit <= 0 or len(victims) + 1 >= max(s.num_resident, 2):
+        return
+    for r in sorted((r for r in s.resident if r.can_park), key=lambda r: _reluctance(s, limits, r)):
+        if deficit <= 0 or len(draft.park) + len(draft.recompute) + 1 >= max(s.num_resident, 2):
             break  # the last resident goes on: the pool holds any single request
-        if r.num_blocks > room.host:
-            continue
-        victims.append(r.request_id)
+        needs_host = r.num_blocks - r.num_stored
+        if _recompute_is_cheaper(s, r):
+            draft.recompute.append(r.request_id)
+            draft.reasons[r.request_id] = Reason.RECOMPUTE_CHEAPER
+        elif needs_host <= draft.host:
+            draft.park.append(r.request_id)
+            draft.reasons[r.request_id] = Reason.POOL_SHORT
+            draft.host -= needs_host
+        else:
+            continue  # no room in host memory: vLLM preempts by itself if it must
         deficit -= r.num_blocks
-        room.host -= r.num_blocks
-        room.pool += r.num_blocks
-        room.residents -= 1
-    return victims
+        draft.pool += r.num_blocks
+        draft.residents -= 1
+        draft.slots += 1
 
 
-def _choose_leavers(s: Snapshot) -> list[str]:
-    """Layered requests that leave the zone: after their first token, or when streaming stops being worth it."""
-    done = [r for r in s.layered if r.prefill_done]
-    if not s.streamed_decode:
-        return [r.request_id for r in done]
-    leavers: list[str] = []
-    zone, host = s.free_zone_blocks, s.free_host_blocks
-    pool = s.free_blocks - s.reserved_blocks - s.growth_blocks
-    wanted = min((w.num_blocks for w in s.waiting[:1]), default=0)
-    for r in done:
-        zone -= r.needs_zone_block
-        host -= r.needs_host_block
-        # a first token matters more than streaming, and the pool is better than it
-        if zone < wanted or host < 0 or r.num_blocks <= pool:
-            leavers.append(r.request_id)
-            zone += r.needs_zone_block if s.frees_are_deferred else r.num_zone_blocks
-            host += r.needs_host_block
-            pool -= r.num_blocks
-    return leavers
+def _reluctance(s: Snapshot, limits: PolicyLimits, r: ResidentRequest) -> tuple[bool, bool, float, float]:
+    """Whom to spare: those that came a moment ago, those that can be on time, the weighty, the urgent."""
+    is_on_time = s.slo_scheduling and r.deadline_s >= s.now_s
+    return (r.steps_resident < limits.min_resident_steps, is_on_time, r.weight, -r.deadline_s)
+
+
+def _recompute_is_cheaper(s: Snapshot, r: ResidentRequest) -> bool:
+    """Swap or recompute: two copies, less what is stored already, against computing its tokens again."""
+    if s.cost is None or not r.num_tokens:
+        return False
+    stored_s = s.cost.store_s((r.num_blocks - r.num_stored) * s.block_bytes)
+    return s.cost.prefill_s(r.num_tokens) < stored_s + s.cost.load_s(r.num_blocks * s.block_bytes)
+
+
+# The line for pool blocks ---------------------------------------------------------------------------------------------
+
+
+def _forecast(s: Snapshot) -> Forecast:
+    held = sum(r.num_blocks for r in s.resident)
+    usable = s.free_blocks - s.reserved_blocks + held
+    return Forecast(usable, s.block_tokens, ((r.tokens_left, r.num_blocks) for r in s.resident))
 
 
 def _headroom(s: Snapshot, limits: PolicyLimits, residents: int) -> int:
@@ -160,43 +237,146 @@ def _headroom(s: Snapshot, limits: PolicyLimits, residents: int) -> int:
     return -(-(residents + 1) * limits.headroom_tokens // s.block_tokens)
 
 
-def _grant_claims(
-    s: Snapshot, limits: PolicyLimits, room: _Room
-) -> tuple[list[str], list[Admission], bool, str | None]:
-    """Give pool blocks to claims by deadline.
+def _need(s: Snapshot, claim: Claim) -> int:
+    hit = s.hits.get(claim.request_id, _NO_HIT)
+    return claim.num_blocks - hit.num_blocks + hit.num_evictable
 
-    Returns:
-        Fetches, resident admissions, whether a claim is left unserved, and the head if it was overtaken.
-    """
-    fetches: list[str] = []
-    admissions: list[Admission] = []
-    blocked: str | None = None
-    was_overtaken = False
-    for claim in islice(_claims(s, limits), limits.scan):
-        hit = s.hits.get(claim.request_id, _NO_HIT)
-        need = claim.num_blocks - hit.num_blocks + hit.num_evictable
-        fits = need + _headroom(s, limits, room.residents) <= room.pool and room.slots > 0
-        if not fits:
-            if blocked is None:
-                blocked = claim.request_id
-                if s.overtaken.get(blocked, 0) >= limits.max_overtakes:
+
+def _fits_pool(s: Snapshot, limits: PolicyLimits, draft: _Draft, claim: Claim, forecast: Forecast) -> bool:
+    """Whether there are blocks for it now, and by the forecast will be until it ends."""
+    need = _need(s, claim)
+    if need + _headroom(s, limits, draft.residents) > draft.pool:
+        return False
+    return draft.residents == 0 or forecast.fits(need, claim.tokens_left)
+
+
+def _is_late(s: Snapshot, claim: Claim, late: set[str]) -> bool:
+    return s.slo_scheduling and (claim.request_id in late or claim.deadline_s < s.now_s)
+
+
+def _claims(s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest], late: set[str]) -> list[Claim]:
+    """Everybody who can only go on in the pool, in order; whoever was overtaken too often stands first."""
+    claims: list[Claim] = [*s.parked[: limits.scan], *(w for w in waiting if not _can_ever_layer(s, w))]
+    overtaken, most = s.overtaken, limits.max_overtakes
+
+    def turn(claim: Claim) -> tuple[bool, int, bool, float]:
+        is_overdue = overtaken.get(claim.request_id, 0) >= most
+        return (not is_overdue, claim.rank, _is_late(s, claim, late), claim.deadline_s)
+
+    claims.sort(key=turn)
+    return claims
+
+
+def _grant_claims(
+    s: Snapshot, limits: PolicyLimits, draft: _Draft, claims: Sequence[Claim], forecast: Forecast
+) -> None:
+    """Give pool blocks to claims in order, past those that do not fit now."""
+    was_served = False
+    first_late: Claim | None = None
+    for claim in claims:
+        if first_late is None and s.slo_scheduling and claim.deadline_s < s.now_s:
+            first_late = claim
+        if draft.slots <= 0 or not _fits_pool(s, limits, draft, claim, forecast):
+            draft.waits[claim.request_id] = Reason.NO_SLOT if draft.slots <= 0 else Reason.POOL_FULL
+            if draft.blocked is None:
+                draft.blocked = claim
+                if s.overtaken.get(claim.request_id, 0) >= limits.max_overtakes:
                     break
             continue
-        was_overtaken = was_overtaken or blocked is not None
-        room.pool -= need
-        room.slots -= 1
-        room.residents += 1
+        if draft.blocked is not None and draft.blocked.request_id not in draft.overtaken:
+            draft.overtaken.append(draft.blocked.request_id)
+        was_served = True
+        need = _need(s, claim)
+        draft.pool -= need
+        draft.slots -= 1
+        draft.residents += 1
+        forecast.add(need, claim.tokens_left)
         if isinstance(claim, ParkedRequest):
-            fetches.append(claim.request_id)
+            draft.fetch.append(claim.request_id)
+            draft.reasons[claim.request_id] = Reason.ITS_TURN
         else:
-            admissions.append(Admission(claim.request_id, layered=False))
-    return fetches, admissions, blocked is not None, blocked if was_overtaken else None
+            draft.resident_prompts.add(claim.request_id)
+    if first_late is not None and was_served and _is_left_behind(draft, first_late):
+        draft.overtaken.append(first_late.request_id)
 
 
-def _claims(s: Snapshot, limits: PolicyLimits) -> Iterator[ParkedRequest | WaitingRequest]:
-    """Everybody who can only run in the pool, by deadline."""
-    only_resident = (w for w in _head(s.waiting, limits) if not _can_ever_layer(s, w))
-    return merge(s.parked, only_resident, key=lambda claim: claim.deadline_s)
+def _is_left_behind(draft: _Draft, claim: Claim) -> bool:
+    served = claim.request_id in draft.fetch or claim.request_id in draft.resident_prompts
+    return not served and claim.request_id not in draft.overtaken
+
+
+def _make_room(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> None:
+    """Park residents that can afford it for the first claim if that is about to become late.
+
+    Only for one that still can be on time, and only residents whose laxity covers its whole stay and their own way
+    back: each exchange uses laxity up, so exchanges end.
+    """
+    claim = draft.blocked
+    if claim is None or s.cost is None or not s.slo_scheduling or not s.can_exchange or claim.deadline_s < s.now_s:
+        return
+    step_s, fetch_s = _times(s, claim.num_blocks)
+    if claim.deadline_s - s.now_s > fetch_s + limits.rescue_steps * step_s:
+        return
+    chosen = _who_can_wait(s, limits, draft, claim, step_s)
+    if chosen is None:
+        return
+    for r in chosen:
+        draft.park.append(r.request_id)
+        draft.reasons[r.request_id] = Reason.MAKES_ROOM
+        draft.host -= r.num_blocks - r.num_stored
+        draft.residents -= 1
+        draft.slots += 1
+    draft.made_room = True
+
+
+def _who_can_wait(
+    s: Snapshot, limits: PolicyLimits, draft: _Draft, claim: Claim, step_s: float
+) -> list[ResidentRequest] | None:
+    """Residents whose blocks together make room for the claim; None if there are not enough."""
+    stay_s = claim.tokens_left * step_s
+    missing = _need(s, claim) + _headroom(s, limits, draft.residents) - draft.pool
+    host = draft.host
+    chosen: list[ResidentRequest] = []
+    for r in sorted(s.resident, key=lambda r: _reluctance(s, limits, r)):
+        if missing <= 0:
+            break
+        _, back_s = _times(s, r.num_blocks)
+        can_wait = r.deadline_s - s.now_s > stay_s + back_s or (r.deadline_s < s.now_s and r.weight < claim.weight)
+        needs_host = r.num_blocks - r.num_stored
+        if r.can_park and r.steps_resident >= limits.min_resident_steps and can_wait and needs_host <= host:
+            chosen.append(r)
+            missing -= r.num_blocks
+            host -= needs_host
+    return chosen if missing <= 0 and len(chosen) < max(s.num_resident, 2) else None
+
+
+def _times(s: Snapshot, num_blocks: int) -> tuple[float, float]:
+    """Seconds of a bare decode step, and of fetching so many blocks."""
+    assert s.cost is not None
+    step_s = s.cost.step_s(StepWork(num_decodes=s.decode_tokens, decode_context=s.decode_context))
+    return step_s, s.cost.load_s(num_blocks * s.block_bytes) + step_s
+
+
+def _store_ahead(s: Snapshot, limits: PolicyLimits, draft: _Draft, forecast: Forecast) -> None:
+    """Copy one more likely victim to host memory if the pool is going to run short: then its park costs nothing."""
+    if draft.park or draft.recompute or s.num_resident < 2:
+        return
+    shortage = forecast.shortage(limits.ahead_steps, draft.pool)
+    if shortage <= 0:
+        return
+    for r in sorted((r for r in s.resident if r.can_park), key=lambda r: _reluctance(s, limits, r)):
+        whole_blocks = r.num_tokens // s.block_tokens
+        if r.num_stored * 2 < whole_blocks:
+            if whole_blocks - r.num_stored <= draft.host:
+                draft.store_ahead.append(r.request_id)
+                draft.host -= whole_blocks - r.num_stored
+            return
+        shortage -= r.num_blocks
+        if shortage <= 0:
+            return
+
+
+# The line for compute -------------------------------------------------------------------------------------------------
 
 
 def _can_ever_layer(s: Snapshot, w: WaitingRequest) -> bool:
@@ -210,85 +390,170 @@ def _can_ever_layer(s: Snapshot, w: WaitingRequest) -> bool:
     )
 
 
-def _head(waiting: Sequence[WaitingRequest], limits: PolicyLimits) -> Sequence[WaitingRequest]:
-    return waiting[: limits.scan]
+def _by_turn(
+    s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest], late: set[str]
+) -> list[WaitingRequest]:
+    """Prompts in the order in which they get compute; whoever was overtaken too often first."""
+    if not late:
+        return list(waiting)
+    overtaken, most = s.overtaken, limits.max_overtakes
+
+    def turn(w: WaitingRequest) -> tuple[bool, int, bool, float]:
+        is_overdue = overtaken.get(w.request_id, 0) >= most
+        return (not is_overdue, w.rank, w.request_id in late, w.deadline_s)
+
+    return sorted(waiting, key=turn)
 
 
-def _admit(
-    s: Snapshot,
-    limits: PolicyLimits,
-    room: _Room,
-    resident: list[Admission],
-    prefill_tokens: int,
-    *,
-    pool_is_contended: bool,
-) -> tuple[list[Admission], list[tuple[str, str]]]:
-    """Start waiting prompts by deadline, each RESIDENT if that hurts nobody, else LAYERED.
+@dataclass(slots=True)
+class _Turn:
+    """What starting one prompt leaves for the next."""
 
-    The order among admitted prompts is by deadline whichever way they run. A prompt that can run layered, but not
-    just now, holds back later ones that want the zone: it is next.
+    tokens: int
+    prefill_tokens: int
+    late: set[str]
+    forecast: Forecast
+    pool_is_contended: bool
+    zone_is_promised: bool = False
+
+
+def _admit(s: Snapshot, limits: PolicyLimits, draft: _Draft, waiting: Sequence[WaitingRequest], turn: _Turn) -> None:
+    """Start prompts in order, each RESIDENT if that hurts nobody, else LAYERED if that helps somebody."""
+    for w in waiting:
+        refusal = _refusal(s, draft, w, turn.late)
+        if refusal is not None:
+            draft.refuse.append(refusal)
+            draft.reasons[w.request_id] = refusal.reason
+            continue
+        where, reason = _where_to_start(s, limits, draft, w, turn)
+        if where is None:
+            draft.waits.setdefault(w.request_id, reason)
+            if s.overtaken.get(w.request_id, 0) >= limits.max_overtakes:
+                break
+            continue
+        _start(s, draft, w, turn, where)
+        draft.reasons[w.request_id] = reason
+    _note_overtaken(draft, waiting, turn.late)
+
+
+def _refusal(s: Snapshot, draft: _Draft, w: WaitingRequest, late: set[str]) -> Refusal | None:
+    if w.request_id in draft.resident_prompts:
+        return None
+    if w.request_id in late and w.may_refuse:
+        return Refusal(w.request_id, Reason.OVERLOAD, _overload(s, w))
+    if w.num_blocks > s.pool_blocks and not _can_ever_layer(s, w):
+        return Refusal(w.request_id, Reason.NEVER_FITS, _never_fits(s, w))
+    return None
+
+
+def _where_to_start(
+    s: Snapshot, limits: PolicyLimits, draft: _Draft, w: WaitingRequest, turn: _Turn
+) -> tuple[Literal["pool", "zone"] | None, Reason]:
+    """Where a prompt may start in this step, if it may, and why there or why not.
+
+    A prompt that is to run layered, but cannot just now, holds back later ones that want the zone: it is next.
     """
-    granted = {admission.request_id for admission in resident}
-    admitted: list[Admission] = []
-    refused: list[tuple[str, str]] = []
-    tokens = max(prefill_tokens - s.prefilling_tokens, 0)
-    zone_is_promised = False
-    for w in _head(s.waiting, limits):
-        if tokens <= 0:
-            break
-        hit = s.hits.get(w.request_id, _NO_HIT)
-        to_compute = max(w.num_tokens - hit.num_blocks * s.block_tokens, 1)
-        if w.request_id in granted:
-            admitted.append(Admission(w.request_id, layered=False))
-            tokens -= to_compute
-            continue
-        if not _can_ever_layer(s, w):
-            if w.num_blocks > s.pool_blocks:
-                refused.append((w.request_id, _refusal(s, w)))
-            continue
-        if room.slots <= 0:
-            continue  # not an end: one further on may have been granted the slot
-        need = w.num_blocks - hit.num_blocks + hit.num_evictable
-        fits_pool = need + _headroom(s, limits, room.residents) <= room.pool
-        if fits_pool and not pool_is_contended and s.mode == "auto":
-            admitted.append(Admission(w.request_id, layered=False))
-            room.pool -= need
-            room.residents += 1
-        elif not zone_is_promised and _can_layer_now(
-            room, w, hit, in_few_chunks=tokens >= min(to_compute, prefill_tokens // 2)
-        ):
-            zone_blocks = w.num_blocks - hit.num_blocks
-            admitted.append(Admission(w.request_id, layered=True, zone_blocks=zone_blocks))
-            room.zone -= zone_blocks
-            room.host -= w.num_blocks
-            room.pool -= hit.num_evictable
-        elif fits_pool and w.num_blocks > room.host and not pool_is_contended:
-            admitted.append(Admission(w.request_id, layered=False))  # host memory full: stock behaviour
-            room.pool -= need
-            room.residents += 1
-        else:
-            zone_is_promised = True
-            continue
-        room.slots -= 1
-        tokens -= to_compute
-    return admitted, refused
+    if turn.tokens <= 0:
+        return None, Reason.LATE if w.request_id in turn.late else Reason.NO_TOKENS_LEFT
+    if w.request_id in draft.resident_prompts:
+        return "pool", Reason.FITS
+    if not _can_ever_layer(s, w):
+        return None, Reason.POOL_FULL
+    if draft.slots <= 0:
+        return None, Reason.NO_SLOT  # not an end: one further on may have been granted the slot
+    fits = not turn.pool_is_contended and _fits_pool(s, limits, draft, w, turn.forecast)
+    if fits and s.mode == "auto":
+        return "pool", Reason.FITS
+    if turn.zone_is_promised:
+        return None, Reason.BEHIND
+    obstacle = _why_not_layered(s, draft, w, turn)
+    if obstacle is None:
+        return "zone", Reason.POOL_CONTENDED
+    if obstacle is Reason.HOST_FULL and fits:
+        return "pool", Reason.HOST_FULL_RESIDENT  # stock behaviour
+    turn.zone_is_promised = True
+    return None, obstacle
 
 
-def _can_layer_now(room: _Room, w: WaitingRequest, hit: PrefixHit, *, in_few_chunks: bool) -> bool:
-    """Whether zone, host memory and this step's tokens have room for the prompt.
+def _start(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn, where: Literal["pool", "zone"]) -> None:
+    """Admit a prompt and deduct what it takes (a granted claim has its blocks and slot already)."""
+    hit = s.hits.get(w.request_id, _NO_HIT)
+    turn.tokens -= _tokens_to_compute(s, w, hit)
+    if where == "zone":
+        zone_blocks = w.num_blocks - hit.num_blocks
+        draft.admit.append(Admission(w.request_id, layered=True, zone_blocks=zone_blocks))
+        draft.zone -= zone_blocks
+        draft.host -= w.num_blocks
+        draft.early_host -= w.num_blocks
+        draft.pool -= hit.num_evictable
+        draft.slots -= 1
+        return
+    draft.admit.append(Admission(w.request_id, layered=False))
+    if w.request_id not in draft.resident_prompts:
+        need = _need(s, w)
+        draft.pool -= need
+        draft.residents += 1
+        draft.slots -= 1
+        turn.forecast.add(need, w.tokens_left)
 
-    A prompt is not begun with a small rest of the step's budget: every further chunk re-loads the earlier ones.
+
+def _note_overtaken(draft: _Draft, waiting: Sequence[WaitingRequest], late: set[str]) -> None:
+    """Of the late prompts left behind, the first has been overtaken if any other started."""
+    started = {admission.request_id for admission in draft.admit}
+    if not started:
+        return
+    for w in waiting:
+        if w.request_id in late and w.request_id not in started and draft.reasons.get(w.request_id) is None:
+            if w.request_id not in draft.overtaken:
+                draft.overtaken.append(w.request_id)
+            return
+
+
+def _tokens_to_compute(s: Snapshot, w: WaitingRequest, hit: PrefixHit) -> int:
+    return max(w.num_tokens - hit.num_blocks * s.block_tokens, 1)
+
+
+def _why_not_layered(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn) -> Reason | None:
+    """None if zone, host memory and this step's tokens have room for the prompt and that helps it; else why not."""
+    hit = s.hits.get(w.request_id, _NO_HIT)
+    if w.num_blocks > min(draft.host, draft.early_host):
+        return Reason.HOST_FULL
+    if w.num_blocks - hit.num_blocks > draft.zone or hit.num_evictable > max(draft.pool, 0):
+        return Reason.ZONE_FULL
+    if turn.tokens < min(_tokens_to_compute(s, w, hit), turn.prefill_tokens // 2):
+        return Reason.SMALL_REST
+    if _waiting_is_shorter(s, draft, w, turn.forecast):
+        return Reason.WAIT_IS_SHORTER
+    return None
+
+
+def _waiting_is_shorter(s: Snapshot, draft: _Draft, w: WaitingRequest, forecast: Forecast) -> bool:
+    """Whether pool blocks come free sooner than the copies of a layered prefill take, and in time.
+
+    Two copies of its KV is what LAYERED costs; a first token that much sooner is what it gives.
     """
-    return (
-        in_few_chunks
-        and w.num_blocks - hit.num_blocks <= room.zone
-        and w.num_blocks <= room.host
-        and hit.num_evictable <= max(room.pool, 0)  # without hits it takes nothing from the pool
-    )
+    if s.mode != "auto" or s.cost is None or draft.blocked is not None or draft.residents == 0:
+        return False
+    steps = forecast.steps_until_free(_need(s, w), draft.pool)
+    if steps is None:
+        return False
+    step_s, fetch_s = _times(s, w.num_blocks)
+    wait_s = steps * step_s
+    in_time = s.now_s + wait_s + w.prefill_cost_s * s.cost.prefill_factor <= w.deadline_s
+    return in_time and wait_s < fetch_s
 
 
-def _refusal(s: Snapshot, w: WaitingRequest) -> str:
+def _never_fits(s: Snapshot, w: WaitingRequest) -> str:
     return (
         f"the prompt's {w.num_tokens} tokens need {w.num_blocks} KV blocks; the pool has {s.pool_blocks}, the lane "
         f"zone {s.zone_blocks}, host memory {s.host_blocks}: raise KV memory, zone_tokens or host_memory"
+    )
+
+
+def _overload(s: Snapshot, w: WaitingRequest) -> str:
+    late_s = max(s.now_s - w.deadline_s, 0.0)
+    return (
+        "the engine is overloaded: this prompt's first token cannot come in time"
+        + (f" ({late_s:.1f} s late already)" if late_s else "")
+        + "; its SLO class asks to be refused then (overload: reject); try again later"
     )

@@ -6,24 +6,31 @@ once, when a request changes state, not once per step: a step with 500 waiting r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from layerkv.core.cost import CostView
+from layerkv.scheduler.reasons import Reason
 
 Mode = Literal["auto", "resident", "layered"]
 
 
-@dataclass(frozen=True, slots=True)
-class WaitingRequest:
+class WaitingRequest(NamedTuple):
     """A prompt without KV anywhere.
 
     Attributes:
         request_id: The request.
-        deadline_s: When its first token is due (arrival plus the class's TTFT).
+        deadline_s: When its first token is due (arrival plus the class's TTFT), or its next one if it lost its KV.
         num_tokens: Tokens to compute, prefix-cache hits not yet deducted.
         num_blocks: Blocks of those tokens.
         can_layer: Whether vLLM's semantics let it be parked and fetched (not with prompt logprobs, for instance).
         weight: Its class's weight.
+        rank: Lower goes first, whatever the deadlines (vLLM's request priority).
+        prefill_cost_s: Seconds of its prefill by the profile, not corrected online.
+        tokens_left: Output tokens that it is predicted to make.
+        may_refuse: Whether its class asks to be refused rather than served late.
     """
 
     request_id: str
@@ -32,10 +39,13 @@ class WaitingRequest:
     num_blocks: int
     can_layer: bool = True
     weight: float = 1.0
+    rank: int = 0
+    prefill_cost_s: float = 0.0
+    tokens_left: int = 1
+    may_refuse: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PrefixHit:
+class PrefixHit(NamedTuple):
     """What the device's prefix cache already holds of a waiting prompt.
 
     Attributes:
@@ -47,35 +57,39 @@ class PrefixHit:
     num_evictable: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class ParkedRequest:
+class ParkedRequest(NamedTuple):
     """A request whose KV is in host memory.
 
     Attributes:
         request_id: The request.
-        deadline_s: When its next token is due: first token plus TPOT objective times tokens made (its laxity is
-            this minus now; all laxities fall at the same speed, so the order never changes while parked).
+        deadline_s: The latest time to go on if its objectives are to be kept (see ``TrackedRequest.start_by_s``).
         num_blocks: Pool blocks it needs to run again.
         weight: Its class's weight.
+        rank: As for a waiting request.
+        tokens_left: Output tokens that it is predicted to make still.
     """
 
     request_id: str
     deadline_s: float
     num_blocks: int
     weight: float = 1.0
+    rank: int = 0
+    tokens_left: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class ResidentRequest:
-    """A running request with its KV in the pool, seen only when the pool runs short.
+class ResidentRequest(NamedTuple):
+    """A running request with its KV in the pool, or on its way there.
 
     Attributes:
         request_id: The request.
-        deadline_s: When its next token is due.
-        num_blocks: Pool blocks that parking it frees.
+        deadline_s: The latest time to go on, were it parked now.
+        num_blocks: Pool blocks that it holds or has been promised: parking it frees them.
         steps_resident: Engine steps since it was admitted or fetched.
-        can_park: Whether it may be parked.
+        can_park: Whether it may be parked now.
         weight: Its class's weight.
+        tokens_left: Output tokens that it is predicted to make still.
+        num_tokens: Tokens whose KV it has.
+        num_stored: Leading blocks of it that host memory holds already (stored ahead).
     """
 
     request_id: str
@@ -84,10 +98,12 @@ class ResidentRequest:
     steps_resident: int
     can_park: bool = True
     weight: float = 1.0
+    tokens_left: int = 1
+    num_tokens: int = 0
+    num_stored: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class LayeredRequest:
+class LayeredRequest(NamedTuple):
     """A running request in the lane zone.
 
     Attributes:
@@ -114,9 +130,6 @@ class Snapshot:
     Attributes:
         now_s: Current time.
         mode: The engine's ``mode`` option.
-        streamed_decode: Whether layered requests may decode in the zone.
-        frees_are_deferred: Whether blocks given up now come back only after the step in flight (asynchronous
-            scheduling), so that this step cannot use them.
         block_tokens: Tokens per block.
         pool_blocks: Pool blocks that requests can ever hold.
         free_blocks: Pool blocks free now.
@@ -128,23 +141,34 @@ class Snapshot:
         free_host_blocks: Host blocks free now.
         free_slots: Requests that may still be admitted (``max_num_seqs``).
         budget_tokens: Tokens that one step may compute.
-        decode_tokens: Of those, spoken for by requests that decode or are about to resume decoding.
+        streamed_decode: Whether layered requests may decode in the zone.
+        slo_scheduling: Whether objectives count; off, deadlines are arrival times and nobody is late.
+        frees_are_deferred: Whether blocks given up now come back only after the step in flight (asynchronous
+            scheduling), so that this step cannot use them.
+        block_bytes: Bytes of a block over all layers.
+        early_host_blocks: Host blocks that prompts admitted layered may still take (eLLM's 3-of-5 rule), or None
+            for all that are free.
+        decode_tokens: Requests that decode in this step, or are about to resume decoding.
+        decode_context: KV tokens that those read.
         prefilling_tokens: Prompt tokens that running requests still have to compute.
-        decode_slack_s: How much longer than a bare decode step this step may take before the first running
-            request that is on time becomes late; infinite when nobody decodes (LayerKV Eq. 1-2, with N_future = 0).
-        prefill_s_per_token: Observed cost of prefill; 0 while unknown.
+        decode_slack_s: How long decodes may be held up, all in all, before the first of those that are on time
+            becomes late (LayerKV Eq. 1-2); infinite when nobody decodes.
+        tightest_tpot_s: The smallest TPOT objective among requests that decode.
+        steps_without_prefill: Steps since the last one that computed prompt tokens, while prompts were there.
+        can_exchange: Whether a resident request may be parked to make room for another: not while the last such
+            exchange is still being carried out.
+        cost: The cost model; None while nothing is known of its scale.
         num_resident: Running requests in the pool.
-        waiting: By deadline.
-        parked: By deadline; only those that can be fetched now.
-        resident: Filled only when ``growth_blocks > free_blocks``.
+        waiting: Those that are on time by deadline, then the others.
+        parked: The same; only those that can be fetched now.
+        resident: Running requests in the pool and requests on their way there.
         layered: All.
         hits: Prefix-cache hits of the first waiting requests, by id; absent means none known.
-        overtaken: How often the request at the head of the queue for pool blocks has been overtaken, by id.
+        overtaken: How often a request at the head of its line has been overtaken, by id.
     """
 
     now_s: float
     mode: Mode
-    streamed_decode: bool
     block_tokens: int
     pool_blocks: int
     free_blocks: int
@@ -156,22 +180,29 @@ class Snapshot:
     free_host_blocks: int
     free_slots: int
     budget_tokens: int
+    streamed_decode: bool = False
+    slo_scheduling: bool = True
     frees_are_deferred: bool = False
+    block_bytes: int = 0
+    early_host_blocks: int | None = None
     decode_tokens: int = 0
+    decode_context: int = 0
     prefilling_tokens: int = 0
-    decode_slack_s: float = float("inf")
-    prefill_s_per_token: float = 0.0
+    decode_slack_s: float = math.inf
+    tightest_tpot_s: float = math.inf
+    steps_without_prefill: int = 0
+    can_exchange: bool = True
+    cost: CostView | None = None
     num_resident: int = 0
     waiting: Sequence[WaitingRequest] = ()
     parked: Sequence[ParkedRequest] = ()
     resident: Sequence[ResidentRequest] = ()
     layered: Sequence[LayeredRequest] = ()
-    hits: dict[str, PrefixHit] = field(default_factory=dict)
-    overtaken: dict[str, int] = field(default_factory=dict)
+    hits: Mapping[str, PrefixHit] = field(default_factory=dict)
+    overtaken: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """Start a waiting request.
 
     Attributes:
@@ -185,22 +216,47 @@ class Admission:
     zone_blocks: int = 0
 
 
+class Refusal(NamedTuple):
+    """End a request without serving it.
+
+    Attributes:
+        request_id: The request.
+        reason: Why, in a word.
+        text: Why, for its user.
+    """
+
+    request_id: str
+    reason: Reason
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What to do in this step. Ids are in the order in which to do it.
 
     Attributes:
         park: Requests to park.
+        recompute: Running requests whose KV is given up instead, to be computed again.
+        store_ahead: Resident requests whose KV is to be copied to host memory in the background, so that a park
+            that is coming costs nothing.
         fetch: Parked requests to fetch into the pool.
         admit: Waiting requests to start.
         prefill_tokens: Most prompt tokens to compute in this step.
-        refuse: Requests that can never run here, with the reason.
-        overtaken: The request at the head of the pool's queue that others just overtook, if any.
+        refuse: Requests not to be served.
+        overtaken: Requests at the head of a line that others just overtook.
+        made_room: Whether requests are parked to make room for another.
+        reasons: Why, for each request named above.
+        waits: Why each of the other requests that were looked at has to wait.
     """
 
     park: tuple[str, ...] = ()
+    recompute: tuple[str, ...] = ()
+    store_ahead: tuple[str, ...] = ()
     fetch: tuple[str, ...] = ()
     admit: tuple[Admission, ...] = ()
     prefill_tokens: int = 0
-    refuse: tuple[tuple[str, str], ...] = ()
-    overtaken: str | None = None
+    refuse: tuple[Refusal, ...] = ()
+    overtaken: tuple[str, ...] = ()
+    made_room: bool = False
+    reasons: Mapping[str, Reason] = field(default_factory=dict)
+    waits: Mapping[str, Reason] = field(default_factory=dict)

@@ -5,27 +5,29 @@ The queues of waiting and parked requests are sorted when a request enters them;
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Generic, TypeVar
 
 from layerkv.config import SloClass
+from layerkv.scheduler.reasons import Event, Reason
 from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
 
 View = TypeVar("View", WaitingRequest, ParkedRequest)
 
-RANK_STEP_S = 1e6
-"""More than any two deadlines differ."""
+LATE_SHARE = 8
+"""One in so many of a queue's head is kept for requests that are late already, so that they are seen at all."""
 
 
 class DeadlineQueue(Generic[View]):
-    """Views sorted by deadline; entering and leaving cost O(log n) comparisons and one short memory move."""
+    """Views sorted by rank and deadline; entering and leaving cost O(log n) comparisons and one short memory move."""
 
     def __init__(self) -> None:
-        self._keys: list[tuple[float, str]] = []
+        self._keys: list[tuple[int, float, str]] = []
         self._views: list[View] = []
-        self._key_of: dict[str, tuple[float, str]] = {}
+        self._key_of: dict[str, tuple[int, float, str]] = {}
 
     def __len__(self) -> int:
         return len(self._views)
@@ -40,9 +42,10 @@ class DeadlineQueue(Generic[View]):
 
     def add(self, view: View) -> None:
         """Insert a request that is not here yet."""
-        key = (view.deadline_s, view.request_id)
-        insort(self._keys, key)
-        self._views.insert(bisect_left(self._keys, key), view)
+        key = (view.rank, view.deadline_s, view.request_id)
+        at = bisect_left(self._keys, key)
+        self._keys.insert(at, key)
+        self._views.insert(at, view)
         self._key_of[view.request_id] = key
 
     def discard(self, request_id: str) -> None:
@@ -52,6 +55,38 @@ class DeadlineQueue(Generic[View]):
             at = bisect_left(self._keys, key)
             del self._keys[at], self._views[at]
 
+    def head(self, most: int, now_s: float, is_ready: Callable[[View], bool] | None = None) -> list[View]:
+        """The first ``most`` views: of each rank those whose deadline is to come, then those whose has passed.
+
+        Args:
+            most: How many; one in :data:`LATE_SHARE` of them are late ones if there are any.
+            now_s: Current time.
+            is_ready: Leaves out those it says False of.
+        """
+        late: list[View] = []
+        on_time: list[View] = []
+        start = 0
+        while start < len(self._keys) and len(on_time) < most:  # one round per rank: nearly always one
+            rank = self._keys[start][0]
+            split = bisect_left(self._keys, (rank, now_s, ""), start)
+            end = bisect_left(self._keys, (rank + 1, float("-inf"), ""), split)
+            late += self._ready(start, split, most - len(late), is_ready)
+            on_time += self._ready(split, end, most - len(on_time), is_ready)
+            start = end
+        num_late = min(len(late), max(most - len(on_time), most // LATE_SHARE))
+        return list(chain(on_time[: most - num_late], late[:num_late]))
+
+    def _ready(self, start: int, end: int, most: int, is_ready: Callable[[View], bool] | None) -> list[View]:
+        if is_ready is None:
+            return self._views[start : min(end, start + most)]
+        found: list[View] = []
+        for at in range(start, end):
+            if len(found) >= most:
+                break
+            if is_ready(self._views[at]):
+                found.append(self._views[at])
+        return found
+
 
 @dataclass(slots=True)
 class TrackedRequest:
@@ -60,34 +95,40 @@ class TrackedRequest:
     Attributes:
         slo: Its class.
         arrival_s: When it arrived at the server.
-        rank: vLLM's request priority under ``--scheduling-policy priority``, else 0. Lower goes first, whatever the
-            deadlines: it shifts every deadline by :data:`RANK_STEP_S`.
+        max_tokens: Output tokens that it may make.
+        rank: vLLM's request priority under ``--scheduling-policy priority``, else 0. Lower goes first.
         can_layer: Whether it may be parked and fetched.
         first_token_s: When its first token came out; None before.
         admitted_s: When it was first given compute; None before.
         resident_since_step: Step of its last admission or fetch.
+        low_tokens: Output tokens it is predicted to make in all, low quantile (for slack),
+        middle_tokens: and middle quantile (for memory).
+        predict_again_at: Output tokens at which the prediction is made anew.
+        said: The last thing said of it in the decision log: the same is not said twice.
+        said_reason: Why the last decision about it was taken.
     """
 
     slo: SloClass
     arrival_s: float
+    max_tokens: int = 1
     rank: int = 0
     can_layer: bool = True
     first_token_s: float | None = None
     admitted_s: float | None = None
     resident_since_step: int = 0
-
-    @property
-    def rank_shift_s(self) -> float:
-        """What the rank adds to every deadline."""
-        return self.rank * RANK_STEP_S
+    low_tokens: int = 1
+    middle_tokens: int = 1
+    predict_again_at: int = 0
+    said: Event | Reason | None = None
+    said_reason: Reason | None = None
 
     @property
     def ttft_deadline_s(self) -> float:
-        """When the first token is due, shifted by rank."""
-        return self.arrival_s + self.slo.ttft_s + self.rank_shift_s
+        """When the first token is due."""
+        return self.arrival_s + self.slo.ttft_s
 
     def next_token_deadline_s(self, num_output_tokens: int, now_s: float) -> float:
-        """When token ``num_output_tokens + 1`` is due so that the average keeps the TPOT objective, not shifted.
+        """When token ``num_output_tokens + 1`` is due so that the average keeps the TPOT objective.
 
         Args:
             num_output_tokens: Tokens made so far.
@@ -96,29 +137,15 @@ class TrackedRequest:
         first = self.first_token_s if self.first_token_s is not None else now_s
         return first + self.slo.tpot_s * max(num_output_tokens, 1)
 
+    def start_by_s(self, num_output_tokens: int, now_s: float, step_s: float) -> float:
+        """The latest time to go on decoding at ``step_s`` a token and still keep the objectives.
 
-class StepTimer:
-    """Running estimates of what a step costs, from observed steps: decode step time and prefill time per token.
-
-    Exponential averages over the last dozen steps or so; a sample may move an estimate by a factor of two at most,
-    so that one stall (a compilation, a page-cache miss) does not throw the policy off.
-    """
-
-    def __init__(self, smoothing: float = 0.15) -> None:
-        self._smoothing = smoothing
-        self.decode_step_s = 0.0
-        self.prefill_s_per_token = 0.0
-
-    def observe(self, step_s: float, num_prefill_tokens: int) -> None:
-        """One step took ``step_s`` and computed ``num_prefill_tokens`` besides its decodes."""
-        if num_prefill_tokens == 0:
-            self.decode_step_s = self._blend(self.decode_step_s, step_s)
-        elif step_s > self.decode_step_s:
-            sample = (step_s - self.decode_step_s) / num_prefill_tokens
-            self.prefill_s_per_token = self._blend(self.prefill_s_per_token, sample)
-
-    def _blend(self, old: float, sample: float) -> float:
-        if old == 0.0:
-            return sample
-        bounded = min(max(sample, old / 2), old * 2)
-        return old + self._smoothing * (bounded - old)
+        LayerKV's slack (Eq. 1): now plus ``TPOT_SLO (N_past + N_future) - (T_past + N_future step_s)``, with N_future
+        the low quantile of the tokens to come. Where decoding is slower than the objective, the tokens to come earn
+        nothing. A class's ``max_stall`` bounds it: its last token came now, at the latest.
+        """
+        to_come = max(self.low_tokens - num_output_tokens, 0)
+        due_s = self.next_token_deadline_s(num_output_tokens, now_s) + to_come * max(self.slo.tpot_s - step_s, 0.0)
+        if self.slo.max_stall_s is not None:
+            due_s = min(due_s, now_s + self.slo.max_stall_s)
+        return due_s

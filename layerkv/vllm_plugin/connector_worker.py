@@ -70,7 +70,7 @@ class WorkerSide:
     def begin_step(self, plan: StepPlan) -> None:
         """Begin the copies that this step's forward pass depends on, and its fetches."""
         self._is_idle_step = plan.num_tokens == 0
-        if plan.parks or plan.stores or plan.fetches:
+        if plan.has_copies:
             self._has_copied = True
             self._lanes.begin_step(plan)
             self._count(plan)
@@ -113,7 +113,7 @@ class WorkerSide:
 
     def _count(self, plan: StepPlan) -> None:
         block_bytes = self._geometry.block_bytes
-        stored = num_blocks(plan.parks) + num_blocks(plan.stores)
+        stored = num_blocks(plan.parks) + num_blocks(plan.stores) + num_blocks(plan.ahead)
         loaded = num_blocks(plan.loads) + sum(num_blocks(fetch.runs) for fetch in plan.fetches)
         if stored:
             self._metrics.add("layerkv_bytes", stored * block_bytes, Direction.STORE)

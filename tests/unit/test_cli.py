@@ -26,8 +26,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     demo, overhead = ModuleType("layerkv.bench.demo"), ModuleType("layerkv.bench.overhead")
     demo.run_demo = lambda out, *, seed, quick: calls.append((out, seed, quick))  # type: ignore[attr-defined]
     overhead.run_overhead = lambda json: calls.append((json,))  # type: ignore[attr-defined]
+    profile = ModuleType("layerkv.bench.profile")
+    profile.run_profile = (  # type: ignore[attr-defined]
+        lambda model, out, *, engine_args, quick: calls.append((model, out, engine_args, quick))
+    )
     monkeypatch.setitem(sys.modules, "layerkv.bench.demo", demo)
     monkeypatch.setitem(sys.modules, "layerkv.bench.overhead", overhead)
+    monkeypatch.setitem(sys.modules, "layerkv.bench.profile", profile)
     return calls
 
 
@@ -45,6 +50,11 @@ def demo_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> N
     [
         (["demo"], (Path("out/demo"), 0, False)),
         (["demo", "--out", "x", "--seed", "7", "--quick"], (Path("x"), 7, True)),
+        (["profile"], (None, Path("profile.json"), None, False)),
+        (
+            ["profile", "--model", "m", "--out", "p.json", "--engine-args", "{}", "--quick"],
+            ("m", Path("p.json"), "{}", True),
+        ),
         (["bench", "overhead"], (None,)),
         (["bench", "overhead", "--json", "o.json"], (Path("o.json"),)),
     ],
@@ -58,9 +68,10 @@ def test_a_command_hands_its_options_over(
 
 def test_the_commands_and_their_options_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     surface = {
-        (): ["demo", "doctor", "bench", "--version"],
+        (): ["demo", "doctor", "profile", "bench", "--version"],
         ("demo",): ["--out DIR", "--seed SEED", "--quick"],
         ("doctor",): ["--policy FILE"],
+        ("profile",): ["--model MODEL", "--out FILE", "--engine-args JSON", "--quick"],
         ("bench", "overhead"): ["--json FILE"],
     }
     for command, options in surface.items():

@@ -418,6 +418,7 @@ class Lives(RuleBasedStateMachine):
         self.num_arrived = 0
         self.leaving: dict[str, list[int]] = {}
         self.loading: dict[str, list[int]] = {}  # host blocks that are read, by request
+        self.ahead: list[BlockRun] = []  # background stores that have not run: they do so as late as they may
 
     def among(self, *states: Residency) -> list[str]:
         return [request_id for request_id in self.lives if self.ledger.residency[request_id] in states]
@@ -525,6 +526,10 @@ class Lives(RuleBasedStateMachine):
 
     def carry_out(self, plan: StepPlan, rows: list[tuple[str, int]]) -> None:
         assert plan.is_layered == any(self.ledger.is_layered(request_id) for request_id, _ in rows)
+        if plan.settle:
+            self.store(tuple(self.ahead))
+            self.ahead = []
+        self.ahead += plan.ahead
         self.store(plan.parks)
         for block in range(POOL, POOL + ZONE):
             self.device[block] = [("poison", 0)] * TOKENS
@@ -555,6 +560,22 @@ class Lives(RuleBasedStateMachine):
             found = self.device[life.table[position // TOKENS]][position % TOKENS]
             assert found == life.token(position), f"{request_id} finds {found} at token {position}"
 
+    @precondition(lambda self: self.among(RESIDENT))
+    @rule(data=st.data())
+    def store_ahead(self, data: st.DataObject) -> None:
+        self.carry_out(self.ledger.take_plan(0), [])
+        request_id = data.draw(st.sampled_from(self.among(RESIDENT)))
+        life, before = self.lives[request_id], books(self.ledger)
+        num_held = self.ledger.num_host_blocks_of(request_id)
+        num_whole = life.num_computed // TOKENS
+        try:
+            num_stored = self.ledger.store_ahead(request_id, tuple(life.table), life.num_computed)
+        except CapacityError:
+            assert num_whole - num_held > self.ledger.host.num_free
+            assert books(self.ledger) == before
+            return
+        assert num_stored == self.ledger.num_host_blocks_of(request_id) == max(num_whole, num_held)
+
     @property
     def parkable(self) -> list[str]:
         return [r for r in self.among(RESIDENT, LAYERED) if self.lives[r].num_computed]
@@ -565,7 +586,8 @@ class Lives(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(self.parkable))
         life, before = self.lives[request_id], books(self.ledger)
         is_layered = self.ledger.is_layered(request_id)
-        fits = is_layered or self.ledger.can_park(self.blocks(life.num_computed))
+        num_held = self.ledger.num_host_blocks_of(request_id)
+        fits = is_layered or self.ledger.can_park(self.blocks(life.num_computed) - num_held)
         try:
             self.ledger.park(request_id, tuple(life.table), life.num_computed)
         except CapacityError:
@@ -656,6 +678,7 @@ class Lives(RuleBasedStateMachine):
         assert (self.ledger.zone.num_taken, self.ledger.zone.num_available) == (0, ZONE)
         assert self.pool.num_free == POOL - 1
         assert not any(self.ledger.residency.counts.values())
+        assert not self.ledger.take_plan(0).ahead, "a store of nobody's blocks is still planned"
         assert self.ledger.is_idle
 
 

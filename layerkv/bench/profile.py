@@ -1,0 +1,245 @@
+"""`layerkv profile`: what this machine's steps and copies cost, measured on a real engine.
+
+Runs in the command's process, with the engine in a child. Leaves one file, a `CostProfile` as JSON, which says how it
+was made and how well it predicts a random load that it was not fitted to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import layerkv
+from layerkv.bench import records
+from layerkv.bench.fit import FitError, fit_copies, fit_profile, prediction_error
+from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.profile_run import ProfileRun, ProfileSpec, StepSample
+from layerkv.bench.supervise import run_child
+from layerkv.bench.tiny_model import SHAPES, make_tiny_model
+from layerkv.core.cost import CostProfile
+from layerkv.device.base import Direction
+from layerkv.errors import ConfigError, LayerKVError
+from layerkv.units import format_bytes, format_seconds
+
+RUN_COMMAND = (sys.executable, "-m", "layerkv.bench.profile_run")
+TINY_MODEL = "demo"
+TINY_POOL_TOKENS = 1 << 16
+# Objectives so far off that no decision shortens a chunk: the steps measured are those that were designed.
+POLICY = """\
+version: 1
+default_class: default
+classes: {default: {ttft: 10h, tpot: 10h}}
+slo_scheduling: false
+"""
+
+
+def run_profile(model: str | None, out: Path, *, engine_args: str | None = None, quick: bool = False) -> int:
+    """Measure, fit, check and write the profile to `out`; returns the exit status of the command.
+
+    `engine_args` is JSON: keyword arguments of vLLM's `EngineArgs` for the engine to measure. Without a model, the
+    demo's tiny one is made and measured. `quick` takes under a minute there and fits less well.
+
+    Raises:
+        ConfigError: `engine_args` is not a JSON object.
+        LayerKVError: the engine could not be measured; the message ends with its log.
+    """
+    console = Console()
+    theirs = parse_engine_args(engine_args)
+    with tempfile.TemporaryDirectory(prefix="layerkv-profile-") as name:
+        folder = Path(name)
+        args = _engine_args(model, theirs, folder)
+        run = _measure(_spec(args, quick=quick), folder, console)
+    profile, errors = profile_of(run, name=f"{model or f'tiny model {TINY_MODEL!r}'}, {run.engine['dtype']}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(profile.to_json() + "\n", encoding="utf-8")
+    _print(profile, errors, out, console)
+    return 0
+
+
+def parse_engine_args(text: str | None) -> dict[str, Any]:
+    """What `--engine-args` holds; nothing for None.
+
+    Raises:
+        ConfigError: it is not a JSON object.
+    """
+    try:
+        args = json.loads(text) if text is not None else {}
+    except ValueError as error:
+        raise ConfigError(f"--engine-args: found what is not JSON ({error}); {_ARGS_EXAMPLE}") from None
+    if not isinstance(args, dict):
+        raise ConfigError(f"--engine-args: found {text}; {_ARGS_EXAMPLE}")
+    return args
+
+
+_ARGS_EXAMPLE = 'expected a JSON object of vLLM engine arguments such as {"dtype": "bfloat16", "block_size": 32}'
+
+
+def profile_of(run: ProfileRun, *, name: str) -> tuple[CostProfile, dict[str, FitError]]:
+    """The profile that a run's grid gives, and its errors by kind of sample: "fit", "held_out" and so on."""
+    grid = [(sample.work, sample.seconds) for sample in run.steps if not sample.is_check]
+    profile = fit_profile(
+        grid,
+        name=name,
+        store=_copy_curve(run, Direction.STORE),
+        load=_copy_curve(run, Direction.LOAD),
+        kv_bytes_per_token=run.kv_bytes_per_token,
+    )
+    errors = {
+        "fit": prediction_error(profile, grid),
+        "held_out": _check_error(profile, run.steps),
+        "held_out_decode": _check_error(profile, [s for s in run.steps if not s.work.prefill_tokens]),
+        "held_out_layered": _check_error(profile, [s for s in run.steps if s.work.is_layered]),
+    }
+    return replace(profile, made=_made(run, errors)), errors
+
+
+def _copy_curve(run: ProfileRun, direction: Direction) -> Any:
+    return fit_copies([(copy.num_bytes, copy.seconds) for copy in run.copies if copy.direction is direction])
+
+
+def _check_error(profile: CostProfile, steps: list[StepSample]) -> FitError:
+    return prediction_error(profile, [(sample.work, sample.seconds) for sample in steps if sample.is_check])
+
+
+def _made(run: ProfileRun, errors: Mapping[str, FitError]) -> dict[str, str]:
+    machine, versions = Machine.here(), installed_versions()
+    made = {
+        "command": this_command(),
+        "date": utc_now(),
+        "layerkv": layerkv.__version__,
+        "vllm": versions["vllm"],
+        "torch": versions["torch"],
+        "cpu": machine.cpu,
+        "num_cpus": str(machine.num_cpus),
+        "memory": format_bytes(machine.memory_bytes),
+        **run.engine,
+        "num_samples": str(sum(not sample.is_check for sample in run.steps)),
+    }
+    for kind, error in errors.items():
+        made |= {
+            f"{kind}_shapes": str(error.num_shapes),
+            f"{kind}_median_error": f"{error.median:.4f}",
+            f"{kind}_p90_error": f"{error.p90:.4f}",
+        }
+    return made
+
+
+def _engine_args(model: str | None, theirs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The engine asked for, with layerkv in mode "layered" and steps that end before the next one is scheduled."""
+    policy = folder / "policy.yaml"
+    policy.write_text(POLICY, encoding="utf-8")
+    base: dict[str, Any] = {"model": model} if model is not None else _tiny_engine(folder)
+    transfer = theirs.get("kv_transfer_config") or {}
+    extra = transfer.get("kv_connector_extra_config") or {}
+    ours = {
+        "async_scheduling": False,
+        "kv_transfer_config": {
+            "kv_connector": "LayerKVConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {**extra, "mode": "layered", "policy": str(policy)},
+        },
+    }
+    return {**base, **theirs, **ours}
+
+
+def _tiny_engine(folder: Path) -> dict[str, Any]:
+    return {
+        "model": str(make_tiny_model(TINY_MODEL, folder)),
+        "dtype": "float32",
+        "block_size": 32,
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 64,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": TINY_POOL_TOKENS * SHAPES[TINY_MODEL].kv_bytes_per_token,
+        "seed": 0,
+    }
+
+
+def _spec(engine_args: dict[str, Any], *, quick: bool) -> ProfileSpec:
+    if not quick:
+        return ProfileSpec(engine_args=engine_args, rounds=5)
+    return ProfileSpec(
+        engine_args=engine_args,
+        rounds=3,
+        contexts=(0.015, 0.15),
+        longest_prompt=0.5,
+        batches=(8, 4, 1),
+        check_steps=60,
+        copy_repeats=5,
+    )
+
+
+def _measure(spec: ProfileSpec, folder: Path, console: Console) -> ProfileRun:
+    spec_path, run_path, log_path = folder / "spec.json", folder / "run.json", folder / "engine.log"
+    records.write_json(spec, spec_path)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description:<20}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting the engine", total=None)
+        failure = run_child(
+            [*RUN_COMMAND, str(spec_path), str(run_path)],
+            env=_child_env(),
+            log_path=log_path,
+            on_progress=lambda line: bar.update(
+                task, description="measuring", completed=line.progress, total=line.total
+            ),
+        )
+    if failure is not None:
+        raise LayerKVError(f"the engine {failure.reason}: " + "\n".join(failure.log_tail))
+    return records.read_json(run_path, ProfileRun)
+
+
+def _child_env() -> dict[str, str]:
+    """This environment, with this very layerkv importable whether it is installed or lies in a checkout."""
+    package_parent = str(Path(layerkv.__file__).parents[1])
+    inherited = os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package_parent, inherited)))}
+
+
+def _print(profile: CostProfile, errors: Mapping[str, FitError], out: Path, console: Console) -> None:
+    table = Table(title=f"what steps cost: {profile.name}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for label, seconds in {
+        "a step": profile.step_s,
+        "each request in it": profile.request_s,
+        "1000 prompt tokens": profile.tokens(1000),
+        "1000 KV tokens read by decodes": profile.decode_context(1000),
+        "1 million query-key pairs of prefill": 1e6 * profile.pair_s,
+        "storing 64 MiB": profile.store(64 << 20),
+        "loading 64 MiB": profile.load(64 << 20),
+        "layer hooks in a step": profile.layered_step_s,
+    }.items():
+        table.add_row(label, format_seconds(seconds))
+    table.add_row("hidden copies that still cost time", f"{profile.exposed_share:.0%}")
+    console.print(table)
+    for kind, text in {
+        "fit": "steps measured and fitted",
+        "held_out": "a random load that was not fitted",
+        "held_out_decode": "  its steps without prefill",
+        "held_out_layered": "  its layered steps",
+    }.items():
+        error = errors[kind]
+        console.print(
+            f"{text}: off by {error.median:.1%} (median), {error.p90:.1%} (p90) over {error.num_shapes} steps",
+            highlight=False,
+        )
+    console.print(f"profile  {out}", highlight=False)

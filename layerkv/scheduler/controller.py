@@ -1,0 +1,539 @@
+"""The scheduler's memory and its decisions, for whoever runs the engine: vLLM's adapter, or the simulator.
+
+The host tells what happens to requests and what the engine looks like before a step; the controller keeps the books
+that decisions need (deadlines, lines, costs, lengths) and answers with a decision. It touches no engine and no clock:
+every time is handed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from layerkv.config import SloClass, SloPolicy
+from layerkv.core.cost import CostProfile, StepWork
+from layerkv.scheduler.costs import OnlineCost
+from layerkv.scheduler.host_share import HostShare
+from layerkv.scheduler.lengths import LOW_QUANTILE, MIDDLE_QUANTILE, LengthPredictor, MaxTokens, QuantileLengths
+from layerkv.scheduler.policy import PolicyLimits, decide
+from layerkv.scheduler.reasons import Event, LogEntry, Reason
+from layerkv.scheduler.snapshot import (
+    Decision,
+    LayeredRequest,
+    Mode,
+    ParkedRequest,
+    PrefixHit,
+    ResidentRequest,
+    Snapshot,
+    WaitingRequest,
+)
+from layerkv.scheduler.tracker import DeadlineQueue, TrackedRequest
+
+LOOKAHEAD = 256
+"""Waiting prompts that one decision sees: far more than a step starts, enough to tell who will be late."""
+QUEUE_HEAD = 64
+"""Parked requests that one decision sees."""
+REPREDICT_TOKENS = 32
+EXCHANGE_STEPS = 3
+"""Steps until the blocks of a request parked to make room are surely free, asynchronous scheduling included."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShape:
+    """What does not change while the engine runs.
+
+    Attributes:
+        mode: The engine's ``mode`` option.
+        block_tokens: Tokens per block.
+        block_bytes: Bytes of a block over all layers and ranks.
+        pool_blocks: Pool blocks that requests can ever hold.
+        zone_blocks: Size of the lane zone.
+        host_blocks: Size of host memory.
+        can_chunk: Whether prompts may be computed in chunks; without, a prompt needs its whole length in one step.
+    """
+
+    mode: Mode
+    block_tokens: int
+    block_bytes: int
+    pool_blocks: int
+    zone_blocks: int
+    host_blocks: int
+    can_chunk: bool = True
+
+
+class Running(NamedTuple):
+    """A running request as the engine sees it.
+
+    Attributes:
+        request_id: The request.
+        num_tokens: Its tokens, prompt and output, those on their way included.
+        num_computed: Of those, tokens with KV.
+        num_output: Output tokens made.
+        is_prefilling: Whether prompt tokens are still to be computed.
+        num_blocks: Blocks it holds.
+        num_zone_blocks: Of those, blocks of the lane zone.
+        is_layered: Whether its new blocks come from the zone.
+        num_host_blocks: Host blocks it holds.
+    """
+
+    request_id: str
+    num_tokens: int
+    num_computed: int
+    num_output: int
+    is_prefilling: bool
+    num_blocks: int
+    num_zone_blocks: int = 0
+    is_layered: bool = False
+    num_host_blocks: int = 0
+
+
+class EngineState(NamedTuple):
+    """The engine before a step.
+
+    Attributes:
+        step: Its number.
+        running: All running requests.
+        arriving: Requests being fetched: of each the id, its blocks, and output tokens made.
+        free_blocks: Pool blocks free now.
+        reserved_blocks: Pool blocks promised to prefills and fetches under way.
+        free_zone_blocks: Zone blocks neither taken nor promised.
+        free_host_blocks: Host blocks free now.
+        free_slots: Requests that may still be admitted.
+        budget_tokens: Tokens that the step may compute.
+        resuming: Requests whose fetch has ended and that decode from this step on.
+        steps_ahead: Steps in flight when this one is scheduled; frees are deferred exactly when there are any.
+        is_paused: Whether no new request may start.
+    """
+
+    step: int
+    running: Iterable[Running]
+    arriving: Sequence[tuple[str, int, int]]
+    free_blocks: int
+    reserved_blocks: int
+    free_zone_blocks: int
+    free_host_blocks: int
+    free_slots: int
+    budget_tokens: int
+    resuming: int = 0
+    steps_ahead: int = 0
+    is_paused: bool = False
+
+
+class _Seen(NamedTuple):
+    """What one pass over the running requests finds."""
+
+    resident: list[ResidentRequest]
+    layered: list[LayeredRequest]
+    num_resident: int
+    growth_blocks: int
+    num_decodes: int
+    decode_context: int
+    prefilling_tokens: int
+    decode_slack_s: float
+    tightest_tpot_s: float
+
+
+class Controller:
+    """See the module. One per engine; not thread-safe."""
+
+    def __init__(
+        self,
+        policy: SloPolicy,
+        shape: EngineShape,
+        profile: CostProfile,
+        *,
+        is_measured: bool,
+        limits: PolicyLimits | None = None,
+        lengths: LengthPredictor | None = None,
+        keep_log: bool = False,
+    ) -> None:
+        """Begin with empty books.
+
+        Args:
+            policy: The objectives.
+            shape: The engine.
+            profile: Its costs.
+            is_measured: Whether the profile's scale is that of this engine; else it is learned from the first steps.
+            limits: The policy's constants.
+            lengths: Predicts output lengths; by default what the policy says.
+            keep_log: Whether :meth:`take_log` has entries.
+        """
+        self.policy = policy
+        self.shape = shape
+        self.cost = OnlineCost(profile, is_measured=is_measured)
+        self.lengths = lengths or (QuantileLengths() if policy.length_prediction == "quantile" else MaxTokens())
+        self.host_share = HostShare(shape.host_blocks, floor=shape.zone_blocks)
+        self.tracked: dict[str, TrackedRequest] = {}
+        self.waiting: DeadlineQueue[WaitingRequest] = DeadlineQueue()
+        self.parked: DeadlineQueue[ParkedRequest] = DeadlineQueue()
+        self._limits = limits or PolicyLimits()
+        self._overtaken: dict[str, int] = {}
+        self._is_cost_known = is_measured
+        self._stored_blocks: dict[str, int] = {}
+        self._steps_without_prefill = 0
+        self._last_exchange_step = -EXCHANGE_STEPS
+        self._step_s = 0.0
+        self._tightest_tpot_s = math.inf
+        self._keeps_log = keep_log
+        self._log: list[LogEntry] = []
+        self.reasons: dict[Reason, int] = {}
+
+    # What happens to requests -------------------------------------------------------------------------------------
+
+    def arrive(
+        self,
+        request_id: str,
+        slo: SloClass,
+        *,
+        now_s: float,
+        arrival_s: float,
+        num_tokens: int,
+        max_tokens: int,
+        rank: int = 0,
+        can_layer: bool = True,
+    ) -> None:
+        """A request has come in and waits."""
+        tracked = TrackedRequest(slo=slo, arrival_s=arrival_s, max_tokens=max_tokens, rank=rank, can_layer=can_layer)
+        self.tracked[request_id] = tracked
+        self._predict(tracked, 0)
+        self.enqueue(request_id, num_tokens, 0)
+        if self._keeps_log:
+            facts = {"slo_class": slo.name, "ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "prompt_tokens": num_tokens}
+            self._log.append(LogEntry(now_s, request_id, Event.ARRIVED, None, facts))
+
+    def enqueue(self, request_id: str, num_tokens: int, num_output: int) -> None:
+        """A request without KV waits for compute: a new one, or one whose KV was given up."""
+        tracked = self.tracked.get(request_id)
+        if tracked is None:
+            return
+        self.waiting.discard(request_id)
+        self.parked.discard(request_id)
+        self._stored_blocks.pop(request_id, None)
+        if not self.policy.slo_scheduling:
+            deadline_s = tracked.arrival_s
+        elif tracked.first_token_s is None:
+            deadline_s = tracked.ttft_deadline_s
+        else:
+            deadline_s = tracked.start_by_s(num_output, tracked.first_token_s, self._step_s)
+        self.waiting.add(
+            WaitingRequest(
+                request_id=request_id,
+                deadline_s=deadline_s,
+                num_tokens=num_tokens,
+                num_blocks=-(-num_tokens // self.shape.block_tokens),
+                can_layer=tracked.can_layer,
+                weight=tracked.slo.weight,
+                rank=tracked.rank,
+                prefill_cost_s=self.cost.view._replace(prefill_factor=1.0).prefill_s(num_tokens),
+                tokens_left=max(tracked.middle_tokens - num_output, 1),
+                may_refuse=tracked.slo.overload == "reject" and tracked.first_token_s is None,
+            )
+        )
+
+    def admitted(self, request_id: str, *, layered: bool, step: int, now_s: float) -> float | None:
+        """A waiting request has been given compute; returns how long it waited if that was the first time."""
+        tracked = self.tracked[request_id]
+        self.waiting.discard(request_id)
+        self._overtaken.pop(request_id, None)
+        tracked.resident_since_step = step
+        event = Event.ADMITTED_LAYERED if layered else Event.ADMITTED_RESIDENT
+        self._say(now_s, request_id, tracked, event, tracked.said_reason)
+        if tracked.admitted_s is not None:
+            return None
+        tracked.admitted_s = now_s
+        return max(now_s - tracked.arrival_s, 0.0)
+
+    def park(self, request_id: str, *, num_computed: int, num_tokens: int, num_output: int, now_s: float) -> None:
+        """A request has been parked: its KV of ``num_computed`` tokens is in host memory."""
+        tracked = self.tracked[request_id]
+        self._refresh(tracked, num_output)
+        self._stored_blocks.pop(request_id, None)
+        num_blocks = -(-max(num_computed + 1, num_tokens) // self.shape.block_tokens)
+        if self.policy.slo_scheduling:
+            deadline_s = tracked.start_by_s(num_output, now_s, self._step_s)
+            deadline_s -= self.cost.view.load_s(num_blocks * self.shape.block_bytes)
+        else:
+            deadline_s = tracked.arrival_s
+        self.parked.add(
+            ParkedRequest(
+                request_id=request_id,
+                deadline_s=deadline_s,
+                num_blocks=num_blocks,
+                weight=tracked.slo.weight,
+                rank=tracked.rank,
+                tokens_left=max(tracked.middle_tokens - num_output, 1),
+            )
+        )
+        self._say(now_s, request_id, tracked, Event.PARKED, tracked.said_reason)
+
+    def fetched(self, request_id: str, *, step: int, now_s: float) -> None:
+        """A parked request is on its way back into the pool."""
+        tracked = self.tracked[request_id]
+        self.parked.discard(request_id)
+        self._overtaken.pop(request_id, None)
+        tracked.resident_since_step = step
+        self._say(now_s, request_id, tracked, Event.FETCHED, Reason.ITS_TURN)
+
+    def recomputes(self, request_id: str, num_tokens: int, num_output: int, now_s: float) -> None:
+        """A request's KV has been given up: it waits to be computed again."""
+        self.enqueue(request_id, num_tokens, num_output)
+        tracked = self.tracked.get(request_id)
+        if tracked is not None:
+            self._say(now_s, request_id, tracked, Event.RECOMPUTES, tracked.said_reason)
+
+    def stored_ahead(self, request_id: str, num_blocks: int, now_s: float) -> None:
+        """So many leading blocks of a resident request are (or are being) copied to host memory."""
+        self._stored_blocks[request_id] = num_blocks
+        self._say(now_s, request_id, self.tracked[request_id], Event.STORED_AHEAD, None)
+
+    def first_token(self, request_id: str, now_s: float) -> tuple[SloClass, bool] | None:
+        """A request's first token has come out; its class and whether that was on time."""
+        tracked = self.tracked.get(request_id)
+        if tracked is None or tracked.first_token_s is not None:
+            return None
+        tracked.first_token_s = now_s
+        on_time = now_s <= tracked.ttft_deadline_s
+        if self._keeps_log:
+            facts = {"ttft_s": round(now_s - tracked.arrival_s, 6), "on_time": on_time}
+            self._log.append(LogEntry(now_s, request_id, Event.FIRST_TOKEN, None, facts))
+        return tracked.slo, on_time
+
+    def leave(self, request_id: str, *, num_output: int, has_finished: bool, now_s: float) -> None:
+        """A request is gone; ``has_finished`` if it made all its tokens, and so says something about lengths."""
+        tracked = self.tracked.pop(request_id, None)
+        self.waiting.discard(request_id)
+        self.parked.discard(request_id)
+        self._overtaken.pop(request_id, None)
+        self._stored_blocks.pop(request_id, None)
+        if tracked is None:
+            return
+        if has_finished:
+            self.lengths.observe(tracked.slo.name, num_output)
+        if self._keeps_log:
+            facts = {"output_tokens": num_output, "aborted": not has_finished}
+            self._log.append(LogEntry(now_s, request_id, Event.FINISHED, None, facts))
+
+    def refused(self, request_id: str, reason: Reason, text: str, now_s: float) -> None:
+        """A request is not served."""
+        self.waiting.discard(request_id)
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+        if self._keeps_log:
+            self._log.append(LogEntry(now_s, request_id, Event.REFUSED, reason, {"text": text}))
+
+    def step_done(self, work: StepWork, seconds: float, *, firsts_late: bool | None = None) -> None:
+        """A step has ended: correct the costs, and eLLM's share of host memory."""
+        self.cost.observe(work, seconds)
+        self._is_cost_known = True
+        slow = seconds > self._tightest_tpot_s if work.num_decodes and self._tightest_tpot_s < math.inf else None
+        if self.policy.adapt_host_share and (slow is not None or firsts_late is not None):
+            self.host_share.observe(step_was_slow=slow, first_was_late=firsts_late)
+
+    def set_policy(self, policy: SloPolicy) -> None:
+        """New objectives, for requests that come from now on; those here keep the ones they came under."""
+        if policy.length_prediction != self.policy.length_prediction:
+            self.lengths = QuantileLengths() if policy.length_prediction == "quantile" else MaxTokens()
+        self.policy = policy
+
+    # Decisions ----------------------------------------------------------------------------------------------------
+
+    def decide(
+        self,
+        engine: EngineState,
+        now_s: float,
+        *,
+        is_startable: Callable[[WaitingRequest], bool] | None = None,
+        is_fetchable: Callable[[ParkedRequest], bool] | None = None,
+        hits: Callable[[Sequence[WaitingRequest]], Mapping[str, PrefixHit]] | None = None,
+    ) -> tuple[Snapshot, Decision]:
+        """What to do before the next step, and what that was decided from.
+
+        Args:
+            engine: The engine before the step.
+            now_s: Current time.
+            is_startable: Whether the engine could start a waiting request now.
+            is_fetchable: Whether it could resume a parked one.
+            hits: Looks up prefix-cache hits of the first waiting requests.
+        """
+        snapshot = self.snapshot(engine, now_s, is_startable, is_fetchable, hits)
+        decision = decide(snapshot, self._limits)
+        self._note(decision, snapshot, engine.step)
+        return snapshot, decision
+
+    def snapshot(
+        self,
+        engine: EngineState,
+        now_s: float,
+        is_startable: Callable[[WaitingRequest], bool] | None = None,
+        is_fetchable: Callable[[ParkedRequest], bool] | None = None,
+        hits: Callable[[Sequence[WaitingRequest]], Mapping[str, PrefixHit]] | None = None,
+    ) -> Snapshot:
+        """The engine before a step, as the policy sees it. Changes nothing but predictions."""
+        shape, policy = self.shape, self.policy
+        waiting = [] if engine.is_paused else self.waiting.head(LOOKAHEAD, now_s, is_startable)
+        seen = self._look(engine, now_s)
+        self._tightest_tpot_s = seen.tightest_tpot_s
+        cost = self.cost.view if self._is_cost_known and policy.slo_scheduling else None
+        num_decodes = seen.num_decodes + engine.resuming
+        if cost is not None:
+            self._step_s = cost.step_s(StepWork(num_decodes=max(num_decodes, 1), decode_context=seen.decode_context))
+        host_used = shape.host_blocks - engine.free_host_blocks
+        return Snapshot(
+            now_s=now_s,
+            mode=shape.mode,
+            streamed_decode=policy.streamed_decode,
+            slo_scheduling=policy.slo_scheduling,
+            frees_are_deferred=engine.steps_ahead > 0,
+            block_tokens=shape.block_tokens,
+            block_bytes=shape.block_bytes,
+            pool_blocks=shape.pool_blocks,
+            free_blocks=engine.free_blocks,
+            growth_blocks=seen.growth_blocks,
+            reserved_blocks=engine.reserved_blocks,
+            zone_blocks=shape.zone_blocks,
+            free_zone_blocks=engine.free_zone_blocks,
+            host_blocks=shape.host_blocks,
+            free_host_blocks=engine.free_host_blocks,
+            early_host_blocks=max(min(self.host_share.limit - host_used, engine.free_host_blocks), 0),
+            free_slots=engine.free_slots,
+            budget_tokens=engine.budget_tokens,
+            decode_tokens=num_decodes,
+            decode_context=seen.decode_context,
+            prefilling_tokens=seen.prefilling_tokens,
+            decode_slack_s=seen.decode_slack_s if shape.can_chunk and cost is not None else math.inf,
+            tightest_tpot_s=seen.tightest_tpot_s,
+            steps_without_prefill=self._steps_without_prefill,
+            can_exchange=engine.step - self._last_exchange_step >= EXCHANGE_STEPS,
+            cost=cost,
+            num_resident=seen.num_resident,
+            waiting=waiting,
+            parked=self.parked.head(QUEUE_HEAD, now_s, is_fetchable),
+            resident=seen.resident,
+            layered=seen.layered,
+            hits=hits(waiting) if hits is not None and waiting else {},
+            overtaken=self._overtaken,
+        )
+
+    def backlog_s(self) -> float:
+        """Predicted seconds of prefill that waits, the work of those ahead of a new request at most."""
+        if not self._is_cost_known:
+            return 0.0
+        return sum(w.prefill_cost_s for w in self.waiting.views) * self.cost.view.prefill_factor
+
+    def take_log(self) -> list[LogEntry]:
+        """Entries since the last call."""
+        log, self._log = self._log, []
+        return log
+
+    def _look(self, engine: EngineState, now_s: float) -> _Seen:
+        """One pass over the running requests; with hundreds of them, the dearest part of a decision."""
+        tokens, steps_ahead, budget = self.shape.block_tokens, engine.steps_ahead, engine.budget_tokens
+        step_s, step = self._step_s, engine.step
+        tracked_of, stored_of = self.tracked, self._stored_blocks
+        resident: list[ResidentRequest] = []
+        layered: list[LayeredRequest] = []
+        growth = num_decodes = context = prefilling = num_resident = 0
+        slack_s = tpot_s = math.inf
+        for r in engine.running:
+            tracked = tracked_of.get(r.request_id)
+            due_s = math.inf
+            left = 1
+            remaining = r.num_tokens - r.num_computed
+            if tracked is not None:
+                if r.num_output >= tracked.predict_again_at:
+                    self._refresh(tracked, r.num_output)
+                left = max(tracked.middle_tokens - r.num_output, 1)
+                if not r.is_prefilling:
+                    due_s = tracked.start_by_s(r.num_output, now_s, step_s)
+                    if now_s <= due_s < now_s + slack_s:  # who is late already holds nobody back
+                        slack_s = due_s - now_s
+                    if tracked.slo.tpot_s < tpot_s:
+                        tpot_s = tracked.slo.tpot_s
+            if r.is_prefilling:
+                prefilling += remaining
+                new_tokens = min(remaining, budget)
+            else:
+                num_decodes += 1
+                context += r.num_computed
+                new_tokens = 1 + steps_ahead
+            last_block = -(-(r.num_computed + new_tokens) // tokens)
+            missing = max(last_block - r.num_blocks, 0)
+            if r.is_layered:
+                layered.append(
+                    LayeredRequest(
+                        r.request_id,
+                        not r.is_prefilling,
+                        -(-max(r.num_computed + 1, r.num_tokens) // tokens),
+                        r.num_zone_blocks,
+                        missing > 0 and not r.is_prefilling,  # a prompt's room is reserved
+                        last_block > r.num_host_blocks,
+                    )
+                )
+                continue
+            num_resident += 1
+            growth += missing
+            if tracked is not None:
+                num_blocks = -(-r.num_tokens // tokens) if r.is_prefilling else r.num_blocks
+                resident.append(
+                    ResidentRequest(
+                        r.request_id,
+                        due_s,
+                        num_blocks,
+                        step - tracked.resident_since_step,
+                        tracked.can_layer and r.num_computed > 0 and not r.is_prefilling,
+                        tracked.slo.weight,
+                        left,
+                        r.num_computed,
+                        stored_of.get(r.request_id, 0),
+                    )
+                )
+        for request_id, num_blocks, num_output in engine.arriving:
+            tracked = tracked_of.get(request_id)
+            left = 1 if tracked is None else max(tracked.middle_tokens - num_output, 1)
+            resident.append(ResidentRequest(request_id, math.inf, num_blocks, 0, can_park=False, tokens_left=left))
+        return _Seen(resident, layered, num_resident, growth, num_decodes, context, prefilling, slack_s, tpot_s)
+
+    def _predict(self, tracked: TrackedRequest, num_output: int) -> None:
+        name, most, total = tracked.slo.name, tracked.max_tokens, self.lengths.total_tokens
+        tracked.low_tokens = total(name, num_output, most, LOW_QUANTILE)
+        tracked.middle_tokens = total(name, num_output, most, MIDDLE_QUANTILE)
+        tracked.predict_again_at = num_output + REPREDICT_TOKENS
+
+    def _refresh(self, tracked: TrackedRequest, num_output: int) -> None:
+        if num_output >= tracked.predict_again_at:
+            self._predict(tracked, num_output)
+
+    def _note(self, decision: Decision, snapshot: Snapshot, step: int) -> None:
+        """Remember what the next decisions depend on, and say why."""
+        for request_id in decision.overtaken:
+            self._overtaken[request_id] = self._overtaken.get(request_id, 0) + 1
+        if decision.made_room:
+            self._last_exchange_step = step
+        wants_prefill = bool(snapshot.waiting) or snapshot.prefilling_tokens > 0
+        self._steps_without_prefill = (
+            self._steps_without_prefill + 1 if wants_prefill and decision.prefill_tokens == 0 else 0
+        )
+        for request_id, reason in decision.reasons.items():
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+            tracked = self.tracked.get(request_id)
+            if tracked is not None:
+                tracked.said_reason = reason
+        for request_id, reason in decision.waits.items():
+            tracked = self.tracked.get(request_id)
+            if tracked is not None and tracked.said is not reason:
+                tracked.said = reason
+                self.reasons[reason] = self.reasons.get(reason, 0) + 1
+                if self._keeps_log:
+                    facts = {
+                        "free_blocks": snapshot.free_blocks,
+                        "free_zone_blocks": snapshot.free_zone_blocks,
+                        "free_host_blocks": snapshot.free_host_blocks,
+                        "prefill_tokens": decision.prefill_tokens,
+                    }
+                    self._log.append(LogEntry(snapshot.now_s, request_id, Event.WAITS, reason, facts))
+
+    def _say(self, now_s: float, request_id: str, tracked: TrackedRequest, event: Event, reason: Reason | None) -> None:
+        tracked.said = event
+        if self._keeps_log:
+            self._log.append(LogEntry(now_s, request_id, event, reason))

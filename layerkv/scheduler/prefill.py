@@ -1,0 +1,95 @@
+"""How much prefill a step may do, and which prompts can have their first token in time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from heapq import heappop, heappush
+
+from layerkv.core.cost import CostView, StepWork, chunk_pairs
+from layerkv.scheduler.snapshot import Snapshot, WaitingRequest
+
+ROUND_TOKENS = 64
+"""Budgets are whole multiples of this, or everything: finer ones only make ragged chunks."""
+
+
+def prefill_budget(s: Snapshot, *, min_tokens: int, max_idle_steps: int) -> int:
+    """Most prompt tokens whose step time fits the smallest decode slack (LayerKV Eq. 1-3, restated per step).
+
+    LayerKV admits whole prompts while their prefill times sum up to less than the smallest slack
+    ``T_allow = TPOT_SLO (N_past + N_future) - (T_past + N_future TPOT_now)``. With chunked prefill the slack is
+    spent step by step: the step with this many prompt tokens takes no longer than what is left of it.
+
+    Args:
+        s: The engine before the step.
+        min_tokens: Prompt tokens computed even without slack,
+        max_idle_steps: after this many steps without any (so prefill never starves).
+    """
+    most = max(s.budget_tokens - s.decode_tokens, 0)
+    if s.cost is None or s.decode_slack_s == math.inf:
+        return most
+    if step_seconds(s, s.cost, most) <= s.decode_slack_s:
+        return most
+    low, high = 0, -(-most // ROUND_TOKENS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if step_seconds(s, s.cost, middle * ROUND_TOKENS) <= s.decode_slack_s:
+            low = middle
+        else:
+            high = middle
+    fitting = low * ROUND_TOKENS
+    if fitting < min_tokens and s.steps_without_prefill >= max_idle_steps:
+        return min(min_tokens, most)
+    return fitting
+
+
+def step_seconds(s: Snapshot, cost: CostView, prefill_tokens: int) -> float:
+    """Predicted seconds of a step that decodes whoever decodes now and computes so many prompt tokens.
+
+    Where prompts run layered their KV is stored during the step: with a slow link the copies are what takes the time
+    (LayerKV Eq. 4), and so limit how much of the zone one step uses.
+    """
+    is_layered = bool(s.layered) or s.mode == "layered"
+    return cost.step_s(
+        StepWork(
+            num_decodes=s.decode_tokens,
+            decode_context=s.decode_context,
+            prefill_tokens=prefill_tokens,
+            prefill_pairs=chunk_pairs(prefill_tokens, 0),
+            num_prefills=1 if prefill_tokens else 0,
+            stored_bytes=prefill_tokens * s.block_bytes // s.block_tokens if is_layered else 0,
+            is_layered=is_layered and prefill_tokens > 0,
+        )
+    )
+
+
+def late_prompts(s: Snapshot, waiting: Sequence[WaitingRequest], prefill_tokens: int) -> set[str]:
+    """Prompts that cannot all have their first token in time: the fewest, by weight (Moore-Hodgson).
+
+    In order of deadline, each takes the engine for its prefill; when the sum passes the newest deadline, the prompt
+    is left out that frees most time per weight. Maximises the number on time for equal weights (Moore 1968; Prism
+    uses it per GPU). Those whose deadline has passed are late anyway.
+    """
+    if not s.slo_scheduling:
+        return set()
+    late: set[str] = set()
+    stretch, end_s = 0.0, s.now_s
+    if s.cost is not None:
+        # decodes take their share of every step, so a prompt's prefill takes longer than its own work
+        tokens = max(prefill_tokens, ROUND_TOKENS)
+        alone_s = s.cost.prefill_s(tokens)
+        stretch = step_seconds(s, s.cost, tokens) / alone_s * s.cost.prefill_factor if alone_s > 0 else 0.0
+        end_s += s.cost.prefill_s(s.prefilling_tokens) * stretch / s.cost.prefill_factor if s.prefilling_tokens else 0.0
+    on_time: list[tuple[float, str, float]] = []
+    for w in waiting:
+        if w.deadline_s < s.now_s:
+            late.add(w.request_id)
+            continue
+        seconds = w.prefill_cost_s * stretch
+        end_s += seconds
+        heappush(on_time, (-seconds / w.weight, w.request_id, seconds))
+        if end_s > w.deadline_s:
+            _, request_id, freed_s = heappop(on_time)
+            end_s -= freed_s
+            late.add(request_id)
+    return late
