@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         "profile",
         help="measure what steps and copies cost here",
         description="Measure what steps and copies of an engine cost on this machine, and write a cost profile: the "
-        "file that kv_connector_extra_config.cost_profile names. Takes a few minutes for the tiny model.",
+        "file that kv_connector_extra_config.cost_profile names. Takes a few minutes for the tiny model. "
+        "On CPU, set OMP_NUM_THREADS as for the engine that will use the profile (1 by default).",
     )
     profile.add_argument("--model", metavar="MODEL", help="as for vLLM; without it, the demo's tiny random model")
     profile.add_argument(

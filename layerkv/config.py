@@ -76,7 +76,7 @@ class SloPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     streamed_decode: bool = False
     slo_scheduling: bool = True
     length_prediction: LengthPrediction = "quantile"
-    adapt_host_share: bool = True
+    adapt_host_share: bool = False
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -210,9 +210,7 @@ _Stall: TypeAlias = Annotated[
     str | int | float | None,
     Meta(description="a duration above zero such as 500ms, 30s or 2m", examples=["2s"]),
 ]
-_LengthPrediction: TypeAlias = Annotated[
-    LengthPrediction, Meta(description="quantile or none", examples=["quantile"])
-]
+_LengthPrediction: TypeAlias = Annotated[LengthPrediction, Meta(description="quantile or none", examples=["quantile"])]
 _ProfilePath: TypeAlias = Annotated[
     str | None, Meta(description="the path of a file that `layerkv profile` wrote", examples=["profile.json"])
 ]
@@ -253,7 +251,7 @@ class _PolicyKeys(msgspec.Struct, frozen=True):
     overload: _Overload = "queue"
     slo_scheduling: _Switch = True
     length_prediction: _LengthPrediction = "quantile"
-    adapt_host_share: _Switch = True
+    adapt_host_share: _Switch = False
 
 
 class _EngineKeys(msgspec.Struct, frozen=True):

@@ -21,12 +21,13 @@ from rich.table import Table
 
 import layerkv
 from layerkv.bench import records
+from layerkv.bench.engine_run import ENGINE_ENV
 from layerkv.bench.fit import FitError, fit_copies, fit_profile, prediction_error
 from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
 from layerkv.bench.profile_run import ProfileRun, ProfileSpec, StepSample
 from layerkv.bench.supervise import run_child
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
-from layerkv.core.cost import CostProfile
+from layerkv.core.cost import CostProfile, Curve
 from layerkv.device.base import Direction
 from layerkv.errors import ConfigError, LayerKVError
 from layerkv.units import format_bytes, format_seconds
@@ -59,11 +60,18 @@ def run_profile(model: str | None, out: Path, *, engine_args: str | None = None,
         folder = Path(name)
         args = _engine_args(model, theirs, folder)
         run = _measure(_spec(args, quick=quick), folder, console)
-    profile, errors = profile_of(run, name=f"{model or f'tiny model {TINY_MODEL!r}'}, {run.engine['dtype']}")
+    profile, errors = profile_of(run, name=f"{_model_name(model)}, {run.engine['dtype']}")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(profile.to_json() + "\n", encoding="utf-8")
     _print(profile, errors, out, console)
     return 0
+
+
+def _model_name(model: str | None) -> str:
+    """A name without the folders of this machine."""
+    if model is None:
+        return f"layerkv's tiny model {TINY_MODEL!r}"
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def parse_engine_args(text: str | None) -> dict[str, Any]:
@@ -103,7 +111,7 @@ def profile_of(run: ProfileRun, *, name: str) -> tuple[CostProfile, dict[str, Fi
     return replace(profile, made=_made(run, errors)), errors
 
 
-def _copy_curve(run: ProfileRun, direction: Direction) -> Any:
+def _copy_curve(run: ProfileRun, direction: Direction) -> Curve:
     return fit_copies([(copy.num_bytes, copy.seconds) for copy in run.copies if copy.direction is direction])
 
 
@@ -203,15 +211,19 @@ def _measure(spec: ProfileSpec, folder: Path, console: Console) -> ProfileRun:
             ),
         )
     if failure is not None:
-        raise LayerKVError(f"the engine {failure.reason}: " + "\n".join(failure.log_tail))
+        raise LayerKVError("\n  ".join([f"the engine {failure.reason}; its log ends with", *failure.log_tail]))
     return records.read_json(run_path, ProfileRun)
 
 
 def _child_env() -> dict[str, str]:
-    """This environment, with this very layerkv importable whether it is installed or lies in a checkout."""
+    """This environment, with this very layerkv importable whether it is installed or lies in a checkout.
+
+    Threads are those that the caller set, so that a profile can be made for the engine that will use it.
+    """
     package_parent = str(Path(layerkv.__file__).parents[1])
-    inherited = os.environ.get("PYTHONPATH")
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package_parent, inherited)))}
+    path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
+    in_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": ENGINE_ENV["VLLM_ENABLE_V1_MULTIPROCESSING"]}
+    return {**ENGINE_ENV, **os.environ, **in_process, "PYTHONPATH": path}
 
 
 def _print(profile: CostProfile, errors: Mapping[str, FitError], out: Path, console: Console) -> None:

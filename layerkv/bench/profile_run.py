@@ -1,8 +1,8 @@
 """Measures steps and copies of one vLLM engine: `python -m layerkv.bench.profile_run SPEC.json OUT.json`.
 
-A fresh process with the engine inside it. Reads a `ProfileSpec`, writes a `ProfileRun`; standard output carries
-`Progress` lines and nothing else. The engine runs in mode "layered", so that one process takes both kinds of prompt
-in turn: those that skip reading the prefix cache are the ones that layerkv keeps resident.
+A fresh process with the engine inside it, started with `engine_run.ENGINE_ENV`. Reads a `ProfileSpec`, writes a
+`ProfileRun`; standard output carries `Progress` lines and nothing else. The engine runs in mode "layered", so that
+one process takes both kinds of prompt in turn: those that skip reading the prefix cache stay resident.
 
 Every round does the same steps with other tokens: a step's repeats lie as far apart as rounds do, and what disturbs
 the machine for a while does not hit all of them. What a step did is read from the scheduler, not assumed.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from layerkv.bench.engine_run import ENGINE_ENV, _claim_stdout
+from layerkv.bench.engine_run import _claim_stdout
 from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID
 from layerkv.bench.records import Progress, read_json, write_json
 from layerkv.core.cost import StepWork, chunk_pairs
@@ -38,6 +37,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 POOL_SHARE = 0.75
+# Beyond these, costs go on as they did, and measuring would take long.
+MOST_POPULATION_TOKENS = 24_576
+MOST_MODEL_TOKENS = 8192
 COPY_ARENA_BYTES = 256 << 20
 COPY_TIMEOUT_S = 60.0
 REPORT_INTERVAL_S = 0.5
@@ -139,7 +141,7 @@ class Round:
 def plan_round(spec: ProfileSpec, limits: Limits) -> Round:
     """The steps of a round, within what the engine has room for."""
     model_tokens = int(spec.longest_prompt * limits.model_tokens)
-    longest_prompt = min(limits.zone_tokens, limits.pool_tokens, model_tokens) - 8
+    longest_prompt = max(min(limits.zone_tokens, limits.pool_tokens, model_tokens) - 8, 16)
     contexts = sorted({max(int(share * limits.model_tokens), 64) for share in spec.contexts})
     return Round(
         populations=tuple(_population(spec, limits, context) for context in contexts),
@@ -149,8 +151,8 @@ def plan_round(spec: ProfileSpec, limits: Limits) -> Round:
 
 
 def _population(spec: ProfileSpec, limits: Limits, context: int) -> Population:
-    most = min(max(spec.batches), limits.batch - 1, int(POOL_SHARE * limits.pool_tokens) // context)
-    most = max(most, 1)
+    room = min(int(POOL_SHARE * limits.pool_tokens), MOST_POPULATION_TOKENS)
+    most = max(min(max(spec.batches), limits.batch - 1, room // context), 1)
     spread = np.linspace(0.9, 1.1, most) if most > 1 else [1.0]
     return Population(
         lengths=tuple(int(context * share) for share in spread),
@@ -215,7 +217,7 @@ class StepDriver:
     def limits(self) -> Limits:
         """What the engine has room for."""
         return Limits(
-            model_tokens=self._scheduler.max_model_len,
+            model_tokens=min(self._scheduler.max_model_len, MOST_MODEL_TOKENS),
             step_tokens=self._step_tokens,
             batch=self._scheduler.max_num_running_reqs,
             pool_tokens=(self.geometry.pool_blocks - 1) * self.geometry.block_tokens,
@@ -272,10 +274,11 @@ class StepDriver:
 
 
 def step_work(output: SchedulerOutput, requests: dict[str, Request], block_bytes: int) -> StepWork | None:
-    """What a scheduled step does; None for one that computes nothing, parks or fetches."""
+    """What a scheduled step does; None for one that computes nothing, parks, fetches or stores ahead."""
     metadata: Any = output.kv_connector_metadata
     plan: StepPlan = StepPlan() if metadata is None else metadata.plan
-    if not output.total_num_scheduled_tokens or plan.parks or plan.fetches:
+    copies_whole_blocks = plan.parks or plan.fetches or plan.ahead or plan.settle
+    if not output.total_num_scheduled_tokens or copies_whole_blocks:
         return None
     work = StepWork(
         stored_bytes=num_blocks(plan.stores) * block_bytes,
@@ -299,7 +302,7 @@ def step_work(output: SchedulerOutput, requests: dict[str, Request], block_bytes
 
 
 def run_profile_engine(spec: ProfileSpec, report_progress: ReportProgress) -> ProfileRun:
-    """Build the engine in this process and measure it. The environment must hold `ENGINE_ENV` before."""
+    """Build the engine in this process and measure it. The process must have been started with `ENGINE_ENV`."""
     from vllm import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -434,7 +437,7 @@ def _settings(engine: LLMEngine, limits: Limits) -> dict[str, str]:
         "kv_cache_dtype": config.cache_config.cache_dtype,
         "block_size": config.cache_config.block_size,
         "enforce_eager": config.model_config.enforce_eager,
-        "max_model_len": limits.model_tokens,
+        "max_model_len": config.model_config.max_model_len,
         "max_num_batched_tokens": limits.step_tokens,
         "max_num_seqs": limits.batch,
         "threads": torch.get_num_threads(),
@@ -447,7 +450,6 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2:
         print("usage: python -m layerkv.bench.profile_run SPEC.json OUT.json", file=sys.stderr)
         return 2
-    os.environ.update(ENGINE_ENV)
     progress_stream = _claim_stdout()
 
     def report_progress(num_done: int, num_total: int) -> None:

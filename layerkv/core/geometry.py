@@ -20,7 +20,8 @@ DEFAULT_ZONE_SHARE = 0.05
 """Largest share of the KV memory that a zone of default size takes (DESIGN.md 2: the price of layered prefill)."""
 
 DEFAULT_ZONE_STEPS = 2
-"""A zone of default size holds the prompts of this many full prefill steps, if the share allows it."""
+"""A zone of default size holds the prompts of this many full prefill steps, and the longest prompt, if the share
+allows it: a prompt that is longer than the zone cannot run layered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +95,7 @@ class GeometryRequest:
         step_tokens: Most tokens of one engine step (``max_num_batched_tokens``), for the default zone size.
         zone_tokens: Zone size asked for, or None for the default size, or 0 for no zone (only inside layerkv).
         alignment_bytes: Granularity of memory mapping: 4 KiB on CPU, 2 MiB on CUDA.
+        longest_tokens: Longest prompt (``max_model_len``), for the default zone size.
     """
 
     num_layers: int
@@ -103,6 +105,7 @@ class GeometryRequest:
     step_tokens: int
     zone_tokens: int | None
     alignment_bytes: int
+    longest_tokens: int = 0
 
     @property
     def unit_blocks(self) -> int:
@@ -177,7 +180,7 @@ def _zone_blocks(request: GeometryRequest, total_blocks: int) -> int:
     # lanes * zone <= share * (layers * pool + lanes * zone), solved for zone with pool = total - zone
     share = DEFAULT_ZONE_SHARE
     most = int(share * layers * total_blocks / (lanes * (1 - share) + share * layers))
-    wanted = _ceil_div(DEFAULT_ZONE_STEPS * request.step_tokens, request.block_tokens)
+    wanted = _ceil_div(max(DEFAULT_ZONE_STEPS * request.step_tokens, request.longest_tokens), request.block_tokens)
     return max(min(_round_up(wanted, unit), most // unit * unit), unit)
 
 

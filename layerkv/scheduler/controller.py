@@ -131,6 +131,7 @@ class _Seen(NamedTuple):
     num_decodes: int
     decode_context: int
     prefilling_tokens: int
+    num_late: int
     decode_slack_s: float
     tightest_tpot_s: float
 
@@ -175,7 +176,7 @@ class Controller:
         self._steps_without_prefill = 0
         self._last_exchange_step = -EXCHANGE_STEPS
         self._step_s = 0.0
-        self._tightest_tpot_s = math.inf
+        self._most_are_late: bool | None = None
         self._keeps_log = keep_log
         self._log: list[LogEntry] = []
         self.reasons: dict[Reason, int] = {}
@@ -326,9 +327,9 @@ class Controller:
         """A step has ended: correct the costs, and eLLM's share of host memory."""
         self.cost.observe(work, seconds)
         self._is_cost_known = True
-        slow = seconds > self._tightest_tpot_s if work.num_decodes and self._tightest_tpot_s < math.inf else None
-        if self.policy.adapt_host_share and (slow is not None or firsts_late is not None):
-            self.host_share.observe(step_was_slow=slow, first_was_late=firsts_late)
+        if self.policy.adapt_host_share and (self._most_are_late is not None or firsts_late is not None):
+            self.host_share.observe(decodes_are_late=self._most_are_late, first_was_late=firsts_late)
+        self._most_are_late = None
 
     def set_policy(self, policy: SloPolicy) -> None:
         """New objectives, for requests that come from now on; those here keep the ones they came under."""
@@ -373,7 +374,7 @@ class Controller:
         shape, policy = self.shape, self.policy
         waiting = [] if engine.is_paused else self.waiting.head(LOOKAHEAD, now_s, is_startable)
         seen = self._look(engine, now_s)
-        self._tightest_tpot_s = seen.tightest_tpot_s
+        self._most_are_late = 2 * seen.num_late > seen.num_decodes if seen.num_decodes else None
         cost = self.cost.view if self._is_cost_known and policy.slo_scheduling else None
         num_decodes = seen.num_decodes + engine.resuming
         if cost is not None:
@@ -415,11 +416,13 @@ class Controller:
             overtaken=self._overtaken,
         )
 
-    def backlog_s(self) -> float:
-        """Predicted seconds of prefill that waits, the work of those ahead of a new request at most."""
+    def backlog_s(self, slo: SloClass, now_s: float) -> float:
+        """Predicted seconds of prefill before a request of that class which came now: of those due before it."""
         if not self._is_cost_known:
             return 0.0
-        return sum(w.prefill_cost_s for w in self.waiting.views) * self.cost.view.prefill_factor
+        due_s = now_s + slo.ttft_s
+        ahead = sum(w.prefill_cost_s for w in self.waiting.views if now_s <= w.deadline_s <= due_s)
+        return ahead * self.cost.view.prefill_factor
 
     def take_log(self) -> list[LogEntry]:
         """Entries since the last call."""
@@ -433,7 +436,7 @@ class Controller:
         tracked_of, stored_of = self.tracked, self._stored_blocks
         resident: list[ResidentRequest] = []
         layered: list[LayeredRequest] = []
-        growth = num_decodes = context = prefilling = num_resident = 0
+        growth = num_decodes = num_late = context = prefilling = num_resident = 0
         slack_s = tpot_s = math.inf
         for r in engine.running:
             tracked = tracked_of.get(r.request_id)
@@ -446,7 +449,9 @@ class Controller:
                 left = max(tracked.middle_tokens - r.num_output, 1)
                 if not r.is_prefilling:
                     due_s = tracked.start_by_s(r.num_output, now_s, step_s)
-                    if now_s <= due_s < now_s + slack_s:  # who is late already holds nobody back
+                    if due_s < now_s:
+                        num_late += 1  # who is late already holds nobody back
+                    elif due_s < now_s + slack_s:
                         slack_s = due_s - now_s
                     if tracked.slo.tpot_s < tpot_s:
                         tpot_s = tracked.slo.tpot_s
@@ -489,10 +494,13 @@ class Controller:
                     )
                 )
         for request_id, num_blocks, num_output in engine.arriving:
+            num_resident += 1
             tracked = tracked_of.get(request_id)
             left = 1 if tracked is None else max(tracked.middle_tokens - num_output, 1)
             resident.append(ResidentRequest(request_id, math.inf, num_blocks, 0, can_park=False, tokens_left=left))
-        return _Seen(resident, layered, num_resident, growth, num_decodes, context, prefilling, slack_s, tpot_s)
+        return _Seen(
+            resident, layered, num_resident, growth, num_decodes, context, prefilling, num_late, slack_s, tpot_s
+        )
 
     def _predict(self, tracked: TrackedRequest, num_output: int) -> None:
         name, most, total = tracked.slo.name, tracked.max_tokens, self.lengths.total_tokens

@@ -55,18 +55,17 @@ class PolicyLimits:
         max_idle_steps: after this many steps without any.
         scan: How many entries of a queue are looked at in one step.
         ahead_steps: The forecast's horizon: shortages that near are prepared for by storing ahead.
-        rescue_steps: A parked request whose latest time to go on is nearer than its fetch plus so many steps may
-            have room made for it.
+        rescue_steps: A request whose latest time to go on is nearer than so many steps may have room made for it.
     """
 
-    headroom_tokens: int = 32
+    headroom_tokens: int = 16
     min_resident_steps: int = 32
     max_overtakes: int = 64
     min_prefill_tokens: int = 256
     max_idle_steps: int = 8
     scan: int = 64
     ahead_steps: int = 64
-    rescue_steps: int = 8
+    rescue_steps: int = 4
 
 
 @dataclass(slots=True)
@@ -314,8 +313,8 @@ def _make_room(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> None:
     claim = draft.blocked
     if claim is None or s.cost is None or not s.slo_scheduling or not s.can_exchange or claim.deadline_s < s.now_s:
         return
-    step_s, fetch_s = _times(s, claim.num_blocks)
-    if claim.deadline_s - s.now_s > fetch_s + limits.rescue_steps * step_s:
+    step_s, _ = _times(s, claim.num_blocks)
+    if claim.deadline_s - s.now_s > limits.rescue_steps * step_s:
         return
     chosen = _who_can_wait(s, limits, draft, claim, step_s)
     if chosen is None:

@@ -26,6 +26,7 @@ _COUNTED = {
     "fetches": "layerkv_fetches",
     "layered_admissions": "layerkv_layered_prefills",
     "recomputes": "layerkv_recomputes",
+    "stored_ahead_blocks": "layerkv_stored_ahead_blocks",
 }
 
 
@@ -37,6 +38,7 @@ class SchedulerSide:
         self.geometry = geometry
         self.ledger = KVLedger(geometry, host_blocks_per_worker(vllm_config, config, geometry))
         self.metrics = MetricSamples()
+        self.last_plan: StepPlan | None = None
         self._requests: Mapping[str, Request] = {}
         self._reported = LedgerCounters()
         self._reported_version: tuple[int, int, int] | None = None
@@ -79,6 +81,7 @@ class SchedulerSide:
 
     def plan(self, output: SchedulerOutput) -> StepPlan | None:
         """This step's copies; None if there are none."""
+        self.last_plan = None
         if self.ledger.is_idle:
             return None
         state = output.kv_connector_block_state
@@ -90,7 +93,8 @@ class SchedulerSide:
                 num_computed=self._requests[request_id].num_computed_tokens,
                 num_scheduled=output.num_scheduled_tokens[request_id],
             )
-        return self.ledger.take_plan(output.total_num_scheduled_tokens)
+        self.last_plan = self.ledger.take_plan(output.total_num_scheduled_tokens)
+        return self.last_plan
 
     def take_metrics(self) -> Payload | None:
         """What changed since the last call; None if nothing did."""

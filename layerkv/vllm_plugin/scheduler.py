@@ -21,14 +21,15 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from layerkv.config import slo_class_of
+from layerkv.core.cost import StepWork, generic_profile, load_profile
 from layerkv.core.residency import Residency
 from layerkv.errors import ConfigError
-from layerkv.scheduler.policy import decide
-from layerkv.scheduler.snapshot import Decision, ParkedRequest, Snapshot, WaitingRequest
-from layerkv.scheduler.tracker import DeadlineQueue, StepTimer, TrackedRequest
+from layerkv.scheduler.controller import Controller, EngineShape
+from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.snapshot import Decision, Snapshot
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.connector import LayerKVConnector
-from layerkv.vllm_plugin.snapshot import SnapshotTaker
+from layerkv.vllm_plugin.snapshot import EngineReader
 from layerkv.vllm_plugin.spec import LayerKVManager
 from layerkv.vllm_plugin.waiting_queue import WaitingQueue
 
@@ -40,6 +41,12 @@ logger = init_logger(f"vllm.{__name__}")
 
 MAX_CLOCK_SKEW_S = 3600.0
 """An arrival time further back than this is a clock that jumped, not a request that waited."""
+
+QUIET_STEPS_PER_SAMPLE = 4
+"""Steps without a decision are timed for the cost model once in so many: they are all alike."""
+
+BACKLOG_INTERVAL_S = 0.05
+"""How often the front end is told how much prefill waits, if its policy refuses under overload."""
 
 
 if TYPE_CHECKING:
@@ -67,20 +74,16 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             return
         self._side = side
         self._ledger = side.ledger
-        self._policy = side.config.policy
         side.follow(self.requests)
         manager = self.kv_cache_manager.coordinator.single_type_managers[0]
         assert isinstance(manager, LayerKVManager)
-        self._tracked: dict[str, TrackedRequest] = {}
-        self._waiting_views: DeadlineQueue[WaitingRequest] = DeadlineQueue()
-        self._parked_views: DeadlineQueue[ParkedRequest] = DeadlineQueue()
+        self._controller = self._make_controller()
         self._refused: dict[str, str] = {}
-        self._overtaken: dict[str, int] = {}
         self._no_first_token: set[str] = set()
-        self._timer = StepTimer()
-        self._steps_in_flight: deque[tuple[float, int]] = deque()  # (start, prefill tokens), oldest first
-        self._last_output_s = 0.0
-        self._take_snapshot = SnapshotTaker(self, side, manager)
+        self._steps_in_flight: deque[tuple[float, StepWork | None]] = deque()  # (start, work if sampled), oldest first
+        self._num_quiet_steps = 0
+        self._last_output_s = self._last_backlog_s = 0.0
+        self._reader = EngineReader(self, side, manager)
         # The policy chooses who is found and in which order; under priority scheduling, priorities shift deadlines.
         self.waiting = self._queue = WaitingQueue()
         self.kv_cache_manager.watermark_blocks = 0  # the policy's headroom takes its place
@@ -99,13 +102,16 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if not self._is_active or self._pause_state is PauseState.PAUSED_ALL:
             return super().schedule(throttle_prefills)
         started_s = time.monotonic()
-        if self._take_snapshot.is_quiet():
+        is_sampled = True
+        if self._reader.is_quiet():
             output = super().schedule(throttle_prefills)
+            self._num_quiet_steps += 1
+            is_sampled = self._num_quiet_steps % QUIET_STEPS_PER_SAMPLE == 0
         else:
             output = self._schedule_decided(started_s, throttle_prefills)
-        num_prefill_tokens = output.total_num_scheduled_tokens - len(output.num_scheduled_tokens)
         if output.total_num_scheduled_tokens:
-            self._steps_in_flight.append((started_s, num_prefill_tokens))
+            work = self._reader.work(output, self._side.last_plan) if is_sampled else None
+            self._steps_in_flight.append((started_s, work))
         return output
 
     def update_from_output(
@@ -116,12 +122,14 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if not self._is_active:
             return outputs
         now_s = time.monotonic()
+        firsts_late = self._note_first_tokens(outputs.values(), now_s) if self._no_first_token else None
         if scheduler_output.total_num_scheduled_tokens and self._steps_in_flight:
-            started_s, num_prefill_tokens = self._steps_in_flight.popleft()
-            self._timer.observe(now_s - max(started_s, self._last_output_s), num_prefill_tokens)
+            started_s, work = self._steps_in_flight.popleft()
+            if work is not None:
+                self._controller.step_done(work, now_s - max(started_s, self._last_output_s), firsts_late=firsts_late)
         self._last_output_s = now_s
-        if self._no_first_token:
-            self._note_first_tokens(outputs.values(), now_s)
+        self._report_reasons()
+        self._report_backlog(now_s)
         if self._refused:
             self._send_refusals(outputs)
         return outputs
@@ -136,15 +144,14 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 )
             for request_id in [r for r in self._ledger.residency if self._ledger.residency[r] is Residency.PARKED]:
                 self._ledger.drop(request_id)
-                self._parked_views.discard(request_id)
-                self._enqueue(self.requests[request_id])
+                self._recomputes(self.requests[request_id])
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def get_num_unfinished_requests(self) -> int:
         """Parked requests are in mid-output: a pause that waits for running requests waits for them too."""
         num_unfinished: int = super().get_num_unfinished_requests()
         if self._is_active and self._pause_state is PauseState.PAUSED_NEW:
-            num_unfinished += len(self._parked_views)
+            num_unfinished += len(self._controller.parked)
         return num_unfinished
 
     @property
@@ -166,25 +173,29 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         super()._preempt_request(request, timestamp, drop_stale_output)
         if self._is_active and self._ledger.residency.get(request.request_id) is not Residency.PARKED:
             self._ledger.drop(request.request_id)
-            self._enqueue(request)
+            self._recomputes(request)
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:  # noqa: FBT001, FBT002
         """Every way out passes here: finished, aborted, refused."""
         if self._is_active:
-            self._untrack(request.request_id)
+            self._untrack(request)
         return super()._free_request(request, delay_free_blocks)
 
     # Carrying a decision out -----------------------------------------------------------------------------------
 
     def _schedule_decided(self, now_s: float, throttle_prefills: bool) -> SchedulerOutput:  # noqa: FBT001
-        snapshot = self._take_snapshot(now_s)
-        decision = decide(snapshot)
-        for request_id, reason in decision.refuse:
-            self._refuse(request_id, reason)
-        if decision.overtaken is not None:
-            self._overtaken[decision.overtaken] = self._overtaken.get(decision.overtaken, 0) + 1
+        reader = self._reader
+        snapshot, decision = self._controller.decide(
+            reader.state(), now_s, is_startable=reader.is_startable, is_fetchable=reader.is_fetchable, hits=reader.hits
+        )
+        for refusal in decision.refuse:
+            self._refuse(refusal.request_id, refusal.text, refusal.reason)
+        for request_id in decision.store_ahead:
+            self._store_ahead(request_id, now_s)
         if decision.park:
             self._park(decision.park, now_s)
+        for request_id in decision.recompute:
+            self._give_up(self.requests[request_id], now_s)
         chosen = self._chosen(decision)
         is_paused = self._pause_state is not PauseState.UNPAUSED
         saved = (self.max_num_scheduled_tokens, self.scheduler_config.long_prefill_token_threshold)
@@ -243,16 +254,23 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             num_computed = request.num_computed_tokens
             self._ledger.park(request_id, block_ids, num_computed)
             self._preempt_request(request, now_s)  # resets its counts; its in-flight token is still delivered
-            tracked = self._tracked[request_id]
-            due_s = tracked.next_token_deadline_s(request.num_output_tokens, now_s)
-            self._parked_views.add(
-                ParkedRequest(
-                    request_id=request_id,
-                    deadline_s=due_s + tracked.rank_shift_s,
-                    num_blocks=-(-max(num_computed + 1, request.num_tokens) // self._side.geometry.block_tokens),
-                    weight=tracked.slo.weight,
-                )
+            self._controller.park(
+                request_id,
+                num_computed=num_computed,
+                num_tokens=request.num_tokens,
+                num_output=request.num_output_tokens,
+                now_s=now_s,
             )
+
+    def _give_up(self, request: Request, now_s: float) -> None:
+        """vLLM's own preemption: the request's KV is computed again."""
+        self.running.remove(request)
+        self._preempt_request(request, now_s)
+
+    def _store_ahead(self, request_id: str, now_s: float) -> None:
+        block_ids = self.kv_cache_manager.get_block_ids(request_id)[0]
+        num_stored = self._ledger.store_ahead(request_id, block_ids, self.requests[request_id].num_computed_tokens)
+        self._controller.stored_ahead(request_id, num_stored, now_s)
 
     def _chosen(self, decision: Decision) -> list[Request]:
         """Whom vLLM shall find in its waiting queue in this step, in order; layered ones get their reservations."""
@@ -269,35 +287,32 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
 
     def _strangers(self) -> list[Request]:
         """Requests in the queue that the policy does not know: vLLM alone moves them, so they stay visible."""
-        if len(self.waiting) == len(self._waiting_views) + len(self._parked_views) + len(self._refused):
+        controller = self._controller
+        if len(self.waiting) == len(controller.waiting) + len(controller.parked) + len(self._refused):
             return []
-        known = (self._waiting_views, self._parked_views, self._refused)
+        known = (controller.waiting, controller.parked, self._refused)
         return [request for request in self.waiting if not any(request.request_id in views for views in known)]
 
     def _note_started(self, decision: Decision, now_s: float) -> None:
         """Bring the books in line with what vLLM did of what was decided."""
-        step = self.current_step
+        step, metrics = self.current_step, self._side.metrics
         for request_id in decision.fetch:
             if self._ledger.residency[request_id] is not Residency.PARKED:
-                self._parked_views.discard(request_id)
-                self._overtaken.pop(request_id, None)
-                self._tracked[request_id].resident_since_step = step
+                self._controller.fetched(request_id, step=step, now_s=now_s)
             else:
-                self._side.metrics.add("layerkv_declined", 1)
+                metrics.add("layerkv_declined", 1)
         for admission in decision.admit:
             request = self.requests.get(admission.request_id)
             if request is None:
                 continue
             if request.status is RequestStatus.RUNNING:
-                self._waiting_views.discard(admission.request_id)
-                self._overtaken.pop(admission.request_id, None)
-                tracked = self._tracked[admission.request_id]
-                tracked.resident_since_step = step
-                if tracked.admitted_s is None:
-                    tracked.admitted_s = now_s
-                    self._side.metrics.observe("layerkv_admission_wait_seconds", max(now_s - tracked.arrival_s, 0.0))
+                waited_s = self._controller.admitted(
+                    admission.request_id, layered=admission.layered, step=step, now_s=now_s
+                )
+                if waited_s is not None:
+                    metrics.observe("layerkv_admission_wait_seconds", waited_s)
                 continue
-            self._side.metrics.add("layerkv_declined", 1)
+            metrics.add("layerkv_declined", 1)
             if admission.layered and self._ledger.residency[admission.request_id] is Residency.WAITING:
                 self._ledger.cancel_layered(admission.request_id)
 
@@ -306,53 +321,41 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     def _track(self, request: Request) -> None:
         params = request.sampling_params
         try:
-            slo = slo_class_of(params.extra_args if params is not None else None, self._policy)
+            slo = slo_class_of(params.extra_args if params is not None else None, self._controller.policy)
         except ConfigError as error:  # only without our front-end gate, that is with explicit class flags
-            self._refuse(request.request_id, str(error))
+            self._refuse(request.request_id, str(error), Reason.NEVER_FITS)
             return
         now_s = time.monotonic()
         waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_CLOCK_SKEW_S)
-        self._tracked[request.request_id] = TrackedRequest(
-            slo=slo,
+        self._controller.arrive(
+            request.request_id,
+            slo,
+            now_s=now_s,
             arrival_s=now_s - waited_s,
+            num_tokens=request.num_tokens,
+            max_tokens=request.max_tokens,
             rank=request.priority if self.policy is SchedulingPolicy.PRIORITY else 0,
             # vLLM does not load external KV for these, or keeps their KV between turns
             can_layer=not request.skip_reading_prefix_cache and not request.resumable,
         )
         self._no_first_token.add(request.request_id)
-        self._enqueue(request)
 
-    def _enqueue(self, request: Request) -> None:
-        """Put a request without KV into the queue of waiting ones."""
-        tracked = self._tracked.get(request.request_id)
-        if tracked is None:
-            return
-        due_s = tracked.ttft_deadline_s
-        if tracked.first_token_s is not None:
-            due_s = tracked.next_token_deadline_s(request.num_output_tokens, due_s) + tracked.rank_shift_s
-        self._waiting_views.discard(request.request_id)
-        self._waiting_views.add(
-            WaitingRequest(
-                request_id=request.request_id,
-                deadline_s=due_s,
-                num_tokens=request.num_tokens,
-                num_blocks=-(-request.num_tokens // self._side.geometry.block_tokens),
-                can_layer=tracked.can_layer,
-                weight=tracked.slo.weight,
-            )
+    def _recomputes(self, request: Request) -> None:
+        """The request's KV is given up: it waits for compute again."""
+        self._controller.recomputes(request.request_id, request.num_tokens, request.num_output_tokens, time.monotonic())
+
+    def _untrack(self, request: Request) -> None:
+        request_id = request.request_id
+        has_finished = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+        self._controller.leave(
+            request_id, num_output=request.num_output_tokens, has_finished=has_finished, now_s=time.monotonic()
         )
-
-    def _untrack(self, request_id: str) -> None:
-        self._tracked.pop(request_id, None)
-        self._waiting_views.discard(request_id)
-        self._parked_views.discard(request_id)
-        self._overtaken.pop(request_id, None)
         self._refused.pop(request_id, None)
         self._no_first_token.discard(request_id)
 
-    def _refuse(self, request_id: str, reason: str) -> None:
-        self._refused[request_id] = reason
-        self._waiting_views.discard(request_id)
+    def _refuse(self, request_id: str, text: str, reason: Reason) -> None:
+        self._refused[request_id] = text
+        self._controller.refused(request_id, reason, text, time.monotonic())
 
     def _send_refusals(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request_id, reason in list(self._refused.items()):
@@ -371,18 +374,60 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                     )
                 )
 
-    def _note_first_tokens(self, outputs: Iterable[EngineCoreOutputs], now_s: float) -> None:
+    def _note_first_tokens(self, outputs: Iterable[EngineCoreOutputs], now_s: float) -> bool | None:
+        """Whether any first token of this step was late; None if there was none."""
+        were_late: bool | None = None
         for of_client in outputs:
             for output in of_client.outputs:
                 if output.new_token_ids and output.request_id in self._no_first_token:
                     self._no_first_token.discard(output.request_id)
-                    tracked = self._tracked.get(output.request_id)
-                    if tracked is None:  # finished with its first token
+                    found = self._controller.first_token(output.request_id, now_s)
+                    if found is None:  # finished with its first token
                         continue
-                    tracked.first_token_s = now_s
-                    on_time = now_s - tracked.arrival_s <= tracked.slo.ttft_s
+                    slo, on_time = found
+                    were_late = bool(were_late) or not on_time
                     name = "layerkv_ttft_slo_met" if on_time else "layerkv_ttft_slo_missed"
-                    self._side.metrics.add(name, 1, tracked.slo.name)
+                    self._side.metrics.add(name, 1, slo.name)
+        return were_late
+
+    # Telling -----------------------------------------------------------------------------------------------------
+
+    def _make_controller(self) -> Controller:
+        side, config = self._side, self._side.config
+        geometry, ranks = side.geometry, self.vllm_config.parallel_config.tensor_parallel_size
+        block_bytes = geometry.block_bytes * ranks
+        shape = EngineShape(
+            mode=config.mode,
+            block_tokens=geometry.block_tokens,
+            block_bytes=block_bytes,
+            pool_blocks=geometry.pool_blocks - 1,
+            zone_blocks=geometry.zone_blocks,
+            host_blocks=side.ledger.host.count,
+            can_chunk=self.scheduler_config.enable_chunked_prefill,
+        )
+        profile = (
+            generic_profile(block_bytes // geometry.block_tokens)
+            if config.cost_profile is None
+            else load_profile(config.cost_profile)
+        )
+        return Controller(config.policy, shape, profile, is_measured=config.cost_profile is not None)
+
+    def _report_reasons(self) -> None:
+        reasons = self._controller.reasons
+        if reasons:
+            for reason, count in reasons.items():
+                self._side.metrics.add("layerkv_decisions", count, reason)
+            reasons.clear()
+
+    def _report_backlog(self, now_s: float) -> None:
+        """Tell the front end what a new request would wait behind, for classes that are refused under overload."""
+        if now_s - self._last_backlog_s < BACKLOG_INTERVAL_S:
+            return
+        self._last_backlog_s = now_s
+        for slo in self._controller.policy.classes.values():
+            if slo.overload == "reject":
+                backlog_s = self._controller.backlog_s(slo, now_s)
+                self._side.metrics.set("layerkv_prefill_backlog_seconds", backlog_s, slo.name)
 
     def _report_capacity(self) -> None:
         """Tell what is active, and correct what vLLM counted as capacity."""

@@ -47,6 +47,7 @@ def geometry_request(
         step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         zone_tokens=0 if config.mode == "resident" else config.zone_tokens,
         alignment_bytes=CPU_ALIGNMENT_BYTES,
+        longest_tokens=vllm_config.model_config.max_model_len,
     )
 
 

@@ -77,7 +77,7 @@ def drain_paused(engine: Any) -> list[Any]:
             break
         outputs += engine.step()
     assert not scheduler.running
-    assert not scheduler._parked_views
+    assert not scheduler._controller.parked
     scheduler.set_pause_state(PauseState.UNPAUSED)
     return outputs
 
@@ -130,10 +130,10 @@ def books(engine: Any, scheduler: Any) -> dict[str, Any]:
         found |= {
             "host_all_free": ledger.host.num_free == ledger.host.count,
             "zone_all_free": ledger.zone.num_available == ledger.geometry.zone_blocks,
-            "tracked": len(scheduler._tracked),
+            "tracked": len(scheduler._controller.tracked),
             "moves": {
                 name: getattr(ledger.counters, name)
-                for name in ("parks", "fetches", "layered_admissions", "recomputes")
+                for name in ("parks", "fetches", "layered_admissions", "recomputes", "stored_ahead_blocks")
             },
         }
     return found

@@ -1,0 +1,297 @@
+"""layerkv on the virtual engine: the production controller decides, the production ledger keeps the books.
+
+What vLLM's adapter does with a decision is done here on counts and virtual copies: loads of fetches queue on one link,
+stores before a step hold it up, layer-wise copies are part of the step's cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from layerkv.config import SloPolicy
+from layerkv.core.cost import StepWork
+from layerkv.core.ledger import KVLedger
+from layerkv.core.residency import Residency
+from layerkv.core.transfer import StepPlan, num_blocks
+from layerkv.scheduler.controller import Controller, EngineShape, EngineState, Running
+from layerkv.scheduler.lengths import LengthPredictor
+from layerkv.scheduler.policy import PolicyLimits
+from layerkv.scheduler.snapshot import Decision, Mode
+from layerkv.sim.engine import EngineSetup, Live, Scheduled, SimRequest, VirtualEngine
+from layerkv.sim.outcome import SimOutcome
+
+
+class LayeredEngine(VirtualEngine):
+    """See the module."""
+
+    def __init__(
+        self,
+        setup: EngineSetup,
+        requests: Iterable[SimRequest],
+        policy: SloPolicy,
+        *,
+        mode: Mode = "auto",
+        limits: PolicyLimits | None = None,
+        lengths: LengthPredictor | None = None,
+        is_measured: bool = True,
+        keep_log: bool = False,
+    ) -> None:
+        super().__init__(setup, requests)
+        geometry = setup.geometry
+        self.ledger = KVLedger(geometry, setup.num_host_blocks)
+        shape = EngineShape(
+            mode=mode,
+            block_tokens=geometry.block_tokens,
+            block_bytes=geometry.block_bytes,
+            pool_blocks=geometry.pool_blocks - 1,
+            zone_blocks=geometry.zone_blocks,
+            host_blocks=setup.num_host_blocks,
+        )
+        self.controller = Controller(
+            policy,
+            shape,
+            setup.profile,
+            is_measured=is_measured,
+            limits=limits,
+            lengths=lengths,
+            keep_log=keep_log,
+        )
+        self.lives: dict[str, Live] = {}
+        self.refused: list[str] = []
+        self.decision = Decision()
+        self._loading: dict[str, float] = {}  # requests being fetched: when their load ends
+        self._link_free_s = 0.0
+        self._plan = StepPlan()
+        self._was_quiet = False
+
+    # The engine's side --------------------------------------------------------------------------------------------
+
+    def arrive(self, live: Live) -> None:
+        request = live.request
+        self.lives[live.request_id] = live
+        self.ledger.add(live.request_id)
+        self.controller.arrive(
+            live.request_id,
+            request.slo,
+            now_s=self.now_s,
+            arrival_s=request.arrival_s,
+            num_tokens=request.prompt_tokens,
+            max_tokens=request.max_tokens,
+            can_layer=request.can_layer,
+        )
+
+    def schedule(self) -> Scheduled:
+        self._finish_loads()
+        controller = self.controller
+        self._was_quiet = not (controller.waiting or controller.parked or self._loading or self.ledger.layered_ids)
+        self._was_quiet &= not any(live.is_prefilling for live in self.running)
+        if self._was_quiet and len(self.free_ids) >= len(self.running):
+            self._plan = StepPlan()
+            self.decision = Decision(prefill_tokens=self.setup.max_num_batched_tokens)
+            return self._compute([])
+        self.decision = self._decide()
+        self._apply(self.decision)
+        scheduled = self._compute([self.lives[admission.request_id] for admission in self.decision.admit])
+        self._plan = self.ledger.take_plan(sum(num_tokens for _, num_tokens in scheduled))
+        return scheduled
+
+    def left(self, live: Live) -> None:
+        request_id = live.request_id
+        self.free(live)
+        self.ledger.finish(request_id)
+        del self.lives[request_id]
+        self.controller.leave(request_id, num_output=live.num_made, has_finished=True, now_s=self.now_s)
+
+    def copies(self) -> tuple[int, int, int, bool]:
+        size = self.geometry.block_bytes
+        plan = self._plan
+        return (
+            num_blocks(plan.stores) * size,
+            num_blocks(plan.loads) * size,
+            num_blocks(plan.parks) * size,
+            plan.is_layered,
+        )
+
+    def stepped(self, work: StepWork, seconds: float, firsts: Sequence[Live]) -> None:
+        were_late = None
+        for live in firsts:
+            found = self.controller.first_token(live.request_id, self.now_s)
+            were_late = bool(were_late) or (found is not None and not found[1])
+        self.controller.step_done(work, seconds, firsts_late=were_late)
+
+    def most_repeats(self) -> int:
+        return 1 << 30 if self._was_quiet else self.setup.stride
+
+    def next_event_s(self) -> float:
+        return min(self._loading.values(), default=math.inf)
+
+    def give_back_zone(self, block_ids: list[int]) -> None:
+        self.ledger.zone.give_back(block_ids)
+
+    def outcome(self) -> SimOutcome:
+        counters = self.ledger.counters
+        return SimOutcome(
+            self.outcomes,
+            self.gaps,
+            self.now_s,
+            self.step,
+            preemptions=counters.recomputes,
+            parks=counters.parks,
+            fetches=counters.fetches,
+            stored_bytes=counters.stored_blocks * self.geometry.block_bytes,
+            loaded_bytes=counters.loaded_blocks * self.geometry.block_bytes,
+            reasons={reason.value: count for reason, count in self.controller.reasons.items()},
+        )
+
+    # Deciding -----------------------------------------------------------------------------------------------------
+
+    def _decide(self) -> Decision:
+        reserved = sum(
+            max(self.blocks(live.num_tokens) - len(live.block_ids), 0)
+            for live in self.running
+            if live.is_prefilling and not self.ledger.is_layered(live.request_id)
+        )
+        state = EngineState(
+            step=self.step,
+            running=[self._seen(live) for live in self.running],
+            arriving=[(r, len(self.lives[r].block_ids), self.lives[r].num_made) for r in self._loading],
+            free_blocks=len(self.free_ids),
+            reserved_blocks=reserved,
+            free_zone_blocks=self.ledger.zone.num_available,
+            free_host_blocks=self.ledger.host.num_free,
+            free_slots=self.setup.max_num_seqs - len(self.running) - len(self._loading),
+            budget_tokens=self.setup.max_num_batched_tokens,
+            steps_ahead=1 if self.setup.frees_are_deferred else 0,
+        )
+        _, decision = self.controller.decide(state, self.now_s)
+        return decision
+
+    def _seen(self, live: Live) -> Running:
+        request_id = live.request_id
+        is_layered = self.ledger.is_layered(request_id)
+        in_zone = 0
+        if is_layered:
+            in_zone = sum(block >= self.geometry.pool_blocks for block in live.block_ids)
+        return Running(
+            request_id,
+            live.num_tokens,
+            live.num_computed,
+            live.num_made,
+            live.is_prefilling,
+            len(live.block_ids),
+            in_zone,
+            is_layered,
+            self.ledger.num_host_blocks_of(request_id) if is_layered else 0,
+        )
+
+    # Carrying a decision out --------------------------------------------------------------------------------------
+
+    def _apply(self, decision: Decision) -> None:
+        for refusal in decision.refuse:
+            self._refuse(refusal.request_id)
+            self.controller.refused(refusal.request_id, refusal.reason, refusal.text, self.now_s)
+        for request_id in decision.park:
+            self._park(self.lives[request_id])
+        for request_id in decision.recompute:
+            self._give_up(self.lives[request_id])
+        for request_id in decision.store_ahead:
+            live = self.lives[request_id]
+            num_stored = self.ledger.store_ahead(request_id, live.block_ids, live.num_computed)
+            self.controller.stored_ahead(request_id, num_stored, self.now_s)
+        for request_id in decision.fetch:
+            self._fetch(self.lives[request_id])
+        for admission in decision.admit:
+            if admission.layered:
+                blocks = self.blocks(self.lives[admission.request_id].num_tokens)
+                self.ledger.admit_layered(admission.request_id, table_blocks=blocks, zone_blocks=admission.zone_blocks)
+
+    def _refuse(self, request_id: str) -> None:
+        live = self.lives.pop(request_id)
+        self.refused.append(request_id)
+        self.ledger.finish(request_id)
+        self.end(live, None)
+
+    def _park(self, live: Live) -> None:
+        self.ledger.park(live.request_id, live.block_ids, live.num_computed)
+        self.running.remove(live)
+        self.free(live)
+        live.num_parks += 1
+        self.controller.park(
+            live.request_id,
+            num_computed=live.num_computed,
+            num_tokens=live.num_tokens,
+            num_output=live.num_made,
+            now_s=self.now_s,
+        )
+
+    def _give_up(self, live: Live) -> None:
+        """Stock vLLM's preemption: the KV is computed again."""
+        self.running.remove(live)
+        self.free(live)
+        self.ledger.drop(live.request_id)
+        live.num_computed = 0
+        live.num_recomputes += 1
+        self.controller.recomputes(live.request_id, live.num_tokens, live.num_made, self.now_s)
+
+    def _fetch(self, live: Live) -> None:
+        num_tokens = max(live.num_computed + 1, live.num_tokens)
+        has_room = self.hold(live, num_tokens)
+        assert has_room, "the pool was promised twice"
+        self.ledger.fetch(live.request_id, live.block_ids, 0)
+        size = self.blocks(live.num_computed) * self.geometry.block_bytes
+        self._link_free_s = max(self._link_free_s, self.now_s) + self.setup.profile.load(size)
+        self._loading[live.request_id] = self._link_free_s
+        self.controller.fetched(live.request_id, step=self.step, now_s=self.now_s)
+
+    def _finish_loads(self) -> None:
+        for request_id in [r for r, end_s in self._loading.items() if end_s <= self.now_s]:
+            del self._loading[request_id]
+            self.ledger.complete_fetch(request_id)
+            self.running.append(self.lives[request_id])
+
+    def _compute(self, starting: list[Live]) -> Scheduled:
+        """As the adapter has vLLM do it: decodes first, then prompts under way, each with its share, then new ones."""
+        decoding = [live for live in self.running if not live.is_prefilling]
+        prefilling = [live for live in self.running if live.is_prefilling]
+        left = min(self.setup.max_num_batched_tokens, max(len(decoding) + self.decision.prefill_tokens, 1))
+        share = left
+        if prefilling:
+            share = max(min(left - len(decoding), self.decision.prefill_tokens) // len(prefilling), 1)
+        scheduled: Scheduled = []
+        gone: set[str] = set()
+        for live in (*decoding, *prefilling, *starting):
+            if live.request_id in gone:
+                continue
+            num_tokens = min(live.remaining, left, share if live.is_prefilling else 1)
+            is_new = self.ledger.residency[live.request_id] is Residency.WAITING
+            if num_tokens <= 0 or not self._allocate(live, num_tokens, gone, is_new=is_new):
+                if is_new and self.ledger.is_layered(live.request_id):
+                    self.ledger.cancel_layered(live.request_id)
+                continue
+            if is_new:
+                self.running.append(live)
+                layered = self.ledger.is_layered(live.request_id)
+                self.controller.admitted(live.request_id, layered=layered, step=self.step, now_s=self.now_s)
+            left -= num_tokens
+            scheduled.append((live, num_tokens))
+        return [entry for entry in scheduled if entry[0].request_id not in gone] if gone else scheduled
+
+    def _allocate(self, live: Live, num_tokens: int, gone: set[str], *, is_new: bool) -> bool:
+        ledger, request_id = self.ledger, live.request_id
+        if ledger.is_layered(request_id):
+            missing = max(self.blocks(live.num_computed + num_tokens) - len(live.block_ids), 0)
+            live.block_ids += ledger.zone.take(request_id, missing)
+            ledger.started(request_id)
+            ledger.step_layered(request_id, live.block_ids, num_computed=live.num_computed, num_scheduled=num_tokens)
+            return True
+        if is_new and self.blocks(live.num_tokens) > len(self.free_ids):
+            return False  # vLLM starts a prompt only when all of it fits
+        while not self.hold(live, live.num_computed + num_tokens):
+            victim = next(other for other in reversed(self.running) if not ledger.is_layered(other.request_id))
+            gone.add(victim.request_id)
+            self._give_up(victim)
+            if victim is live:
+                return False
+        ledger.started(request_id)
+        return True

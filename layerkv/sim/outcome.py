@@ -1,0 +1,165 @@
+"""What a simulated load came to: per request, and as the figures that are reported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from layerkv.config import SloClass
+
+PERCENTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
+_BIN = math.log(1.005)
+
+
+class RequestOutcome(NamedTuple):
+    """One request; times in seconds of the virtual clock, from the start of the load.
+
+    Attributes:
+        request_id: The request.
+        slo: Its class.
+        arrival_s: When it arrived.
+        prompt_tokens: Its prompt's length.
+        output_tokens: Tokens that came out.
+        first_token_s: When the first did; None if it was refused.
+        finish_s: When the last did.
+        longest_gap_s: Longest time between two of its tokens; 0 with fewer than two.
+        num_parks: How often it was parked,
+        num_recomputes: and how often its KV was given up.
+    """
+
+    request_id: str
+    slo: SloClass
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    first_token_s: float | None
+    finish_s: float | None
+    longest_gap_s: float = 0.0
+    num_parks: int = 0
+    num_recomputes: int = 0
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to first token."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per output token after the first; None with fewer than two tokens."""
+        if self.first_token_s is None or self.finish_s is None or self.output_tokens < 2:
+            return None
+        return (self.finish_s - self.first_token_s) / (self.output_tokens - 1)
+
+    @property
+    def met_slo(self) -> bool:
+        """Whether it met its TTFT and its TPOT objective, and its longest stall if the class has one."""
+        ttft_s, tpot_s, stall_s = self.ttft_s, self.tpot_s, self.slo.max_stall_s
+        return (
+            ttft_s is not None
+            and ttft_s <= self.slo.ttft_s
+            and (tpot_s is None or tpot_s <= self.slo.tpot_s)
+            and (stall_s is None or self.longest_gap_s <= stall_s)
+        )
+
+
+@dataclass(slots=True)
+class GapHistogram:
+    """Times between tokens, counted in bins of half a per cent: millions of them take no room."""
+
+    counts: dict[int, int] = field(default_factory=dict)
+    num: int = 0
+    total_s: float = 0.0
+
+    def add(self, gap_s: float, count: int = 1) -> None:
+        """Count a gap."""
+        at = int(math.log(max(gap_s, 1e-9)) / _BIN)
+        self.counts[at] = self.counts.get(at, 0) + count
+        self.num += count
+        self.total_s += gap_s * count
+
+    def summary(self) -> dict[str, float | None]:
+        """Mean and percentiles; None for each if nothing was counted."""
+        if not self.num:
+            return dict.fromkeys(("mean", *(name for name, _ in PERCENTILES)))
+        found: dict[str, float | None] = {"mean": self.total_s / self.num}
+        bins = sorted(self.counts.items())
+        for name, share in PERCENTILES:
+            left = max(math.ceil(share * self.num), 1)
+            for at, count in bins:
+                left -= count
+                if left <= 0:
+                    found[name] = math.exp((at + 0.5) * _BIN)
+                    break
+        return found
+
+
+def summarise(values: Iterable[float | None]) -> dict[str, float | None]:
+    """Mean and percentiles (nearest rank) of the values that are there; None for each if none is."""
+    ordered = sorted(value for value in values if value is not None)
+    if not ordered:
+        return dict.fromkeys(("mean", *(name for name, _ in PERCENTILES)))
+    found: dict[str, float | None] = {"mean": sum(ordered) / len(ordered)}
+    for name, share in PERCENTILES:
+        found[name] = ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class SimOutcome:
+    """One policy under one load.
+
+    Attributes:
+        requests: All requests, in order of arrival.
+        gaps: Times between tokens, over all requests.
+        end_s: When the last token came out.
+        num_steps: Engine steps.
+        preemptions: Requests whose KV was given up and computed again.
+        parks: Requests parked.
+        fetches: Requests fetched.
+        stored_bytes: Bytes stored.
+        loaded_bytes: Bytes loaded.
+        reasons: How often the scheduler gave each reason.
+    """
+
+    requests: Sequence[RequestOutcome]
+    gaps: GapHistogram
+    end_s: float
+    num_steps: int
+    preemptions: int = 0
+    parks: int = 0
+    fetches: int = 0
+    stored_bytes: int = 0
+    loaded_bytes: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Any]:
+        """The figures of a report, as JSON-ready data. ``slo_attainment`` is None without requests."""
+        num = len(self.requests)
+        met = sum(r.met_slo for r in self.requests)
+        span_s = self.end_s - min((r.arrival_s for r in self.requests), default=0.0)
+        of_class: dict[str, list[RequestOutcome]] = {}
+        for r in self.requests:
+            of_class.setdefault(r.slo.name, []).append(r)
+        return {
+            "ttft_s": summarise(r.ttft_s for r in self.requests),
+            "tpot_s": summarise(r.tpot_s for r in self.requests),
+            "time_between_tokens_s": self.gaps.summary(),
+            "slo_attainment": met / num if num else None,
+            "slo_attainment_by_class": {
+                name: sum(r.met_slo for r in members) / len(members) for name, members in sorted(of_class.items())
+            },
+            "goodput_rps": met / span_s if span_s > 0 else None,
+            "output_tokens_per_s": sum(r.output_tokens for r in self.requests) / span_s if span_s > 0 else None,
+            "requests": num,
+            "refused": sum(r.first_token_s is None for r in self.requests),
+            "preemptions": self.preemptions,
+            "parks": self.parks,
+            "fetches": self.fetches,
+            "stored_bytes": self.stored_bytes,
+            "loaded_bytes": self.loaded_bytes,
+            "steps": self.num_steps,
+            "span_s": span_s,
+            "reasons": dict(sorted(self.reasons.items())),
+        }
