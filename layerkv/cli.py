@@ -79,6 +79,21 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--quick", action="store_true", help="fewer steps, for a first look")
     profile.set_defaults(run=_profile)
 
+    simulation = commands.add_parser(
+        "simulate",
+        help="compare policies on a virtual clock, without an engine",
+        description="Run the production scheduler on a virtual clock over a cost profile, beside stock vLLM's "
+        "scheduling, under the loads that a file describes (configs/sim has some).",
+    )
+    simulation.add_argument("config", type=Path, metavar="CONFIG.yaml", help="what to simulate")
+    simulation.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    simulation.add_argument("--plots", type=Path, metavar="DIR", help="draw plots there")
+    simulation.add_argument(
+        "--log", type=Path, metavar="FILE", help="write the decisions of the first layerkv run, for `layerkv explain`"
+    )
+    simulation.add_argument("--exact", action="store_true", help="decide before every step, not every few (slower)")
+    simulation.set_defaults(run=_simulate)
+
     bench = commands.add_parser("bench", help="micro-benchmarks")
     benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
     overhead = benchmarks.add_parser(
@@ -88,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     overhead.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     overhead.set_defaults(run=_overhead)
+    decision = benchmarks.add_parser(
+        "decide",
+        help="time of one scheduling decision with many requests",
+        description="Measure how long one decision takes with 1,000 requests waiting and 256 running.",
+    )
+    decision.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    decision.set_defaults(run=_decide)
     return parser
 
 
@@ -107,6 +129,24 @@ def _profile(arguments: argparse.Namespace) -> int | None:
     from layerkv.bench.profile import run_profile
 
     return run_profile(arguments.model, arguments.out, engine_args=arguments.engine_args, quick=arguments.quick)
+
+
+def _simulate(arguments: argparse.Namespace) -> int | None:
+    from layerkv.bench.simulate import run_simulate
+
+    return run_simulate(
+        arguments.config,
+        json_path=arguments.json,
+        plots_dir=arguments.plots,
+        log_path=arguments.log,
+        exact=arguments.exact,
+    )
+
+
+def _decide(arguments: argparse.Namespace) -> int | None:
+    from layerkv.bench.decide import run_decide
+
+    return run_decide(arguments.json)
 
 
 def _overhead(arguments: argparse.Namespace) -> int | None:

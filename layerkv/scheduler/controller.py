@@ -31,9 +31,9 @@ from layerkv.scheduler.snapshot import (
 )
 from layerkv.scheduler.tracker import DeadlineQueue, TrackedRequest
 
-LOOKAHEAD = 256
+LOOKAHEAD = 128
 """Waiting prompts that one decision sees: far more than a step starts, enough to tell who will be late."""
-QUEUE_HEAD = 64
+QUEUE_HEAD = 32
 """Parked requests that one decision sees."""
 REPREDICT_TOKENS = 32
 EXCHANGE_STEPS = 3
@@ -448,13 +448,20 @@ class Controller:
                     self._refresh(tracked, r.num_output)
                 left = max(tracked.middle_tokens - r.num_output, 1)
                 if not r.is_prefilling:
-                    due_s = tracked.start_by_s(r.num_output, now_s, step_s)
+                    # TrackedRequest.start_by_s, written out: this line runs hundreds of times per decision
+                    made, tpot = r.num_output or 1, tracked.tpot_s
+                    first_s = tracked.first_token_s
+                    due_s = (now_s if first_s is None else first_s) + tpot * made
+                    if tracked.low_tokens > r.num_output and tpot > step_s:
+                        due_s += (tracked.low_tokens - r.num_output) * (tpot - step_s)
+                    if due_s - now_s > tracked.max_stall_s:
+                        due_s = now_s + tracked.max_stall_s
                     if due_s < now_s:
                         num_late += 1  # who is late already holds nobody back
                     elif due_s < now_s + slack_s:
                         slack_s = due_s - now_s
-                    if tracked.slo.tpot_s < tpot_s:
-                        tpot_s = tracked.slo.tpot_s
+                    if tpot < tpot_s:
+                        tpot_s = tpot
             if r.is_prefilling:
                 prefilling += remaining
                 new_tokens = min(remaining, budget)
@@ -487,7 +494,7 @@ class Controller:
                         num_blocks,
                         step - tracked.resident_since_step,
                         tracked.can_layer and r.num_computed > 0 and not r.is_prefilling,
-                        tracked.slo.weight,
+                        tracked.weight,
                         left,
                         r.num_computed,
                         stored_of.get(r.request_id, 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable
+from itertools import accumulate, count
 
 
 class Forecast:
@@ -25,19 +26,23 @@ class Forecast:
         self._pool_blocks = pool_blocks
         self._block_tokens = block_tokens
         self._requests = sorted(requests, reverse=True)
-        self._index()
+        self._is_stale = True  # the index is built when a question needs it
 
     def fits(self, num_blocks: int, tokens_left: int) -> bool:
         """Whether a newcomer with ``num_blocks`` blocks and ``tokens_left`` to make would never be in want of any."""
+        if self._is_stale:
+            self._index()
         at = bisect_left(self._negated, -tokens_left)  # requests before `at` go on longer than the newcomer
         own_end = self._held[at] + num_blocks + (at + 1) * tokens_left / self._block_tokens
         return own_end <= self._pool_blocks and self._peak_from[at] + num_blocks <= self._pool_blocks
 
     def add(self, num_blocks: int, tokens_left: int) -> None:
         """Let a newcomer in."""
+        if self._is_stale:
+            self._index()
         at = bisect_left(self._negated, -tokens_left)
         self._requests.insert(at, (tokens_left, num_blocks))
-        self._index()
+        self._is_stale = True
 
     def shortage(self, num_steps: int, free_blocks: int) -> int:
         """Blocks that will be missing at worst within the next ``num_steps`` steps; 0 if none."""
@@ -70,15 +75,12 @@ class Forecast:
     def _index(self) -> None:
         tokens = self._block_tokens
         self._negated = [-left for left, _ in self._requests]
-        held, total = [0], 0
-        use: list[float] = []  # what a newcomer that outlives it finds taken at each end, its own growth included
-        for k, (left, blocks) in enumerate(self._requests):
-            total += blocks
-            held.append(total)
-            use.append(total + (k + 2) * left / tokens)
-        peak = 0.0
-        self._held = held
-        self._peak_from = [0.0] * (len(use) + 1)
-        for k in range(len(use) - 1, -1, -1):
-            peak = max(peak, use[k])
-            self._peak_from[k] = peak
+        self._held = [0, *accumulate(blocks for _, blocks in self._requests)]
+        # what a newcomer that outlives each finds taken at its end, with as many tokens of its own by then
+        use = [
+            held + places * left / tokens
+            for held, places, (left, _) in zip(self._held[1:], count(2), self._requests, strict=False)
+        ]
+        self._peak_from = [*accumulate(reversed(use), max)][::-1]
+        self._peak_from.append(0.0)
+        self._is_stale = False

@@ -53,7 +53,8 @@ class PolicyLimits:
         max_overtakes: How often the first of those left behind may be overtaken.
         min_prefill_tokens: Prompt tokens computed although decodes have no slack,
         max_idle_steps: after this many steps without any.
-        scan: How many entries of a queue are looked at in one step.
+        scan: How many waiting prompts are looked at in one step,
+        scan_parked: and how many parked requests.
         ahead_steps: The forecast's horizon: shortages that near are prepared for by storing ahead.
         rescue_steps: A request whose latest time to go on is nearer than so many steps may have room made for it.
     """
@@ -64,6 +65,7 @@ class PolicyLimits:
     min_prefill_tokens: int = 256
     max_idle_steps: int = 8
     scan: int = 64
+    scan_parked: int = 32
     ahead_steps: int = 64
     rescue_steps: int = 4
 
@@ -90,6 +92,7 @@ class _Draft:
     waits: dict[str, Reason] = field(default_factory=dict)
     blocked: Claim | None = None
     made_room: bool = False
+    by_reluctance: list[ResidentRequest] | None = None
 
 
 def decide(snapshot: Snapshot, limits: PolicyLimits | None = None) -> Decision:
@@ -188,7 +191,7 @@ def _relieve_pool(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> None:
     deficit = s.growth_blocks - s.free_blocks
     if deficit <= 0:
         return
-    for r in sorted((r for r in s.resident if r.can_park), key=lambda r: _reluctance(s, limits, r)):
+    for r in _by_reluctance(s, limits, draft):
         if deficit <= 0 or len(draft.park) + len(draft.recompute) + 1 >= max(s.num_resident, 2):
             break  # the last resident goes on: the pool holds any single request
         needs_host = r.num_blocks - r.num_stored
@@ -207,10 +210,21 @@ def _relieve_pool(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> None:
         draft.slots += 1
 
 
-def _reluctance(s: Snapshot, limits: PolicyLimits, r: ResidentRequest) -> tuple[bool, bool, float, float]:
-    """Whom to spare: those that came a moment ago, those that can be on time, the weighty, the urgent."""
-    is_on_time = s.slo_scheduling and r.deadline_s >= s.now_s
-    return (r.steps_resident < limits.min_resident_steps, is_on_time, r.weight, -r.deadline_s)
+def _by_reluctance(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> list[ResidentRequest]:
+    """Who may be parked, most readily first.
+
+    Spared are those that came a moment ago, then those that can be on time, the weighty, and the urgent.
+    """
+    if draft.by_reluctance is None:
+        now_s, recent = s.now_s if s.slo_scheduling else math.inf, limits.min_resident_steps
+        keyed = [
+            (r.steps_resident < recent, r.deadline_s >= now_s, r.weight, -r.deadline_s, r.request_id, r)
+            for r in s.resident
+            if r.can_park
+        ]
+        keyed.sort()
+        draft.by_reluctance = [entry[-1] for entry in keyed]
+    return draft.by_reluctance
 
 
 def _recompute_is_cheaper(s: Snapshot, r: ResidentRequest) -> bool:
@@ -255,7 +269,7 @@ def _is_late(s: Snapshot, claim: Claim, late: set[str]) -> bool:
 
 def _claims(s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest], late: set[str]) -> list[Claim]:
     """Everybody who can only go on in the pool, in order; whoever was overtaken too often stands first."""
-    claims: list[Claim] = [*s.parked[: limits.scan], *(w for w in waiting if not _can_ever_layer(s, w))]
+    claims: list[Claim] = [*s.parked[: limits.scan_parked], *(w for w in waiting if not _can_ever_layer(s, w))]
     overtaken, most = s.overtaken, limits.max_overtakes
 
     def turn(claim: Claim) -> tuple[bool, int, bool, float]:
@@ -336,13 +350,13 @@ def _who_can_wait(
     missing = _need(s, claim) + _headroom(s, limits, draft.residents) - draft.pool
     host = draft.host
     chosen: list[ResidentRequest] = []
-    for r in sorted(s.resident, key=lambda r: _reluctance(s, limits, r)):
+    for r in _by_reluctance(s, limits, draft):
         if missing <= 0:
             break
         _, back_s = _times(s, r.num_blocks)
         can_wait = r.deadline_s - s.now_s > stay_s + back_s or (r.deadline_s < s.now_s and r.weight < claim.weight)
         needs_host = r.num_blocks - r.num_stored
-        if r.can_park and r.steps_resident >= limits.min_resident_steps and can_wait and needs_host <= host:
+        if r.steps_resident >= limits.min_resident_steps and can_wait and needs_host <= host:
             chosen.append(r)
             missing -= r.num_blocks
             host -= needs_host
@@ -363,7 +377,7 @@ def _store_ahead(s: Snapshot, limits: PolicyLimits, draft: _Draft, forecast: For
     shortage = forecast.shortage(limits.ahead_steps, draft.pool)
     if shortage <= 0:
         return
-    for r in sorted((r for r in s.resident if r.can_park), key=lambda r: _reluctance(s, limits, r)):
+    for r in _by_reluctance(s, limits, draft):
         whole_blocks = r.num_tokens // s.block_tokens
         if r.num_stored * 2 < whole_blocks:
             if whole_blocks - r.num_stored <= draft.host:

@@ -5,9 +5,10 @@ The queues of waiting and parked requests are sorted when a request enters them;
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Generic, TypeVar
 
@@ -106,6 +107,9 @@ class TrackedRequest:
         predict_again_at: Output tokens at which the prediction is made anew.
         said: The last thing said of it in the decision log: the same is not said twice.
         said_reason: Why the last decision about it was taken.
+        tpot_s: Its class's TPOT objective,
+        weight: weight,
+        max_stall_s: and longest stall (infinite if it has none), at hand for the pass over running requests.
     """
 
     slo: SloClass
@@ -121,6 +125,13 @@ class TrackedRequest:
     predict_again_at: int = 0
     said: Event | Reason | None = None
     said_reason: Reason | None = None
+    tpot_s: float = field(init=False)
+    weight: float = field(init=False)
+    max_stall_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tpot_s, self.weight = self.slo.tpot_s, self.slo.weight
+        self.max_stall_s = math.inf if self.slo.max_stall_s is None else self.slo.max_stall_s
 
     @property
     def ttft_deadline_s(self) -> float:
@@ -135,7 +146,7 @@ class TrackedRequest:
             now_s: Stands for the first token's time while that token is still on its way.
         """
         first = self.first_token_s if self.first_token_s is not None else now_s
-        return first + self.slo.tpot_s * max(num_output_tokens, 1)
+        return first + self.tpot_s * max(num_output_tokens, 1)
 
     def start_by_s(self, num_output_tokens: int, now_s: float, step_s: float) -> float:
         """The latest time to go on decoding at ``step_s`` a token and still keep the objectives.
@@ -145,7 +156,5 @@ class TrackedRequest:
         nothing. A class's ``max_stall`` bounds it: its last token came now, at the latest.
         """
         to_come = max(self.low_tokens - num_output_tokens, 0)
-        due_s = self.next_token_deadline_s(num_output_tokens, now_s) + to_come * max(self.slo.tpot_s - step_s, 0.0)
-        if self.slo.max_stall_s is not None:
-            due_s = min(due_s, now_s + self.slo.max_stall_s)
-        return due_s
+        due_s = self.next_token_deadline_s(num_output_tokens, now_s) + to_come * max(self.tpot_s - step_s, 0.0)
+        return min(due_s, now_s + self.max_stall_s)

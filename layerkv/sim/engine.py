@@ -135,6 +135,10 @@ class VirtualEngine(ABC):
     def stepped(self, work: StepWork, seconds: float, firsts: Sequence[Live]) -> None:  # noqa: B027 (may do nothing)
         """A step (or several alike, each of which took so long) has ended; ``firsts`` made their first token."""
 
+    def has_acted(self) -> bool:
+        """Whether scheduling changed anything though it chose nothing to compute: then it is due again at once."""
+        return False
+
     def most_repeats(self) -> int:
         """Steps after which a decision is due although nothing has changed."""
         return 1 << 30
@@ -166,8 +170,13 @@ class VirtualEngine(ABC):
         if scheduled:
             self._execute(scheduled)
             return
+        has_acted = bool(self._freed) or self.has_acted()
         self._give_back_freed()
         self.step += 1
+        _, _, before, _ = self.copies()
+        self.now_s += self.setup.profile.store(before) if before else 0.0
+        if has_acted:
+            return
         next_s = min(self.to_come[0].arrival_s if self.to_come else math.inf, self.next_event_s())
         assert next_s < math.inf, f"{self.num_under_way} requests under way and nothing to wait for"
         self.now_s = max(self.now_s, next_s)

@@ -120,6 +120,10 @@ class LayeredEngine(VirtualEngine):
             were_late = bool(were_late) or (found is not None and not found[1])
         self.controller.step_done(work, seconds, firsts_late=were_late)
 
+    def has_acted(self) -> bool:
+        decision = self.decision
+        return bool(decision.park or decision.recompute or decision.fetch or decision.refuse)
+
     def most_repeats(self) -> int:
         return 1 << 30 if self._was_quiet else self.setup.stride
 
@@ -288,6 +292,8 @@ class LayeredEngine(VirtualEngine):
         if is_new and self.blocks(live.num_tokens) > len(self.free_ids):
             return False  # vLLM starts a prompt only when all of it fits
         while not self.hold(live, live.num_computed + num_tokens):
+            if self._freed:
+                return False  # deferred: a victim's blocks would not be here sooner than these
             victim = next(other for other in reversed(self.running) if not ledger.is_layered(other.request_id))
             gone.add(victim.request_id)
             self._give_up(victim)

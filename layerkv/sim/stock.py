@@ -67,6 +67,10 @@ class StockEngine(VirtualEngine):
             at += 1
         return preempted
 
+    def free(self, live: Live) -> None:
+        super().free(live)
+        self._give_back_freed()  # vLLM defers frees only for a KV connector's sake
+
     def _preempt(self, live: Live) -> None:
         self.running.remove(live)
         self.free(live)

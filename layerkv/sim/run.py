@@ -1,0 +1,173 @@
+"""Runs a simulation file: every policy under every rate and seed, and the figures of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import msgspec
+
+from layerkv.config import SloPolicy
+from layerkv.core.geometry import GeometryRequest, KVGeometry, geometry_for_memory
+from layerkv.scheduler.reasons import LogEntry
+from layerkv.sim.config import SimConfig
+from layerkv.sim.engine import EngineSetup, SimRequest, VirtualEngine
+from layerkv.sim.layered import LayeredEngine
+from layerkv.sim.outcome import SimOutcome
+from layerkv.sim.stock import StockEngine
+from layerkv.sim.workload import make_workload
+
+SCHEMA = 1
+WATERMARK = 0.02
+STRIDE = 8
+"""Steps between decisions while nothing changes: figures differ by less than a per cent from deciding every step."""
+
+
+@dataclass(frozen=True, slots=True)
+class SimRun:
+    """One policy under one rate and seed; ``wall_s`` is how long simulating it took."""
+
+    policy: str
+    rate_per_s: float
+    seed: int
+    outcome: SimOutcome
+    wall_s: float
+
+
+def simulate(
+    config: SimConfig,
+    *,
+    stride: int = STRIDE,
+    on_run: Callable[[SimRun], None] | None = None,
+    on_log: Callable[[Iterable[LogEntry]], None] | None = None,
+) -> list[SimRun]:
+    """Run everything that the file asks for.
+
+    Args:
+        config: The file.
+        stride: See ``EngineSetup.stride``.
+        on_run: Told of each run when it is over.
+        on_log: Given the decision log of the first run of the ``layerkv`` policy.
+    """
+    runs: list[SimRun] = []
+    for rate in config.rates:
+        for seed in config.seeds:
+            requests = requests_of(config, rate, seed)
+            for name in config.policies:
+                wants_log = on_log is not None and name == "layerkv" and all(run.policy != name for run in runs)
+                engine = make_engine(config, name, requests, stride=stride, keep_log=wants_log)
+                begun_s = time.perf_counter()
+                outcome = engine.run()
+                runs.append(SimRun(name, rate, seed, outcome, time.perf_counter() - begun_s))
+                if wants_log and on_log is not None and isinstance(engine, LayeredEngine):
+                    on_log(engine.controller.take_log())
+                if on_run is not None:
+                    on_run(runs[-1])
+    return runs
+
+
+def requests_of(config: SimConfig, rate_per_s: float, seed: int) -> list[SimRequest]:
+    """The load of one rate and seed, the same for every policy."""
+    policy = config.policy
+    return [
+        SimRequest(
+            request_id=r.request_id,
+            arrival_s=r.arrival_s,
+            prompt_tokens=r.prompt_tokens,
+            output_tokens=r.output_tokens,
+            max_tokens=r.max_tokens,
+            slo=policy.classes[r.slo_class or policy.default_class],
+        )
+        for r in make_workload(config.workload, rate_per_s=rate_per_s, seed=seed)
+    ]
+
+
+def make_engine(
+    config: SimConfig, name: str, requests: Sequence[SimRequest], *, stride: int = STRIDE, keep_log: bool = False
+) -> VirtualEngine:
+    """The virtual engine of a policy: stock vLLM with all memory as pool, or layerkv with its zone out of it."""
+    if name in ("stock", "stock-watermark"):
+        setup = _setup(config, geometry_of(config, zone_tokens=0), stride)
+        return StockEngine(setup, requests, watermark=WATERMARK if name == "stock-watermark" else 0.0)
+    setup = _setup(config, geometry_of(config, zone_tokens=config.zone_tokens), stride)
+    return LayeredEngine(setup, requests, policy_of(config.policy, name), keep_log=keep_log)
+
+
+def policy_of(policy: SloPolicy, name: str) -> SloPolicy:
+    """The SLO policy of one of layerkv's variants."""
+    change: dict[str, dict[str, Any]] = {
+        "layerkv": {},
+        "layerkv-no-slo": {"slo_scheduling": False},
+        "layerkv-no-length-prediction": {"length_prediction": "none"},
+        "layerkv-streamed": {"streamed_decode": True},
+    }
+    return msgspec.structs.replace(policy, **change[name])
+
+
+def geometry_of(config: SimConfig, *, zone_tokens: int | None) -> KVGeometry:
+    """How the KV memory is divided, as the engine would."""
+    page_bytes = config.profile.kv_bytes_per_token * config.block_tokens // config.num_layers
+    request = GeometryRequest(
+        num_layers=config.num_layers,
+        page_bytes=page_bytes,
+        block_tokens=config.block_tokens,
+        lanes=config.lanes,
+        step_tokens=config.max_num_batched_tokens,
+        zone_tokens=zone_tokens,
+        alignment_bytes=page_bytes,
+        longest_tokens=config.max_model_len,
+    )
+    return geometry_for_memory(request, config.kv_memory_bytes)
+
+
+def report(config: SimConfig, runs: Sequence[SimRun]) -> dict[str, Any]:
+    """The figures as JSON-ready data: all runs, and each policy's at the last rate (medians over seeds)."""
+    last_rate = config.rates[-1]
+    return {
+        "schema": SCHEMA,
+        "profile": config.profile.name,
+        "rate_per_s": last_rate,
+        "policies": {
+            name: medians([r.outcome.figures() for r in runs if r.policy == name and r.rate_per_s == last_rate])
+            for name in config.policies
+        },
+        "runs": [
+            {
+                "policy": run.policy,
+                "rate_per_s": run.rate_per_s,
+                "seed": run.seed,
+                "wall_s": round(run.wall_s, 3),
+                **run.outcome.figures(),
+            }
+            for run in runs
+        ],
+    }
+
+
+def _setup(config: SimConfig, geometry: KVGeometry, stride: int) -> EngineSetup:
+    return EngineSetup(
+        geometry=geometry,
+        num_host_blocks=config.host_memory_bytes // geometry.block_bytes,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        profile=config.profile,
+        frees_are_deferred=config.async_scheduling,
+        stride=stride,
+    )
+
+
+def medians(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Each figure's median over the seeds; a figure that one of them lacks is None."""
+    merged: dict[str, Any] = {}
+    for key in {key: None for each in figures for key in each}:
+        values = [each.get(key) for each in figures]
+        if any(isinstance(value, dict) for value in values):
+            merged[key] = medians([value for value in values if isinstance(value, dict)])
+        elif any(value is None for value in values):
+            merged[key] = None
+        else:
+            merged[key] = median(value for value in values if value is not None)
+    return merged
