@@ -103,6 +103,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     overhead.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     overhead.set_defaults(run=_overhead)
+    fidelity = benchmarks.add_parser(
+        "fidelity",
+        help="the same load on the real CPU engine and in the simulator",
+        description="Run a simulation file's load on the real CPU engine with the demo's tiny model, and in the "
+        "simulator, and print both side by side.",
+    )
+    fidelity.add_argument("config", type=Path, metavar="CONFIG.yaml", help="such as configs/sim/cpu_two_classes.yaml")
+    fidelity.add_argument("--profile", type=Path, metavar="FILE", help="a cost profile in place of the file's own")
+    fidelity.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    fidelity.set_defaults(run=_fidelity)
     decision = benchmarks.add_parser(
         "decide",
         help="time of one scheduling decision with many requests",
@@ -141,6 +151,12 @@ def _simulate(arguments: argparse.Namespace) -> int | None:
         log_path=arguments.log,
         exact=arguments.exact,
     )
+
+
+def _fidelity(arguments: argparse.Namespace) -> int | None:
+    from layerkv.bench.fidelity import run_fidelity
+
+    return run_fidelity(arguments.config, arguments.json, profile_path=arguments.profile)
 
 
 def _decide(arguments: argparse.Namespace) -> int | None:

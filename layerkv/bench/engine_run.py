@@ -11,10 +11,11 @@ arrival.
 from __future__ import annotations
 
 import os
+import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -109,7 +110,7 @@ def _add_request(engine: LLMEngine, request: ScheduledRequest) -> str:
 
 
 def _drive(engine: LLMEngine, spec: EngineSpec, report_progress: ReportProgress) -> EngineRun:
-    pending = deque(make_load(spec.load))
+    pending = deque(_requests(spec))
     flights = {request.request_id: _Flight(request) for request in pending}
     internal_ids: dict[str, str] = {}
     num_total = sum(request.max_tokens for request in pending)
@@ -176,6 +177,23 @@ def _step(engine: LLMEngine, flights: dict[str, _Flight], timer: StepTimer, stat
             flight.scheduled_s = output.metrics.scheduled_ts  # vLLM's first SCHEDULED event, monotonic
         num_tokens += len(completion.token_ids)
     return num_tokens
+
+
+def _requests(spec: EngineSpec) -> Sequence[ScheduledRequest]:
+    if not spec.planned:
+        return make_load(spec.load)
+    rng = random.Random(spec.load.seed)
+    ordinary = range(FIRST_ORDINARY_TOKEN_ID, spec.load.vocab_size)
+    return [
+        ScheduledRequest(
+            request_id=planned.request_id,
+            arrival_s=planned.arrival_s,
+            prompt_token_ids=tuple(rng.choices(ordinary, k=planned.prompt_tokens)),
+            max_tokens=planned.output_tokens,
+            slo_class=planned.slo_class,
+        )
+        for planned in spec.planned
+    ]
 
 
 def _record(flight: _Flight, start_s: float, moves: list[StateChange]) -> RequestRecord:

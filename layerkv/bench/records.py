@@ -16,10 +16,21 @@ from layerkv.bench.load import LoadSpec
 T = TypeVar("T")
 
 
+class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One request of a load that is given request by request; its prompt is random, of that length."""
+
+    request_id: str
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    slo_class: str | None = None
+
+
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine to build and the load to drive through it.
 
-    `engine_args` are the keyword arguments of vLLM's `EngineArgs`. With a `deep_queue`, the scheduler's time is
+    `engine_args` are the keyword arguments of vLLM's `EngineArgs`. `planned` takes the place of the requests of
+    `load`, whose vocabulary, seed and longest prompt are used. With a `deep_queue`, the scheduler's time is
     recorded for steps that begin with so many requests queued, and the run ends as soon as enough of them are.
     """
 
@@ -27,6 +38,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     engine_args: dict[str, Any]
     load: LoadSpec
     deep_queue: int | None = None
+    planned: list[PlannedRequest] = []
 
 
 class StateChange(msgspec.Struct, frozen=True, array_like=True):

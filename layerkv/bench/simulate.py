@@ -83,11 +83,10 @@ def _tell_about_trace(config: SimConfig, console: Console) -> None:
 
 def _table(config: SimConfig, runs: Sequence[SimRun], rate: float) -> Table:
     seeds = ", ".join(str(seed) for seed in config.seeds)
-    table = Table(
-        title=f"{config.profile.name}, {rate:g} requests per second, seed {seeds}", box=SIMPLE, pad_edge=False
-    )
+    title = f"{config.profile.name}, {rate:g} requests per second, seed {seeds}"
+    table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("policy", no_wrap=True)
-    for heading in ("TTFT", "p99", "TPOT", "SLOs met", "goodput", "tok/s", "preempted"):
+    for heading in ("TTFT", "p99", "TPOT", "SLOs met", "goodput", "tok/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name in config.policies:
         f = medians([run.outcome.figures() for run in runs if run.policy == name])
@@ -99,7 +98,6 @@ def _table(config: SimConfig, runs: Sequence[SimRun], rate: float) -> Table:
             f"{f['slo_attainment']:.1%}",
             f"{f['goodput_rps']:.3g}/s",
             f"{f['output_tokens_per_s']:.0f}",
-            f"{f['preemptions']:g}",
         )
     return table
 

@@ -195,6 +195,7 @@ class LayeredEngine(VirtualEngine):
         for refusal in decision.refuse:
             self._refuse(refusal.request_id)
             self.controller.refused(refusal.request_id, refusal.reason, refusal.text, self.now_s)
+            self.controller.leave(refusal.request_id, num_output=0, has_finished=False, now_s=self.now_s)
         for request_id in decision.park:
             self._park(self.lives[request_id])
         for request_id in decision.recompute:

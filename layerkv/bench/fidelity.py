@@ -1,0 +1,256 @@
+"""`layerkv bench fidelity`: the same load on the real CPU engine and in the simulator, side by side.
+
+It takes a simulation file whose engine has a measured profile, builds that engine with the demo's tiny model, and
+drives the file's load through it, open loop, one policy after the other, seed by seed. So it answers two questions
+with the same run: how far the simulator is off, and what layerkv changes on a real engine under that load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from layerkv.bench import records
+from layerkv.bench.load import LoadSpec
+from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.metrics import EngineFailure
+from layerkv.bench.supervise import run_child
+from layerkv.bench.terminal import ProgressBoard
+from layerkv.bench.tiny_model import SHAPES, make_tiny_model
+from layerkv.config import SloPolicy
+from layerkv.core.cost import load_profile
+from layerkv.errors import ConfigError, LayerKVError
+from layerkv.sim.config import SimConfig, load_sim_config
+from layerkv.sim.engine import SimRequest
+from layerkv.sim.outcome import GapHistogram, RequestOutcome, SimOutcome
+from layerkv.sim.run import WATERMARK, make_engine, medians, policy_of, requests_of
+
+SHAPE = "demo"
+COMPARED = (("ttft_s", "mean"), ("ttft_s", "p99"), ("output_tokens_per_s", None))
+
+
+def run_fidelity(
+    config_path: Path, json_path: Path | None, *, profile_path: Path | None = None, console: Console | None = None
+) -> int:
+    """Run a simulation file on both; `profile_path` takes the place of the file's profile.
+
+    Raises:
+        ConfigError: the file is wrong, or its engine is not the demo model's.
+        LayerKVError: an engine failed.
+    """
+    console = console or Console()
+    config = load_sim_config(config_path)
+    if profile_path is not None:
+        config = replace(config, profile=load_profile(profile_path))
+    if config.num_layers != SHAPES[SHAPE].num_layers:
+        raise ConfigError(
+            f"{config_path}: $.engine.num_layers: found {config.num_layers}; expected the demo model's "
+            f"{SHAPES[SHAPE].num_layers}, which is what this command runs"
+        )
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for rate in config.rates:
+            for seed in config.seeds:
+                rows += _measure(config, rate, seed, Path(folder), console)
+            console.print(_table(rows, rate))
+    result = {
+        "schema": 1,
+        "command": this_command(),
+        "date": utc_now(),
+        "profile": {"name": config.profile.name, **config.profile.made},
+        "machine": msgspec.to_builtins(Machine.here()),
+        "versions": installed_versions(),
+        "rows": rows,
+        "medians": _over_seeds(rows),
+    }
+    if json_path is not None:
+        json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _measure(config: SimConfig, rate: float, seed: int, folder: Path, console: Console) -> list[dict[str, Any]]:
+    """Both worlds' figures of each policy under one load; every other seed runs the policies in reverse order."""
+    load = requests_of(config, rate, seed)
+    order = list(config.policies) if seed % 2 == 0 else list(config.policies)[::-1]
+    rows = []
+    console.print(f"{rate:g} requests per second, seed {seed}")
+    with ProgressBoard(order, console) as board:
+        for name in order:
+            board.starts(name)
+            real = _run_real(config, name, load, seed, folder, board)
+            simulated = make_engine(config, name, load, stride=1).run().figures()
+            rows.append({"policy": name, "rate_per_s": rate, "seed": seed, "real": real, "simulated": simulated})
+            board.ends(name, "done")
+    return rows
+
+
+def _run_real(
+    config: SimConfig, name: str, load: Sequence[SimRequest], seed: int, folder: Path, board: ProgressBoard
+) -> dict[str, Any]:
+    spec_path, run_path = folder / "spec.json", folder / "run.json"
+    records.write_json(_spec(config, name, load, seed, folder), spec_path)
+    failure = run_child(
+        [sys.executable, "-m", "layerkv.bench.engine_run", str(spec_path), str(run_path)],
+        env=dict(os.environ),
+        log_path=folder / "engine.log",
+        on_progress=lambda line: board.advances(name, line),
+    )
+    if isinstance(failure, EngineFailure):
+        raise LayerKVError(f"{name} {failure.reason}: " + "\n".join(failure.log_tail))
+    run = records.read_json(run_path, records.EngineRun)
+    return {**_outcome(run, load).figures(), "step_s": run.step_s, "host_s_per_step": run.host_s_per_step}
+
+
+def _spec(config: SimConfig, name: str, load: Sequence[SimRequest], seed: int, folder: Path) -> records.EngineSpec:
+    longest = max(request.prompt_tokens for request in load)
+    args: dict[str, Any] = {
+        "model": str(make_tiny_model(SHAPE, folder / "models")),
+        "dtype": "float32",
+        "block_size": config.block_tokens,
+        "max_model_len": config.max_model_len,
+        "max_num_batched_tokens": config.max_num_batched_tokens,
+        "max_num_seqs": config.max_num_seqs,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,  # prompts are random, and the simulator has no prefix cache
+        "kv_cache_memory_bytes": config.kv_memory_bytes,
+        "seed": 0,
+    }
+    is_ours = name.startswith("layerkv")
+    if is_ours:
+        extra: dict[str, Any] = {"host_memory": config.host_memory_bytes, "lanes": config.lanes}
+        extra["policy"] = str(_write_policy(policy_of(config.policy, name), folder / "slo.yaml"))
+        if config.zone_tokens is not None:
+            extra["zone_tokens"] = config.zone_tokens
+        args["kv_transfer_config"] = {
+            "kv_connector": "LayerKVConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        }
+    elif name == "stock-watermark":
+        args["watermark"] = WATERMARK
+    shape = SHAPES[SHAPE]
+    return records.EngineSpec(
+        name=name,
+        engine_args=args,
+        load=LoadSpec(
+            num_requests=len(load),
+            rate_per_s=1.0,
+            prompt_tokens=(1, longest),
+            output_tokens=(1, max(request.output_tokens for request in load)),
+            vocab_size=shape.vocab_size,
+            seed=seed,
+        ),
+        planned=[
+            records.PlannedRequest(
+                request_id=request.request_id,
+                arrival_s=request.arrival_s,
+                prompt_tokens=request.prompt_tokens,
+                output_tokens=request.output_tokens,
+                slo_class=request.slo.name if is_ours else None,
+            )
+            for request in load
+        ],
+    )
+
+
+def _write_policy(policy: SloPolicy, path: Path) -> Path:
+    """The policy as a file that an engine can be given."""
+    classes: dict[str, dict[str, Any]] = {}
+    for slo in policy.classes.values():
+        promises = {"ttft": slo.ttft_s, "tpot": slo.tpot_s, "weight": slo.weight, "overload": slo.overload}
+        classes[slo.name] = promises if slo.max_stall_s is None else {**promises, "max_stall": slo.max_stall_s}
+    document = {
+        "version": 1,
+        "default_class": policy.default_class,
+        "classes": classes,
+        "streamed_decode": policy.streamed_decode,
+        "slo_scheduling": policy.slo_scheduling,
+        "length_prediction": policy.length_prediction,
+        "adapt_host_share": policy.adapt_host_share,
+    }
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
+
+
+def _outcome(run: records.EngineRun, load: Sequence[SimRequest]) -> SimOutcome:
+    """A real run in the simulator's terms, so that both are judged by the same code."""
+    planned = {request.request_id: request for request in load}
+    gaps = GapHistogram()
+    outcomes = []
+    for record in run.requests:
+        request, times = planned[record.request_id], record.token_times_s
+        between = [later - earlier for earlier, later in pairwise(times)]
+        for gap_s in between:
+            gaps.add(gap_s)
+        outcomes.append(
+            RequestOutcome(
+                record.request_id,
+                request.slo,
+                record.arrival_s,
+                record.prompt_tokens,
+                len(times),
+                times[0] if times else None,
+                times[-1] if times else None,
+                max(between, default=0.0),
+            )
+        )
+    end_s = max((r.token_times_s[-1] for r in run.requests if r.token_times_s), default=run.wall_s)
+    return SimOutcome(
+        outcomes,
+        gaps,
+        end_s,
+        run.num_steps,
+        preemptions=run.preemptions,
+        parks=run.parks,
+        fetches=run.fetches,
+        stored_bytes=run.bytes_stored,
+        loaded_bytes=run.bytes_loaded,
+    )
+
+
+def _over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians over seeds by rate and policy, and simulated over real of the figures that are compared."""
+    merged = []
+    for rate, name in dict.fromkeys((row["rate_per_s"], row["policy"]) for row in rows):
+        chosen = [row for row in rows if row["rate_per_s"] == rate and row["policy"] == name]
+        real, simulated = medians([row["real"] for row in chosen]), medians([row["simulated"] for row in chosen])
+        ratios = {}
+        for figure, part in COMPARED:
+            measured = real[figure][part] if part else real[figure]
+            predicted = simulated[figure][part] if part else simulated[figure]
+            ratios[f"{figure}.{part}" if part else figure] = predicted / measured if measured else None
+        merged.append({"rate_per_s": rate, "policy": name, "simulated_over_real": ratios, "real": real})
+        merged[-1]["simulated"] = simulated
+    return merged
+
+
+def _table(rows: Sequence[dict[str, Any]], rate: float) -> Table:
+    table = Table(title=f"{rate:g} requests per second: real / simulated", box=SIMPLE, pad_edge=False)
+    table.add_column("policy", no_wrap=True)
+    for heading in ("TTFT", "p99", "TPOT", "SLOs met", "goodput", "tok/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in _over_seeds([row for row in rows if row["rate_per_s"] == rate]):
+        r, s = row["real"], row["simulated"]
+        table.add_row(
+            row["policy"],
+            f"{r['ttft_s']['mean']:.2f}/{s['ttft_s']['mean']:.2f}",
+            f"{r['ttft_s']['p99']:.2f}/{s['ttft_s']['p99']:.2f}",
+            f"{r['tpot_s']['mean'] * 1e3:.0f}/{s['tpot_s']['mean'] * 1e3:.0f}ms",
+            f"{r['slo_attainment']:.0%}/{s['slo_attainment']:.0%}",
+            f"{r['goodput_rps']:.2f}/{s['goodput_rps']:.2f}",
+            f"{r['output_tokens_per_s']:.0f}/{s['output_tokens_per_s']:.0f}",
+        )
+    return table
