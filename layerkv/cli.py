@@ -94,6 +94,18 @@ def _parser() -> argparse.ArgumentParser:
     simulation.add_argument("--exact", action="store_true", help="decide before every step, not every few (slower)")
     simulation.set_defaults(run=_simulate)
 
+    explanation = commands.add_parser(
+        "explain",
+        help="say why a request waited, was parked or refused",
+        description="Tell one request's history from a decision log, or, without a request, who had to wait most "
+        "and why. The log is written by an engine with decision_log in kv_connector_extra_config, or by "
+        "`layerkv simulate --log`.",
+    )
+    explanation.add_argument("log", type=Path, metavar="LOG", help="the decision log")
+    explanation.add_argument("request", nargs="?", metavar="REQUEST", help="a request's id, or a part of it")
+    explanation.add_argument("--json", action="store_true", help="print JSON")
+    explanation.set_defaults(run=_explain)
+
     bench = commands.add_parser("bench", help="micro-benchmarks")
     benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
     overhead = benchmarks.add_parser(
@@ -139,6 +151,12 @@ def _profile(arguments: argparse.Namespace) -> int | None:
     from layerkv.bench.profile import run_profile
 
     return run_profile(arguments.model, arguments.out, engine_args=arguments.engine_args, quick=arguments.quick)
+
+
+def _explain(arguments: argparse.Namespace) -> int | None:
+    from layerkv.explain import run_explain
+
+    return run_explain(arguments.log, arguments.request, as_json=arguments.json)
 
 
 def _simulate(arguments: argparse.Namespace) -> int | None:

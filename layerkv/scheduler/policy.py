@@ -268,9 +268,20 @@ def _is_late(s: Snapshot, claim: Claim, late: set[str]) -> bool:
 
 
 def _claims(s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest], late: set[str]) -> list[Claim]:
-    """Everybody who can only go on in the pool, in order; whoever was overtaken too often stands first."""
-    claims: list[Claim] = [*s.parked[: limits.scan_parked], *(w for w in waiting if not _can_ever_layer(s, w))]
+    """Everybody who can only go on in the pool, in order; whoever was overtaken too often stands first.
+
+    So does a prompt that was overtaken too often in the line for compute, though it may still run layered: else those
+    who stand in line here would take each slot, and hold the host memory, that it waits for.
+    """
     overtaken, most = s.overtaken, limits.max_overtakes
+    claims: list[Claim] = [
+        *s.parked[: limits.scan_parked],
+        *(
+            w
+            for w in waiting
+            if not _can_ever_layer(s, w) or (overtaken.get(w.request_id, 0) >= most and w.num_blocks <= s.pool_blocks)
+        ),
+    ]
 
     def turn(claim: Claim) -> tuple[bool, int, bool, float]:
         is_overdue = overtaken.get(claim.request_id, 0) >= most
@@ -286,7 +297,7 @@ def _grant_claims(
     """Give pool blocks to claims in order, past those that do not fit now."""
     was_served = False
     first_late: Claim | None = None
-    for claim in claims:
+    for i, claim in enumerate(claims):
         if first_late is None and s.slo_scheduling and claim.deadline_s < s.now_s:
             first_late = claim
         if draft.slots <= 0 or not _fits_pool(s, limits, draft, claim, forecast):
@@ -294,6 +305,7 @@ def _grant_claims(
             if draft.blocked is None:
                 draft.blocked = claim
                 if s.overtaken.get(claim.request_id, 0) >= limits.max_overtakes:
+                    draft.waits.update((behind.request_id, Reason.BEHIND) for behind in claims[i + 1 :])
                     break
             continue
         if draft.blocked is not None and draft.blocked.request_id not in draft.overtaken:
@@ -331,7 +343,7 @@ def _make_room(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> None:
     if claim.deadline_s - s.now_s > limits.rescue_steps * step_s:
         return
     chosen = _who_can_wait(s, limits, draft, claim, step_s)
-    if chosen is None:
+    if not chosen:
         return
     for r in chosen:
         draft.park.append(r.request_id)
@@ -432,20 +444,25 @@ class _Turn:
 
 def _admit(s: Snapshot, limits: PolicyLimits, draft: _Draft, waiting: Sequence[WaitingRequest], turn: _Turn) -> None:
     """Start prompts in order, each RESIDENT if that hurts nobody, else LAYERED if that helps somebody."""
+    is_closed = False
     for w in waiting:
+        if is_closed and w.request_id not in draft.resident_prompts:  # those have their blocks and slot already
+            draft.waits.setdefault(w.request_id, Reason.BEHIND)
+            continue
         refusal = _refusal(s, draft, w, turn.late)
         if refusal is not None:
             draft.refuse.append(refusal)
             draft.reasons[w.request_id] = refusal.reason
+            draft.waits.pop(w.request_id, None)
             continue
         where, reason = _where_to_start(s, limits, draft, w, turn)
         if where is None:
             draft.waits.setdefault(w.request_id, reason)
-            if s.overtaken.get(w.request_id, 0) >= limits.max_overtakes:
-                break
+            is_closed |= s.overtaken.get(w.request_id, 0) >= limits.max_overtakes
             continue
         _start(s, draft, w, turn, where)
         draft.reasons[w.request_id] = reason
+        draft.waits.pop(w.request_id, None)
     _note_overtaken(draft, waiting, turn.late)
 
 
@@ -478,7 +495,7 @@ def _where_to_start(
     if fits and s.mode == "auto":
         return "pool", Reason.FITS
     if turn.zone_is_promised:
-        return None, Reason.BEHIND
+        return None, Reason.LATE if w.request_id in turn.late else Reason.BEHIND
     obstacle = _why_not_layered(s, draft, w, turn)
     if obstacle is None:
         return "zone", Reason.POOL_CONTENDED

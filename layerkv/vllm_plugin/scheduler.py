@@ -25,6 +25,7 @@ from layerkv.core.cost import StepWork, generic_profile, load_profile
 from layerkv.core.residency import Residency
 from layerkv.errors import ConfigError
 from layerkv.scheduler.controller import Controller, EngineShape
+from layerkv.scheduler.decision_log import DecisionLog
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import Decision, Snapshot
 from layerkv.units import format_bytes
@@ -78,6 +79,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         manager = self.kv_cache_manager.coordinator.single_type_managers[0]
         assert isinstance(manager, LayerKVManager)
         self._controller = self._make_controller()
+        path = side.config.decision_log
+        self._log = DecisionLog(path, on_error=logger.error) if path is not None else None
         self._refused: dict[str, str] = {}
         self._no_first_token: set[str] = set()
         self._steps_in_flight: deque[tuple[float, StepWork | None]] = deque()  # (start, work if sampled), oldest first
@@ -130,6 +133,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._last_output_s = now_s
         self._report_reasons()
         self._report_backlog(now_s)
+        if self._log is not None:
+            self._log.write(self._controller.take_log(), now_s)
         if self._refused:
             self._send_refusals(outputs)
         return outputs
@@ -153,6 +158,13 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if self._is_active and self._pause_state is PauseState.PAUSED_NEW:
             num_unfinished += len(self._controller.parked)
         return num_unfinished
+
+    def shutdown(self) -> None:
+        """vLLM's shutdown, and the end of the decision log."""
+        if self._is_active and self._log is not None:
+            self._log.write(self._controller.take_log())
+            self._log.close()
+        super().shutdown()
 
     @property
     def residency_listener(self) -> Callable[[str, str, str, float], None] | None:
@@ -410,7 +422,13 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             if config.cost_profile is None
             else load_profile(config.cost_profile)
         )
-        return Controller(config.policy, shape, profile, is_measured=config.cost_profile is not None)
+        return Controller(
+            config.policy,
+            shape,
+            profile,
+            is_measured=config.cost_profile is not None,
+            keep_log=config.decision_log is not None,
+        )
 
     def _report_reasons(self) -> None:
         reasons = self._controller.reasons

@@ -1,0 +1,237 @@
+"""`layerkv explain`: why one request waited, was parked or refused, told from a decision log."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from layerkv.errors import LayerKVError
+from layerkv.scheduler.decision_log import read_log
+from layerkv.scheduler.reasons import Event, LogEntry, Reason
+
+SENTENCES = {
+    Reason.FITS: "the pool had room for all of it",
+    Reason.POOL_CONTENDED: "the pool had no room, or others stood in line for it, so it went through the lane zone",
+    Reason.HOST_FULL_RESIDENT: "host memory was too full to run it layered, so it went into the pool",
+    Reason.ITS_TURN: "pool blocks for it were free and nobody stood before it",
+    Reason.NO_TOKENS_LEFT: "the step's prefill budget was spent on prompts before it, or decodes had no time to spare",
+    Reason.NO_SLOT: "max_num_seqs requests were running",
+    Reason.POOL_FULL: "it can only go on in the pool, and the pool had no room for it",
+    Reason.ZONE_FULL: "the lane zone had no room for it",
+    Reason.HOST_FULL: "host memory had no room for it",
+    Reason.SMALL_REST: "only a small rest of the step's tokens was left, not worth beginning a layered prompt with",
+    Reason.BEHIND: "another prompt stood before it in line for the lane zone",
+    Reason.LATE: "it could not have its first token in time any more, so those that could went first",
+    Reason.WAIT_IS_SHORTER: "pool blocks were about to come free, sooner than the lane zone would pay off",
+    Reason.VICTIMS_LEAVE: "running requests were being parked for want of blocks, so nobody came in",
+    Reason.FIRST_TOKEN_DONE: "its layered prefill was over; it waits in host memory for pool blocks to decode in",
+    Reason.POOL_SHORT: "running requests needed more blocks than were free, and it could best afford to wait",
+    Reason.MAKES_ROOM: "another request was about to be late for want of blocks, and it could afford to wait",
+    Reason.STREAM_BUDGET: "streaming its KV in every step took more time than the objectives left",
+    Reason.RECOMPUTE_CHEAPER: "computing its KV again costs less than copying it to host memory and back",
+    Reason.NEVER_FITS: "it cannot run here at all",
+    Reason.OVERLOAD: "its first token would have come late, and its class asks to be refused then",
+}
+
+ACTIONS = {
+    Event.ARRIVED: "arrived",
+    Event.WAITS: "waits",
+    Event.ADMITTED_RESIDENT: "started in the pool",
+    Event.ADMITTED_LAYERED: "started through the lane zone",
+    Event.FIRST_TOKEN: "first token",
+    Event.PARKED: "parked",
+    Event.FETCHED: "fetched back into the pool",
+    Event.RECOMPUTES: "gave its KV up, to be computed again",
+    Event.STORED_AHEAD: "its KV began to be copied to host memory in the background, in case it must be parked",
+    Event.REFUSED: "refused",
+    Event.FINISHED: "finished",
+}
+
+MOST_SHOWN = 20
+
+
+@dataclass(slots=True)
+class History:
+    """One request's entries, in order, and what they come to. Times are seconds after its arrival.
+
+    Attributes:
+        request_id: The request.
+        entries: What the log has of it.
+        waited_s: Seconds waited for each reason, before the first token and while parked.
+        ttft_s: Time to first token, None without one.
+        late_by_s: By how much that passed the objective; below 0 if it did not; None if either is unknown.
+    """
+
+    request_id: str
+    entries: list[LogEntry] = field(default_factory=list)
+    waited_s: Counter[Reason] = field(default_factory=Counter)
+    ttft_s: float | None = None
+    late_by_s: float | None = None
+
+
+def run_explain(log_path: Path, request: str | None, *, as_json: bool, console: Console | None = None) -> int:
+    """Print the history of one request, or who had to wait most and why.
+
+    Args:
+        log_path: The decision log.
+        request: The request's id, or a part of it that no other id has (vLLM adds a suffix to ids).
+        as_json: Print JSON instead of text.
+        console: Where to; standard output by default.
+
+    Raises:
+        LayerKVError: no request, or more than one, goes by that id.
+    """
+    console = console or Console()
+    histories = read_histories(log_path)
+    if request is None:
+        chosen = sorted(histories.values(), key=_badness, reverse=True)[:MOST_SHOWN]
+        if as_json:
+            console.print_json(json.dumps([_summary(history) for history in chosen]))
+        else:
+            console.print(_table(chosen, num_all=len(histories)))
+            console.print(_totals(histories.values()))
+        return 0
+    history = histories[_find(request, list(histories), log_path)]
+    if as_json:
+        console.print_json(json.dumps({**_summary(history), "history": _lines(history)}))
+    else:
+        for line in _lines(history):
+            console.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+def read_histories(log_path: Path) -> dict[str, History]:
+    """All requests of a log, by id, in order of arrival."""
+    histories: dict[str, History] = {}
+    for entry in read_log(log_path):
+        histories.setdefault(entry.request_id, History(entry.request_id)).entries.append(entry)
+    for history in histories.values():
+        _reckon(history)
+    return histories
+
+
+def _reckon(history: History) -> None:
+    entries = history.entries
+    arrived_s = entries[0].time_s
+    objective_s = entries[0].facts.get("ttft_s")
+    for entry, following in pairwise(entries):
+        if entry.event is Event.WAITS and entry.reason is not None:
+            history.waited_s[entry.reason] += following.time_s - entry.time_s  # type: ignore[assignment]
+    for entry in entries:
+        if entry.event is Event.FIRST_TOKEN and history.ttft_s is None:
+            history.ttft_s = entry.time_s - arrived_s
+            if objective_s is not None:
+                history.late_by_s = history.ttft_s - objective_s
+
+
+def _lines(history: History) -> list[str]:
+    """The history in plain words, a line for each entry."""
+    arrived_s = history.entries[0].time_s
+    lines = []
+    for index, entry in enumerate(history.entries):
+        until = history.entries[index + 1].time_s if index + 1 < len(history.entries) else None
+        lines.append(f"{entry.time_s - arrived_s:9.3f} s  {_sentence(entry, until)}")
+    return lines
+
+
+def _sentence(entry: LogEntry, until_s: float | None) -> str:
+    facts, why = entry.facts, SENTENCES[entry.reason] if entry.reason is not None else ""
+    if entry.event is Event.ARRIVED:
+        return (
+            f"arrived: class {facts.get('slo_class')}, {facts.get('prompt_tokens')} prompt tokens, first token due "
+            f"within {_seconds(facts.get('ttft_s'))}, then {_seconds(facts.get('tpot_s'))} per token"
+        )
+    if entry.event is Event.WAITS:
+        how_long = "" if until_s is None else f" {_seconds(until_s - entry.time_s)}"
+        room = (
+            f" (free: {facts['free_blocks']} pool, {facts['free_zone_blocks']} zone, {facts['free_host_blocks']} host "
+            f"blocks; prefill budget {facts['prefill_tokens']} tokens)"
+            if "free_blocks" in facts
+            else ""
+        )
+        return f"waited{how_long}: {why}{room}"
+    if entry.event is Event.FIRST_TOKEN:
+        on_time = {True: ", on time", False: ", late"}.get(facts.get("on_time", ""), "")
+        return f"first token after {_seconds(facts.get('ttft_s'))}{on_time}"
+    if entry.event is Event.FINISHED:
+        ended = "aborted" if facts.get("aborted") else "finished"
+        return f"{ended} with {facts.get('output_tokens')} output tokens"
+    if entry.event is Event.REFUSED:
+        return f"refused: {facts.get('text') or why}"
+    return f"{ACTIONS[entry.event]}{': ' + why if why else ''}"
+
+
+def _find(request: str, request_ids: Sequence[str], log_path: Path) -> str:
+    if request in request_ids:
+        return request
+    for matches in (
+        [r for r in request_ids if r.startswith(request)],
+        [r for r in request_ids if request in r],
+    ):
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise LayerKVError(f"{len(matches)} requests go by {request!r}: {', '.join(matches[:5])}, ...; name one")
+    raise LayerKVError(
+        f"{log_path} has no request {request!r}, but {len(request_ids)} others; leave it out to see the worst"
+    )
+
+
+def _badness(history: History) -> tuple[float, float]:
+    return (history.late_by_s if history.late_by_s is not None else 0.0, sum(history.waited_s.values()))
+
+
+def _summary(history: History) -> dict[str, Any]:
+    return {
+        "request_id": history.request_id,
+        "ttft_s": history.ttft_s,
+        "late_by_s": history.late_by_s,
+        "waited_s": {reason.value: round(seconds, 6) for reason, seconds in history.waited_s.most_common()},
+        "parks": sum(entry.event is Event.PARKED for entry in history.entries),
+    }
+
+
+def _table(chosen: Sequence[History], *, num_all: int) -> Table:
+    table = Table(title=f"The latest first tokens among {num_all} requests", box=SIMPLE, pad_edge=False)
+    table.add_column("request", no_wrap=True)
+    table.add_column("TTFT", justify="right")
+    table.add_column("late by", justify="right")
+    table.add_column("parked", justify="right")
+    table.add_column("waited longest because")
+    for history in chosen:
+        longest = history.waited_s.most_common(1)
+        table.add_row(
+            history.request_id,
+            _seconds(history.ttft_s),
+            _seconds(history.late_by_s) if (history.late_by_s or 0) > 0 else "-",
+            str(_summary(history)["parks"]),
+            f"{_seconds(longest[0][1])}: {SENTENCES[longest[0][0]]}" if longest else "-",
+        )
+    return table
+
+
+def _totals(histories: Any) -> Table:
+    totals: Counter[Reason] = Counter()
+    for history in histories:
+        totals.update(history.waited_s)
+    table = Table(title="Seconds waited, over all requests", box=SIMPLE, pad_edge=False)
+    table.add_column("seconds", justify="right")
+    table.add_column("because")
+    for reason, seconds in totals.most_common():
+        table.add_row(f"{seconds:.1f}", SENTENCES[reason])
+    return table
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value * 1e3:.0f} ms" if abs(value) < 1 else f"{value:.2f} s"
