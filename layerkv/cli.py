@@ -106,6 +106,20 @@ def _parser() -> argparse.ArgumentParser:
     explanation.add_argument("--json", action="store_true", help="print JSON")
     explanation.set_defaults(run=_explain)
 
+    policy = commands.add_parser("policy", help="check a policy file, or have running engines read theirs again")
+    policies = policy.add_subparsers(required=True, metavar="ACTION")
+    check = policies.add_parser("check", help="check an SLO policy file and say what it promises")
+    check.add_argument("file", type=Path, metavar="FILE", help="the policy file")
+    check.set_defaults(run=_policy_check)
+    again = policies.add_parser(
+        "reload",
+        help="have running engines read their policy files again",
+        description="Check the policy files of this user's running engines and send them SIGHUP. New objectives hold "
+        "for requests that come from then on. An invalid file is refused and the old policy stays.",
+    )
+    again.add_argument("--pid", type=int, metavar="PID", help="only this engine (the process of `vllm serve`)")
+    again.set_defaults(run=_policy_reload)
+
     bench = commands.add_parser("bench", help="micro-benchmarks")
     benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
     overhead = benchmarks.add_parser(
@@ -151,6 +165,18 @@ def _profile(arguments: argparse.Namespace) -> int | None:
     from layerkv.bench.profile import run_profile
 
     return run_profile(arguments.model, arguments.out, engine_args=arguments.engine_args, quick=arguments.quick)
+
+
+def _policy_check(arguments: argparse.Namespace) -> int | None:
+    from layerkv.policy_cli import run_check
+
+    return run_check(arguments.file)
+
+
+def _policy_reload(arguments: argparse.Namespace) -> int | None:
+    from layerkv.policy_cli import run_reload
+
+    return run_reload(arguments.pid)
 
 
 def _explain(arguments: argparse.Namespace) -> int | None:

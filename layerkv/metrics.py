@@ -53,6 +53,12 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("layerkv_zone_blocks", "gauge", "Lane-zone blocks in all."),
     MetricSpec("layerkv_admission_wait_seconds", "histogram", "Arrival to first compute.", None, _SECONDS),
     MetricSpec("layerkv_decide_seconds", "counter", "Seconds spent deciding and applying decisions, all steps."),
+    MetricSpec(
+        "layerkv_prefill_backlog_seconds",
+        "gauge",
+        "Predicted prefill before a new request, for classes that are refused under overload.",
+        "slo_class",
+    ),
     MetricSpec("layerkv_ttft_slo_met", "counter", "First tokens on time, by SLO class.", "slo_class"),
     MetricSpec("layerkv_ttft_slo_missed", "counter", "First tokens late, by SLO class.", "slo_class"),
 )

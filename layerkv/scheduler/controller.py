@@ -149,6 +149,7 @@ class Controller:
         limits: PolicyLimits | None = None,
         lengths: LengthPredictor | None = None,
         keep_log: bool = False,
+        refuses_late: bool = True,
     ) -> None:
         """Begin with empty books.
 
@@ -160,6 +161,7 @@ class Controller:
             limits: The policy's constants.
             lengths: Predicts output lengths; by default what the policy says.
             keep_log: Whether :meth:`take_log` has entries.
+            refuses_late: Whether decisions refuse what its class asks to be refused; False where a front end does.
         """
         self.policy = policy
         self.shape = shape
@@ -178,6 +180,7 @@ class Controller:
         self._step_s = 0.0
         self._most_are_late: bool | None = None
         self._keeps_log = keep_log
+        self._refuses_late = refuses_late
         self._log: list[LogEntry] = []
         self.reasons: dict[Reason, int] = {}
 
@@ -229,7 +232,7 @@ class Controller:
                 rank=tracked.rank,
                 prefill_cost_s=self.cost.view._replace(prefill_factor=1.0).prefill_s(num_tokens),
                 tokens_left=max(tracked.middle_tokens - num_output, 1),
-                may_refuse=tracked.slo.overload == "reject" and tracked.first_token_s is None,
+                may_refuse=self._refuses_late and tracked.slo.overload == "reject" and tracked.first_token_s is None,
             )
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from layerkv.metrics import METRICS, MetricSpec, Payload, merge_payloads, split_key
+from layerkv.vllm_plugin.overload import BACKLOG, GAUGE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -72,6 +74,9 @@ class LayerKVPromMetrics(KVConnectorPromMetrics):
             self._child(key, engine_idx).inc(value)
         for key, value in transfer_stats_data.get("gauges", {}).items():
             self._child(key, engine_idx).set(value)
+            name, slo_class = split_key(key)
+            if name == GAUGE and slo_class is not None:
+                BACKLOG.note(slo_class, engine_idx, value, time.monotonic())
         for key, values in transfer_stats_data.get("histograms", {}).items():
             child = self._child(key, engine_idx)
             for value in values:

@@ -30,6 +30,7 @@ from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import Decision, Snapshot
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.connector import LayerKVConnector
+from layerkv.vllm_plugin.reload import follow_policy
 from layerkv.vllm_plugin.snapshot import EngineReader
 from layerkv.vllm_plugin.spec import LayerKVManager
 from layerkv.vllm_plugin.waiting_queue import WaitingQueue
@@ -78,6 +79,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         side.follow(self.requests)
         manager = self.kv_cache_manager.coordinator.single_type_managers[0]
         assert isinstance(manager, LayerKVManager)
+        self._policy_source = follow_policy(side.config.policy_path, side.config.policy)
         self._controller = self._make_controller()
         path = side.config.decision_log
         self._log = DecisionLog(path, on_error=logger.error) if path is not None else None
@@ -105,6 +107,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if not self._is_active or self._pause_state is PauseState.PAUSED_ALL:
             return super().schedule(throttle_prefills)
         started_s = time.monotonic()
+        if self._policy_source.policy is not self._controller.policy:
+            self._controller.set_policy(self._policy_source.policy)
         is_sampled = True
         if self._reader.is_quiet():
             output = super().schedule(throttle_prefills)
@@ -423,11 +427,12 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             else load_profile(config.cost_profile)
         )
         return Controller(
-            config.policy,
+            self._policy_source.policy,
             shape,
             profile,
             is_measured=config.cost_profile is not None,
             keep_log=config.decision_log is not None,
+            refuses_late=False,  # the gate does, with HTTP 429; who has passed it is served
         )
 
     def _report_reasons(self) -> None:

@@ -1,4 +1,4 @@
-"""Refuses, in the API server and with HTTP 400, a request that names an SLO class the policy does not have.
+"""Refuses requests in the API server: HTTP 400 for an SLO class the policy does not have, 429 under overload.
 
 vLLM validates every request with the ``validate_params`` of the custom logits processors; that is the one public
 hook that runs before a request reaches the engine. The gate processes no logits, and our worker takes it out of
@@ -15,6 +15,8 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Logit
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
 from layerkv.config import SloPolicy, slo_class_of
+from layerkv.vllm_plugin.overload import refuse_if_late
+from layerkv.vllm_plugin.reload import follow_policy
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,6 +27,7 @@ class _GateMeta(ABCMeta):
     """The type of gates: each knows its policy, so a gate is pickled as the call that makes it."""
 
     policy: SloPolicy
+    policy_path: str | None
     for_v2: bool
 
 
@@ -32,17 +35,23 @@ class _Gate:
     """What gates of both runners' interfaces have in common."""
 
     policy: ClassVar[SloPolicy]
+    policy_path: ClassVar[str | None]
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raise ValueError (vLLM answers HTTP 400) if the request names an unknown SLO class."""
-        slo_class_of(sampling_params.extra_args, cls.policy)
+        """Raise ValueError (vLLM answers HTTP 400) if the request names an unknown SLO class.
+
+        Raises:
+            OverloadedError: (HTTP 429) its class asks to be refused when late, and it would be.
+        """
+        policy = follow_policy(cls.policy_path, cls.policy).policy
+        refuse_if_late(slo_class_of(sampling_params.extra_args, policy))
 
 
-def slo_gate(policy: SloPolicy, *, for_v2: bool) -> _GateMeta:
-    """A logits-processor class that checks requests against ``policy`` and does nothing else."""
+def slo_gate(policy: SloPolicy, policy_path: str | None, *, for_v2: bool) -> _GateMeta:
+    """A logits-processor class that checks requests against the policy in force and does nothing else."""
     base = V2LogitsProcessor if for_v2 else V1LogitsProcessor
-    return _GateMeta("SloGate", (_Gate, base), {"policy": policy, "for_v2": for_v2})
+    return _GateMeta("SloGate", (_Gate, base), {"policy": policy, "policy_path": policy_path, "for_v2": for_v2})
 
 
 def without_gates(processors: list[Any] | None) -> list[Any] | None:
@@ -51,15 +60,15 @@ def without_gates(processors: list[Any] | None) -> list[Any] | None:
     return kept or None
 
 
-def add_gate(vllm_config: VllmConfig, policy: SloPolicy) -> None:
+def add_gate(vllm_config: VllmConfig, policy: SloPolicy, policy_path: str | None) -> None:
     """Have every request of this engine checked at the front."""
-    gate = slo_gate(policy, for_v2=vllm_config.use_v2_model_runner)
+    gate = slo_gate(policy, policy_path, for_v2=vllm_config.use_v2_model_runner)
     model_config = vllm_config.model_config
     model_config.logits_processors = [*(model_config.logits_processors or ()), gate]
 
 
-def _rebuild(policy: SloPolicy, for_v2: bool) -> _GateMeta:  # noqa: FBT001 (pickle passes arguments by position)
-    return slo_gate(policy, for_v2=for_v2)
+def _rebuild(policy: SloPolicy, policy_path: str | None, for_v2: bool) -> _GateMeta:  # noqa: FBT001 (pickle's)
+    return slo_gate(policy, policy_path, for_v2=for_v2)
 
 
-copyreg.pickle(_GateMeta, lambda gate: (_rebuild, (gate.policy, gate.for_v2)))  # type: ignore[arg-type]
+copyreg.pickle(_GateMeta, lambda gate: (_rebuild, (gate.policy, gate.policy_path, gate.for_v2)))  # type: ignore[arg-type]

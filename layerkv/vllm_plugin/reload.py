@@ -1,0 +1,82 @@
+"""The policy in force in this process, read again from its file on SIGHUP.
+
+The front end checks requests against it, the engine core schedules by it; each process has one. The front end passes
+the signal on to the engine cores that it started. A file that is invalid is refused and the old policy stays.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from vllm.logger import init_logger
+
+from layerkv.config import SloPolicy, load_policy
+from layerkv.errors import ConfigError
+
+logger = init_logger(f"vllm.{__name__}")
+
+ENGINE_CORE = "EngineCore"
+"""What vLLM names its engine-core processes; workers must not get the signal, they do not handle it."""
+
+
+class PolicySource:
+    """The policy in force. ``policy`` is replaced as a whole: read it once per use."""
+
+    def __init__(self, path: str | None, policy: SloPolicy) -> None:
+        self.path = path
+        self.policy = policy
+
+    def reload(self) -> bool:
+        """Read the file again; False, and nothing changes, if it is invalid or there is none."""
+        if self.path is None:
+            return False
+        try:
+            policy = load_policy(self.path)
+        except ConfigError as error:
+            logger.error("the policy is not reloaded, the one in force stays: %s", error)
+            return False
+        self.policy = policy
+        logger.info("the policy is reloaded from %s: classes %s", self.path, ", ".join(policy.classes))
+        return True
+
+
+_sources: dict[str | None, PolicySource] = {}
+
+
+def follow_policy(path: str | None, policy: SloPolicy) -> PolicySource:
+    """This process's source for a policy file, made at the first call, which also begins to listen to SIGHUP."""
+    absolute = None if path is None else os.path.abspath(path)
+    source = _sources.get(absolute)
+    if source is None:
+        source = _sources[absolute] = PolicySource(absolute, policy)
+        if absolute is not None and len([key for key in _sources if key is not None]) == 1:
+            _listen()
+    return source
+
+
+def _listen() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        logger.debug("SIGHUP does not reload the policy here: this is not the main thread")
+        return
+    before = signal.getsignal(signal.SIGHUP)
+
+    def handle(signum: int, frame: FrameType | None) -> Any:
+        # Not in the handler itself: it may have interrupted code that holds a lock which logging needs.
+        threading.Thread(target=_reload_all, name="layerkv-reload", daemon=True).start()
+        if callable(before):
+            before(signum, frame)
+
+    signal.signal(signal.SIGHUP, handle)
+
+
+def _reload_all() -> None:
+    for source in list(_sources.values()):
+        source.reload()
+    for child in multiprocessing.active_children():
+        if child.name.startswith(ENGINE_CORE) and child.pid is not None:
+            os.kill(child.pid, signal.SIGHUP)
