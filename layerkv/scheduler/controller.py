@@ -419,6 +419,16 @@ class Controller:
             overtaken=self._overtaken,
         )
 
+    def is_quiet(self, num_running: int, free_blocks: int, steps_ahead: int) -> bool:
+        """Whether there is nothing to decide: nobody stands in line, and no shortage of blocks is in sight.
+
+        The host must know besides that no prompt is under way.
+        """
+        if self.waiting or self.parked:
+            return False
+        per_request = 1 + steps_ahead + self._limits.ahead_steps // self.shape.block_tokens
+        return free_blocks >= num_running * per_request
+
     def backlog_s(self, slo: SloClass, now_s: float) -> float:
         """Predicted seconds of prefill before a request of that class which came now: of those due before it."""
         if not self._is_cost_known:

@@ -83,10 +83,10 @@ class LayeredEngine(VirtualEngine):
 
     def schedule(self) -> Scheduled:
         self._finish_loads()
-        controller = self.controller
-        self._was_quiet = not (controller.waiting or controller.parked or self._loading or self.ledger.layered_ids)
-        self._was_quiet &= not any(live.is_prefilling for live in self.running)
-        if self._was_quiet and len(self.free_ids) >= len(self.running):
+        is_busy = self._loading or self.ledger.layered_ids or any(live.is_prefilling for live in self.running)
+        steps_ahead = 1 if self.setup.frees_are_deferred else 0
+        self._was_quiet = not is_busy and self.controller.is_quiet(len(self.running), len(self.free_ids), steps_ahead)
+        if self._was_quiet:
             self._plan = StepPlan()
             self.decision = Decision(prefill_tokens=self.setup.max_num_batched_tokens)
             return self._compute([])

@@ -37,10 +37,10 @@ class EngineReader:
     def is_quiet(self) -> bool:
         """Nobody waits, nobody is parked or layered, and the pool has room for whatever runs: nothing to decide."""
         s = self._scheduler
-        if s._controller.waiting or s._controller.parked or s._inflight_prefills or self._ledger.layered_ids:
+        if s._inflight_prefills or self._ledger.layered_ids:
             return False
-        free = s.kv_cache_manager.block_pool.get_num_free_blocks()
-        return bool(free >= len(s.running) * (1 + steps_ahead(s)))
+        free: int = s.kv_cache_manager.block_pool.get_num_free_blocks()
+        return s._controller.is_quiet(len(s.running), free, steps_ahead(s))
 
     def state(self) -> EngineState:
         """The engine before the step that is about to be scheduled."""

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-import math
-
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from layerkv.config import SloClass
 from layerkv.scheduler.snapshot import ParkedRequest
-from layerkv.scheduler.tracker import RANK_STEP_S, DeadlineQueue, StepTimer, TrackedRequest
+from layerkv.scheduler.tracker import LATE_SHARE, DeadlineQueue, TrackedRequest
 
 CHAT = SloClass(name="chat", ttft_s=2.0, tpot_s=0.1)
 
@@ -25,13 +23,17 @@ class Queue(RuleBasedStateMachine):
         self.queue: DeadlineQueue[ParkedRequest] = DeadlineQueue()
         self.here: dict[str, ParkedRequest] = {}
 
-    @rule(request_id=st.sampled_from("abcdefghij"), deadline_s=st.sampled_from((-1e6, 0.0, 1.0, 2.5, 2.5, 1e9)))
-    def come_or_go(self, request_id: str, deadline_s: float) -> None:
+    @rule(
+        request_id=st.sampled_from("abcdefghij"),
+        deadline_s=st.sampled_from((-1e6, 0.0, 1.0, 2.5, 2.5, 1e9)),
+        rank=st.sampled_from((-1, 0, 0, 3)),
+    )
+    def come_or_go(self, request_id: str, deadline_s: float, rank: int) -> None:
         if request_id in self.here:
             self.queue.discard(request_id)
             del self.here[request_id]
         else:
-            view = ParkedRequest(request_id, deadline_s, num_blocks=1)
+            view = ParkedRequest(request_id, deadline_s, num_blocks=1, rank=rank)
             self.queue.add(view)
             self.here[request_id] = view
 
@@ -40,9 +42,25 @@ class Queue(RuleBasedStateMachine):
         self.queue.discard(request_id)
         self.here.pop(request_id, None)
 
+    @rule(most=st.integers(1, 12), now_s=st.sampled_from((-2e6, 0.5, 2.5, 2e9)), ready=st.sets(st.sampled_from("abcdefghij")))
+    def show_its_head(self, most: int, now_s: float, ready: set[str]) -> None:
+        """Of those that are ready: by rank, first who is on time, by deadline; then late ones, so many that all fit."""
+        here = [view for view in self.queue.views if view.request_id in ready]
+        late = [view for view in here if view.deadline_s < now_s]
+        on_time = [view for view in here if view.deadline_s >= now_s]
+        head = self.queue.head(most, now_s, lambda view: view.request_id in ready)
+        num_late = sum(view.deadline_s < now_s for view in head)
+        num_on_time = len(head) - num_late
+        assert head[:num_on_time] == on_time[:num_on_time], "on time first, each kind in its order"
+        assert head[num_on_time:] == late[:num_late]
+        assert num_on_time >= min(len(on_time), most - most // LATE_SHARE)
+        assert len(head) <= most
+        if on_time[num_on_time:]:
+            assert len(head) == most, "nobody is left out while there is room"
+
     @invariant()
     def is_sorted_and_complete(self) -> None:
-        expected = sorted(self.here.values(), key=lambda view: (view.deadline_s, view.request_id))
+        expected = sorted(self.here.values(), key=lambda view: (view.rank, view.deadline_s, view.request_id))
         assert list(self.queue.views) == expected
         assert len(self.queue) == len(expected)
         for request_id in "abcdefghijxyz":
@@ -60,6 +78,40 @@ def test_a_request_may_come_back_with_another_deadline() -> None:
     queue.discard("a")
     queue.add(ParkedRequest("a", 0.5, 1))
     assert [view.request_id for view in queue.views] == ["a", "c", "b"]
+
+
+def queue_of(*views: ParkedRequest) -> DeadlineQueue[ParkedRequest]:
+    queue: DeadlineQueue[ParkedRequest] = DeadlineQueue()
+    for view in views:
+        queue.add(view)
+    return queue
+
+
+def ids(views: list[ParkedRequest]) -> str:
+    return "".join(view.request_id for view in views)
+
+
+def test_the_head_shows_who_is_on_time_first_and_a_few_of_the_late() -> None:
+    views = [ParkedRequest(name, deadline_s, 1) for deadline_s, name in enumerate("abcdefghijklmnopqrst")]
+    queue = queue_of(*views)
+    assert ids(queue.head(20, now_s=4.0)) == "efghijklmnopqrst" + "abcd"
+    assert ids(queue.head(8, now_s=4.0)) == "efghijk" + "a", "one in eight"
+    assert ids(queue.head(16, now_s=4.0)) == "efghijklmnopqr" + "ab"
+    assert ids(queue.head(4, now_s=4.0)) == "efgh"
+    assert ids(queue.head(4, now_s=18.0)) == "st" + "ab"
+    assert ids(queue.head(4, now_s=0.0)) == "abcd", "due now is not late"
+
+
+def test_a_lower_rank_is_shown_first() -> None:
+    queue = queue_of(ParkedRequest("a", 1.0, 1, rank=1), ParkedRequest("b", 9.0, 1), ParkedRequest("c", 8.0, 1))
+    assert ids(queue.head(3, now_s=0.0)) == "cba"
+    assert ids(queue.head(2, now_s=0.0)) == "cb"
+    assert ids(list(queue.views)) == "cba"
+
+
+def test_who_is_not_ready_takes_no_place_in_the_head() -> None:
+    queue = queue_of(*(ParkedRequest(name, deadline_s, 1) for deadline_s, name in enumerate("abcdef")))
+    assert ids(queue.head(2, 0.0, lambda view: view.request_id not in "ac")) == "bd"
 
 
 # TrackedRequest ---------------------------------------------------------------------------------------------------
@@ -81,70 +133,24 @@ def test_while_the_first_token_is_on_its_way_now_stands_for_it() -> None:
     assert tracked.next_token_deadline_s(1, now_s=50.0) == pytest.approx(50.1)
 
 
-def test_a_rank_goes_before_any_deadline() -> None:
-    patient_first = TrackedRequest(SloClass(name="batch", ttft_s=3_600.0, tpot_s=1.0), arrival_s=90_000.0, rank=-1)
-    urgent_later = TrackedRequest(CHAT, arrival_s=0.0)
-    assert patient_first.ttft_deadline_s < urgent_later.ttft_deadline_s
-    assert patient_first.rank_shift_s == -RANK_STEP_S
-    tracked = TrackedRequest(CHAT, arrival_s=0.0, rank=5, first_token_s=1.0)
-    assert tracked.next_token_deadline_s(1, now_s=2.0) == pytest.approx(1.1), "not shifted: it is compared with now"
+def tracked(low_tokens: int = 1, **slo: float) -> TrackedRequest:
+    objectives = SloClass(name="chat", ttft_s=2.0, tpot_s=0.1, **slo)
+    return TrackedRequest(objectives, arrival_s=10.0, first_token_s=11.0, low_tokens=low_tokens)
 
 
-# StepTimer --------------------------------------------------------------------------------------------------------
-
-steps = st.lists(st.tuples(st.floats(1e-4, 1e3), st.integers(0, 8192)), min_size=1, max_size=40)
-
-
-@given(steps)
-def test_estimates_stay_among_what_was_observed_and_move_by_little(observed: list[tuple[float, int]]) -> None:
-    timer = StepTimer(smoothing=0.15)
-    decode_steps_s = [step_s for step_s, num_tokens in observed if num_tokens == 0]
-    for step_s, num_tokens in observed:
-        before = (timer.decode_step_s, timer.prefill_s_per_token)
-        timer.observe(step_s, num_tokens)
-        for old, new in zip(before, (timer.decode_step_s, timer.prefill_s_per_token), strict=True):
-            assert math.isfinite(new)
-            assert new >= 0.0
-            if old > 0.0:
-                assert old * (1 - 0.15 / 2) * 0.999 <= new <= old * 1.15 * 1.001
-    if decode_steps_s:
-        assert min(decode_steps_s) * 0.999 <= timer.decode_step_s <= max(decode_steps_s) * 1.001
-    else:
-        assert timer.decode_step_s == 0.0
+def test_the_latest_time_to_go_on_is_layerkvs_equation_1() -> None:
+    """20 tokens made, 30 to come at 40 ms each, 100 ms allowed: now + 0.1 * (20 + 30) - (now - 11) - 30 * 0.04."""
+    now_s = 12.5
+    slack_s = 0.1 * (20 + 30) - ((now_s - 11.0) + 30 * 0.04)
+    assert tracked(50).start_by_s(20, now_s, 0.04) == pytest.approx(now_s + slack_s)
 
 
-def test_estimates_settle_on_steady_costs() -> None:
-    timer = StepTimer()
-    for _ in range(60):
-        timer.observe(0.02, 0)
-        timer.observe(0.02 + 500 * 1e-4, 500)
-    assert timer.decode_step_s == pytest.approx(0.02)
-    assert timer.prefill_s_per_token == pytest.approx(1e-4)
+def test_tokens_to_come_earn_nothing_where_decoding_is_slower_than_the_objective() -> None:
+    assert tracked(50).start_by_s(20, 12.5, 0.2) == pytest.approx(13.0)
+    assert tracked(10).start_by_s(20, 12.5, 0.04) == pytest.approx(13.0), "nor where it has outrun its prediction"
 
 
-def test_one_stall_does_not_throw_the_estimates_off() -> None:
-    timer = StepTimer()
-    for _ in range(20):
-        timer.observe(0.02, 0)
-        timer.observe(0.07, 500)
-    timer.observe(30.0, 0)
-    timer.observe(30.0, 500)
-    assert timer.decode_step_s < 0.02 * 1.2
-    assert timer.prefill_s_per_token < 1e-4 * 1.2
-
-
-def test_estimates_follow_a_lasting_change() -> None:
-    timer = StepTimer()
-    for _ in range(20):
-        timer.observe(0.02, 0)
-    for _ in range(60):
-        timer.observe(0.2, 0)
-    assert timer.decode_step_s == pytest.approx(0.2, rel=0.05)
-
-
-def test_a_step_with_prompts_says_nothing_about_decode_and_a_quick_one_nothing_at_all() -> None:
-    timer = StepTimer()
-    timer.observe(0.05, 0)
-    timer.observe(0.04, 100)
-    assert timer.decode_step_s == 0.05
-    assert timer.prefill_s_per_token == 0.0, "0.04 s is less than a decode step: no cost can be read from it"
+def test_the_longest_stall_bounds_the_time_away() -> None:
+    assert tracked(50, max_stall_s=0.5).start_by_s(20, 12.5, 0.04) == pytest.approx(13.0)
+    assert tracked(50, max_stall_s=0.2).start_by_s(20, 12.5, 0.04) == pytest.approx(12.7)
+    assert tracked(50, max_stall_s=9.0).start_by_s(20, 12.5, 0.04) == tracked(50).start_by_s(20, 12.5, 0.04)

@@ -169,12 +169,14 @@ _CLIENT_OPTIONS: dict[str, Any] = {
 class Server:
     """A ``vllm serve`` with layerkv, ready for requests."""
 
-    def __init__(self, model: Path, log_path: Path) -> None:
+    def __init__(
+        self, model: Path, log_path: Path, *more_options: str, policy: Path = POLICY, **extra_config: Any
+    ) -> None:
         self.log_path = log_path
         port = free_port()
-        flag = kv_transfer_config(policy=str(POLICY), host_memory="512MiB")
+        flag = kv_transfer_config(policy=str(policy), host_memory="512MiB", **extra_config)
         options = ("--port", str(port), "--enable-log-requests", "--max-log-len", "0", "--kv-transfer-config", flag)
-        command = vllm_serve(model, *options)
+        command = vllm_serve(model, *options, *more_options)
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

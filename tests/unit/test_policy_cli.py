@@ -1,0 +1,120 @@
+"""`layerkv policy`, and how running engines are found."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from layerkv.cli import main
+from layerkv.runtime import announce, running_engines, runtime_dir
+
+POLICY = """
+version: 1
+default_class: chat
+overload: reject
+classes:
+  chat: {ttft: 500ms, tpot: 50ms, weight: 4, max_stall: 2s}
+  batch: {ttft: 30s, tpot: 200ms, overload: queue}
+"""
+
+
+@pytest.fixture
+def policy_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    path = tmp_path / "slo.yaml"
+    path.write_text(POLICY)
+    return path
+
+
+@pytest.fixture
+def engine(policy_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that announced itself and prints a line for each SIGHUP."""
+    program = (
+        "import signal, sys, time\n"
+        "from layerkv.runtime import announce\n"
+        "signal.signal(signal.SIGHUP, lambda *_: print('again', flush=True))\n"
+        "announce(sys.argv[1])\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", program, str(policy_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
+
+
+def test_check_says_what_each_class_is_promised(policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["policy", "check", str(policy_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "chat (default): first token within 500ms, then 50ms per token, never more than 2s between tokens; weight 4; "
+        "when late, refused",
+        "batch: first token within 30s, then 200ms per token; weight 1; when late, served behind the others",
+    ]
+
+
+def test_check_refuses_what_is_wrong(policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy_path.write_text(POLICY.replace("500ms", "soon"))
+    assert main(["policy", "check", str(policy_path)]) == 2
+    assert "$.classes.chat.ttft" in capsys.readouterr().err
+
+
+def test_reload_signals_a_running_engine(
+    engine: subprocess.Popen[str], policy_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["policy", "reload"]) == 0
+    assert engine.stdout is not None
+    assert engine.stdout.readline() == "again\n"
+    assert f"engine {engine.pid}: told to read {policy_path} again" in capsys.readouterr().out
+    assert main(["policy", "reload", "--pid", str(engine.pid)]) == 0
+    assert engine.stdout.readline() == "again\n"
+    assert main(["policy", "reload", "--pid", "1"]) == 1
+    assert "process id 1" in capsys.readouterr().err
+
+
+def test_an_invalid_policy_is_not_sent(
+    engine: subprocess.Popen[str], policy_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy_path.write_text("version: 2")
+    assert main(["policy", "reload"]) == 2
+    assert "$.version" in capsys.readouterr().err
+    policy_path.write_text(POLICY)
+    assert main(["policy", "reload"]) == 0
+    assert engine.stdout is not None
+    assert engine.stdout.readline() == "again\n", "the first one that it gets"
+
+
+def test_engines_that_ended_are_forgotten(engine: subprocess.Popen[str]) -> None:
+    assert [found.pid for found in running_engines()] == [engine.pid]
+    engine.send_signal(signal.SIGKILL)
+    engine.wait()
+    left = runtime_dir() / f"{engine.pid}.json"
+    assert left.exists()
+    assert running_engines() == []
+    assert not left.exists()
+
+
+def test_an_engine_that_ends_by_itself_takes_its_announcement_along(policy_path: Path) -> None:
+    program = f"from layerkv.runtime import announce; print(announce({str(policy_path)!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ, check=True)
+    assert not Path(done.stdout.strip()).exists()
+
+
+def test_foreign_files_among_announcements_are_left_alone(policy_path: Path) -> None:
+    folder = runtime_dir()
+    folder.mkdir(parents=True)
+    (folder / "notes.json").write_text("hello")
+    (folder / "12.json").write_text(json.dumps({"other": 1}))
+    assert running_engines() == []
+    assert sorted(path.name for path in folder.iterdir()) == ["12.json", "notes.json"]
+
+
+def test_a_folder_that_cannot_be_written_hides_the_engine_and_harms_nobody(policy_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file where the folder should be")
+    assert announce(policy_path) is None
