@@ -1,4 +1,4 @@
-"""LayerKV's own setting (arXiv 2410.00428) in the simulator: L20 GPUs, prompts of 1K to 16K tokens, TTFT 3 s, TPOT 200 ms.
+"""LayerKV's own setting (arXiv 2410.00428) in the simulator: L20, prompts of 1K to 16K tokens, TTFT 3 s, TPOT 200 ms.
 
     python benchmarks/layerkv_setting.py --json benchmarks/results/DATE-layerkv-setting.json
 
@@ -125,9 +125,7 @@ def _sample(lengths: Any) -> list[int]:
 
 def _prefill_s(profile: CostProfile, tokens: int) -> float:
     pairs = tokens * (tokens + 1) / 2
-    return profile.prefill_part_s(
-        StepWork(num_decodes=1, prefill_tokens=tokens, prefill_pairs=pairs, num_prefills=1)
-    )
+    return profile.prefill_part_s(StepWork(num_decodes=1, prefill_tokens=tokens, prefill_pairs=pairs, num_prefills=1))
 
 
 def kv_limited_rate(config: SimConfig) -> float:

@@ -32,6 +32,11 @@ class OnlineCost:
         if not (seconds > 0 and math.isfinite(seconds)):
             return
         view, profile = self.view, self.view.profile
+        if work.is_layered:
+            copy_s = max(profile.store(work.stored_bytes), profile.load(work.loaded_bytes))
+            seconds -= profile.layered_step_s + profile.exposed_share * copy_s
+            if seconds <= copy_s:
+                return  # copies took the time: that says nothing of what computing takes
         decode_s = profile.decode_part_s(work)
         prefill_s = profile.prefill_part_s(work)
         if prefill_s <= 0:
@@ -46,7 +51,6 @@ class OnlineCost:
             self._has_decoded = self._has_prefilled = True
             return
         rest_s = seconds - decode_s * view.decode_factor
-        rest_s -= profile.layered_part_s(work, max(rest_s, 0.0))
         ratio = max(rest_s, 0.0) / prefill_s
         factor = self._moved(view.prefill_factor, ratio, is_first=not self._has_prefilled)
         self._has_prefilled = True

@@ -279,7 +279,7 @@ def _claims(s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest]
         *(
             w
             for w in waiting
-            if not _can_ever_layer(s, w) or (overtaken.get(w.request_id, 0) >= most and w.num_blocks <= s.pool_blocks)
+            if w.num_blocks <= s.pool_blocks and (not _can_ever_layer(s, w) or overtaken.get(w.request_id, 0) >= most)
         ),
     ]
 
@@ -446,14 +446,14 @@ def _admit(s: Snapshot, limits: PolicyLimits, draft: _Draft, waiting: Sequence[W
     """Start prompts in order, each RESIDENT if that hurts nobody, else LAYERED if that helps somebody."""
     is_closed = False
     for w in waiting:
-        if is_closed and w.request_id not in draft.resident_prompts:  # those have their blocks and slot already
-            draft.waits.setdefault(w.request_id, Reason.BEHIND)
-            continue
         refusal = _refusal(s, draft, w, turn.late)
         if refusal is not None:
             draft.refuse.append(refusal)
             draft.reasons[w.request_id] = refusal.reason
             draft.waits.pop(w.request_id, None)
+            continue
+        if is_closed and w.request_id not in draft.resident_prompts:  # those have their blocks and slot already
+            draft.waits.setdefault(w.request_id, Reason.BEHIND)
             continue
         where, reason = _where_to_start(s, limits, draft, w, turn)
         if where is None:

@@ -64,6 +64,8 @@ class Live:
     """A request under way."""
 
     request: SimRequest
+    request_id: str = field(init=False)
+    prompt_tokens: int = field(init=False)
     num_computed: int = 0
     num_made: int = 0
     block_ids: list[int] = field(default_factory=list)
@@ -73,25 +75,24 @@ class Live:
     num_parks: int = 0
     num_recomputes: int = 0
 
-    @property
-    def request_id(self) -> str:
-        """Its id."""
-        return self.request.request_id
+    def __post_init__(self) -> None:
+        # Asked for millions of times in a run.
+        self.request_id, self.prompt_tokens = self.request.request_id, self.request.prompt_tokens
 
     @property
     def num_tokens(self) -> int:
         """Prompt and output so far."""
-        return self.request.prompt_tokens + self.num_made
+        return self.prompt_tokens + self.num_made
 
     @property
     def remaining(self) -> int:
         """Tokens without KV."""
-        return self.request.prompt_tokens + self.num_made - self.num_computed
+        return self.prompt_tokens + self.num_made - self.num_computed
 
     @property
     def is_prefilling(self) -> bool:
         """Whether more than its newest token is to be computed."""
-        return self.num_made == 0 or self.remaining > 1
+        return self.num_made == 0 or self.prompt_tokens + self.num_made - self.num_computed > 1
 
 
 Scheduled = list[tuple[Live, int]]
@@ -187,10 +188,9 @@ class VirtualEngine(ABC):
         seconds = self.truth.step_s(work)
         repeats = 1
         if not work.prefill_tokens and not is_layered:
-            repeats = self._repeats(scheduled, seconds)
+            repeats = self._repeats(scheduled, work, seconds)
             if repeats > 1:
-                context = work.decode_context + work.num_decodes * (repeats - 1) // 2
-                seconds = self.truth.step_s(work._replace(decode_context=context))
+                seconds = self._mean_step_s(work, repeats)
         begun_s = self.now_s
         self.now_s += seconds * repeats + (self.setup.profile.store(before) if before else 0.0)
         self.step += repeats
@@ -198,15 +198,27 @@ class VirtualEngine(ABC):
         self._give_back_freed()
         self.stepped(work, seconds, firsts)
 
-    def _repeats(self, scheduled: Scheduled, seconds: float) -> int:
-        """How many steps like this one follow each other before anything else can happen."""
+    def _mean_step_s(self, work: StepWork, repeats: int) -> float:
+        """Seconds of a step, over so many that each read a token more per request than the one before."""
+        return self.truth.step_s(
+            work._replace(decode_context=work.decode_context + work.num_decodes * (repeats - 1) // 2)
+        )
+
+    def _repeats(self, scheduled: Scheduled, work: StepWork, seconds: float) -> int:
+        """How many steps like this one, which takes so long, follow each other before anything else can happen."""
         most = min(self.most_repeats(), min(live.request.output_tokens - live.num_made for live, _ in scheduled))
         most = min(most, max(len(self.free_ids) // len(scheduled), 0) * self.geometry.block_tokens or 1)
         if most <= 1:
             return 1
         next_s = min(self.to_come[0].arrival_s if self.to_come else math.inf, self.next_event_s())
         if next_s < math.inf:
-            most = min(most, max(math.ceil((next_s - self.now_s) / seconds), 1))
+            left_s = next_s - self.now_s
+            if left_s < most * seconds:
+                most = max(math.ceil(left_s / seconds), 1)
+            # Later steps take longer than this one: find the first that ends behind the event.
+            if most > 1 and most * (longest_s := self._mean_step_s(work, most)) > left_s:
+                fewest = max(math.ceil(left_s / longest_s), 1)
+                most = next(k for k in range(fewest, most + 1) if k * self._mean_step_s(work, k) >= left_s)
         for live, _ in scheduled if most > 1 else ():
             self.hold(live, live.num_computed + most)
         return most

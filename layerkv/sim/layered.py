@@ -172,22 +172,15 @@ class LayeredEngine(VirtualEngine):
         return decision
 
     def _seen(self, live: Live) -> Running:
-        request_id = live.request_id
-        is_layered = self.ledger.is_layered(request_id)
-        in_zone = 0
-        if is_layered:
-            in_zone = sum(block >= self.geometry.pool_blocks for block in live.block_ids)
-        return Running(
-            request_id,
-            live.num_tokens,
-            live.num_computed,
-            live.num_made,
-            live.is_prefilling,
-            len(live.block_ids),
-            in_zone,
-            is_layered,
-            self.ledger.num_host_blocks_of(request_id) if is_layered else 0,
-        )
+        request_id, made, computed = live.request_id, live.num_made, live.num_computed
+        num_tokens = live.prompt_tokens + made
+        num_blocks = len(live.block_ids)
+        is_prefilling = made == 0 or num_tokens - computed > 1
+        if not self.ledger.is_layered(request_id):
+            return Running(request_id, num_tokens, computed, made, is_prefilling, num_blocks)
+        in_zone = sum(block >= self.geometry.pool_blocks for block in live.block_ids)
+        in_host = self.ledger.num_host_blocks_of(request_id)
+        return Running(request_id, num_tokens, computed, made, is_prefilling, num_blocks, in_zone, True, in_host)
 
     # Carrying a decision out --------------------------------------------------------------------------------------
 
@@ -257,18 +250,28 @@ class LayeredEngine(VirtualEngine):
 
     def _compute(self, starting: list[Live]) -> Scheduled:
         """As the adapter has vLLM do it: decodes first, then prompts under way, each with its share, then new ones."""
-        decoding = [live for live in self.running if not live.is_prefilling]
-        prefilling = [live for live in self.running if live.is_prefilling]
+        decoding: list[Live] = []
+        prefilling: list[Live] = []
+        for live in self.running:
+            (prefilling if live.is_prefilling else decoding).append(live)
         left = min(self.setup.max_num_batched_tokens, max(len(decoding) + self.decision.prefill_tokens, 1))
         share = left
         if prefilling:
             share = max(min(left - len(decoding), self.decision.prefill_tokens) // len(prefilling), 1)
         scheduled: Scheduled = []
         gone: set[str] = set()
-        for live in (*decoding, *prefilling, *starting):
+        tokens, is_layered = self.geometry.block_tokens, self.ledger.is_layered
+        for live in decoding:  # hundreds in every step: a token for which there is a block needs no more than this
+            if live.request_id in gone or left <= 0:
+                continue
+            has_block = live.num_computed < len(live.block_ids) * tokens
+            if (has_block and not is_layered(live.request_id)) or self._allocate(live, 1, gone, is_new=False):
+                left -= 1
+                scheduled.append((live, 1))
+        for live in (*prefilling, *starting):
             if live.request_id in gone:
                 continue
-            num_tokens = min(live.remaining, left, share if live.is_prefilling else 1)
+            num_tokens = min(live.remaining, left, share)
             is_new = self.ledger.residency[live.request_id] is Residency.WAITING
             if num_tokens <= 0 or not self._allocate(live, num_tokens, gone, is_new=is_new):
                 if is_new and self.ledger.is_layered(live.request_id):

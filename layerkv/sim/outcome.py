@@ -74,7 +74,7 @@ class GapHistogram:
 
     def add(self, gap_s: float, count: int = 1) -> None:
         """Count a gap."""
-        at = int(math.log(max(gap_s, 1e-9)) / _BIN)
+        at = math.floor(math.log(max(gap_s, 1e-9)) / _BIN)
         self.counts[at] = self.counts.get(at, 0) + count
         self.num += count
         self.total_s += gap_s * count

@@ -12,6 +12,7 @@ import msgspec
 
 from layerkv.config import SloPolicy
 from layerkv.core.geometry import GeometryRequest, KVGeometry, geometry_for_memory
+from layerkv.errors import ConfigError
 from layerkv.scheduler.reasons import LogEntry
 from layerkv.sim.config import SimConfig
 from layerkv.sim.engine import EngineSetup, SimRequest, VirtualEngine
@@ -88,11 +89,17 @@ def requests_of(config: SimConfig, rate_per_s: float, seed: int) -> list[SimRequ
 def make_engine(
     config: SimConfig, name: str, requests: Sequence[SimRequest], *, stride: int = STRIDE, keep_log: bool = False
 ) -> VirtualEngine:
-    """The virtual engine of a policy: stock vLLM with all memory as pool, or layerkv with its zone out of it."""
-    if name in ("stock", "stock-watermark"):
-        setup = _setup(config, geometry_of(config, zone_tokens=0), stride)
+    """The virtual engine of a policy: stock vLLM with all memory as pool, or layerkv with its zone out of it.
+
+    Raises:
+        ConfigError: KV memory holds no lane zone beside a pool, or the pool holds not all of the longest request.
+    """
+    is_stock = name in ("stock", "stock-watermark")
+    geometry = geometry_of(config, zone_tokens=0 if is_stock else config.zone_tokens)
+    _check_room(geometry, requests)
+    setup = _setup(config, geometry, stride)
+    if is_stock:
         return StockEngine(setup, requests, watermark=WATERMARK if name == "stock-watermark" else 0.0)
-    setup = _setup(config, geometry_of(config, zone_tokens=config.zone_tokens), stride)
     return LayeredEngine(setup, requests, policy_of(config.policy, name), keep_log=keep_log)
 
 
@@ -145,6 +152,17 @@ def report(config: SimConfig, runs: Sequence[SimRun]) -> dict[str, Any]:
             for run in runs
         ],
     }
+
+
+def _check_room(geometry: KVGeometry, requests: Sequence[SimRequest]) -> None:
+    """As vLLM does at its start: a request that the pool cannot hold by itself would never end."""
+    room = (geometry.pool_blocks - 1) * geometry.block_tokens
+    longest = max((r.prompt_tokens + r.output_tokens - 1 for r in requests), default=0)
+    if longest > room:
+        raise ConfigError(
+            f"engine.kv_memory: found room for {room} tokens beside the lane zone; expected {longest}, the longest "
+            f"request's; set a larger kv_memory, a smaller zone_tokens, or shorter requests"
+        )
 
 
 def _setup(config: SimConfig, geometry: KVGeometry, stride: int) -> EngineSetup:

@@ -182,7 +182,7 @@ def test_room_is_made_by_one_who_is_late_anyway_and_weighs_less() -> None:
         {"cost": None},
         {"slo_scheduling": False},
         {"free_host_blocks": 9},
-        {"resident": [resident("patient", 100.03), resident("other", 100.02)]},  # would be late itself
+        {"resident": [resident("patient", 100.02), resident("other", 100.02)]},  # would be late itself
         {"resident": [resident("patient", 105.0, steps_resident=31), resident("other", 100.02)]},  # came just now
         {"resident": [resident("patient", 105.0, can_park=False), resident("other", 100.02)]},
         {"free_blocks": 100, "free_slots": 0},  # it is not blocks that it waits for

@@ -39,9 +39,7 @@ def test_the_budget_is_the_largest_round_number_whose_step_fits_the_slack(
     slack_s: float, num_decodes: int, budget_tokens: int, step_s: float, pair_s: float, mode: Any
 ) -> None:
     costs = cost(step_s=step_s, pair_s=pair_s)
-    s = snapshot(
-        decode_slack_s=slack_s, decode_tokens=num_decodes, budget_tokens=budget_tokens, cost=costs, mode=mode
-    )
+    s = snapshot(decode_slack_s=slack_s, decode_tokens=num_decodes, budget_tokens=budget_tokens, cost=costs, mode=mode)
     found, most = budget(s), max(budget_tokens - num_decodes, 0)
     assert found == decide(s).prefill_tokens
     if found:
@@ -145,9 +143,7 @@ def test_as_many_as_can_be_are_on_time(prompts: list[tuple[float, float]]) -> No
     assert can_all_be_on_time(tuple(w for w in views if w.request_id not in late_ids))
 
 
-@given(
-    st.lists(st.tuples(sixty_fourths, sixty_fourths), min_size=1, max_size=7), st.sampled_from((0.25, 1.0, 8.0))
-)
+@given(st.lists(st.tuples(sixty_fourths, sixty_fourths), min_size=1, max_size=7), st.sampled_from((0.25, 1.0, 8.0)))
 def test_a_weight_that_all_share_changes_nothing(prompts: list[tuple[float, float]], weight: float) -> None:
     assert late(waits(*prompts)) == late(waits(*prompts, weights=(weight,) * len(prompts)))
 

@@ -42,7 +42,11 @@ class Queue(RuleBasedStateMachine):
         self.queue.discard(request_id)
         self.here.pop(request_id, None)
 
-    @rule(most=st.integers(1, 12), now_s=st.sampled_from((-2e6, 0.5, 2.5, 2e9)), ready=st.sets(st.sampled_from("abcdefghij")))
+    @rule(
+        most=st.integers(1, 12),
+        now_s=st.sampled_from((-2e6, 0.5, 2.5, 2e9)),
+        ready=st.sets(st.sampled_from("abcdefghij")),
+    )
     def show_its_head(self, most: int, now_s: float, ready: set[str]) -> None:
         """Of those that are ready: by rank, first who is on time, by deadline; then late ones, so many that all fit."""
         here = [view for view in self.queue.views if view.request_id in ready]

@@ -1,0 +1,344 @@
+"""The controller's books: what it remembers of requests, and that it forgets those who have left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from layerkv.config import SloClass
+from layerkv.core.cost import StepWork
+from layerkv.scheduler.controller import EXCHANGE_STEPS, Controller, EngineShape, EngineState, Running
+from layerkv.scheduler.lengths import MIN_SAMPLES, MaxTokens, QuantileLengths
+from layerkv.scheduler.reasons import Event, LogEntry, Reason
+from tests.fakes.tiny_scheduler import BLOCK_BYTES, BLOCK_TOKENS, policy, profile
+
+CHAT = SloClass(name="chat", ttft_s=1.0, tpot_s=0.05)
+SHAPE = EngineShape("auto", BLOCK_TOKENS, BLOCK_BYTES, pool_blocks=100, zone_blocks=40, host_blocks=120)
+
+
+def controller(*, is_measured: bool = True, keep_log: bool = False, **switches: Any) -> Controller:
+    return Controller(policy(**switches), SHAPE, profile(), is_measured=is_measured, keep_log=keep_log)
+
+
+def arrive(c: Controller, *names: str, num_tokens: int = 160, at_s: float = 10.0, slo: SloClass = CHAT) -> None:
+    for name in names:
+        c.arrive(name, slo, now_s=at_s, arrival_s=at_s, num_tokens=num_tokens, max_tokens=50)
+
+
+def engine(*running: Running, step: int = 1, **changes: Any) -> EngineState:
+    free = EngineState(step, running, (), 100, 0, 40, 120, 16, 2048)
+    return free._replace(**changes)
+
+
+def decoding(name: str, num_output: int = 5, num_tokens: int = 165, **changes: Any) -> Running:
+    running = Running(name, num_tokens, num_tokens - 1, num_output, False, -(-num_tokens // BLOCK_TOKENS))
+    return running._replace(**changes)
+
+
+def names(entries: list[LogEntry]) -> list[tuple[str, Event, Reason | None]]:
+    return [(entry.request_id, entry.event, entry.reason) for entry in entries]
+
+
+# Lives ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_life_leaves_nothing_behind() -> None:
+    c = controller(keep_log=True)
+    arrive(c, "a")
+    assert "a" in c.waiting
+    c.decide(engine(), 10.0)
+    assert c.admitted("a", layered=True, step=1, now_s=10.25) == pytest.approx(0.25)
+    assert "a" not in c.waiting
+    assert c.first_token("a", 10.5) == (CHAT, True)
+    c.park("a", num_computed=160, num_tokens=161, num_output=1, now_s=10.5)
+    assert [(p.request_id, p.num_blocks) for p in c.parked.views] == [("a", 11)]
+    c.decide(engine(step=2), 10.5)
+    c.fetched("a", step=2, now_s=10.6)
+    assert "a" not in c.parked
+    c.stored_ahead("a", 10, 10.7)
+    c.leave("a", num_output=50, has_finished=True, now_s=11.0)
+    assert not (c.tracked or c.waiting.views or c.parked.views or c._overtaken or c._stored_blocks)
+    assert names(c.take_log()) == [
+        ("a", Event.ARRIVED, None),
+        ("a", Event.ADMITTED_LAYERED, Reason.FITS),
+        ("a", Event.FIRST_TOKEN, None),
+        ("a", Event.PARKED, Reason.FITS),
+        ("a", Event.FETCHED, Reason.ITS_TURN),
+        ("a", Event.STORED_AHEAD, None),
+        ("a", Event.FINISHED, None),
+    ]
+    assert c.take_log() == []
+
+
+@pytest.mark.parametrize("state", ["waiting", "running", "parked", "fetching", "stored ahead", "unknown"])
+def test_a_request_may_leave_from_anywhere(state: str) -> None:
+    c = controller()
+    if state != "unknown":
+        arrive(c, "a")
+    if state in ("running", "parked", "fetching", "stored ahead"):
+        c.admitted("a", layered=False, step=1, now_s=10.0)
+    if state in ("parked", "fetching"):
+        c.park("a", num_computed=160, num_tokens=161, num_output=1, now_s=10.5)
+    if state == "fetching":
+        c.fetched("a", step=2, now_s=10.6)
+    if state == "stored ahead":
+        c.stored_ahead("a", 4, 10.5)
+    c.leave("a", num_output=0, has_finished=False, now_s=11.0)
+    assert not (c.tracked or c.waiting.views or c.parked.views or c._overtaken or c._stored_blocks)
+
+
+def test_a_wait_is_counted_only_until_the_first_admission() -> None:
+    c = controller()
+    arrive(c, "a")
+    assert c.admitted("a", layered=False, step=1, now_s=12.0) == 2.0
+    c.recomputes("a", 161, 1, 13.0)
+    assert "a" in c.waiting
+    assert c.admitted("a", layered=False, step=2, now_s=14.0) is None
+
+
+def test_a_prompt_is_due_by_its_class_and_after_its_first_token_by_its_slack() -> None:
+    c = controller(length_prediction="none")
+    arrive(c, "a")
+    assert c.waiting.views[0].deadline_s == 11.0
+    c.admitted("a", layered=False, step=1, now_s=10.0)
+    c.first_token("a", 10.5)
+    c.recomputes("a", 170, 10, 11.0)
+    assert c.waiting.views[0].deadline_s == pytest.approx(10.5 + 50 * 0.05), "all 50 tokens, in steps of no time yet"
+    assert c.waiting.views[0].tokens_left == 40
+    assert c.waiting.views[0].num_blocks == 11
+
+
+def test_a_parked_request_has_to_go_on_earlier_by_the_time_its_fetch_takes() -> None:
+    c = controller(length_prediction="none")
+    arrive(c, "a")
+    c.admitted("a", layered=False, step=1, now_s=10.0)
+    c.first_token("a", 10.5)
+    c.park("a", num_computed=169, num_tokens=170, num_output=10, now_s=11.0)
+    assert c.parked.views[0].deadline_s == pytest.approx(10.5 + 50 * 0.05 - 11 * 5e-4)
+
+
+def test_without_objectives_everybody_stands_in_line_by_arrival() -> None:
+    c = controller(slo_scheduling=False)
+    arrive(c, "a", at_s=10.0)
+    arrive(c, "b", at_s=9.0)
+    assert [w.request_id for w in c.waiting.views] == ["b", "a"]
+    c.admitted("b", layered=False, step=1, now_s=12.0)
+    c.park("b", num_computed=160, num_tokens=161, num_output=1, now_s=13.0)
+    assert c.parked.views[0].deadline_s == 9.0
+    assert c.snapshot(engine(), 13.0).cost is None
+
+
+def test_a_refused_request_waits_no_more_and_is_counted() -> None:
+    c = controller(keep_log=True)
+    arrive(c, "a")
+    c.refused("a", Reason.NEVER_FITS, "too long", 10.0)
+    assert not c.waiting.views
+    assert c.reasons[Reason.NEVER_FITS] == 1
+    assert c.take_log()[-1] == LogEntry(10.0, "a", Event.REFUSED, Reason.NEVER_FITS, {"text": "too long"})
+
+
+def test_a_first_token_is_noted_once_and_judged_by_its_class() -> None:
+    c = controller()
+    arrive(c, "a", "b")
+    assert c.first_token("a", 11.0) == (CHAT, True)
+    assert c.first_token("a", 12.0) is None
+    assert c.first_token("b", 11.001) == (CHAT, False)
+    assert c.first_token("nobody", 11.0) is None
+
+
+# Log and counts -------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_says_a_wait_once_until_its_reason_changes() -> None:
+    c = controller(keep_log=True)
+    arrive(c, "a")
+    no_slot, no_tokens = engine(free_slots=0), engine(budget_tokens=0)
+    for state in (no_slot, no_slot, no_tokens, no_tokens, no_slot):
+        c.decide(state, 10.0)
+    waits = [entry for entry in c.take_log() if entry.event is Event.WAITS]
+    assert [entry.reason for entry in waits] == [Reason.NO_SLOT, Reason.NO_TOKENS_LEFT, Reason.NO_SLOT]
+    assert waits[0].facts["free_blocks"] == 100
+    assert c.reasons == {Reason.NO_SLOT: 2, Reason.NO_TOKENS_LEFT: 1}
+
+
+def test_without_a_log_nothing_is_kept_of_it_but_reasons_are_counted() -> None:
+    c = controller()
+    arrive(c, "a")
+    c.decide(engine(), 10.0)
+    assert c.take_log() == []
+    assert c.reasons == {Reason.FITS: 1}
+
+
+# Decisions ------------------------------------------------------------------------------------------------------------
+
+
+def test_steps_without_prefill_are_counted_while_somebody_wants_some() -> None:
+    c = controller()
+    arrive(c, "a", "d")
+    c.admitted("d", layered=False, step=1, now_s=10.0)
+    c.first_token("d", 10.0)
+    c.tracked["d"].low_tokens = 1
+    busy = engine(decoding("d"))
+    now_s = 10.0 + 5 * 0.05  # its next token is due now: no slack
+    seen = []
+    for step in range(10):
+        snapshot, decision = c.decide(busy._replace(step=step), now_s)
+        seen.append((snapshot.steps_without_prefill, decision.prefill_tokens))
+    assert seen == [*((n, 0) for n in range(8)), (8, 256), (0, 0)]
+    c.leave("a", num_output=0, has_finished=False, now_s=now_s)
+    c.decide(busy, now_s)
+    assert c.snapshot(busy, now_s).steps_without_prefill == 0, "nobody wants any"
+
+
+def test_after_an_exchange_the_next_has_to_wait_until_its_blocks_are_free() -> None:
+    c = controller(length_prediction="none")
+    patient = SloClass(name="batch", ttft_s=10.0, tpot_s=1.0)
+    arrive(c, "claim", "other")
+    arrive(c, "patient", slo=patient)
+    for name in ("claim", "patient", "other"):
+        c.admitted(name, layered=False, step=0, now_s=10.0)
+        c.first_token(name, 10.0)
+    c.park("claim", num_computed=160, num_tokens=161, num_output=49, now_s=10.0)
+    full = engine(decoding("patient"), decoding("other"), free_blocks=4, step=100)
+    now_s = c.parked.views[0].deadline_s - 0.01
+    snapshot, decision = c.decide(full, now_s)
+    assert snapshot.can_exchange
+    assert (decision.park, decision.made_room) == (("patient",), True)
+    can_exchange = [c.decide(full._replace(step=100 + n), now_s)[0].can_exchange for n in range(1, EXCHANGE_STEPS + 1)]
+    assert can_exchange == [False] * (EXCHANGE_STEPS - 1) + [True]
+
+
+def test_overtakes_are_remembered_until_it_is_ones_turn() -> None:
+    c = controller()
+    arrive(c, "late", at_s=5.0)
+    arrive(c, "on time", at_s=10.0)
+    small = engine(budget_tokens=160)
+    c.decide(small, 10.0)
+    assert c.snapshot(small, 10.0).overtaken == {"late": 1}
+    c.decide(small, 10.0)
+    assert c.snapshot(small, 10.0).overtaken == {"late": 2}
+    c.admitted("late", layered=False, step=1, now_s=10.0)
+    assert c.snapshot(small, 10.0).overtaken == {}
+
+
+def test_the_snapshot_has_the_running_as_they_are() -> None:
+    c = controller(length_prediction="none")
+    arrive(c, "d", "p", "z", "f")
+    for name in ("d", "p", "z", "f"):
+        c.admitted(name, layered=name == "z", step=3, now_s=10.0)
+    c.first_token("d", 10.2)
+    c.stored_ahead("d", 7, 10.2)
+    state = engine(
+        decoding("d", num_output=16, num_tokens=177),
+        Running("p", 160, 64, 0, True, 4),
+        Running("z", 160, 80, 0, True, 5, num_zone_blocks=5, is_layered=True, num_host_blocks=10),
+        step=13,
+        arriving=[("f", 11, 1)],
+        steps_ahead=1,
+        resuming=2,
+    )
+    c.snapshot(state, 10.5)  # the slack is reckoned with the step time of the last one
+    s = c.snapshot(state, 10.5)
+    d, p, f = s.resident
+    assert (d.request_id, d.num_blocks, d.steps_resident, d.num_stored, d.can_park) == ("d", 12, 10, 7, True)
+    assert (d.num_tokens, d.tokens_left) == (176, 34)
+    assert (p.request_id, p.num_blocks, p.can_park) == ("p", 10, False)
+    assert (f.request_id, f.num_blocks, f.can_park) == ("f", 11, False)
+    [z] = s.layered
+    assert (z.request_id, z.prefill_done, z.num_blocks, z.num_zone_blocks) == ("z", False, 10, 5)
+    assert (s.num_resident, s.growth_blocks, s.frees_are_deferred) == (3, 6, True)
+    assert (s.decode_tokens, s.decode_context, s.prefilling_tokens) == (3, 176, 96 + 80)
+    step_s = 0.01 + 3 * 1e-4
+    assert s.decode_slack_s == pytest.approx(10.2 + 16 * 0.05 + 34 * (0.05 - step_s) - 10.5)
+    assert s.tightest_tpot_s == 0.05
+
+
+def test_who_is_late_holds_prefill_back_no_more() -> None:
+    c = controller(length_prediction="none")
+    arrive(c, "d")
+    c.admitted("d", layered=False, step=0, now_s=10.0)
+    c.first_token("d", 10.2)
+    assert c.snapshot(engine(decoding("d")), 10.5).decode_slack_s < 10
+    assert c.snapshot(engine(decoding("d")), 99.0).decode_slack_s == float("inf")
+
+
+def test_a_paused_engine_starts_nobody() -> None:
+    c = controller()
+    arrive(c, "a")
+    assert c.decide(engine(is_paused=True), 10.0)[1].admit == ()
+    assert len(c.decide(engine(), 10.0)[1].admit) == 1
+
+
+def test_the_engine_may_say_who_cannot_start_or_be_fetched_now() -> None:
+    c = controller()
+    arrive(c, "a", "b", "p")
+    c.admitted("p", layered=True, step=0, now_s=10.0)
+    c.park("p", num_computed=160, num_tokens=161, num_output=1, now_s=10.0)
+    _, decision = c.decide(
+        engine(), 10.0, is_startable=lambda w: w.request_id != "a", is_fetchable=lambda p: p.request_id != "p"
+    )
+    assert [a.request_id for a in decision.admit] == ["b"]
+    assert decision.fetch == ()
+
+
+# Costs, backlog, policies ---------------------------------------------------------------------------------------------
+
+
+def test_the_backlog_is_the_prefill_of_those_due_before_a_newcomer() -> None:
+    c = controller()
+    batch = SloClass(name="batch", ttft_s=30.0, tpot_s=1.0)
+    arrive(c, "a", "b", num_tokens=1000)
+    arrive(c, "patient", num_tokens=5000, slo=batch)
+    arrive(c, "late", num_tokens=5000, at_s=5.0)
+    assert c.backlog_s(CHAT, 10.0) == pytest.approx(0.2)
+    assert c.backlog_s(batch, 10.0) == pytest.approx(0.7)
+    slow = StepWork(prefill_tokens=1000, num_prefills=1)
+    for _ in range(200):
+        c.step_done(slow, 0.01 + 2 * 0.1)
+    assert c.backlog_s(CHAT, 10.0) == pytest.approx(0.4, rel=0.01), "as it is corrected online"
+
+
+def test_before_anything_is_known_of_costs_none_is_reckoned_with() -> None:
+    c = controller(is_measured=False)
+    arrive(c, "a")
+    assert c.backlog_s(CHAT, 10.0) == 0.0
+    assert c.snapshot(engine(), 10.0).cost is None
+    c.step_done(StepWork(prefill_tokens=100, num_prefills=1), 0.5)
+    assert c.backlog_s(CHAT, 10.0) > 0.0
+    assert c.snapshot(engine(), 10.0).cost is not None
+
+
+def test_a_new_policy_is_for_those_who_come_from_now_on() -> None:
+    c = controller()
+    arrive(c, "a")
+    learned = c.lengths
+    c.set_policy(policy(streamed_decode=True))
+    assert c.lengths is learned, "what was learned is kept"
+    assert c.snapshot(engine(), 10.0).streamed_decode
+    assert c.tracked["a"].slo is CHAT
+    c.set_policy(policy(length_prediction="none"))
+    assert isinstance(c.lengths, MaxTokens)
+    c.set_policy(policy())
+    assert isinstance(c.lengths, QuantileLengths)
+
+
+def test_lengths_are_learned_from_those_who_finished_by_themselves() -> None:
+    c = controller()
+    for i in range(2 * MIN_SAMPLES):
+        arrive(c, f"r{i}")
+        c.leave(f"r{i}", num_output=7 if i % 2 else 3, has_finished=bool(i % 2), now_s=11.0)
+    arrive(c, "new")
+    assert c.tracked["new"].middle_tokens == 7
+
+
+def test_the_share_of_host_memory_shrinks_when_decodes_are_late_and_the_policy_says_so() -> None:
+    for adapts, expected in ((True, 60), (False, 120)):
+        c = controller(adapt_host_share=adapts)
+        arrive(c, "d")
+        c.admitted("d", layered=False, step=0, now_s=10.0)
+        c.first_token("d", 10.2)
+        for _ in range(3):
+            c.decide(engine(decoding("d")), 99.0)
+            c.step_done(StepWork(num_decodes=1), 0.01)
+        assert c.snapshot(engine(decoding("d")), 99.0).early_host_blocks == expected

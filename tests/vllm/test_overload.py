@@ -1,0 +1,233 @@
+"""A request that would be late is refused at the HTTP edge, if its class asks for that."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from layerkv.config import SloClass, SloPolicy
+from layerkv.metrics import METRICS
+
+pytest.importorskip("vllm")
+
+from layerkv.vllm_plugin import overload
+from layerkv.vllm_plugin.overload import GAUGE, STALE_S, Backlog, OverloadedError, RetryAfter, refuse_if_late
+
+pytestmark = pytest.mark.vllm
+
+REJECTS = SloClass(name="chat", ttft_s=0.5, tpot_s=0.05, overload="reject")
+QUEUES = SloClass(name="batch", ttft_s=0.5, tpot_s=0.05, overload="queue")
+POLICY = SloPolicy(classes={"chat": REJECTS, "batch": QUEUES}, default_class="chat")
+
+
+@pytest.fixture
+def backlog(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backlog]:
+    """This process's backlog, empty before and after."""
+    monkeypatch.setattr(overload.BACKLOG, "_seconds", {})
+    return overload.BACKLOG
+
+
+# What waits ------------------------------------------------------------------------------------------------------
+
+
+def test_of_each_class_the_newest_word_counts() -> None:
+    backlog = Backlog()
+    backlog.note("chat", 0, 9.0, 100.0)
+    backlog.note("chat", 0, 2.0, 100.1)
+    backlog.note("batch", 0, 7.0, 100.1)
+    assert backlog.seconds("chat", 100.2) == 2.0
+    assert backlog.seconds("batch", 100.2) == 7.0
+    assert backlog.seconds("voice", 100.2) == 0.0
+
+
+def test_an_engine_that_has_long_said_nothing_is_idle() -> None:
+    backlog = Backlog()
+    backlog.note("chat", 0, 9.0, 100.0)
+    assert backlog.seconds("chat", 100.0 + STALE_S) == 9.0
+    assert backlog.seconds("chat", 100.1 + STALE_S) == 0.0
+
+
+def test_of_several_engines_the_one_with_the_least_to_do_counts() -> None:
+    backlog = Backlog()
+    backlog.note("chat", 0, 9.0, 100.0)
+    backlog.note("chat", 1, 3.0, 100.0)
+    assert backlog.seconds("chat", 100.0) == 3.0
+
+
+def test_the_gauge_that_carries_it_is_a_metric_by_class() -> None:
+    [spec] = [spec for spec in METRICS if spec.name == GAUGE]
+    assert (spec.kind, spec.label) == ("gauge", "slo_class")
+
+
+# Who is refused --------------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_would_be_late_is_refused_with_the_time_to_come_back_after() -> None:
+    backlog = Backlog()
+    backlog.note("chat", 0, 3.2, 100.0)
+    with pytest.raises(OverloadedError) as refusal:
+        refuse_if_late(REJECTS, backlog, 100.0)
+    assert refusal.value.http_status == 429
+    assert str(refusal.value) == (
+        "overloaded: about 3.2 s of prompts wait before a request of class 'chat', whose first token is due within "
+        "0.5 s; retry after 3 s"
+    )
+
+
+@pytest.mark.parametrize(("wait_s", "retry"), [(0.51, "after 1 s"), (1.5, "after 1 s"), (1.51, "after 2 s")])
+def test_the_time_to_come_back_after_is_in_whole_seconds_from_one_on(wait_s: float, retry: str) -> None:
+    backlog = Backlog()
+    backlog.note("chat", 0, wait_s, 100.0)
+    with pytest.raises(OverloadedError, match=retry):
+        refuse_if_late(REJECTS, backlog, 100.0)
+
+
+@pytest.mark.parametrize(
+    ("slo", "wait_s", "now_s"), [(REJECTS, 0.5, 100.0), (QUEUES, 60.0, 100.0), (REJECTS, 60.0, 100.1 + STALE_S)]
+)
+def test_who_is_in_time_or_queues_or_finds_the_engine_idle_is_let_in(
+    slo: SloClass, wait_s: float, now_s: float
+) -> None:
+    backlog = Backlog()
+    backlog.note(slo.name, 0, wait_s, 100.0)
+    refuse_if_late(slo, backlog, now_s)
+
+
+@pytest.mark.parametrize("for_v2", [False, True])
+def test_the_gate_refuses_by_the_class_that_a_request_names_or_by_the_default(
+    backlog: Backlog, *, for_v2: bool
+) -> None:
+    from vllm import SamplingParams
+
+    from layerkv.vllm_plugin.slo_gate import slo_gate
+
+    gate: Any = slo_gate(POLICY, "a-policy-of-this-test.yaml", for_v2=for_v2)
+    gate.validate_params(SamplingParams())
+    for name in POLICY.classes:
+        backlog.note(name, 0, 60.0, time.monotonic())
+    for params in (SamplingParams(), SamplingParams(extra_args={"slo_class": "chat"})):
+        with pytest.raises(OverloadedError):
+            gate.validate_params(params)
+    gate.validate_params(SamplingParams(extra_args={"slo_class": "batch"}))
+    with pytest.raises(ValueError, match="slo_class: found 'nope'"):
+        gate.validate_params(SamplingParams(extra_args={"slo_class": "nope"}))
+
+
+def test_vllms_own_validation_lets_the_refusal_through_as_it_is(backlog: Backlog) -> None:
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor import validate_logits_processors_parameters
+
+    from layerkv.vllm_plugin.slo_gate import slo_gate
+
+    backlog.note("chat", 0, 60.0, time.monotonic())
+    gate = slo_gate(POLICY, "a-policy-of-this-test.yaml", for_v2=False)
+    with pytest.raises(OverloadedError):
+        validate_logits_processors_parameters([gate], SamplingParams())
+
+
+# The answer ------------------------------------------------------------------------------------------------------
+
+
+def answer(app: Callable[..., Awaitable[None]], path: str = "/") -> httpx.Response:
+    """What a client of an ASGI application gets."""
+
+    async def get() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.get(path)
+
+    return asyncio.run(get())
+
+
+def test_vllms_error_response_gets_the_header_and_keeps_its_body(backlog: Backlog) -> None:
+    from fastapi import FastAPI
+    from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+
+    app = FastAPI()
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    init_exception_handler(app)
+    app.add_middleware(RetryAfter)
+
+    @app.get("/")
+    async def complete() -> dict[str, str]:
+        refuse_if_late(REJECTS)
+        return {"text": "hello"}
+
+    response = answer(app)
+    assert (response.status_code, response.json()) == (200, {"text": "hello"})
+    assert "retry-after" not in response.headers
+    backlog.note("chat", 0, 4.0, time.monotonic())
+    response = answer(app)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "4"
+    error = response.json()["error"]
+    assert (error["code"], error["type"]) == (429, "Too Many Requests")
+    assert error["message"].endswith("retry after 4 s")
+    assert int(response.headers["content-length"]) == len(response.content)
+
+
+def answering(status: int, *parts: bytes) -> Callable[..., Awaitable[None]]:
+    """An application behind the middleware that answers this, part by part."""
+
+    async def app(scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        await send({"type": "http.response.start", "status": status, "headers": [(b"x-test", b"1")]})
+        for number, part in enumerate(parts, start=1):
+            await send({"type": "http.response.body", "body": part, "more_body": number < len(parts)})
+
+    return RetryAfter(app)
+
+
+@pytest.mark.parametrize(
+    ("status", "parts"),
+    [
+        (200, [b"overloaded: ...; retry after 3 s"]),
+        (503, [b"retry after 3 s"]),
+        (429, [b'{"error": "too many"}']),
+        (429, [b""]),
+        (200, [b"data: 1\n\n", b"data: 2\n\n"]),
+        (429, [b"too ", b"many"]),
+    ],
+)
+def test_other_answers_pass_through_unchanged(status: int, parts: list[bytes]) -> None:
+    response = answer(answering(status, *parts))
+    assert (response.status_code, response.content) == (status, b"".join(parts))
+    assert "retry-after" not in response.headers
+    assert response.headers["x-test"] == "1"
+
+
+def test_what_is_not_http_passes_through() -> None:
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
+        seen.append(scope["type"])
+        await send({"type": "lifespan.startup.complete"})
+
+    async def send(message: Any) -> None:
+        seen.append(message["type"])
+
+    asyncio.run(RetryAfter(app)({"type": "lifespan"}, lambda: None, send))  # type: ignore[arg-type, return-value]
+    assert seen == ["lifespan", "lifespan.startup.complete"]
+
+
+# From the engine's metrics ----------------------------------------------------------------------------------------
+
+
+def test_the_metrics_that_come_in_keep_the_backlog_up_to_date(backlog: Backlog) -> None:
+    from layerkv.vllm_plugin.prom import LayerKVPromMetrics
+
+    metrics = object.__new__(LayerKVPromMetrics)  # without Prometheus's registry, which holds names once per process
+
+    class Sample:
+        def set(self, value: float) -> None: ...
+
+    metrics._child = lambda key, engine: Sample()  # type: ignore[method-assign]
+    payload = json.loads(json.dumps({"gauges": {f"{GAUGE}|chat": 2.5, "layerkv_host_blocks": 4}}))
+    metrics.observe(payload, engine_idx=1)
+    assert backlog.seconds("chat", time.monotonic()) == 2.5
+    assert list(backlog._seconds) == [("chat", 1)]
