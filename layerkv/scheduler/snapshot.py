@@ -245,7 +245,7 @@ class Decision:
         refuse: Requests not to be served.
         overtaken: Requests at the head of a line that others just overtook.
         made_room: Whether requests are parked to make room for another.
-        reasons: Why, for each request named above.
+        reasons: Why, for each request that is parked, recomputed, fetched, admitted or refused.
         waits: Why each of the other requests that were looked at has to wait.
     """
 

@@ -133,8 +133,8 @@ class TinyScheduler(LayeredEngine):
         assert self.ledger.zone.num_available == self.ledger.zone.num_blocks
         assert len(self.free_ids) == self.geometry.pool_blocks - 1
         controller = self.controller
-        assert not (controller.tracked or controller.waiting.views or controller.parked.views)
-        assert not (controller._overtaken or controller._stored_blocks)
+        books = (controller.tracked, controller.waiting.views, controller.parked.views)
+        assert not any((*books, controller._overtaken, controller._stored_blocks))
 
     def _check_lines(self) -> None:
         """The controller's lines are who the ledger says they are."""

@@ -173,7 +173,7 @@ def test_what_may_be_left_out_has_its_default() -> None:
 
 def test_a_file_is_read_and_one_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
-    with pytest.raises(ConfigError, match="profile.json: found no readable file") as caught:
+    with pytest.raises(ConfigError, match=r"profile\.json: found no readable file") as caught:
         load_profile(path)
     assert CURE in str(caught.value)
     path.write_bytes(b"\xff\xfe\xff")

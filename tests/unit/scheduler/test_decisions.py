@@ -100,7 +100,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     )
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(snapshots())
 def test_no_decision_gives_out_more_than_there_is(s: Snapshot) -> None:
     d = decide(s)
@@ -136,7 +136,7 @@ def test_no_decision_gives_out_more_than_there_is(s: Snapshot) -> None:
     assert 0 <= d.prefill_tokens <= max(s.budget_tokens - s.decode_tokens, 0)
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(snapshots())
 def test_every_decision_is_about_the_right_requests_each_once_and_in_order(s: Snapshot) -> None:
     d = decide(s)
@@ -165,7 +165,7 @@ def test_every_decision_is_about_the_right_requests_each_once_and_in_order(s: Sn
         assert not a.layered or (w.can_layer and s.mode != "resident")
 
 
-@settings(max_examples=400)
+@settings(max_examples=250)
 @given(snapshots())
 def test_everybody_who_was_looked_at_is_told_why(s: Snapshot) -> None:
     d = decide(s)
@@ -175,7 +175,7 @@ def test_everybody_who_was_looked_at_is_told_why(s: Snapshot) -> None:
     assert set(d.waits) == {view.request_id for view in (*s.waiting, *s.parked)} - acted
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(snapshots())
 def test_nobody_enters_the_pool_in_a_step_that_takes_residents_out_of_it(s: Snapshot) -> None:
     d = decide(s)
@@ -185,7 +185,7 @@ def test_nobody_enters_the_pool_in_a_step_that_takes_residents_out_of_it(s: Snap
         assert not d.made_room
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(snapshots())
 def test_the_same_snapshot_gives_the_same_decision_and_is_not_changed(s: Snapshot) -> None:
     before = copy.deepcopy(s)
@@ -194,7 +194,7 @@ def test_the_same_snapshot_gives_the_same_decision_and_is_not_changed(s: Snapsho
     assert decide(before) == first
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(snapshots())
 def test_with_the_engine_empty_somebody_starts_if_anybody_can(s: Snapshot) -> None:
     """Nothing runs and all memory is free: if nothing is decided now, nothing ever will be."""

@@ -1,0 +1,120 @@
+import json
+import math
+from random import Random
+
+import pytest
+
+from layerkv.config import SloClass
+from layerkv.sim.outcome import GapHistogram, RequestOutcome, SimOutcome, summarise
+
+CHAT = SloClass(name="chat", ttft_s=1.0, tpot_s=0.1)
+STEADY = SloClass(name="steady", ttft_s=1.0, tpot_s=0.1, max_stall_s=0.5)
+NOTHING = {"mean": None, "p50": None, "p90": None, "p99": None}
+
+
+def served(
+    *, first: float = 0.5, finish: float = 1.0, tokens: int = 11, slo: SloClass = CHAT, at: float = 0.0, gap: float = 0
+) -> RequestOutcome:
+    return RequestOutcome("a", slo, at, 100, tokens, first, finish, gap)
+
+
+def refused(at: float = 0.0) -> RequestOutcome:
+    return RequestOutcome("b", CHAT, at, 100, 0, None, None)
+
+
+def outcome(*requests: RequestOutcome, end_s: float = 10.0) -> SimOutcome:
+    return SimOutcome(requests, GapHistogram(), end_s, 7)
+
+
+def test_percentiles_are_of_the_nearest_rank() -> None:
+    assert summarise(range(1, 101)) == {"mean": 50.5, "p50": 50, "p90": 90, "p99": 99}
+    assert summarise([3.0, 1.0, 2.0]) == {"mean": 2.0, "p50": 2.0, "p90": 3.0, "p99": 3.0}
+    assert summarise([4.0]) == {"mean": 4.0, "p50": 4.0, "p90": 4.0, "p99": 4.0}
+    assert summarise([2.0, 1.0])["p50"] == 1.0
+
+
+def test_values_that_are_not_there_are_left_out_of_a_summary() -> None:
+    assert summarise([None, 2.0, None]) == {"mean": 2.0, "p50": 2.0, "p90": 2.0, "p99": 2.0}
+    assert summarise([None]) == summarise([]) == NOTHING
+
+
+@pytest.mark.parametrize("scale", [1e-5, 0.02, 1.0, 300.0])
+def test_the_histogram_is_right_to_half_a_per_cent(scale: float) -> None:
+    rng = Random(1)
+    gaps = [scale * rng.lognormvariate(0.0, 1.0) for _ in range(5000)]
+    histogram = GapHistogram()
+    for gap in gaps:
+        histogram.add(gap)
+    found, exact = histogram.summary(), summarise(gaps)
+    assert found["mean"] == pytest.approx(exact["mean"])
+    for name in ("p50", "p90", "p99"):
+        assert found[name] == pytest.approx(exact[name], rel=0.005)
+
+
+@pytest.mark.parametrize("gap", [0.0123, 0.9999, 1.0, 1.0001, 1.004, 0.996, 57.0])
+def test_the_histogram_of_equal_gaps_names_that_gap(gap: float) -> None:
+    histogram = GapHistogram()
+    histogram.add(gap, 3)
+    histogram.add(gap)
+    assert histogram.num == 4
+    assert histogram.summary()["p99"] == pytest.approx(gap, rel=0.005)
+
+
+def test_a_histogram_takes_gaps_of_nothing_and_has_no_summary_when_empty() -> None:
+    histogram = GapHistogram()
+    assert histogram.summary() == NOTHING
+    histogram.add(0.0)
+    assert histogram.summary()["mean"] == 0.0
+    assert histogram.summary()["p50"] == pytest.approx(0.0, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("request_", "met"),
+    [
+        (served(), True),
+        (served(first=1.0, finish=2.0), True),
+        (served(first=1.01), False),
+        (served(at=0.3, first=1.25, finish=2.0), True),
+        (served(finish=1.51), False),  # 101 ms a token
+        (served(finish=0.5, tokens=1), True),  # no second token, no time per token
+        (served(first=1.5, finish=1.5, tokens=1), False),
+        (served(gap=0.9), True),  # its class sets no longest stall
+        (served(slo=STEADY, gap=0.5), True),
+        (served(slo=STEADY, gap=0.51), False),
+        (refused(), False),
+    ],
+)
+def test_a_request_meets_its_slo_if_it_meets_every_objective(request_: RequestOutcome, met: bool) -> None:
+    assert request_.met_slo is met
+
+
+def test_the_time_per_token_is_of_the_tokens_after_the_first() -> None:
+    assert served(first=0.5, finish=1.5, tokens=11).tpot_s == pytest.approx(0.1)
+    assert served(tokens=1).tpot_s is None
+    assert refused().tpot_s is None
+    assert refused().ttft_s is None
+
+
+def test_refused_requests_count_as_missed_and_have_no_times() -> None:
+    figures = outcome(served(at=1.0, first=1.5, finish=2.0), refused(at=2.0), end_s=5.0).figures()
+    assert (figures["requests"], figures["refused"]) == (2, 1)
+    assert figures["slo_attainment"] == 0.5
+    assert figures["ttft_s"] == {"mean": 0.5, "p50": 0.5, "p90": 0.5, "p99": 0.5}
+    assert figures["goodput_rps"] == pytest.approx(1 / 4.0)  # from the first arrival to the end
+    assert figures["output_tokens_per_s"] == pytest.approx(11 / 4.0)
+
+
+def test_figures_without_any_served_request_are_none_and_not_numbers() -> None:
+    empty, all_refused = outcome(end_s=0.0).figures(), outcome(refused()).figures()
+    assert empty["slo_attainment"] is empty["goodput_rps"] is empty["output_tokens_per_s"] is None
+    assert all_refused["slo_attainment"] == 0
+    for figures in (empty, all_refused):
+        assert figures["ttft_s"] == figures["tpot_s"] == figures["time_between_tokens_s"] == NOTHING
+        json.dumps(figures, allow_nan=False)
+
+
+def test_attainment_is_also_told_by_class() -> None:
+    figures = outcome(served(), served(first=2.0, finish=2.5), served(slo=STEADY), refused()).figures()
+    assert figures["slo_attainment"] == 0.5
+    assert figures["slo_attainment_by_class"] == {"chat": pytest.approx(1 / 3), "steady": 1.0}
+    assert math.isclose(figures["span_s"], 10.0)
