@@ -40,6 +40,10 @@ EXCHANGE_STEPS = 3
 """Steps until the blocks of a request parked to make room are surely free, asynchronous scheduling included."""
 
 
+STORE_AHEAD_STEPS = 4
+"""Steps between looks for a victim to store ahead; the forecast looks many times as far."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineShape:
     """What does not change while the engine runs.
@@ -409,6 +413,7 @@ class Controller:
             tightest_tpot_s=seen.tightest_tpot_s,
             steps_without_prefill=self._steps_without_prefill,
             can_exchange=engine.step - self._last_exchange_step >= EXCHANGE_STEPS,
+            can_store_ahead=engine.step % STORE_AHEAD_STEPS == 0,
             cost=cost,
             num_resident=seen.num_resident,
             waiting=waiting,

@@ -239,9 +239,9 @@ def _recompute_is_cheaper(s: Snapshot, r: ResidentRequest) -> bool:
 
 
 def _forecast(s: Snapshot) -> Forecast:
-    held = sum(r.num_blocks for r in s.resident)
-    usable = s.free_blocks - s.reserved_blocks + held
-    return Forecast(usable, s.block_tokens, ((r.tokens_left, r.num_blocks) for r in s.resident))
+    requests = [(r.tokens_left, r.num_blocks) for r in s.resident]
+    usable = s.free_blocks - s.reserved_blocks + sum([num_blocks for _, num_blocks in requests])
+    return Forecast(usable, s.block_tokens, requests)
 
 
 def _headroom(s: Snapshot, limits: PolicyLimits, residents: int) -> int:
@@ -384,7 +384,7 @@ def _times(s: Snapshot, num_blocks: int) -> tuple[float, float]:
 
 def _store_ahead(s: Snapshot, limits: PolicyLimits, draft: _Draft, forecast: Forecast) -> None:
     """Copy one more likely victim to host memory if the pool is going to run short: then its park costs nothing."""
-    if draft.park or draft.recompute or s.num_resident < 2:
+    if not s.can_store_ahead or draft.park or draft.recompute or s.num_resident < 2:
         return
     shortage = forecast.shortage(limits.ahead_steps, draft.pool)
     if shortage <= 0:

@@ -157,6 +157,7 @@ class Snapshot:
         steps_without_prefill: Steps since the last one that computed prompt tokens, while prompts were there.
         can_exchange: Whether a resident request may be parked to make room for another: not while the last such
             exchange is still being carried out.
+        can_store_ahead: Whether to look for a victim to store ahead: every few steps is often enough.
         cost: The cost model; None while nothing is known of its scale.
         num_resident: Running requests in the pool.
         waiting: Those that are on time by deadline, then the others.
@@ -192,6 +193,7 @@ class Snapshot:
     tightest_tpot_s: float = math.inf
     steps_without_prefill: int = 0
     can_exchange: bool = True
+    can_store_ahead: bool = True
     cost: CostView | None = None
     num_resident: int = 0
     waiting: Sequence[WaitingRequest] = ()
