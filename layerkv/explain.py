@@ -105,7 +105,7 @@ def run_explain(log_path: Path, request: str | None, *, as_json: bool, console: 
         console.print_json(json.dumps({**_summary(history), "history": _lines(history)}))
     else:
         for line in _lines(history):
-            console.print(line, highlight=False, soft_wrap=True)
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

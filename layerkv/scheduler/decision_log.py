@@ -6,6 +6,7 @@ scheduler: what the disk refuses ends the log, with one message.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -79,10 +80,26 @@ class DecisionLog:
             self._file = self._begin()
 
     def _begin(self) -> TextIO:
+        last = self._last_byte()
         file = self._path.open("a", encoding="utf-8")
-        if file.tell() == 0:
-            file.write(json.dumps({FORMAT: VERSION}) + "\n")
+        if last not in (b"", b"\n"):  # an earlier process was killed in the middle of a line
+            file.write("\n")
+        file.write(json.dumps({FORMAT: VERSION}) + "\n")
         return file
+
+    def _last_byte(self) -> bytes:
+        """The last byte of the log that is there.
+
+        Raises:
+            OSError: it cannot be read, or is no decision log.
+        """
+        if not self._path.is_file() or not self._path.stat().st_size:
+            return b""
+        with self._path.open("rb") as file:
+            if not _is_header(file.readline()):
+                raise FileExistsError(errno.EEXIST, "another file is there")
+            file.seek(-1, os.SEEK_END)
+            return file.read(1)
 
     def _give_up(self, error: OSError) -> None:
         self._file = None
@@ -91,7 +108,7 @@ class DecisionLog:
 
 
 def read_log(path: str | Path) -> Iterator[LogEntry]:
-    """Read a log, entry by entry; a torn last line (the engine is writing it, or was killed) is left out.
+    """Read a log, entry by entry; a line cut off (the engine is writing it, or was killed in it) is left out.
 
     Raises:
         ConfigError: the file is unreadable or holds something else; the message names the line.
@@ -101,15 +118,23 @@ def read_log(path: str | Path) -> Iterator[LogEntry]:
             header = file.readline()
             if not _is_header(header):
                 raise _foreign(path, 1, header)
+            cut: ConfigError | None = None
             for number, line in enumerate(file, 2):
+                if _is_header(line):  # the engine was started again, and may have been killed in the line before
+                    cut = None
+                    continue
+                if cut is not None:
+                    raise cut
                 if not line.endswith("\n"):
                     return
-                if _is_header(line):  # the engine was started again
-                    continue
                 try:
-                    yield _entry(json.loads(line))
+                    entry = _entry(json.loads(line))
                 except (ValueError, KeyError, TypeError):
-                    raise _foreign(path, number, line) from None
+                    cut = _foreign(path, number, line)
+                    continue
+                yield entry
+            if cut is not None:
+                raise cut
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: found no readable file ({reason}); expected a decision log; name one") from None
@@ -139,7 +164,7 @@ def _entry(fields: dict[str, Any]) -> LogEntry:
     )
 
 
-def _is_header(line: str) -> bool:
+def _is_header(line: str | bytes) -> bool:
     try:
         document = json.loads(line)
     except ValueError:

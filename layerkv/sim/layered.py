@@ -151,14 +151,13 @@ class LayeredEngine(VirtualEngine):
     # Deciding -----------------------------------------------------------------------------------------------------
 
     def _decide(self) -> Decision:
+        running = [self._seen(live) for live in self.running]
         reserved = sum(
-            max(self.blocks(live.num_tokens) - len(live.block_ids), 0)
-            for live in self.running
-            if live.is_prefilling and not self.ledger.is_layered(live.request_id)
+            max(self.blocks(r.num_tokens) - r.num_blocks, 0) for r in running if r.is_prefilling and not r.is_layered
         )
         state = EngineState(
             step=self.step,
-            running=[self._seen(live) for live in self.running],
+            running=running,
             arriving=[(r, len(self.lives[r].block_ids), self.lives[r].num_made) for r in self._loading],
             free_blocks=len(self.free_ids),
             reserved_blocks=reserved,

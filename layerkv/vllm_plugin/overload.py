@@ -25,6 +25,7 @@ STALE_S = 5.0
 """An idle engine says nothing, so an old word means that nothing waits."""
 
 _RETRY_AFTER = re.compile(rb"retry after (\d+) s")
+_REFUSED_STREAM = re.compile(rb'data: \{"error": ?\{"message": ?"overloaded: .*retry after \d+ s"')
 
 Message = MutableMapping[str, Any]
 
@@ -38,22 +39,25 @@ class Backlog:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._engines: set[int] = set()
         self._seconds: dict[tuple[str, int], tuple[float, float]] = {}
+
+    def expect(self, engine: int) -> None:
+        """There is this engine; while it says nothing, it is idle."""
+        with self._lock:
+            self._engines.add(engine)
 
     def note(self, slo_class: str, engine: int, backlog_s: float, now_s: float) -> None:
         """An engine says how many seconds of prefill wait before a new request of the class."""
         with self._lock:
+            self._engines.add(engine)
             self._seconds[slo_class, engine] = (backlog_s, now_s)
 
     def seconds(self, slo_class: str, now_s: float) -> float:
-        """The shortest wait among the engines that said something lately; 0 if none did."""
+        """The shortest wait among the engines, 0 with one that has said nothing lately."""
         with self._lock:
-            fresh = [
-                backlog_s
-                for (name, _), (backlog_s, said_s) in self._seconds.items()
-                if name == slo_class and now_s - said_s <= STALE_S
-            ]
-        return min(fresh, default=0.0)
+            said = [self._seconds.get((slo_class, engine), (0.0, now_s)) for engine in self._engines]
+        return min((backlog_s if now_s - said_s <= STALE_S else 0.0 for backlog_s, said_s in said), default=0.0)
 
 
 BACKLOG = Backlog()
@@ -80,7 +84,11 @@ def refuse_if_late(slo: SloClass, backlog: Backlog = BACKLOG, now_s: float | Non
 
 
 class RetryAfter:
-    """ASGI middleware: adds ``Retry-After`` to our 429 responses, from the seconds that their body names."""
+    """ASGI middleware: adds ``Retry-After`` to our 429 responses, from the seconds that their body names.
+
+    vLLM answers a streaming request 200 before it looks at it, and refuses it in the first event. Such a head is held
+    back until the first event is there, and the answer becomes a 429 like any other.
+    """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
@@ -91,20 +99,47 @@ class RetryAfter:
         receive: Callable[[], Awaitable[Message]],
         send: Callable[[Message], Awaitable[None]],
     ) -> None:
-        """Pass everything through; hold a 429's head back until its body is there."""
+        """Pass everything through; hold a head back while its body may be a refusal."""
         held: Message | None = None
+        is_refused = False
 
         async def send_on(message: Message) -> None:
-            nonlocal held
-            if message["type"] == "http.response.start" and message["status"] == HTTPStatus.TOO_MANY_REQUESTS:
+            nonlocal held, is_refused
+            if is_refused:
+                return  # the rest of a stream that has been answered
+            if message["type"] == "http.response.start" and _may_be_refusal(message):
                 held = message
                 return
             if held is not None:
                 head, held = held, None
-                found = _RETRY_AFTER.search(message.get("body", b""))
-                if found is not None:
-                    head = {**head, "headers": [*head.get("headers", ()), (b"retry-after", found[1])]}
+                body = message.get("body", b"")
+                if head["status"] == HTTPStatus.OK and _REFUSED_STREAM.match(body):
+                    is_refused = True
+                    head, message = _as_refusal(body)
+                elif head["status"] == HTTPStatus.TOO_MANY_REQUESTS:
+                    head = {**head, "headers": [*head.get("headers", ()), *_retry_after(body)]}
                 await send(head)
             await send(message)
 
         await self._app(scope, receive, send_on)
+
+
+def _may_be_refusal(head: Message) -> bool:
+    """Whether this head's body is to be seen before it is sent."""
+    if head["status"] == HTTPStatus.OK:
+        types = [value for name, value in head.get("headers", ()) if name.lower() == b"content-type"]
+        return any(value.startswith(b"text/event-stream") for value in types)
+    return bool(head["status"] == HTTPStatus.TOO_MANY_REQUESTS)
+
+
+def _as_refusal(event: bytes) -> tuple[Message, Message]:
+    """The whole answer that says what the first event of a stream says."""
+    body = event.removeprefix(b"data: ").partition(b"\n\n")[0]
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    head = {"type": "http.response.start", "status": int(HTTPStatus.TOO_MANY_REQUESTS)}
+    return {**head, "headers": [*headers, *_retry_after(body)]}, {"type": "http.response.body", "body": body}
+
+
+def _retry_after(body: bytes) -> list[tuple[bytes, bytes]]:
+    found = _RETRY_AFTER.search(body)
+    return [] if found is None else [(b"retry-after", found[1])]

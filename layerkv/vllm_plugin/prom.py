@@ -65,6 +65,7 @@ class LayerKVPromMetrics(KVConnectorPromMetrics):
         }
         self._children: dict[tuple[str, int], Any] = {}
         for engine in per_engine_labelvalues:
+            BACKLOG.expect(engine)
             for spec in METRICS:
                 if spec.label is None:
                     self._child(spec.name, engine)  # so that an unlabelled metric shows as 0 from the start

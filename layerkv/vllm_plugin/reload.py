@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 
 from layerkv.config import SloPolicy, load_policy
 from layerkv.errors import ConfigError
+from layerkv.runtime import catches_signal
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -46,6 +47,8 @@ class PolicySource:
 
 
 _sources: dict[str | None, PolicySource] = {}
+_before: list[Any] = []
+"""The SIGHUP handler that was there before ours; empty until ours is installed."""
 
 
 def follow_policy(path: str | None, policy: SloPolicy) -> PolicySource:
@@ -54,29 +57,37 @@ def follow_policy(path: str | None, policy: SloPolicy) -> PolicySource:
     source = _sources.get(absolute)
     if source is None:
         source = _sources[absolute] = PolicySource(absolute, policy)
-        if absolute is not None and len([key for key in _sources if key is not None]) == 1:
+        if absolute is not None:
             _listen()
     return source
 
 
+def is_listening() -> bool:
+    """Whether SIGHUP reloads policies in this process. If not, it may end the process."""
+    return bool(_before)
+
+
 def _listen() -> None:
+    if is_listening():
+        return
     if threading.current_thread() is not threading.main_thread():
         logger.debug("SIGHUP does not reload the policy here: this is not the main thread")
         return
-    before = signal.getsignal(signal.SIGHUP)
+    _before.append(signal.signal(signal.SIGHUP, _hang_up))
 
-    def handle(signum: int, frame: FrameType | None) -> Any:
-        # Not in the handler itself: it may have interrupted code that holds a lock which logging needs.
-        threading.Thread(target=_reload_all, name="layerkv-reload", daemon=True).start()
+
+def _hang_up(signum: int, frame: FrameType | None) -> None:
+    # Not in the handler itself: it may have interrupted code that holds a lock which logging needs.
+    threading.Thread(target=_reload_all, name="layerkv-reload", daemon=True).start()
+    for before in _before:
         if callable(before):
             before(signum, frame)
-
-    signal.signal(signal.SIGHUP, handle)
 
 
 def _reload_all() -> None:
     for source in list(_sources.values()):
         source.reload()
     for child in multiprocessing.active_children():
-        if child.name.startswith(ENGINE_CORE) and child.pid is not None:
+        # One that is still starting has no handler yet and would end; it reads the new file anyway.
+        if child.name.startswith(ENGINE_CORE) and child.pid is not None and catches_signal(child.pid, signal.SIGHUP):
             os.kill(child.pid, signal.SIGHUP)

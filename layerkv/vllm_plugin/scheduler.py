@@ -337,7 +337,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     def _track(self, request: Request) -> None:
         params = request.sampling_params
         try:
-            slo = slo_class_of(params.extra_args if params is not None else None, self._controller.policy)
+            # Not the controller's, which changes with the next step: the gate has let this request in by the new one.
+            slo = slo_class_of(params.extra_args if params is not None else None, self._policy_source.policy)
         except ConfigError as error:  # only without our front-end gate, that is with explicit class flags
             self._refuse(request.request_id, str(error), Reason.NEVER_FITS)
             return

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from layerkv.runtime import announce, running_engines, runtime_dir
+from layerkv.runtime import announce, catches_signal, running_engines, runtime_dir
 
 ANNOUNCE_AND_WAIT = """
 import os, sys
@@ -97,22 +98,50 @@ def test_a_forked_child_that_ends_does_not_withdraw_its_parent() -> None:
 def test_what_a_killed_engine_left_behind_is_ignored_and_removed(folder: Path) -> None:
     announce("slo.yaml")
     stale = folder / f"{ended_process()}.json"
-    stale.write_text(json.dumps({"policy_path": "/old.yaml", "started_unix_s": 1.0}))
+    stale.write_text(json.dumps({"policy_path": "/old.yaml", "started_unix_s": 1.0, "start_ticks": 1}))
     assert [engine.pid for engine in running_engines()] == [os.getpid()]
     assert not stale.exists()
+
+
+def test_a_process_that_has_got_the_id_of_a_killed_engine_is_not_taken_for_it(folder: Path) -> None:
+    path = announce("slo.yaml")
+    assert path is not None
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "start_ticks": fields["start_ticks"] - 1}))
+    assert running_engines() == []
+    assert not path.exists()
+
+
+def test_a_folder_into_which_others_can_write_is_not_believed(folder: Path) -> None:
+    announce("slo.yaml")
+    folder.chmod(0o777)
+    assert running_engines() == []
+    assert announce("slo.yaml") is None
+
+
+def test_a_process_is_known_to_catch_a_signal_while_it_has_a_handler() -> None:
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
+    try:
+        assert catches_signal(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not catches_signal(os.getpid(), signal.SIGHUP)
+    assert not catches_signal(ended_process(), signal.SIGHUP)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"policy_path": "/slo.yaml"}'])
 def test_a_file_that_is_no_announcement_is_passed_over(folder: Path, content: str) -> None:
     announce("slo.yaml")
     (folder / "1.json").write_text(content)
-    (folder / "notes.json").write_text('{"policy_path": "/slo.yaml", "started_unix_s": 1.0}')
+    (folder / "notes.json").write_text('{"policy_path": "/slo.yaml", "started_unix_s": 1.0, "start_ticks": 1}')
     assert [engine.pid for engine in running_engines()] == [os.getpid()]
 
 
 def test_engines_are_listed_from_the_oldest_on(folder: Path) -> None:
     announce("slo.yaml")
-    (folder / f"{os.getppid()}.json").write_text(json.dumps({"policy_path": "/slo.yaml", "started_unix_s": 1.0}))
+    start_ticks = int(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
+    fields = {"policy_path": "/slo.yaml", "started_unix_s": 1.0, "start_ticks": start_ticks}
+    (folder / f"{os.getppid()}.json").write_text(json.dumps(fields))
     assert [engine.pid for engine in running_engines()] == [os.getppid(), os.getpid()]
 
 

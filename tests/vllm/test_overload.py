@@ -31,6 +31,7 @@ POLICY = SloPolicy(classes={"chat": REJECTS, "batch": QUEUES}, default_class="ch
 def backlog(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backlog]:
     """This process's backlog, empty before and after."""
     monkeypatch.setattr(overload.BACKLOG, "_seconds", {})
+    monkeypatch.setattr(overload.BACKLOG, "_engines", set())
     return overload.BACKLOG
 
 
@@ -59,6 +60,16 @@ def test_of_several_engines_the_one_with_the_least_to_do_counts() -> None:
     backlog.note("chat", 0, 9.0, 100.0)
     backlog.note("chat", 1, 3.0, 100.0)
     assert backlog.seconds("chat", 100.0) == 3.0
+
+
+def test_beside_busy_engines_one_that_says_nothing_has_room() -> None:
+    backlog = Backlog()
+    backlog.expect(0)
+    backlog.expect(1)
+    backlog.note("chat", 0, 9.0, 100.0)
+    assert backlog.seconds("chat", 100.0) == 0.0
+    backlog.note("chat", 1, 3.0, 90.0)
+    assert backlog.seconds("chat", 100.0) == 0.0
 
 
 def test_the_gauge_that_carries_it_is_a_metric_by_class() -> None:
@@ -172,11 +183,42 @@ def test_vllms_error_response_gets_the_header_and_keeps_its_body(backlog: Backlo
     assert int(response.headers["content-length"]) == len(response.content)
 
 
-def answering(status: int, *parts: bytes) -> Callable[..., Awaitable[None]]:
+@pytest.mark.parametrize("stream_types", [b"text/event-stream", b"text/event-stream; charset=utf-8"])
+def test_a_stream_whose_first_event_refuses_becomes_an_answer_429(stream_types: bytes) -> None:
+    message = "overloaded: about 9.0 s of prompts wait before a request of class 'chat'; retry after 7 s"
+    error = json.dumps({"error": {"message": message, "type": "Too Many Requests", "param": None, "code": 429}})
+    parts = (f"data: {error}\n\n".encode(), b"data: [DONE]\n\n", b"")
+    response = answer(answering(200, *parts, content_type=stream_types))
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "7"
+    assert response.headers["content-type"] == "application/json"
+    assert response.json() == json.loads(error)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b'data: {"choices": [{"text": "overloaded: retry after 3 s"}]}\n\n',
+        b'data: {"error": {"message": "slo_class: found nope", "code": 400}}\n\n',
+        b": keep-alive\n\n",
+    ],
+)
+def test_any_other_stream_passes_through_event_by_event(first: bytes) -> None:
+    response = answer(answering(200, first, b"data: [DONE]\n\n", content_type=b"text/event-stream"))
+    assert (response.status_code, response.content) == (200, first + b"data: [DONE]\n\n")
+
+
+def answering(status: int, *parts: bytes, content_type: bytes = b"text/plain") -> Callable[..., Awaitable[None]]:
     """An application behind the middleware that answers this, part by part."""
 
     async def app(scope: Any, receive: Any, send: Callable[[Any], Awaitable[None]]) -> None:
-        await send({"type": "http.response.start", "status": status, "headers": [(b"x-test", b"1")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [(b"x-test", b"1"), (b"content-type", content_type)],
+            }
+        )
         for number, part in enumerate(parts, start=1):
             await send({"type": "http.response.body", "body": part, "more_body": number < len(parts)})
 

@@ -146,6 +146,8 @@ thread.start()
 thread.join()
 assert sources[0].policy is old_policy
 assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+from layerkv.vllm_plugin.reload import is_listening
+assert not is_listening()
 """,
         policy,
     )

@@ -92,3 +92,22 @@ def test_a_disk_that_fills_ends_the_log_with_one_message() -> None:
     log.close()
     assert len(messages) == 1
     assert "/dev/full ends here" in messages[0]
+
+
+def test_a_line_in_which_an_engine_was_killed_is_left_out_when_the_next_one_goes_on_behind_it(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    for _ in range(2):
+        log = DecisionLog(path)
+        log.write(ENTRIES)
+        log.close()
+        with path.open("a") as file:
+            file.write('{"time_s": 9.0, "requ')
+    assert list(read_log(path)) == [*ENTRIES, *ENTRIES]
+
+
+def test_another_file_is_never_written_to(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("dear diary\n")
+    with pytest.raises(ConfigError, match="another file is there"):
+        DecisionLog(path)
+    assert path.read_text() == "dear diary\n"
