@@ -40,6 +40,7 @@ POOL_SHARE = 0.75
 # Beyond these, costs go on as they did, and measuring would take long.
 MOST_POPULATION_TOKENS = 24_576
 MOST_MODEL_TOKENS = 8192
+POPULATION_OUTPUT_TOKENS = 640
 COPY_ARENA_BYTES = 256 << 20
 COPY_TIMEOUT_S = 60.0
 REPORT_INTERVAL_S = 0.5
@@ -358,7 +359,9 @@ def _run_population(
     driver: StepDriver, population: Population, limits: Limits, decode_steps: int, progress: _Progress
 ) -> None:
     longest = max(population.lengths)
-    ids = [driver.add(length, max_tokens=limits.model_tokens - longest) for length in population.lengths]
+    # far more than the steps below, and little enough that the scheduler lets them all in
+    max_tokens = min(limits.model_tokens - longest, POPULATION_OUTPUT_TOKENS)
+    ids = [driver.add(length, max_tokens=max_tokens) for length in population.lengths]
     chunks = itertools.cycle(chunk_cycle(limits.step_tokens))
     while driver.is_prefilling:
         driver.step(next(chunks))

@@ -102,7 +102,8 @@ class CostProfile:
         load: Bytes of one load -> seconds.
         layered_step_s: What layer hooks add to a step with layered requests.
         exposed_share: Share of layered copy time that compute does not hide, 0 to 1.
-        kv_bytes_per_token: KV bytes of one token over all layers and ranks; 0 if unknown.
+        kv_bytes_per_token: KV bytes of one token over all layers; 0 if unknown. With tensor parallelism of one rank or
+            of all, as long as the copy curves are of the same bytes (ranks copy side by side).
         made: How it was made: command, date, versions, machine (text by name).
     """
 

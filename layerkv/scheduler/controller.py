@@ -16,7 +16,14 @@ from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile, StepWork
 from layerkv.scheduler.costs import OnlineCost
 from layerkv.scheduler.host_share import HostShare
-from layerkv.scheduler.lengths import LOW_QUANTILE, MIDDLE_QUANTILE, LengthPredictor, MaxTokens, QuantileLengths
+from layerkv.scheduler.lengths import (
+    LOW_QUANTILE,
+    MIDDLE_QUANTILE,
+    UNKNOWN_TOKENS,
+    LengthPredictor,
+    MaxTokens,
+    QuantileLengths,
+)
 from layerkv.scheduler.policy import PolicyLimits, decide
 from layerkv.scheduler.reasons import Event, LogEntry, Reason
 from layerkv.scheduler.snapshot import (
@@ -31,10 +38,6 @@ from layerkv.scheduler.snapshot import (
 )
 from layerkv.scheduler.tracker import DeadlineQueue, TrackedRequest
 
-LOOKAHEAD = 128
-"""Waiting prompts that one decision sees: far more than a step starts, enough to tell who will be late."""
-QUEUE_HEAD = 32
-"""Parked requests that one decision sees."""
 REPREDICT_TOKENS = 32
 EXCHANGE_STEPS = 3
 """Steps until the blocks of a request parked to make room are surely free, asynchronous scheduling included."""
@@ -51,7 +54,7 @@ class EngineShape:
     Attributes:
         mode: The engine's ``mode`` option.
         block_tokens: Tokens per block.
-        block_bytes: Bytes of a block over all layers and ranks.
+        block_bytes: Bytes of a block over all layers, of whatever ranks the profile's copy curves are.
         pool_blocks: Pool blocks that requests can ever hold.
         zone_blocks: Size of the lane zone.
         host_blocks: Size of host memory.
@@ -109,6 +112,8 @@ class EngineState(NamedTuple):
         resuming: Requests whose fetch has ended and that decode from this step on.
         steps_ahead: Steps in flight when this one is scheduled; frees are deferred exactly when there are any.
         is_paused: Whether no new request may start.
+        held_tokens: Tokens to compute of requests that hold KV and wait for neither compute nor a fetch by our books
+            (a fetch that failed, the next turn of a session): vLLM takes them up by itself.
     """
 
     step: int
@@ -123,6 +128,7 @@ class EngineState(NamedTuple):
     resuming: int = 0
     steps_ahead: int = 0
     is_paused: bool = False
+    held_tokens: int = 0
 
 
 class _Seen(NamedTuple):
@@ -332,8 +338,7 @@ class Controller:
 
     def step_done(self, work: StepWork, seconds: float, *, firsts_late: bool | None = None) -> None:
         """A step has ended: correct the costs, and eLLM's share of host memory."""
-        self.cost.observe(work, seconds)
-        self._is_cost_known = True
+        self._is_cost_known |= self.cost.observe(work, seconds)
         if self.policy.adapt_host_share and (self._most_are_late is not None or firsts_late is not None):
             self.host_share.observe(decodes_are_late=self._most_are_late, first_was_late=firsts_late)
         self._most_are_late = None
@@ -379,7 +384,7 @@ class Controller:
     ) -> Snapshot:
         """The engine before a step, as the policy sees it. Changes nothing but predictions."""
         shape, policy = self.shape, self.policy
-        waiting = [] if engine.is_paused else self.waiting.head(LOOKAHEAD, now_s, is_startable)
+        waiting = [] if engine.is_paused else self.waiting.head(self._limits.scan, now_s, is_startable)
         seen = self._look(engine, now_s)
         self._most_are_late = 2 * seen.num_late > seen.num_decodes if seen.num_decodes else None
         cost = self.cost.view if self._is_cost_known and policy.slo_scheduling else None
@@ -408,16 +413,17 @@ class Controller:
             budget_tokens=engine.budget_tokens,
             decode_tokens=num_decodes,
             decode_context=seen.decode_context,
-            prefilling_tokens=seen.prefilling_tokens,
+            prefilling_tokens=seen.prefilling_tokens + engine.held_tokens,
             decode_slack_s=seen.decode_slack_s if shape.can_chunk and cost is not None else math.inf,
             tightest_tpot_s=seen.tightest_tpot_s,
             steps_without_prefill=self._steps_without_prefill,
+            is_paused=engine.is_paused,
             can_exchange=engine.step - self._last_exchange_step >= EXCHANGE_STEPS,
             can_store_ahead=engine.step % STORE_AHEAD_STEPS == 0,
             cost=cost,
             num_resident=seen.num_resident,
             waiting=waiting,
-            parked=self.parked.head(QUEUE_HEAD, now_s, is_fetchable),
+            parked=self.parked.head(self._limits.scan_parked, now_s, is_fetchable),
             resident=seen.resident,
             layered=seen.layered,
             hits=hits(waiting) if hits is not None and waiting else {},
@@ -516,6 +522,7 @@ class Controller:
                         left,
                         r.num_computed,
                         stored_of.get(r.request_id, 0),
+                        tracked.rank,
                     )
                 )
         for request_id, num_blocks, num_output in engine.arriving:
@@ -528,9 +535,13 @@ class Controller:
         )
 
     def _predict(self, tracked: TrackedRequest, num_output: int) -> None:
-        name, most, total = tracked.slo.name, tracked.max_tokens, self.lengths.total_tokens
-        tracked.low_tokens = total(name, num_output, most, LOW_QUANTILE)
-        tracked.middle_tokens = total(name, num_output, most, MIDDLE_QUANTILE)
+        """Without anything known: slack as if it made all it may, memory for a while ahead."""
+        name, total = tracked.slo.name, self.lengths.total_tokens
+        most = max(tracked.max_tokens, num_output + 1)
+        low = total(name, num_output, most, LOW_QUANTILE)
+        middle = total(name, num_output, most, MIDDLE_QUANTILE)
+        tracked.low_tokens = most if low is None else low
+        tracked.middle_tokens = min(most, num_output + UNKNOWN_TOKENS) if middle is None else middle
         tracked.predict_again_at = num_output + REPREDICT_TOKENS
 
     def _refresh(self, tracked: TrackedRequest, num_output: int) -> None:

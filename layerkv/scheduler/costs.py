@@ -27,34 +27,37 @@ class OnlineCost:
         self._has_decoded = self._has_prefilled = is_measured
         self.view = CostView(profile)
 
-    def observe(self, work: StepWork, seconds: float) -> None:
-        """A step that did ``work`` took so long. What is no duration (a clock that jumped) is left out."""
+    def observe(self, work: StepWork, seconds: float) -> bool:
+        """A step that did ``work`` took so long; returns whether that taught anything.
+
+        What is no duration (a clock that jumped) is left out, and so is a step in which copies took the time.
+        """
         if not (seconds > 0 and math.isfinite(seconds)):
-            return
+            return False
         view, profile = self.view, self.view.profile
         if work.is_layered:
             copy_s = max(profile.store(work.stored_bytes), profile.load(work.loaded_bytes))
             seconds -= profile.layered_step_s + profile.exposed_share * copy_s
             if seconds <= copy_s:
-                return  # copies took the time: that says nothing of what computing takes
+                return False
         decode_s = profile.decode_part_s(work)
         prefill_s = profile.prefill_part_s(work)
+        if prefill_s <= 0 and decode_s <= 0:
+            return False
         if prefill_s <= 0:
-            if decode_s > 0:
-                factor = self._moved(view.decode_factor, seconds / decode_s, is_first=not self._has_decoded)
-                self._has_decoded = True
-                self.view = view._replace(decode_factor=factor)
-            return
-        if not self._has_decoded:  # nothing is known of scale: take all terms to be wrong alike
+            factor = self._moved(view.decode_factor, seconds / decode_s, is_first=not self._has_decoded)
+            self._has_decoded = True
+            self.view = view._replace(decode_factor=factor)
+        elif not self._has_decoded:  # nothing is known of scale: take all terms to be wrong alike
             factor = self._moved(view.prefill_factor, seconds / (decode_s + prefill_s), is_first=True)
             self.view = view._replace(decode_factor=factor, prefill_factor=factor)
             self._has_decoded = self._has_prefilled = True
-            return
-        rest_s = seconds - decode_s * view.decode_factor
-        ratio = max(rest_s, 0.0) / prefill_s
-        factor = self._moved(view.prefill_factor, ratio, is_first=not self._has_prefilled)
-        self._has_prefilled = True
-        self.view = view._replace(prefill_factor=factor)
+        else:
+            rest_s = seconds - decode_s * view.decode_factor
+            factor = self._moved(view.prefill_factor, max(rest_s, 0.0) / prefill_s, is_first=not self._has_prefilled)
+            self._has_prefilled = True
+            self.view = view._replace(prefill_factor=factor)
+        return True
 
     def _moved(self, factor: float, ratio: float, *, is_first: bool) -> float:
         if is_first:

@@ -11,6 +11,9 @@ LOW_QUANTILE = 0.25
 (LayerKV, section on N_future: over-prediction is the dangerous side)."""
 MIDDLE_QUANTILE = 0.5
 """For memory: half of the requests outgrow it; parking is there for those."""
+UNKNOWN_TOKENS = 1024
+"""What memory is planned for while nothing is known: clients often allow far more tokens than they want, and a pool
+kept free for those would stand empty."""
 MIN_SAMPLES = 16
 WINDOW = 512
 
@@ -21,10 +24,11 @@ class LengthPredictor(Protocol):
     def observe(self, slo_class: str, num_tokens: int) -> None:
         """A request of the class has finished by itself after ``num_tokens`` output tokens."""
 
-    def total_tokens(self, slo_class: str, num_made: int, max_tokens: int, quantile: float) -> int:
+    def total_tokens(self, slo_class: str, num_made: int, max_tokens: int, quantile: float) -> int | None:
         """Output tokens in all that a request which has made ``num_made`` will have made, at that quantile.
 
-        Never below ``num_made + 1``, never above ``max_tokens`` unless that has been passed already.
+        Never below ``num_made + 1``, never above ``max_tokens`` unless that has been passed already. None if nothing
+        is known.
         """
 
 
@@ -34,9 +38,9 @@ class MaxTokens:
     def observe(self, slo_class: str, num_tokens: int) -> None:
         """Nothing is learned."""
 
-    def total_tokens(self, slo_class: str, num_made: int, max_tokens: int, quantile: float) -> int:
-        """``max_tokens``."""
-        return max(max_tokens, num_made + 1)
+    def total_tokens(self, slo_class: str, num_made: int, max_tokens: int, quantile: float) -> int | None:
+        """Nothing is known."""
+        return None
 
 
 class QuantileLengths:
@@ -55,12 +59,12 @@ class QuantileLengths:
         recent.append(num_tokens)
         insort(lengths, num_tokens)
 
-    def total_tokens(self, slo_class: str, num_made: int, max_tokens: int, quantile: float) -> int:
-        """The quantile, or ``max_tokens`` while fewer than :data:`MIN_SAMPLES` such requests have finished."""
+    def total_tokens(self, slo_class: str, num_made: int, max_tokens: int, quantile: float) -> int | None:
+        """The quantile; None while fewer than :data:`MIN_SAMPLES` such requests have finished."""
         lengths = self._sorted.get(slo_class, ())
         first_longer = bisect_right(lengths, num_made)
         num_longer = len(lengths) - first_longer
         if num_longer < MIN_SAMPLES:
-            return max(max_tokens, num_made + 1)
+            return None
         total = lengths[first_longer + int(quantile * num_longer)]
         return max(min(total, max_tokens), num_made + 1)

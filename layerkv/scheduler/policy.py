@@ -121,7 +121,6 @@ def decide(snapshot: Snapshot, limits: PolicyLimits | None = None) -> Decision:
     else:
         _grant_claims(s, limits, draft, claims, forecast)
         _make_room(s, limits, draft)
-    _store_ahead(s, limits, draft, forecast)
     turn = _Turn(
         tokens=max(prefill_tokens - s.prefilling_tokens, 0),
         prefill_tokens=prefill_tokens,
@@ -130,6 +129,7 @@ def decide(snapshot: Snapshot, limits: PolicyLimits | None = None) -> Decision:
         pool_is_contended=draft.blocked is not None or is_relieving,
     )
     _admit(s, limits, draft, _by_turn(s, limits, waiting, late), turn)
+    _store_ahead(s, limits, draft, forecast)
     return Decision(
         park=tuple(draft.park),
         recompute=tuple(draft.recompute),
@@ -191,11 +191,12 @@ def _relieve_pool(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> None:
     deficit = s.growth_blocks - s.free_blocks
     if deficit <= 0:
         return
+    num_victims = 0
     for r in _by_reluctance(s, limits, draft):
-        if deficit <= 0 or len(draft.park) + len(draft.recompute) + 1 >= max(s.num_resident, 2):
+        if deficit <= 0 or num_victims + 1 >= max(s.num_resident, 2):
             break  # the last resident goes on: the pool holds any single request
         needs_host = r.num_blocks - r.num_stored
-        if _recompute_is_cheaper(s, r):
+        if not s.is_paused and _recompute_is_cheaper(s, r):
             draft.recompute.append(r.request_id)
             draft.reasons[r.request_id] = Reason.RECOMPUTE_CHEAPER
         elif needs_host <= draft.host:
@@ -204,6 +205,7 @@ def _relieve_pool(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> None:
             draft.host -= needs_host
         else:
             continue  # no room in host memory: vLLM preempts by itself if it must
+        num_victims += 1
         deficit -= r.num_blocks
         draft.pool += r.num_blocks
         draft.residents -= 1
@@ -213,12 +215,13 @@ def _relieve_pool(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> None:
 def _by_reluctance(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> list[ResidentRequest]:
     """Who may be parked, most readily first.
 
-    Spared are those that came a moment ago, then those that can be on time, the weighty, and the urgent.
+    Spared are those that came a moment ago, then those of better rank, those that can be on time, the weighty, and
+    the urgent.
     """
     if draft.by_reluctance is None:
         now_s, recent = s.now_s if s.slo_scheduling else math.inf, limits.min_resident_steps
         keyed = [
-            (r.steps_resident < recent, r.deadline_s >= now_s, r.weight, -r.deadline_s, r.request_id, r)
+            (r.steps_resident < recent, -r.rank, r.deadline_s >= now_s, r.weight, -r.deadline_s, r.request_id, r)
             for r in s.resident
             if r.can_park
         ]
@@ -368,7 +371,8 @@ def _who_can_wait(
         _, back_s = _times(s, r.num_blocks)
         can_wait = r.deadline_s - s.now_s > stay_s + back_s or (r.deadline_s < s.now_s and r.weight < claim.weight)
         needs_host = r.num_blocks - r.num_stored
-        if r.steps_resident >= limits.min_resident_steps and can_wait and needs_host <= host:
+        may_wait = can_wait and r.rank >= claim.rank and r.steps_resident >= limits.min_resident_steps
+        if may_wait and needs_host <= host:
             chosen.append(r)
             missing -= r.num_blocks
             host -= needs_host
@@ -383,7 +387,11 @@ def _times(s: Snapshot, num_blocks: int) -> tuple[float, float]:
 
 
 def _store_ahead(s: Snapshot, limits: PolicyLimits, draft: _Draft, forecast: Forecast) -> None:
-    """Copy one more likely victim to host memory if the pool is going to run short: then its park costs nothing."""
+    """Copy one more likely victim to host memory if the pool is going to run short: then its park costs nothing.
+
+    Half of host memory is left to prompts and parks that need it at once: a copy made ahead stays until its request
+    is parked or ends.
+    """
     if not s.can_store_ahead or draft.park or draft.recompute or s.num_resident < 2:
         return
     shortage = forecast.shortage(limits.ahead_steps, draft.pool)
@@ -392,7 +400,7 @@ def _store_ahead(s: Snapshot, limits: PolicyLimits, draft: _Draft, forecast: For
     for r in _by_reluctance(s, limits, draft):
         whole_blocks = r.num_tokens // s.block_tokens
         if r.num_stored * 2 < whole_blocks:
-            if whole_blocks - r.num_stored <= draft.host:
+            if whole_blocks - r.num_stored <= draft.host - s.host_blocks // 2:
                 draft.store_ahead.append(r.request_id)
                 draft.host -= whole_blocks - r.num_stored
             return
@@ -501,7 +509,7 @@ def _where_to_start(
         return "zone", Reason.POOL_CONTENDED
     if obstacle is Reason.HOST_FULL and fits:
         return "pool", Reason.HOST_FULL_RESIDENT  # stock behaviour
-    turn.zone_is_promised = True
+    turn.zone_is_promised = obstacle is not Reason.WAIT_IS_SHORTER
     return None, obstacle
 
 

@@ -79,7 +79,8 @@ def late_prompts(s: Snapshot, waiting: Sequence[WaitingRequest], prefill_tokens:
         tokens = max(prefill_tokens, ROUND_TOKENS)
         alone_s = s.cost.prefill_s(tokens)
         stretch = step_seconds(s, s.cost, tokens) / alone_s * s.cost.prefill_factor if alone_s > 0 else 0.0
-        end_s += s.cost.prefill_s(s.prefilling_tokens) * stretch / s.cost.prefill_factor if s.prefilling_tokens else 0.0
+        # prompts under way, as so many steps of the full budget
+        end_s += step_seconds(s, s.cost, tokens) * s.prefilling_tokens / tokens
     on_time: list[tuple[float, str, float]] = []
     for w in waiting:
         if w.deadline_s < s.now_s:

@@ -90,6 +90,7 @@ class ResidentRequest(NamedTuple):
         tokens_left: Output tokens that it is predicted to make still.
         num_tokens: Tokens whose KV it has.
         num_stored: Leading blocks of it that host memory holds already (stored ahead).
+        rank: As for a waiting request.
     """
 
     request_id: str
@@ -101,6 +102,7 @@ class ResidentRequest(NamedTuple):
     tokens_left: int = 1
     num_tokens: int = 0
     num_stored: int = 0
+    rank: int = 0
 
 
 class LayeredRequest(NamedTuple):
@@ -155,6 +157,7 @@ class Snapshot:
             becomes late (LayerKV Eq. 1-2); infinite when nobody decodes.
         tightest_tpot_s: The smallest TPOT objective among requests that decode.
         steps_without_prefill: Steps since the last one that computed prompt tokens, while prompts were there.
+        is_paused: Whether no new request may start: what gives its KV up now could not be computed again.
         can_exchange: Whether a resident request may be parked to make room for another: not while the last such
             exchange is still being carried out.
         can_store_ahead: Whether to look for a victim to store ahead: every few steps is often enough.
@@ -192,6 +195,7 @@ class Snapshot:
     decode_slack_s: float = math.inf
     tightest_tpot_s: float = math.inf
     steps_without_prefill: int = 0
+    is_paused: bool = False
     can_exchange: bool = True
     can_store_ahead: bool = True
     cost: CostView | None = None

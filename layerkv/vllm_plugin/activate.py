@@ -88,6 +88,6 @@ def _activate(vllm_config: VllmConfig) -> None:
     vllm_config.scheduler_config.scheduler_cls = OUR_ASYNC_SCHEDULER if use_async else OUR_SCHEDULER
     transfer.kv_load_failure_policy = "recompute"  # a parked request can always be computed again
     add_gate(vllm_config, config.policy, config.policy_path)
-    follow_policy(config.policy_path, config.policy)
+    follow_policy(config.policy_path, config.policy).policy = config.policy  # the file as it is now
     if config.policy_path is not None and is_listening():  # else SIGHUP would end this process
         announce(config.policy_path)

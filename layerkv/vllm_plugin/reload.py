@@ -6,6 +6,7 @@ the signal on to the engine cores that it started. A file that is invalid is ref
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -49,6 +50,8 @@ class PolicySource:
 _sources: dict[str | None, PolicySource] = {}
 _before: list[Any] = []
 """The SIGHUP handler that was there before ours; empty until ours is installed."""
+_bell: list[int] = []
+"""Where the handler writes a byte for the thread that reloads."""
 
 
 def follow_policy(path: str | None, policy: SloPolicy) -> PolicySource:
@@ -73,12 +76,22 @@ def _listen() -> None:
     if threading.current_thread() is not threading.main_thread():
         logger.debug("SIGHUP does not reload the policy here: this is not the main thread")
         return
+    # The handler only writes a byte: it may have interrupted code that holds a lock which logging or threads need.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    _bell.append(writer)
+    threading.Thread(target=_reload_at_every_ring, args=(reader,), name="layerkv-reload", daemon=True).start()
     _before.append(signal.signal(signal.SIGHUP, _hang_up))
 
 
+def _reload_at_every_ring(reader: int) -> None:
+    while os.read(reader, 4096):
+        _reload_all()
+
+
 def _hang_up(signum: int, frame: FrameType | None) -> None:
-    # Not in the handler itself: it may have interrupted code that holds a lock which logging needs.
-    threading.Thread(target=_reload_all, name="layerkv-reload", daemon=True).start()
+    with contextlib.suppress(BlockingIOError):  # so many rings wait already that one more says nothing
+        os.write(_bell[0], b"!")
     for before in _before:
         if callable(before):
             before(signum, frame)

@@ -23,7 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 from layerkv.config import slo_class_of
 from layerkv.core.cost import StepWork, generic_profile, load_profile
 from layerkv.core.residency import Residency
-from layerkv.errors import ConfigError
+from layerkv.errors import CapacityError, ConfigError
 from layerkv.scheduler.controller import Controller, EngineShape
 from layerkv.scheduler.decision_log import DecisionLog
 from layerkv.scheduler.reasons import Reason
@@ -61,6 +61,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     """Over either of vLLM's schedulers. Without our spec (passthrough) it adds nothing."""
 
     running: list[Request]
+    adaptive_long_prefill_threshold: bool
     max_num_scheduled_tokens: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,7 +82,9 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         assert isinstance(manager, LayerKVManager)
         self._policy_source = follow_policy(side.config.policy_path, side.config.policy)
         self._controller = self._make_controller()
-        path = side.config.decision_log
+        path, rank = side.config.decision_log, self.vllm_config.parallel_config.data_parallel_rank
+        if path is not None and rank > 0:
+            path = f"{path}.{rank}"  # each engine writes a log of its own
         self._log = DecisionLog(path, on_error=logger.error) if path is not None else None
         self._refused: dict[str, str] = {}
         self._no_first_token: set[str] = set()
@@ -214,7 +217,11 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             self._give_up(self.requests[request_id], now_s)
         chosen = self._chosen(decision)
         is_paused = self._pause_state is not PauseState.UNPAUSED
-        saved = (self.max_num_scheduled_tokens, self.scheduler_config.long_prefill_token_threshold)
+        saved = (
+            self.max_num_scheduled_tokens,
+            self.scheduler_config.long_prefill_token_threshold,
+            self.adaptive_long_prefill_threshold,
+        )
         self._side.metrics.add("layerkv_decide_seconds", time.monotonic() - now_s)
         try:
             self._limit_prefill(snapshot, decision)
@@ -224,7 +231,11 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self._queue.show(chosen)
             output = super().schedule(throttle_prefills)
         finally:
-            self.max_num_scheduled_tokens, self.scheduler_config.long_prefill_token_threshold = saved
+            (
+                self.max_num_scheduled_tokens,
+                self.scheduler_config.long_prefill_token_threshold,
+                self.adaptive_long_prefill_threshold,
+            ) = saved
             self._queue.show(())
             if is_paused:
                 self._undrain(chosen)
@@ -247,6 +258,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             share = max(min(room, decision.prefill_tokens) // len(prefilling), 1)
             threshold = self.scheduler_config.long_prefill_token_threshold
             self.scheduler_config.long_prefill_token_threshold = min(share, threshold) if threshold else share
+            self.adaptive_long_prefill_threshold = False  # it would raise the share again
 
     def _drain(self, fetched: list[Request]) -> None:
         """While new requests are paused, vLLM looks only at those that hold KV; parked ones do, in host memory."""
@@ -257,7 +269,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     def _undrain(self, fetched: list[Request]) -> None:
         for request in fetched:
             if self._ledger.residency.get(request.request_id) is Residency.PARKED:
-                self.kv_holding_waiting.remove_request(request)
+                self.kv_holding_waiting.remove_requests((request,))  # vLLM may have moved it back already
                 self._queue.add_request(request)
 
     def _park(self, request_ids: Iterable[str], now_s: float) -> None:
@@ -295,9 +307,13 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             request = self.requests[admission.request_id]
             if admission.layered:
                 table_blocks = -(-request.num_tokens // self._side.geometry.block_tokens)
-                self._ledger.admit_layered(
-                    admission.request_id, table_blocks=table_blocks, zone_blocks=admission.zone_blocks
-                )
+                try:
+                    self._ledger.admit_layered(
+                        admission.request_id, table_blocks=table_blocks, zone_blocks=admission.zone_blocks
+                    )
+                except CapacityError as error:  # what it was decided from has changed: it waits for the next step
+                    logger.debug("request %s is not admitted in this step: %s", admission.request_id, error)
+                    continue
             chosen.append(request)
         return chosen + self._strangers()
 
@@ -329,7 +345,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                     metrics.observe("layerkv_admission_wait_seconds", waited_s)
                 continue
             metrics.add("layerkv_declined", 1)
-            if admission.layered and self._ledger.residency[admission.request_id] is Residency.WAITING:
+            if self._ledger.is_layered(admission.request_id):
                 self._ledger.cancel_layered(admission.request_id)
 
     # Requests coming and going ---------------------------------------------------------------------------------
@@ -358,17 +374,20 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._no_first_token.add(request.request_id)
 
     def _recomputes(self, request: Request) -> None:
-        """The request's KV is given up: it waits for compute again."""
-        self._controller.recomputes(request.request_id, request.num_tokens, request.num_output_tokens, time.monotonic())
+        """The request's KV is given up: it waits for compute again, with the token that is still on its way."""
+        num_tokens = request.num_tokens + (1 if request.num_stale_output_tokens else 0)
+        self._controller.recomputes(request.request_id, num_tokens, request.num_output_tokens, time.monotonic())
 
     def _untrack(self, request: Request) -> None:
         request_id = request.request_id
+        if request.num_output_tokens and request_id in self._no_first_token:  # it ends with its first token
+            self._note_first_token(request_id, time.monotonic())
+        self._no_first_token.discard(request_id)
         has_finished = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
         self._controller.leave(
             request_id, num_output=request.num_output_tokens, has_finished=has_finished, now_s=time.monotonic()
         )
         self._refused.pop(request_id, None)
-        self._no_first_token.discard(request_id)
 
     def _refuse(self, request_id: str, text: str, reason: Reason) -> None:
         self._refused[request_id] = text
@@ -398,21 +417,24 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             for output in of_client.outputs:
                 if output.new_token_ids and output.request_id in self._no_first_token:
                     self._no_first_token.discard(output.request_id)
-                    found = self._controller.first_token(output.request_id, now_s)
-                    if found is None:  # finished with its first token
-                        continue
-                    slo, on_time = found
-                    were_late = bool(were_late) or not on_time
-                    name = "layerkv_ttft_slo_met" if on_time else "layerkv_ttft_slo_missed"
-                    self._side.metrics.add(name, 1, slo.name)
+                    were_late = bool(were_late) or not self._note_first_token(output.request_id, now_s)
         return were_late
+
+    def _note_first_token(self, request_id: str, now_s: float) -> bool:
+        """Count a first token; whether it was on time."""
+        found = self._controller.first_token(request_id, now_s)
+        if found is None:
+            return True
+        slo, on_time = found
+        self._side.metrics.add("layerkv_ttft_slo_met" if on_time else "layerkv_ttft_slo_missed", 1, slo.name)
+        return on_time
 
     # Telling -----------------------------------------------------------------------------------------------------
 
     def _make_controller(self) -> Controller:
         side, config = self._side, self._side.config
-        geometry, ranks = side.geometry, self.vllm_config.parallel_config.tensor_parallel_size
-        block_bytes = geometry.block_bytes * ranks
+        geometry = side.geometry
+        block_bytes = geometry.block_bytes  # of one worker: tensor-parallel ranks copy side by side
         shape = EngineShape(
             mode=config.mode,
             block_tokens=geometry.block_tokens,
@@ -445,7 +467,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
 
     def _report_backlog(self, now_s: float) -> None:
         """Tell the front end what a new request would wait behind, for classes that are refused under overload."""
-        if now_s - self._last_backlog_s < BACKLOG_INTERVAL_S:
+        if now_s - self._last_backlog_s < BACKLOG_INTERVAL_S and self._controller.waiting:
             return
         self._last_backlog_s = now_s
         for slo in self._controller.policy.classes.values():

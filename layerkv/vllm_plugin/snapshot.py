@@ -9,6 +9,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
 from layerkv.core.cost import StepWork, chunk_pairs
+from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.scheduler.controller import EngineState, Running
 from layerkv.scheduler.snapshot import ParkedRequest, PrefixHit, WaitingRequest
@@ -59,6 +60,7 @@ class EngineReader:
             resuming=len(s.finished_recving_kv_req_ids),
             steps_ahead=steps_ahead(s),
             is_paused=s._pause_state is not PauseState.UNPAUSED,
+            held_tokens=self._held_tokens(),
         )
 
     def work(self, output: SchedulerOutput, plan: StepPlan | None) -> StepWork:
@@ -138,6 +140,15 @@ class EngineReader:
             for request in self._scheduler.kv_holding_waiting
             if request.request_id in req_to_blocks
         ]
+
+    def _held_tokens(self) -> int:
+        s, residency = self._scheduler, self._ledger.residency
+        return sum(
+            request.num_tokens - request.num_computed_tokens
+            for request in s.kv_holding_waiting
+            if residency.get(request.request_id) is not Residency.FETCHING
+            and request.request_id not in s.finished_recving_kv_req_ids
+        )
 
     def _full_loras(self) -> set[int] | None:
         """Adapters in use when no further one may start; None when any may."""

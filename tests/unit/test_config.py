@@ -57,8 +57,8 @@ def test_every_shipped_policy_loads(path: Path) -> None:
     assert load_policy(path).classes
 
 
-def test_two_policies_are_shipped() -> None:
-    assert [path.name for path in SHIPPED_POLICIES] == ["chat-and-batch.yaml", "demo.yaml"]
+def test_three_policies_are_shipped() -> None:
+    assert [path.name for path in SHIPPED_POLICIES] == ["chat-and-batch.yaml", "demo.yaml", "overload.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from layerkv.config import SloClass
 from layerkv.core.cost import StepWork
 from layerkv.scheduler.controller import EXCHANGE_STEPS, Controller, EngineShape, EngineState, Running
-from layerkv.scheduler.lengths import MIN_SAMPLES, MaxTokens, QuantileLengths
+from layerkv.scheduler.lengths import MIN_SAMPLES, UNKNOWN_TOKENS, MaxTokens, QuantileLengths
 from layerkv.scheduler.reasons import Event, LogEntry, Reason
 from tests.fakes.tiny_scheduler import BLOCK_BYTES, BLOCK_TOKENS, policy, profile
 
@@ -342,3 +342,10 @@ def test_the_share_of_host_memory_shrinks_when_decodes_are_late_and_the_policy_s
             c.decide(engine(decoding("d")), 99.0)
             c.step_done(StepWork(num_decodes=1), 0.01)
         assert c.snapshot(engine(decoding("d")), 99.0).early_host_blocks == expected
+
+
+def test_while_nothing_is_known_memory_is_planned_for_a_while_ahead_and_slack_for_all_it_may_make() -> None:
+    """Else a client that allows 32,000 tokens would keep a pool empty."""
+    c = controller()
+    c.arrive("a", CHAT, now_s=10.0, arrival_s=10.0, num_tokens=160, max_tokens=32_000)
+    assert (c.tracked["a"].low_tokens, c.tracked["a"].middle_tokens) == (32_000, UNKNOWN_TOKENS)

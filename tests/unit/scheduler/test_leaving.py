@@ -238,3 +238,37 @@ def test_nothing_is_stored_ahead_in_a_step_that_parks() -> None:
     decision = decide(snapshot(**{**GROWING, "free_blocks": 0, "growth_blocks": 1}))
     assert decision.park == ("patient",)
     assert decision.store_ahead == ()
+
+
+def test_layered_requests_that_leave_do_not_count_as_residents_that_leave() -> None:
+    s = snapshot(
+        free_blocks=0,
+        growth_blocks=3,
+        num_resident=3,
+        resident=[resident("a"), resident("b"), resident("c")],
+        layered=[LayeredRequest("l0", True, 10), LayeredRequest("l1", True, 10)],
+    )
+    parked_now = decide(s).park
+    assert parked_now[:2] == ("l0", "l1")
+    assert len(parked_now) == 3
+
+
+def test_of_two_ranks_the_worse_one_is_parked_whatever_the_laxity() -> None:
+    vip = resident("vip", deadline_s=NOW_S + 1000, rank=-10)
+    bulk = resident("bulk", deadline_s=NOW_S + 1, rank=10)
+    other = resident("other", deadline_s=NOW_S + 1, rank=-10)
+    s = snapshot(free_blocks=0, growth_blocks=1, num_resident=3, resident=[vip, bulk, other])
+    assert decide(s).park == ("bulk",)
+
+
+def test_while_paused_nobody_gives_up_kv_that_could_not_be_computed_again() -> None:
+    s = snapshot(
+        free_blocks=0,
+        growth_blocks=1,
+        num_resident=2,
+        resident=[resident("a", num_tokens=1), resident("b", num_tokens=1)],
+        cost=cost(),
+        is_paused=True,
+    )
+    assert decide(s).recompute == ()
+    assert len(decide(s).park) == 1

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from layerkv.scheduler.policy import PolicyLimits, decide
 from layerkv.scheduler.reasons import Reason
-from layerkv.scheduler.snapshot import LayeredRequest, ParkedRequest
+from layerkv.scheduler.snapshot import LayeredRequest, ParkedRequest, WaitingRequest
+from layerkv.scheduler.tracker import DeadlineQueue
 from tests.fakes.snapshots import NOW_S, POOL, admitted, cost, crowd, parked, prompt, resident, snapshot
 
 MOST = PolicyLimits().max_overtakes
@@ -273,3 +274,16 @@ def test_only_the_head_of_a_line_is_looked_at(line: str, limit: str) -> None:
     limits = PolicyLimits(**{limit: 4})
     decision = decide(snapshot(**{line: views}), limits)
     assert set(decision.reasons) | set(decision.waits) == {"x0", "x1", "x2", "x3"}
+
+
+def test_among_any_number_of_prompts_on_time_late_ones_are_seen_and_counted() -> None:
+    """What the controller hands over, the policy looks at: or the late would starve unseen."""
+    queue: DeadlineQueue[WaitingRequest] = DeadlineQueue()
+    for i in range(200):
+        queue.add(prompt(f"on time {i}", blocks=1, deadline_s=NOW_S + 1 + i))
+    for i in range(20):
+        queue.add(prompt(f"late {i}", blocks=1, deadline_s=NOW_S - 20 + i))
+    s = snapshot(waiting=queue.head(PolicyLimits().scan, NOW_S), budget_tokens=64)
+    decision = decide(s)
+    assert set(decision.waits) | set(decision.reasons) == {w.request_id for w in s.waiting}
+    assert decision.overtaken == ("late 0",)

@@ -78,8 +78,16 @@ def test_every_shipped_simulation_loads_and_has_requests_that_fit(path: Path) ->
         assert max(request.prompt_tokens + request.max_tokens for request in requests) <= config.max_model_len
 
 
-def test_a_quickstart_and_the_three_settings_of_the_paper_are_shipped() -> None:
-    names = ["layerkv_paper.yaml", "layerkv_paper_34b.yaml", "layerkv_paper_70b.yaml", "quickstart.yaml"]
+def test_a_quickstart_the_cpu_loads_and_the_settings_of_the_paper_are_shipped() -> None:
+    names = [
+        "cpu_bursts.yaml",
+        "cpu_long_prompts.yaml",
+        "cpu_two_classes.yaml",
+        "layerkv_paper.yaml",
+        "layerkv_paper_34b.yaml",
+        "layerkv_paper_70b.yaml",
+        "quickstart.yaml",
+    ]
     assert [path.name for path in SHIPPED] == names
     quickstart = load_sim_config(CONFIGS / "sim/quickstart.yaml")
     assert quickstart.policies[:2] == ("stock", "layerkv")
