@@ -368,6 +368,15 @@ def variation_table(found: dict[str, Any]) -> Table:
     return table
 
 
+def rounded(data: Any) -> Any:
+    """Five digits say all that a simulation on derived costs knows."""
+    if isinstance(data, dict):
+        return {key: rounded(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [rounded(value) for value in data]
+    return float(f"{data:.5g}") if isinstance(data, float) else data
+
+
 def main() -> int:
     """Run everything, print tables, write JSON."""
     parser = argparse.ArgumentParser(description="LayerKV's own setting in the simulator.")
@@ -408,7 +417,7 @@ def main() -> int:
     console.print(summary_table(result["summary"]))
     console.print(variation_table(parts))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(rounded(result), indent=0) + "\n", encoding="utf-8")
     return 0
 
 
