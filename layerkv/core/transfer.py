@@ -60,13 +60,16 @@ def merge_runs(device_blocks: Sequence[int], host_blocks: Sequence[int]) -> tupl
     The pairs are sorted by device block first: copies of one batch do not depend on each other's order.
     """
     runs: list[BlockRun] = []
+    first_device = first_host = length = 0
     for device, host in sorted(zip(device_blocks, host_blocks, strict=True)):
-        if runs:
-            last = runs[-1]
-            if last.device_block + last.num_blocks == device and last.host_block + last.num_blocks == host:
-                runs[-1] = last._replace(num_blocks=last.num_blocks + 1)
-                continue
-        runs.append(BlockRun(device, host, 1))
+        if length and device == first_device + length and host == first_host + length:
+            length += 1
+            continue
+        if length:
+            runs.append(BlockRun(first_device, first_host, length))
+        first_device, first_host, length = device, host, 1
+    if length:
+        runs.append(BlockRun(first_device, first_host, length))
     return tuple(runs)
 
 
