@@ -12,6 +12,7 @@ from layerkv.core.cost import CostProfile, Curve
 from layerkv.errors import ConfigError
 from layerkv.scheduler.reasons import Event, LogEntry
 from layerkv.sim.config import POLICIES, SimConfig
+from layerkv.sim.engine import SimRequest
 from layerkv.sim.layered import LayeredEngine
 from layerkv.sim.outcome import SimOutcome
 from layerkv.sim.run import make_engine, medians, report, requests_of, simulate
@@ -232,3 +233,17 @@ def test_the_longest_request_that_fits_the_pool_is_served(name: str) -> None:
     config = simulation(requests=3)
     config = replace(config, policies=(name,), workload=replace(config.workload, classes=(mix,), max_model_len=None))
     assert tokens_made(outcomes(config)[name]) == [100] * 3
+
+
+def test_a_short_prompt_behind_long_ones_is_on_time_where_stock_is_late() -> None:
+    """Twenty long prompts fill KV memory; a short one that comes after them is due within a second."""
+    patient = SloClass(name="patient", ttft_s=120.0, tpot_s=1.0)
+    urgent = SloClass(name="urgent", ttft_s=1.0, tpot_s=0.5, weight=4.0)
+    config = simulation(patient, urgent)
+    load = [SimRequest(f"long{i}", 0.01 * i, 700, 100, 100, patient) for i in range(20)]
+    load.append(SimRequest("short", 0.5, 50, 20, 20, urgent))
+    ttft_s = {}
+    for name in ("stock", "layerkv"):
+        outcome = make_engine(config, name, load, stride=1).run()
+        ttft_s[name] = next(r.ttft_s for r in outcome.requests if r.request_id == "short")
+    assert ttft_s["layerkv"] <= urgent.ttft_s < ttft_s["stock"]
