@@ -114,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     again = policies.add_parser(
         "reload",
         help="have running engines read their policy files again",
-        description="Check the policy files of this user's running engines and send them SIGHUP. New objectives hold "
+        description="Check the policy files of all of this user's running engines and send them SIGHUP (only one of "
+        "them with --pid). New objectives hold "
         "for requests that come from then on. An invalid file is refused and the old policy stays.",
     )
     again.add_argument("--pid", type=int, metavar="PID", help="only this engine (the process of `vllm serve`)")

@@ -128,7 +128,7 @@ def _reckon(history: History) -> None:
             history.waited_s[entry.reason] += following.time_s - entry.time_s  # type: ignore[assignment]
     for entry in entries:
         if entry.event is Event.FIRST_TOKEN and history.ttft_s is None:
-            history.ttft_s = entry.time_s - arrived_s
+            history.ttft_s = entry.facts.get("ttft_s", entry.time_s - arrived_s)
             if objective_s is not None:
                 history.late_by_s = history.ttft_s - objective_s
 
@@ -180,7 +180,8 @@ def _find(request: str, request_ids: Sequence[str], log_path: Path) -> str:
         if len(matches) == 1:
             return matches[0]
         if matches:
-            raise LayerKVError(f"{len(matches)} requests go by {request!r}: {', '.join(matches[:5])}, ...; name one")
+            shown = ", ".join(matches[:5]) + (", ..." if len(matches) > 5 else "")
+            raise LayerKVError(f"{len(matches)} requests go by {request!r}: {shown}; name one")
     raise LayerKVError(
         f"{log_path} has no request {request!r}, but {len(request_ids)} others; leave it out to see the worst"
     )

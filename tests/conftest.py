@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import tempfile
 
 import pytest
 from hypothesis import settings
@@ -17,6 +18,8 @@ def pytest_configure() -> None:
     for name in ("VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_CONFIG_PATH", "VLLM_LOGGING_PREFIX", "VLLM_PLUGINS"):
         os.environ.pop(name, None)
     os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
+    # Engines under test announce themselves here, and not among the user's own, whom `layerkv policy reload` signals.
+    os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="layerkv-tests-")
     # Before torch is imported: OpenMP reads its variable once.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

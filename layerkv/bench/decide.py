@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.console import Console
 
+from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
 from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile, Curve, StepWork
 from layerkv.scheduler.controller import Controller, EngineShape, EngineState, Running
@@ -40,6 +42,11 @@ def run_decide(json_path: Path | None, *, seed: int = 0, console: Console | None
         )
     result: dict[str, Any] = {
         "schema": 1,
+        "command": this_command(),
+        "date": utc_now(),
+        "seed": seed,
+        "machine": msgspec.to_builtins(Machine.here()),
+        "versions": installed_versions(),
         "waiting": WAITING,
         "running": RUNNING,
         "parked": PARKED,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib as mpl
@@ -50,7 +51,7 @@ def _against_rate(result: dict[str, Any], path: Path) -> Path:
                 if run["policy"] == name and value is not None:
                     points.setdefault(run["rate_per_s"], []).append(value)
             rates = sorted(points)
-            middles = [sorted(points[rate])[len(points[rate]) // 2] for rate in rates]
+            middles = [median(points[rate]) for rate in rates]
             axis.plot(rates, middles, marker="o", markersize=4, label=name, color=COLOURS.get(name))
         axis.set_title(title)
         axis.set_ylabel(unit)

@@ -34,9 +34,9 @@ def run_simulate(
     console = console or Console()
     config = load_sim_config(config_path)
     _tell_about_trace(config, console)
-    for path in (json_path, log_path):
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"{path}: found no folder {path.parent}; expected one to write to; make it first")
+    _check_outputs([path for path in (json_path, log_path) if path is not None], plots_dir)
+    if log_path is not None and "layerkv" not in config.policies:
+        raise ConfigError(f"{config_path}: $.policies: found no layerkv, whose decisions --log writes; add it")
     runs = _simulate(config, log_path, stride=1 if exact else STRIDE, console=console)
     for rate in config.rates:
         console.print(_table(config, [run for run in runs if run.rate_per_s == rate], rate))
@@ -49,6 +49,21 @@ def run_simulate(
         for path in draw(result, runs, plots_dir):
             console.print(f"plot: {path}")
     return 0
+
+
+def _check_outputs(files: Sequence[Path], plots_dir: Path | None) -> None:
+    """Before an hour of simulation, and not after it.
+
+    Raises:
+        ConfigError: an output cannot be written.
+    """
+    for path in files:
+        if path.is_dir():
+            raise ConfigError(f"{path}: found a folder; expected a file to write to; name one in it")
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path}: found no folder {path.parent}; expected one to write to; make it first")
+    if plots_dir is not None and plots_dir.exists() and not plots_dir.is_dir():
+        raise ConfigError(f"{plots_dir}: found a file; expected a folder for plots; name another one")
 
 
 def _simulate(config: SimConfig, log_path: Path | None, *, stride: int, console: Console) -> list[SimRun]:

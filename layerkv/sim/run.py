@@ -20,6 +20,7 @@ from layerkv.sim.layered import LayeredEngine
 from layerkv.sim.outcome import SimOutcome
 from layerkv.sim.stock import StockEngine
 from layerkv.sim.workload import make_workload
+from layerkv.units import format_bytes
 
 SCHEMA = 1
 WATERMARK = 0.02
@@ -128,7 +129,14 @@ def geometry_of(config: SimConfig, *, zone_tokens: int | None) -> KVGeometry:
         alignment_bytes=page_bytes,
         longest_tokens=config.max_model_len,
     )
-    return geometry_for_memory(request, config.kv_memory_bytes)
+    try:
+        return geometry_for_memory(request, config.kv_memory_bytes)
+    except ConfigError:
+        zone = "the default lane zone" if zone_tokens is None else f"a lane zone of {zone_tokens} tokens"
+        raise ConfigError(
+            f"engine.kv_memory: found {format_bytes(config.kv_memory_bytes)}, which holds no pool beside {zone}; set "
+            "a larger kv_memory, or a smaller zone_tokens"
+        ) from None
 
 
 def report(config: SimConfig, runs: Sequence[SimRun]) -> dict[str, Any]:
