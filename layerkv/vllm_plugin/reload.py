@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -47,11 +48,18 @@ class PolicySource:
         return True
 
 
+@dataclass
+class _Bell:
+    """What the SIGHUP handler of a process needs: where to write, and whom to call besides."""
+
+    pid: int
+    writer: int
+    before: Any
+
+
 _sources: dict[str | None, PolicySource] = {}
-_before: list[Any] = []
-"""The SIGHUP handler that was there before ours; empty until ours is installed."""
-_bell: list[int] = []
-"""Where the handler writes a byte for the thread that reloads."""
+_bells: list[_Bell] = []
+"""The bell of this process; a forked one finds its parent's here, whose thread it has not."""
 
 
 def follow_policy(path: str | None, policy: SloPolicy) -> PolicySource:
@@ -60,28 +68,29 @@ def follow_policy(path: str | None, policy: SloPolicy) -> PolicySource:
     source = _sources.get(absolute)
     if source is None:
         source = _sources[absolute] = PolicySource(absolute, policy)
-        if absolute is not None:
-            _listen()
+    if absolute is not None and not is_listening():
+        _listen()
     return source
 
 
 def is_listening() -> bool:
     """Whether SIGHUP reloads policies in this process. If not, it may end the process."""
-    return bool(_before)
+    return bool(_bells) and _bells[-1].pid == os.getpid()
 
 
 def _listen() -> None:
-    if is_listening():
-        return
     if threading.current_thread() is not threading.main_thread():
         logger.debug("SIGHUP does not reload the policy here: this is not the main thread")
         return
     # The handler only writes a byte: it may have interrupted code that holds a lock which logging or threads need.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    _bell.append(writer)
     threading.Thread(target=_reload_at_every_ring, args=(reader,), name="layerkv-reload", daemon=True).start()
-    _before.append(signal.signal(signal.SIGHUP, _hang_up))
+    before = signal.getsignal(signal.SIGHUP)
+    if before is _hang_up:  # inherited by forking
+        before = _bells[-1].before
+    _bells.append(_Bell(os.getpid(), writer, before))
+    signal.signal(signal.SIGHUP, _hang_up)
 
 
 def _reload_at_every_ring(reader: int) -> None:
@@ -90,11 +99,11 @@ def _reload_at_every_ring(reader: int) -> None:
 
 
 def _hang_up(signum: int, frame: FrameType | None) -> None:
+    bell = _bells[-1]
     with contextlib.suppress(BlockingIOError):  # so many rings wait already that one more says nothing
-        os.write(_bell[0], b"!")
-    for before in _before:
-        if callable(before):
-            before(signum, frame)
+        os.write(bell.writer, b"!")
+    if callable(bell.before):
+        bell.before(signum, frame)
 
 
 def _reload_all() -> None:
