@@ -56,6 +56,8 @@ class PolicyLimits:
         scan: How many waiting prompts are looked at in one step,
         scan_parked: and how many parked requests.
         ahead_steps: The forecast's horizon: shortages that near are prepared for by storing ahead.
+        overcommit: How many times the pool the forecast may fill it. A wrong guess costs a park, which was stored
+            ahead; a tenth of the pool kept empty costs throughput in every step.
         rescue_steps: A request whose latest time to go on is nearer than so many steps may have room made for it.
     """
 
@@ -68,6 +70,7 @@ class PolicyLimits:
     scan_parked: int = 32
     ahead_steps: int = 64
     rescue_steps: int = 4
+    overcommit: float = 1.1
 
 
 @dataclass(slots=True)
@@ -109,7 +112,7 @@ def decide(snapshot: Snapshot, limits: PolicyLimits | None = None) -> Decision:
     _let_layered_leave(s, draft)
     _relieve_pool(s, limits, draft)
     draft.pool -= s.growth_blocks
-    forecast = _forecast(s)
+    forecast = _forecast(s, limits)
     prefill_tokens = prefill_budget(s, min_tokens=limits.min_prefill_tokens, max_idle_steps=limits.max_idle_steps)
     waiting = s.waiting[: limits.scan]
     late = late_prompts(s, s.waiting, prefill_tokens)
@@ -241,10 +244,10 @@ def _recompute_is_cheaper(s: Snapshot, r: ResidentRequest) -> bool:
 # The line for pool blocks ---------------------------------------------------------------------------------------------
 
 
-def _forecast(s: Snapshot) -> Forecast:
+def _forecast(s: Snapshot, limits: PolicyLimits) -> Forecast:
     requests = [(r.tokens_left, r.num_blocks) for r in s.resident]
     usable = s.free_blocks - s.reserved_blocks + sum([num_blocks for _, num_blocks in requests])
-    return Forecast(usable, s.block_tokens, requests)
+    return Forecast(int(usable * limits.overcommit), s.block_tokens, requests)
 
 
 def _headroom(s: Snapshot, limits: PolicyLimits, residents: int) -> int:

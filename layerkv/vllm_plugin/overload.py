@@ -27,6 +27,8 @@ STALE_S = 5.0
 _RETRY_AFTER = re.compile(rb"retry after (\d+) s")
 _REFUSED_STREAM = re.compile(rb'data: \{"error": ?\{"message": ?"overloaded: .*retry after \d+ s"')
 
+_OF_A_STREAM = (b"content-type", b"content-length", b"transfer-encoding")
+
 Message = MutableMapping[str, Any]
 
 
@@ -115,7 +117,7 @@ class RetryAfter:
                 body = message.get("body", b"")
                 if head["status"] == HTTPStatus.OK and _REFUSED_STREAM.match(body):
                     is_refused = True
-                    head, message = _as_refusal(body)
+                    head, message = _as_refusal(head, body)
                 elif head["status"] == HTTPStatus.TOO_MANY_REQUESTS:
                     head = {**head, "headers": [*head.get("headers", ()), *_retry_after(body)]}
                 await send(head)
@@ -132,12 +134,13 @@ def _may_be_refusal(head: Message) -> bool:
     return bool(head["status"] == HTTPStatus.TOO_MANY_REQUESTS)
 
 
-def _as_refusal(event: bytes) -> tuple[Message, Message]:
-    """The whole answer that says what the first event of a stream says."""
+def _as_refusal(head: Message, event: bytes) -> tuple[Message, Message]:
+    """The whole answer that says what the first event of a stream says, with what other headers that had."""
     body = event.removeprefix(b"data: ").partition(b"\n\n")[0]
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    head = {"type": "http.response.start", "status": int(HTTPStatus.TOO_MANY_REQUESTS)}
-    return {**head, "headers": [*headers, *_retry_after(body)]}, {"type": "http.response.body", "body": body}
+    others = [entry for entry in head.get("headers", ()) if entry[0].lower() not in _OF_A_STREAM]
+    head = {**head, "status": int(HTTPStatus.TOO_MANY_REQUESTS)}
+    return {**head, "headers": [*others, *headers, *_retry_after(body)]}, {"type": "http.response.body", "body": body}
 
 
 def _retry_after(body: bytes) -> list[tuple[bytes, bytes]]:

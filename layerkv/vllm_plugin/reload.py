@@ -52,14 +52,13 @@ class PolicySource:
 class _Bell:
     """What the SIGHUP handler of a process needs: where to write, and whom to call besides."""
 
-    pid: int
     writer: int
     before: Any
 
 
 _sources: dict[str | None, PolicySource] = {}
 _bells: list[_Bell] = []
-"""The bell of this process; a forked one finds its parent's here, whose thread it has not."""
+"""The bell of this process, once it listens."""
 
 
 def follow_policy(path: str | None, policy: SloPolicy) -> PolicySource:
@@ -75,7 +74,7 @@ def follow_policy(path: str | None, policy: SloPolicy) -> PolicySource:
 
 def is_listening() -> bool:
     """Whether SIGHUP reloads policies in this process. If not, it may end the process."""
-    return bool(_bells) and _bells[-1].pid == os.getpid()
+    return bool(_bells)
 
 
 def _listen() -> None:
@@ -86,16 +85,27 @@ def _listen() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     threading.Thread(target=_reload_at_every_ring, args=(reader,), name="layerkv-reload", daemon=True).start()
-    before = signal.getsignal(signal.SIGHUP)
-    if before is _hang_up:  # inherited by forking
-        before = _bells[-1].before
-    _bells.append(_Bell(os.getpid(), writer, before))
+    _bells.append(_Bell(writer, signal.getsignal(signal.SIGHUP)))
     signal.signal(signal.SIGHUP, _hang_up)
 
 
 def _reload_at_every_ring(reader: int) -> None:
     while os.read(reader, 4096):
-        _reload_all()
+        try:
+            _reload_all()
+        except Exception:  # the edge of this thread, which must hear the next ring too
+            logger.exception("reloading the policy failed")
+
+
+def _forget_parent() -> None:
+    """In a forked process, which has not its parent's thread: the signal does what it did before ours."""
+    if _bells:
+        signal.signal(signal.SIGHUP, _bells[-1].before)
+    _bells.clear()
+    _sources.clear()
+
+
+os.register_at_fork(after_in_child=_forget_parent)
 
 
 def _hang_up(signum: int, frame: FrameType | None) -> None:

@@ -82,9 +82,9 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         assert isinstance(manager, LayerKVManager)
         self._policy_source = follow_policy(side.config.policy_path, side.config.policy)
         self._controller = self._make_controller()
-        path, rank = side.config.decision_log, self.vllm_config.parallel_config.data_parallel_rank
+        path, rank = side.config.decision_log, self.vllm_config.parallel_config.data_parallel_index
         if path is not None and rank > 0:
-            path = f"{path}.{rank}"  # each engine writes a log of its own
+            path = f"{path}.rank{rank}"  # each engine writes a log of its own
         self._log = DecisionLog(path, on_error=logger.error) if path is not None else None
         self._refused: dict[str, str] = {}
         self._no_first_token: set[str] = set()
@@ -251,8 +251,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         spare = 1 if decision.fetch else 0
         budget = snapshot.decode_tokens + decision.prefill_tokens + spare
         self.max_num_scheduled_tokens = min(self.max_num_scheduled_tokens, max(budget, 1))
-        if snapshot.prefilling_tokens:
-            prefilling = [request for request in self.running if request.is_prefill_chunk]
+        prefilling = [request for request in self.running if request.is_prefill_chunk]
+        if prefilling:
             self.running = [request for request in self.running if not request.is_prefill_chunk] + prefilling
             room = self.max_num_scheduled_tokens - snapshot.decode_tokens - spare
             share = max(min(room, decision.prefill_tokens) // len(prefilling), 1)
@@ -467,9 +467,10 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
 
     def _report_backlog(self, now_s: float) -> None:
         """Tell the front end what a new request would wait behind, for classes that are refused under overload."""
-        if now_s - self._last_backlog_s < BACKLOG_INTERVAL_S and self._controller.waiting:
+        has_emptied = self._last_backlog_s > 0 and not self._controller.waiting
+        if not has_emptied and (now_s - self._last_backlog_s < BACKLOG_INTERVAL_S or not self._controller.waiting):
             return
-        self._last_backlog_s = now_s
+        self._last_backlog_s = 0.0 if has_emptied else now_s  # 0: the front end knows that nothing waits
         for slo in self._controller.policy.classes.values():
             if slo.overload == "reject":
                 backlog_s = self._controller.backlog_s(slo, now_s)

@@ -146,7 +146,8 @@ class EngineReader:
         return sum(
             request.num_tokens - request.num_computed_tokens
             for request in s.kv_holding_waiting
-            if residency.get(request.request_id) is not Residency.FETCHING
+            if request.status is not RequestStatus.WAITING_FOR_STREAMING_REQ
+            and residency.get(request.request_id) is not Residency.FETCHING
             and request.request_id not in s.finished_recving_kv_req_ids
         )
 
