@@ -6,11 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
 from layerkv.errors import ConfigError
 from layerkv.sim.config import SimConfig, load_sim_config
 from layerkv.sim.run import STRIDE, SimRun, medians, report, simulate
@@ -40,7 +42,14 @@ def run_simulate(
     runs = _simulate(config, log_path, stride=1 if exact else STRIDE, console=console)
     for rate in config.rates:
         console.print(_table(config, [run for run in runs if run.rate_per_s == rate], rate))
-    result = {"config": str(config_path), **report(config, runs)}
+    result = {
+        "command": this_command(),
+        "date": utc_now(),
+        "machine": msgspec.to_builtins(Machine.here()),
+        "versions": installed_versions(),
+        "config": str(config_path),
+        **report(config, runs),
+    }
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if plots_dir is not None:

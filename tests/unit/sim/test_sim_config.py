@@ -83,6 +83,7 @@ def test_a_quickstart_the_cpu_loads_and_the_settings_of_the_paper_are_shipped() 
         "cpu_bursts.yaml",
         "cpu_long_prompts.yaml",
         "cpu_two_classes.yaml",
+        "hundred_thousand.yaml",
         "layerkv_paper.yaml",
         "layerkv_paper_34b.yaml",
         "layerkv_paper_70b.yaml",
