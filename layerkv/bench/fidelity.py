@@ -8,8 +8,6 @@ with the same run: how far the simulator is off, and what layerkv changes on a r
 from __future__ import annotations
 
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,13 +24,12 @@ from rich.table import Table
 from layerkv.bench import records
 from layerkv.bench.load import LoadSpec
 from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
-from layerkv.bench.metrics import EngineFailure
-from layerkv.bench.supervise import run_child
+from layerkv.bench.supervise import run_engine
 from layerkv.bench.terminal import ProgressBoard
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 from layerkv.config import SloPolicy
 from layerkv.core.cost import load_profile
-from layerkv.errors import ConfigError, LayerKVError
+from layerkv.errors import ConfigError
 from layerkv.sim.config import SimConfig, load_sim_config
 from layerkv.sim.engine import SimRequest
 from layerkv.sim.outcome import GapHistogram, RequestOutcome, SimOutcome
@@ -100,17 +97,8 @@ def _measure(config: SimConfig, rate: float, seed: int, folder: Path, console: C
 def _run_real(
     config: SimConfig, name: str, load: Sequence[SimRequest], seed: int, folder: Path, board: ProgressBoard
 ) -> dict[str, Any]:
-    spec_path, run_path = folder / "spec.json", folder / "run.json"
-    records.write_json(_spec(config, name, load, seed, folder), spec_path)
-    failure = run_child(
-        [sys.executable, "-m", "layerkv.bench.engine_run", str(spec_path), str(run_path)],
-        env=dict(os.environ),
-        log_path=folder / "engine.log",
-        on_progress=lambda line: board.advances(name, line),
-    )
-    if isinstance(failure, EngineFailure):
-        raise LayerKVError(f"{name} {failure.reason}: " + "\n".join(failure.log_tail))
-    run = records.read_json(run_path, records.EngineRun)
+    spec = _spec(config, name, load, seed, folder)
+    run = run_engine(spec, folder, lambda line: board.advances(name, line))
     return {**_outcome(run, load).figures(), "step_s": run.step_s, "host_s_per_step": run.host_s_per_step}
 
 

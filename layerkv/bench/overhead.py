@@ -8,8 +8,6 @@ the engines, and a ratio is taken within a round, so that a machine that drifts 
 
 from __future__ import annotations
 
-import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,11 +23,9 @@ import layerkv
 from layerkv.bench import records
 from layerkv.bench.load import LoadSpec
 from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
-from layerkv.bench.metrics import EngineFailure
-from layerkv.bench.supervise import run_child
+from layerkv.bench.supervise import run_engine
 from layerkv.bench.terminal import ProgressBoard
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
-from layerkv.errors import LayerKVError
 
 NUM_ROUNDS = 3
 DEEP_QUEUE = 500
@@ -149,17 +145,7 @@ def _run_case(case: OverheadCase, folder: Path, rounds: int, console: Console) -
 
 
 def _run_engine(case: OverheadCase, name: str, folder: Path, board: ProgressBoard) -> records.EngineRun:
-    spec_path, run_path = folder / "spec.json", folder / "run.json"
-    records.write_json(_spec(case, name, folder), spec_path)
-    failure = run_child(
-        [sys.executable, "-m", "layerkv.bench.engine_run", str(spec_path), str(run_path)],
-        env=dict(os.environ),
-        log_path=folder / "engine.log",
-        on_progress=lambda line: board.advances(name, line),
-    )
-    if isinstance(failure, EngineFailure):
-        raise LayerKVError(f"{name} {failure.reason}: " + "\n".join(failure.log_tail))
-    return records.read_json(run_path, records.EngineRun)
+    return run_engine(_spec(case, name, folder), folder, lambda line: board.advances(name, line))
 
 
 def _spec(case: OverheadCase, name: str, folder: Path) -> records.EngineSpec:

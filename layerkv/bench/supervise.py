@@ -11,6 +11,7 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,8 @@ from typing import IO
 import msgspec
 
 from layerkv.bench.metrics import EngineFailure
-from layerkv.bench.records import Progress
+from layerkv.bench.records import EngineRun, EngineSpec, Progress, read_json, write_json
+from layerkv.errors import LayerKVError
 
 # Longer than any start-up seen (15-60 s, nearly all imports) and any single step.
 STALL_LIMIT_S = 180.0
@@ -68,6 +70,25 @@ def run_child(
     else:
         return None
     return EngineFailure(reason=reason, log_tail=log_tail(log_path))
+
+
+def run_engine(spec: EngineSpec, folder: Path, on_progress: Callable[[Progress], None]) -> EngineRun:
+    """Drives one engine's load in a process of its own, with its files in `folder`.
+
+    Raises:
+        LayerKVError: the engine failed; the message has the last lines of its log.
+    """
+    spec_path, run_path = folder / "spec.json", folder / "run.json"
+    write_json(spec, spec_path)
+    failure = run_child(
+        [sys.executable, "-m", "layerkv.bench.engine_run", str(spec_path), str(run_path)],
+        env=dict(os.environ),
+        log_path=folder / "engine.log",
+        on_progress=on_progress,
+    )
+    if failure is not None:
+        raise LayerKVError(f"{spec.name} {failure.reason}: " + "\n".join(failure.log_tail))
+    return read_json(run_path, EngineRun)
 
 
 def log_tail(log_path: Path) -> list[str]:
