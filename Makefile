@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& { echo $$python; break; }; done)
 
-# Further arguments: `make test ARGS="-k park -x"`, `make demo ARGS=--quick`.
+# Further arguments: `make test ARGS="-k park -x"`, `make demo ARGS=--quick`, `make bench ARGS="--size ci"`.
 ARGS ?=
 
 # One OpenMP thread and no binding keep timings steady on a shared machine; the others keep vLLM off the network.
@@ -21,7 +21,7 @@ RUN := env OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STAT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format wheel clean distclean
+.PHONY: help setup demo bench test lint format wheel clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,6 +30,9 @@ setup: $(STAMP) ## create .venv from the lock (the other targets do this by them
 
 demo: $(STAMP) ## stock vLLM, layerkv and the oracle under the same load; report in out/demo
 	$(RUN) $(BIN)/layerkv demo $(ARGS)
+
+bench: $(STAMP) ## the benchmark suite, all cases in full (hours); results and reports in out/bench
+	$(RUN) $(BIN)/layerkv bench run benchmarks/cases/all.yaml --json out/bench --html out/bench $(ARGS)
 
 test: $(STAMP) ## all tests; those that need a GPU skip themselves where there is none
 	$(RUN) $(BIN)/python -m pytest $(ARGS)

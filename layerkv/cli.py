@@ -121,8 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--pid", type=int, metavar="PID", help="only this engine (the process of `vllm serve`)")
     again.set_defaults(run=_policy_reload)
 
-    bench = commands.add_parser("bench", help="micro-benchmarks")
+    bench = commands.add_parser("bench", help="the benchmark suite on real servers, and micro-benchmarks")
     benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
+    _add_suite(benchmarks)
     overhead = benchmarks.add_parser(
         "overhead",
         help="host time that scheduling adds to a step",
@@ -148,6 +149,60 @@ def _parser() -> argparse.ArgumentParser:
     decision.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     decision.set_defaults(run=_decide)
     return parser
+
+
+def _add_suite(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    run = benchmarks.add_parser(
+        "run",
+        help="a case: the same load through several real servers",
+        description="Start each engine of a case as a real OpenAI-compatible server (`vllm serve`), drive the case's "
+        "load through it, open loop, seed by seed, and compare. A suite file (benchmarks/cases/all.yaml) names several "
+        "cases; --json and --html are then folders. Exit status 1: an engine failed, or tokens differ.",
+    )
+    run.add_argument("case", type=Path, metavar="CASE.yaml", help="such as benchmarks/cases/rate_sweep.yaml")
+    run.add_argument("--size", choices=("ci", "full"), default="full", help="how much of it (%(default)s)")
+    run.add_argument("--seeds", type=int, metavar="N", help="how many seeds, in place of the case's")
+    run.add_argument("--engines", metavar="A,B,..", help="only these of the engines")
+    run.add_argument("--json", type=Path, metavar="FILE", help="where the figures go (OUT/CASE/result.json)")
+    run.add_argument("--html", type=Path, metavar="FILE", help="where the report goes (OUT/CASE/report.html)")
+    run.add_argument(
+        "--out", type=Path, default=Path("out/bench"), metavar="DIR", help="logs and records go there (%(default)s)"
+    )
+    run.add_argument("--port", type=int, metavar="PORT", help="of the servers; without it, any free one")
+    run.add_argument("--trace", type=Path, metavar="FILE", help="a trace in place of the case's own")
+    run.set_defaults(run=_bench_run)
+    comparison = benchmarks.add_parser(
+        "compare",
+        help="tell regressions from noise between two results of a case",
+        description="Compare two results of the same case, figure by figure, as ratios to stock vLLM in the same run. "
+        "Exit status 1: something is worse by more than the seeds differ.",
+    )
+    comparison.add_argument("before", type=Path, metavar="A.json", help="the earlier result")
+    comparison.add_argument("after", type=Path, metavar="B.json", help="the later result")
+    comparison.add_argument("--json", type=Path, metavar="FILE", help="write the comparison there as well")
+    comparison.set_defaults(run=_bench_compare)
+
+
+def _bench_run(arguments: argparse.Namespace) -> int:
+    from layerkv.bench.suite.run import RunOptions, run_suite
+
+    options = RunOptions(
+        size=arguments.size,
+        num_seeds=arguments.seeds,
+        engines=tuple(arguments.engines.split(",")) if arguments.engines else None,
+        json_path=arguments.json,
+        html_path=arguments.html,
+        out_dir=arguments.out,
+        port=arguments.port,
+        trace_path=arguments.trace,
+    )
+    return run_suite(arguments.case, options)
+
+
+def _bench_compare(arguments: argparse.Namespace) -> int:
+    from layerkv.bench.suite.compare import run_compare
+
+    return run_compare(arguments.before, arguments.after, json_path=arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> int | None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import yaml
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -24,10 +23,10 @@ from rich.table import Table
 from layerkv.bench import records
 from layerkv.bench.load import LoadSpec
 from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.policy_file import write_policy
 from layerkv.bench.supervise import run_engine
 from layerkv.bench.terminal import ProgressBoard
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
-from layerkv.config import SloPolicy
 from layerkv.core.cost import load_profile
 from layerkv.errors import ConfigError
 from layerkv.sim.config import SimConfig, load_sim_config
@@ -119,7 +118,7 @@ def _spec(config: SimConfig, name: str, load: Sequence[SimRequest], seed: int, f
     is_ours = name.startswith("layerkv")
     if is_ours:
         extra: dict[str, Any] = {"host_memory": config.host_memory_bytes, "lanes": config.lanes}
-        extra["policy"] = str(_write_policy(policy_of(config.policy, name), folder / "slo.yaml"))
+        extra["policy"] = str(write_policy(policy_of(config.policy, name), folder / "slo.yaml"))
         if config.zone_tokens is not None:
             extra["zone_tokens"] = config.zone_tokens
         args["kv_transfer_config"] = {
@@ -152,25 +151,6 @@ def _spec(config: SimConfig, name: str, load: Sequence[SimRequest], seed: int, f
             for request in load
         ],
     )
-
-
-def _write_policy(policy: SloPolicy, path: Path) -> Path:
-    """The policy as a file that an engine can be given."""
-    classes: dict[str, dict[str, Any]] = {}
-    for slo in policy.classes.values():
-        promises = {"ttft": slo.ttft_s, "tpot": slo.tpot_s, "weight": slo.weight, "overload": slo.overload}
-        classes[slo.name] = promises if slo.max_stall_s is None else {**promises, "max_stall": slo.max_stall_s}
-    document = {
-        "version": 1,
-        "default_class": policy.default_class,
-        "classes": classes,
-        "streamed_decode": policy.streamed_decode,
-        "slo_scheduling": policy.slo_scheduling,
-        "length_prediction": policy.length_prediction,
-        "adapt_host_share": policy.adapt_host_share,
-    }
-    path.write_text(yaml.safe_dump(document), encoding="utf-8")
-    return path
 
 
 def _outcome(run: records.EngineRun, load: Sequence[SimRequest]) -> SimOutcome:

@@ -57,6 +57,16 @@ SHAPES = MappingProxyType(
         # of 1000 tokens 0.17 s, decode step 5.6 ms for one sequence of 1000 tokens, 10 ms for four, 36 ms for
         # 24.
         "demo": ModelShape(num_layers=12, hidden_size=192, mlp_size=384, num_heads=4),
+        # For long contexts: attention cheap enough that a prompt of 8,000 tokens is a matter of seconds on one thread.
+        "demo-long": ModelShape(
+            num_layers=12,
+            hidden_size=128,
+            mlp_size=256,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=32,
+            max_position_tokens=16384,
+        ),
         "test": ModelShape(num_layers=6, hidden_size=128, mlp_size=256, num_heads=4),
     }
 )

@@ -255,6 +255,7 @@ def read_trace(
     path: str | Path,
     *,
     time_scale: float = 1.0,
+    token_scale: float = 1.0,
     limit: int | None = None,
     max_prompt_tokens: int | None = None,
     max_total_tokens: int | None = None,
@@ -266,9 +267,10 @@ def read_trace(
     Args:
         path: The file.
         time_scale: Factor to all arrival times: 2 makes the trace twice as long and half as dense.
+        token_scale: Factor to all lengths, to replay a large model's trace on a small one; no length gets below 1.
         limit: Read on until this many good rows; the rest of the file is not looked at.
-        max_prompt_tokens: Leave longer prompts out.
-        max_total_tokens: Leave out requests whose prompt and output together are longer.
+        max_prompt_tokens: Leave prompts out that are longer, after scaling.
+        max_total_tokens: Leave out requests whose prompt and output together are longer, after scaling.
 
     Raises:
         ConfigError: the file is unreadable, of an unknown layout, or without a good row.
@@ -290,7 +292,12 @@ def read_trace(
             continue
         if row.output_tokens == 0:
             num_failed += 1
-        elif row.prompt_tokens > most_prompt or row.prompt_tokens + row.output_tokens > most_total:
+            continue
+        row = row._replace(
+            prompt_tokens=max(1, round(row.prompt_tokens * token_scale)),
+            output_tokens=max(1, round(row.output_tokens * token_scale)),
+        )
+        if row.prompt_tokens > most_prompt or row.prompt_tokens + row.output_tokens > most_total:
             num_too_long += 1
         else:
             rows.append(row)

@@ -21,6 +21,7 @@ from layerkv.vllm_plugin.support import (
     OUR_ASYNC_SCHEDULER,
     OUR_SCHEDULER,
     OUR_WORKERS,
+    is_our_scheduler,
     require_supported,
 )
 
@@ -80,12 +81,14 @@ def _activate(vllm_config: VllmConfig) -> None:
         vllm_config.kv_transfer_config = None
         if vllm_config.parallel_config.worker_cls in OUR_WORKERS.values():  # given by explicit flags
             vllm_config.parallel_config.worker_cls = CPU_WORKER
-        if vllm_config.scheduler_config.scheduler_cls in (OUR_SCHEDULER, OUR_ASYNC_SCHEDULER):
+        if is_our_scheduler(vllm_config.scheduler_config.scheduler_cls):
             vllm_config.scheduler_config.scheduler_cls = None
         return
     vllm_config.parallel_config.worker_cls = OUR_WORKERS[vllm_config.device_config.device_type]
-    use_async = vllm_config.scheduler_config.async_scheduling
-    vllm_config.scheduler_config.scheduler_cls = OUR_ASYNC_SCHEDULER if use_async else OUR_SCHEDULER
+    scheduler_config = vllm_config.scheduler_config
+    if scheduler_config.scheduler_cls in (None, OUR_SCHEDULER, OUR_ASYNC_SCHEDULER):  # else one derived from ours
+        use_async = scheduler_config.async_scheduling
+        scheduler_config.scheduler_cls = OUR_ASYNC_SCHEDULER if use_async else OUR_SCHEDULER
     transfer.kv_load_failure_policy = "recompute"  # a parked request can always be computed again
     add_gate(vllm_config, config.policy, config.policy_path)
     follow_policy(config.policy_path, config.policy).policy = config.policy  # the file as it is now

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from layerkv.errors import ConfigError
@@ -15,6 +16,7 @@ CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 OUR_WORKERS = {"cpu": "layerkv.vllm_plugin.worker.LayerKVCPUWorker"}
 OUR_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVScheduler"
 OUR_ASYNC_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVAsyncScheduler"
+_OUR_MIXIN = "layerkv.vllm_plugin.scheduler.LayerKVSchedulerMixin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,23 @@ def require_supported(vllm_config: VllmConfig) -> None:
         raise ConfigError(
             f'{problem}, or set "on_unsupported": "passthrough" in kv_connector_extra_config to run without layerkv'
         )
+
+
+def is_our_scheduler(scheduler_cls: str | type | None) -> bool:
+    """Whether a scheduler class, or the path of one as ``--scheduler-cls`` takes it, is layerkv's or derives from it.
+
+    Finding out about another path imports it. One that cannot be imported is not ours: vLLM says what is wrong with it.
+    """
+    if scheduler_cls is None or scheduler_cls in (OUR_SCHEDULER, OUR_ASYNC_SCHEDULER):
+        return scheduler_cls is not None
+    if isinstance(scheduler_cls, str):
+        module, _, name = scheduler_cls.rpartition(".")
+        try:
+            scheduler_cls = getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError):
+            return False
+    # By name: importing the mixin could fail under a vLLM that layerkv is about to refuse.
+    return any(f"{base.__module__}.{base.__qualname__}" == _OUR_MIXIN for base in getattr(scheduler_cls, "__mro__", ()))
 
 
 def _problems(c: VllmConfig) -> Iterable[Unsupported]:
@@ -85,7 +104,7 @@ def _problems(c: VllmConfig) -> Iterable[Unsupported]:
         )
     if parallel.worker_cls not in ("auto", CPU_WORKER, *OUR_WORKERS.values()):
         yield Unsupported(f"worker class {parallel.worker_cls!r}", "layerkv brings its own", "leave out --worker-cls")
-    if scheduler.scheduler_cls not in (None, OUR_SCHEDULER, OUR_ASYNC_SCHEDULER):
+    if scheduler.scheduler_cls is not None and not is_our_scheduler(scheduler.scheduler_cls):
         yield Unsupported(
             f"scheduler class {scheduler.scheduler_cls!r}", "layerkv brings its own", "leave out --scheduler-cls"
         )

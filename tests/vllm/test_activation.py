@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from layerkv.errors import ConfigError
 from tests.vllm.engines_in_turn import ROOT, Case, Turns, flag, prompt, run_in_turn
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.vllm
 OUR_WORKER = "layerkv.vllm_plugin.worker.LayerKVCPUWorker"
 OUR_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVScheduler"
 OUR_ASYNC_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVAsyncScheduler"
+DERIVED_SCHEDULER = "layerkv.bench.suite.layerkv_probe.ProbedLayerKVScheduler"
 POLICY = str(ROOT / "configs" / "slo" / "chat-and-batch.yaml")
 
 
@@ -124,6 +126,26 @@ def test_the_same_classes_by_their_own_flags_change_nothing_more(small_engine: d
     config = config_of(small_engine, kv_transfer_config=flag(), **explicit)
     assert {name: selection(config)[name] for name in explicit} == explicit
     assert len(gates_in(config)) == 1
+
+
+def test_a_scheduler_derived_from_ours_is_kept(small_engine: dict[str, Any]) -> None:
+    config = config_of(small_engine, kv_transfer_config=flag(), scheduler_cls=DERIVED_SCHEDULER)
+    assert selection(config)["scheduler_cls"] == DERIVED_SCHEDULER
+    assert selection(config)["worker_cls"] == OUR_WORKER
+
+
+def test_a_scheduler_derived_from_ours_goes_with_us_when_layerkv_passes_through(small_engine: dict[str, Any]) -> None:
+    unsupported = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}
+    transfer = flag(on_unsupported="passthrough")
+    config = config_of(small_engine, kv_transfer_config=transfer, scheduler_cls=DERIVED_SCHEDULER, **unsupported)
+    assert config.kv_transfer_config is None
+    assert config.scheduler_config.scheduler_cls is None
+
+
+@pytest.mark.parametrize("path", ["no.such.Scheduler", "layerkv.vllm_plugin.scheduler.Missing", "Scheduler", ""])
+def test_a_scheduler_that_cannot_be_found_is_refused_as_a_strange_one(small_engine: dict[str, Any], path: str) -> None:
+    with pytest.raises(ConfigError, match="scheduler class"):
+        config_of(small_engine, kv_transfer_config=flag(), scheduler_cls=path)
 
 
 def test_a_lost_copy_leads_to_recomputing_and_not_to_an_error(small_engine: dict[str, Any]) -> None:

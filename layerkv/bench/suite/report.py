@@ -1,0 +1,87 @@
+"""The suite's report of one case: one HTML file that needs nothing else, neither network nor scripts.
+
+Runs in the suite's process. Invariant: everything in the report is in the case's JSON or in the raw runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import jinja2
+
+from layerkv.bench.suite import charts, run_charts, summary
+from layerkv.bench.suite.records import LoadRun
+from layerkv.bench.suite.result import CaseResult
+from layerkv.bench.suite.tables import PLUS_MINUS
+from layerkv.bench.suite.titles import main_point, point_label
+from layerkv.units import format_bytes
+
+TEMPLATE = "suite.html.j2"
+
+
+def render_report(result: CaseResult, runs: Sequence[LoadRun]) -> str:
+    """The report as HTML. An engine without figures has its failure in their place; what has no runs has no plots."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("layerkv.bench"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["unbroken"] = _unbroken
+    plots = charts.against_axis(result)
+    cdf = run_charts.cdf(result, runs)
+    first_runs = run_charts.first_runs(result, runs)
+    point = main_point(result)
+    return environment.get_template(TEMPLATE).render(
+        result=result,
+        headline=summary.headline(result),
+        sentences=summary.sentences(result),
+        main_point=result.main_point if point is None else point_label(result, point),
+        engines=summary.engine_order(result),
+        all_engines=tuple(summary.ENGINE_TITLES),
+        engine_titles=summary.ENGINE_TITLES,
+        engine_notes=summary.ENGINE_NOTES,
+        rows=summary.figure_rows(result),
+        point_columns=summary.POINT_COLUMNS,
+        point_groups=[(label, list(group)) for label, group in groupby(summary.point_rows(result), lambda r: r.point)],
+        plus_minus=PLUS_MINUS,
+        plots=[*plots, *([cdf] if cdf.curves else [])],
+        bars=[] if plots else charts.bars(result),
+        timeline=run_charts.timeline(first_runs),
+        memory=run_charts.memory(result, first_runs),
+        seed=next((run.seed for run in first_runs.values()), None),
+        facts=_facts(result),
+    )
+
+
+def write_report(result: CaseResult, runs: Sequence[LoadRun], path: Path) -> None:
+    """Writes `render_report` to `path`."""
+    path.write_text(render_report(result, runs), encoding="utf-8")
+
+
+def _unbroken(text: str) -> str:
+    """The text with its numbers and units held together at line ends."""
+    return re.sub(r"(?<=\d) (?=(%|s|ms)(\W|$))", "\N{NO-BREAK SPACE}", text)
+
+
+def _facts(result: CaseResult) -> list[tuple[str, str]]:
+    """Where, when and with what it was measured: name and text of each fact."""
+    machine = result.machine
+    sizes = result.kv_cache_memory_bytes
+    known = [name for name in summary.ENGINE_TITLES if name in sizes]
+    facts = [
+        ("Command", result.command),
+        ("Date", result.date),
+        ("Case", f"{result.case}, size {result.size}, points: {', '.join(point.name for point in result.points)}"),
+        ("Seeds", ", ".join(map(str, result.seeds))),
+        ("KV memory", ", ".join(f"{summary.ENGINE_TITLES[name]} {format_bytes(sizes[name])}" for name in known)),
+        ("Machine", f"{machine.cpu}, {machine.num_cpus} cores, {format_bytes(machine.memory_bytes)} memory"),
+        ("System", machine.system),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
+        *(("Note", note) for note in result.notes),
+    ]
+    return [(name, text) for name, text in facts if text]

@@ -1,0 +1,145 @@
+"""The form of a case's JSON: what `layerkv bench run --json` writes and `layerkv bench compare` reads.
+
+Invariant: every figure is a :class:`Spread` over seeds, and says no more than its `values` do. Other tools read this
+file: `SCHEMA_VERSION` goes up when a key changes its meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+import msgspec
+
+from layerkv.bench.machine import Machine
+from layerkv.bench.metrics import EngineFailure
+
+SCHEMA_VERSION = 1
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """A figure over seeds: its median, the greatest difference between two seeds, and the value of each seed."""
+
+    median: float
+    spread: float
+    values: list[float]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least one value."""
+        return cls(median(values), max(values) - min(values), list(values))
+
+
+class Distribution(msgspec.Struct, frozen=True):
+    """Mean and percentiles of a latency within a seed's run, each over seeds."""
+
+    mean: Spread
+    p50: Spread
+    p90: Spread
+    p99: Spread
+
+
+class Figures(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine's figures at one point.
+
+    Latencies count from the time a request was due. `end_to_end_s`: to its last token. `queue_s` is what the server
+    says (its percentiles are read off a histogram). `goodput_rps`: requests per second that met both the TTFT and the
+    TPOT of their class; `slo_attainment`: their share of all requests, a failed request being one that missed.
+    `arrival_error_s`: how late the generator sent. Peaks are in bytes: KV in use at most on the device and on the
+    host, and resident memory of all processes. `scheduler_s_per_step` is CPU time, None where it was not measured.
+    """
+
+    ttft_s: Distribution
+    tpot_s: Distribution
+    time_between_tokens_s: Distribution
+    second_token_s: Distribution
+    end_to_end_s: Distribution
+    queue_s: Distribution
+    arrival_error_s: Distribution
+    output_tokens_per_s: Spread
+    requests_per_s: Spread
+    goodput_rps: Spread
+    slo_attainment: Spread
+    slo_attainment_by_class: dict[str, Spread]
+    ttft_mean_s_by_class: dict[str, Spread]
+    num_requests: Spread
+    num_failed: Spread
+    preemptions: Spread
+    parks: Spread
+    fetches: Spread
+    bytes_stored: Spread
+    bytes_loaded: Spread
+    prompt_tokens: Spread
+    device_hit_tokens: Spread
+    host_hit_tokens: Spread
+    peak_device_kv_bytes: Spread
+    peak_host_kv_bytes: Spread
+    peak_rss_bytes: Spread
+    engine_cpu_s: Spread
+    front_end_cpu_s: Spread
+    scheduler_s_per_step: Spread | None
+    wall_s: Spread
+
+
+class Ratios(msgspec.Struct, frozen=True, kw_only=True):
+    """layerkv beside the others, each ratio taken within a seed; None where an engine is missing.
+
+    Speed-ups are the other's time / layerkv's; `throughput_ratio` and `goodput_ratio` are layerkv's / stock's.
+    `goodput_ratio` is None for a seed in which stock has no goodput at all.
+    """
+
+    ttft_mean_speedup: Spread | None = None
+    ttft_p99_speedup: Spread | None = None
+    throughput_ratio: Spread | None = None
+    ttft_mean_over_oracle: Spread | None = None
+    goodput_ratio: Spread | None = None
+    ttft_mean_speedup_over: dict[str, Spread] = {}
+    goodput_ratio_over: dict[str, Spread] = {}
+
+
+class PointResult(msgspec.Struct, frozen=True, kw_only=True):
+    """All engines at one point of the case's axis.
+
+    `tokens_equal` compares greedy tokens of layerkv and the oracle, request by request; None where one is missing or
+    the case's outputs cannot be equal. An engine may have figures of some seeds and a failure in another.
+    """
+
+    name: str
+    x: float
+    rate_per_s: float
+    engines: dict[str, Figures]
+    ratios: Ratios
+    tokens_equal: bool | None
+    failures: dict[str, EngineFailure]
+
+
+class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole file.
+
+    `engines`, `ratios` and `tokens_equal` are those of the case's main point, `main_point`; `tokens_equal` there is
+    about all points. `failures` holds each engine's first failure anywhere. `complete` is False when an engine failed
+    or the run was interrupted. `goodput_rps` and `slo_attainment` are by engine, then by the point's rate per second.
+    """
+
+    schema: int = SCHEMA_VERSION
+    case: str
+    question: str
+    size: str
+    complete: bool
+    interrupted: bool
+    axis: str
+    main_point: str
+    engines: dict[str, Figures]
+    ratios: Ratios
+    tokens_equal: bool | None
+    failures: dict[str, EngineFailure]
+    goodput_rps: dict[str, dict[str, Spread]]
+    slo_attainment: dict[str, dict[str, Spread]]
+    points: list[PointResult]
+    kv_cache_memory_bytes: dict[str, int]
+    notes: list[str]
+    command: str
+    machine: Machine
+    versions: dict[str, str]
+    seeds: list[int]
+    date: str

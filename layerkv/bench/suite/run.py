@@ -1,0 +1,455 @@
+"""`layerkv bench run`: a case, or a suite of cases, on real servers, side by side.
+
+Runs in the command's process; each server and each load has processes of its own. For every seed, each engine is
+started afresh and driven through all points of the case; the order of engines rotates from seed to seed, so that a
+machine that drifts hits all alike. Invariant: what was measured is kept when something fails or the run is
+interrupted, and the result says so.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
+from rich.console import Console
+
+import layerkv
+from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.metrics import EngineFailure
+from layerkv.bench.records import Progress, read_json, write_json
+from layerkv.bench.suite.board import SuiteBoard, print_result
+from layerkv.bench.suite.case import ENGINE_NAMES, Case, Point, load_case, load_suite
+from layerkv.bench.suite.engines import SERVED_NAME, is_layerkv, kv_memory_bytes, serve_command
+from layerkv.bench.suite.figures import engine_figures, engine_ratios, have_equal_tokens
+from layerkv.bench.suite.generator import GeneratorRun
+from layerkv.bench.suite.plan import LoadPlan, PlannedRequest, plan_requests, warm_up_requests
+from layerkv.bench.suite.records import Counters, LoadRun
+from layerkv.bench.suite.report import write_report
+from layerkv.bench.suite.result import CaseResult, Figures, PointResult, Ratios
+from layerkv.bench.suite.scheduler_probe import TIMES_VARIABLE, probe_options, read_scheduler_times
+from layerkv.bench.suite.server import CpuTimes, Server, free_port
+from layerkv.bench.supervise import run_child
+from layerkv.bench.tiny_model import make_tiny_model
+from layerkv.errors import ConfigError, LayerKVError
+from layerkv.units import format_bytes
+
+ServeCommand: TypeAlias = Callable[..., list[str]]
+
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+GENERATOR = (sys.executable, "-m", "layerkv.bench.suite.generator")
+# A server that gives no token for so long while requests wait is given up.
+STALL_LIMIT_S = 240.0
+SAMPLE_INTERVAL_S = 0.5
+LEAST_FREE_BYTES = 256 << 20
+
+# One thread, unbound: with vLLM's defaults, step times of a tiny model jump 20-fold as soon as anything else runs.
+TINY_MODEL_ENV = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+QUIET_ENV = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """What the command line says beside the case; None leaves the choice to the case."""
+
+    size: str = "full"
+    num_seeds: int | None = None
+    engines: tuple[str, ...] | None = None
+    json_path: Path | None = None
+    html_path: Path | None = None
+    out_dir: Path = Path("out/bench")
+    port: int | None = None
+    trace_path: Path | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What has been measured so far. An engine that failed is not started again."""
+
+    runs: list[LoadRun] = field(default_factory=list)
+    failures: dict[str, EngineFailure] = field(default_factory=dict)
+    failed_points: dict[str, dict[str, EngineFailure]] = field(default_factory=dict)
+    interrupted: bool = False
+
+    def fail(self, engine: str, failure: EngineFailure, point: str | None) -> None:
+        """Notes why an engine, at a point or before any, has nothing more to say."""
+        self.failures.setdefault(engine, failure)
+        if point is not None:
+            self.failed_points.setdefault(point, {}).setdefault(engine, failure)
+
+
+def run_suite(path: Path, options: RunOptions, *, serve: ServeCommand = serve_command) -> int:
+    """Runs a case, or the cases of a suite one after the other; returns the exit status.
+
+    0: all engines finished and tokens were equal where they must be. 1: an engine failed or tokens differ.
+    130: interrupted; what was measured is kept. For a suite, `json_path` and `html_path` are folders. `serve` gives
+    the command line of an engine's server.
+
+    Raises:
+        ConfigError: a file or an option is wrong; nothing has been started then.
+        LayerKVError: a result could not be written.
+    """
+    case_paths = load_suite(path)
+    if case_paths is None:
+        return _run_case(_load(path, options), options, Console(), serve)
+    cases = [_load(case_path, options) for case_path in case_paths]
+    worst = EXIT_OK
+    for case in cases:
+        status = _run_case(case, _options_of(case, options), Console(), serve)
+        worst = max(worst, status)
+        if status == EXIT_INTERRUPTED:
+            break
+    return worst
+
+
+def _load(path: Path, options: RunOptions) -> Case:
+    case = load_case(path, options.size, trace_path=options.trace_path)
+    chosen = options.engines or case.engines
+    for name in chosen:
+        if name not in ENGINE_NAMES:
+            raise ConfigError(f"--engines: found {name}; expected some of {', '.join(ENGINE_NAMES)}")
+    if len(set(chosen)) != len(chosen):
+        raise ConfigError(f"--engines: found {', '.join(chosen)}; expected each once")
+    num_seeds = case.num_seeds if options.num_seeds is None else options.num_seeds
+    if num_seeds < 1:
+        raise ConfigError(f"--seeds: found {num_seeds}; expected 1 or more; set it to 3, say")
+    return replace(case, engines=tuple(chosen), num_seeds=num_seeds)
+
+
+def _options_of(case: Case, options: RunOptions) -> RunOptions:
+    """In a suite every case has files of its own."""
+    return replace(
+        options,
+        json_path=options.json_path and options.json_path / f"{case.name}.json",
+        html_path=options.html_path and options.html_path / f"{case.name}.html",
+    )
+
+
+def _run_case(case: Case, options: RunOptions, console: Console, serve: ServeCommand) -> int:
+    folder = options.out_dir / case.name
+    files = _Files(
+        json_path=options.json_path or folder / "result.json", html_path=options.html_path or folder / "report.html"
+    )
+    _prepare(folder, files)
+    free_port(options.port)  # so that a port in use is found before anything is measured
+    console.print(f"\n[bold]{case.name}[/] ({case.size}): {case.question}", highlight=False)
+    for note in case.notes:
+        console.print(f"- {note}", highlight=False, markup=False)
+    outcome = Outcome()
+    _CaseRun(case, options, folder, console, outcome, files, serve).run()
+    result = case_result(case, outcome)
+    print_result(result, console)
+    _save(result, outcome, files)
+    console.print(f"\nresult  {files.json_path}\nreport  {files.html_path}\nlogs    {folder}", highlight=False)
+    if outcome.interrupted:
+        return EXIT_INTERRUPTED
+    return EXIT_OK if result.complete and result.tokens_equal is not False else EXIT_FAILED
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    json_path: Path
+    html_path: Path
+
+
+def _prepare(folder: Path, files: _Files) -> None:
+    """Makes the folders, and finds out now whether results can be written later.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    for wanted in (folder, files.json_path.parent, files.html_path.parent):
+        try:
+            wanted.mkdir(parents=True, exist_ok=True)
+            free_bytes = shutil.disk_usage(wanted).free
+            probe = wanted / ".layerkv-probe"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise ConfigError(
+                f"{wanted}: found no folder that can be written to ({error.strerror}); set another one with --out, "
+                "--json or --html"
+            ) from None
+        if free_bytes < LEAST_FREE_BYTES:
+            raise ConfigError(
+                f"{wanted}: found {format_bytes(free_bytes)} of free space; expected at least "
+                f"{format_bytes(LEAST_FREE_BYTES)} for logs and records; free some, or set --out to another disk"
+            )
+
+
+class _CaseRun:
+    """One case on its way; fills `outcome`."""
+
+    def __init__(
+        self,
+        case: Case,
+        options: RunOptions,
+        folder: Path,
+        console: Console,
+        outcome: Outcome,
+        files: _Files,
+        serve: ServeCommand,
+    ) -> None:
+        self._case = case
+        self._serve = serve
+        self._options = options
+        self._folder = folder
+        self._console = console
+        self._outcome = outcome
+        self._files = files
+        self._seeds = list(range(case.num_seeds))
+        self._plans = {
+            (point.name, seed): plan_requests(case, point, seed) for point in case.points for seed in self._seeds
+        }
+        self._kv_memory = {engine: kv_memory_bytes(case, engine, self._seeds) for engine in case.engines}
+
+    def run(self) -> None:
+        """Every engine at every point with every seed, as far as nothing fails."""
+        with self._console.status("making a tiny random model"):
+            model = self._model()
+        tokens = {key: sum(r.output_tokens for r in plan) for key, plan in self._plans.items()}
+        total = sum(tokens.values()) * len(self._case.engines)
+        with SuiteBoard(total, len(self._seeds), self._console) as board:
+            for seed in self._seeds:
+                for engine in rotated(self._case.engines, seed):
+                    seed_tokens = sum(tokens[point.name, seed] for point in self._case.points)
+                    board.starts(engine, seed)
+                    if engine not in self._outcome.failures:
+                        try:
+                            self._run_engine(engine, seed, model, board)
+                        except KeyboardInterrupt:
+                            self._outcome.interrupted = True
+                            board.note(f"{engine}: interrupted")
+                            return
+                    board.ends(seed_tokens)
+                    self._keep_partial(board)
+
+    def _model(self) -> str:
+        settings = self._case.settings
+        if settings.shape is None:
+            return settings.model
+        return str(make_tiny_model(settings.model, self._options.out_dir / "models"))
+
+    def _run_engine(self, engine: str, seed: int, model: str, board: SuiteBoard) -> None:
+        port = free_port(self._options.port)
+        command = self._serve(
+            self._case,
+            engine,
+            model=model,
+            port=port,
+            kv_memory=self._kv_memory[engine],
+            folder=self._folder.resolve(),
+            extra=probe_options(engine_is_layerkv=is_layerkv(engine)),
+        )
+        log_path = self._folder / f"{engine}.seed{seed}.log"
+        env = self._env() | {TIMES_VARIABLE: str(self._times_path())}
+        with Server(command, env=env, port=port, log_path=log_path) as server:
+            failure = server.wait_until_ready()
+            if failure is not None:
+                self._fail(engine, failure, None, board)
+                return
+            for point in self._case.points:
+                outcome = self._run_point(engine, point, seed, server, board)
+                if isinstance(outcome, EngineFailure):
+                    self._fail(engine, outcome, point.name, board)
+                    return
+                self._outcome.runs.append(outcome)
+
+    def _run_point(
+        self, engine: str, point: Point, seed: int, server: Server, board: SuiteBoard
+    ) -> LoadRun | EngineFailure:
+        requests = self._plans[point.name, seed]
+        board.loads(point.name)
+        plan = LoadPlan(
+            url=server.url,
+            model=SERVED_NAME,
+            requests=requests,
+            warm_up=warm_up_requests(self._case),
+            names_classes=is_layerkv(engine),
+            sample_interval_s=SAMPLE_INTERVAL_S,
+            kv_memory_bytes=self._kv_memory[engine],
+            block_bytes=self._block_bytes(),
+        )
+        plan_path, run_path = self._folder / "plan.json", self._folder / "run.json"
+        write_json(plan, plan_path)
+        run_path.unlink(missing_ok=True)
+        (cpu_before, _), times_before = server.observe(), read_scheduler_times(self._times_path())
+
+        def advance(line: Progress) -> None:
+            server.observe()
+            board.advances(line)
+
+        failure = run_child(
+            [*GENERATOR, str(plan_path), str(run_path)],
+            env=self._env(),
+            log_path=self._folder / "generator.log",
+            on_progress=advance,
+            stall_limit_s=STALL_LIMIT_S + _longest_pause_s(requests),
+        )
+        (cpu_after, peak_rss_bytes), times_after = server.observe(), read_scheduler_times(self._times_path())
+        died = server.failure()
+        if died is not None:
+            return died
+        if failure is not None:
+            return EngineFailure(
+                reason=f"had no answer: the load generator {failure.reason}", log_tail=failure.log_tail
+            )
+        run = read_json(run_path, GeneratorRun)
+        counters = _counters(engine, run, cpu_before, cpu_after, peak_rss_bytes, self._block_bytes())
+        if times_before is not None and times_after is not None:
+            counters = msgspec.structs.replace(
+                counters,
+                scheduler_cpu_s=times_after.cpu_seconds - times_before.cpu_seconds,
+                num_steps=times_after.num_calls - times_before.num_calls,
+            )
+        return LoadRun(
+            engine=engine,
+            point=point.name,
+            seed=seed,
+            requests=run.requests,
+            samples=run.samples,
+            counters=counters,
+            wall_s=run.wall_s,
+        )
+
+    def _times_path(self) -> Path:
+        return self._folder.resolve() / "scheduler-times"
+
+    def _block_bytes(self) -> int:
+        shape = self._case.settings.shape
+        return 0 if shape is None else shape.kv_bytes_per_token * self._case.settings.block_tokens
+
+    def _fail(self, engine: str, failure: EngineFailure, point: str | None, board: SuiteBoard) -> None:
+        self._outcome.fail(engine, failure, point)
+        board.note(f"{engine} {failure.reason}; the others go on")
+
+    def _keep_partial(self, board: SuiteBoard) -> None:
+        """So that not even a power cut takes what has been measured."""
+        try:
+            write_json(case_result(self._case, self._outcome), self._files.json_path)
+        except OSError as error:
+            board.note(f"{self._files.json_path}: could not be written yet ({error.strerror})")
+
+    def _env(self) -> dict[str, str]:
+        package_parent = str(Path(layerkv.__file__).parents[1])
+        inherited = os.environ.get("PYTHONPATH")
+        defaults = QUIET_ENV if self._case.settings.shape is None else QUIET_ENV | TINY_MODEL_ENV
+        path = os.pathsep.join(filter(None, (package_parent, inherited)))
+        return defaults | os.environ | {"PYTHONPATH": path}
+
+
+def rotated(engines: Sequence[str], seed: int) -> list[str]:
+    """The engines in the order of this seed's round: each begins further on, and every other one goes backwards."""
+    start = seed % len(engines)
+    order = [*engines[start:], *engines[:start]]
+    return order if seed % 2 == 0 else order[::-1]
+
+
+def _longest_pause_s(requests: Sequence[PlannedRequest]) -> float:
+    """The longest time in which no request may be due."""
+    due = [0.0, *sorted(r.arrival_s for r in requests if r.after is None)]
+    thinking = max((r.arrival_s for r in requests if r.after is not None), default=0.0)
+    return max((later - earlier for earlier, later in pairwise(due)), default=0.0) + thinking
+
+
+def _counters(
+    engine: str, run: GeneratorRun, cpu_before: CpuTimes, cpu_after: CpuTimes, peak_rss_bytes: int, block_bytes: int
+) -> Counters:
+    before, after = run.before, run.after
+    buckets_before = dict(before.queue_buckets)
+    offloaded = (after.blocks_offloaded - before.blocks_offloaded) * block_bytes
+    onloaded = (after.blocks_onloaded - before.blocks_onloaded) * block_bytes
+    preemptions, recomputes = after.preemptions - before.preemptions, after.recomputes - before.recomputes
+    return Counters(
+        preemptions=recomputes if is_layerkv(engine) else preemptions,
+        parks=after.parks - before.parks,
+        fetches=after.fetches - before.fetches,
+        bytes_stored=after.bytes_stored - before.bytes_stored + offloaded,
+        bytes_loaded=after.bytes_loaded - before.bytes_loaded + onloaded,
+        prompt_tokens=after.prompt_tokens - before.prompt_tokens,
+        device_hit_tokens=after.device_hit_tokens - before.device_hit_tokens,
+        host_hit_tokens=after.host_hit_tokens - before.host_hit_tokens,
+        queue_count=after.queue_count - before.queue_count,
+        queue_sum_s=after.queue_sum_s - before.queue_sum_s,
+        queue_buckets=[(bound, count - buckets_before.get(bound, 0.0)) for bound, count in after.queue_buckets],
+        engine_cpu_s=cpu_after.engine_s - cpu_before.engine_s,
+        front_end_cpu_s=cpu_after.front_end_s - cpu_before.front_end_s,
+        peak_rss_bytes=peak_rss_bytes,
+    )
+
+
+def case_result(case: Case, outcome: Outcome) -> CaseResult:
+    """The figures of what has been measured so far, side by side."""
+    points = [_point_result(case, point, outcome) for point in case.points]
+    main = next(point for point in points if point.name == case.main_point)
+    checked = [point.tokens_equal for point in points if point.tokens_equal is not None]
+    num_expected = len(case.points) * case.num_seeds * len(case.engines)
+    seeds = list(range(case.num_seeds))
+    return CaseResult(
+        case=case.name,
+        question=case.question,
+        size=case.size,
+        complete=len(outcome.runs) == num_expected,
+        interrupted=outcome.interrupted,
+        axis=case.axis,
+        main_point=case.main_point,
+        engines=main.engines,
+        ratios=main.ratios,
+        tokens_equal=all(checked) if checked else None,
+        failures=outcome.failures,
+        goodput_rps={
+            engine: {f"{p.rate_per_s:g}": p.engines[engine].goodput_rps for p in points if engine in p.engines}
+            for engine in case.engines
+        },
+        slo_attainment={
+            engine: {f"{p.rate_per_s:g}": p.engines[engine].slo_attainment for p in points if engine in p.engines}
+            for engine in case.engines
+        },
+        points=points,
+        kv_cache_memory_bytes={engine: kv_memory_bytes(case, engine, seeds) for engine in case.engines},
+        notes=list(case.notes),
+        command=this_command(),
+        machine=Machine.here(),
+        versions=installed_versions(),
+        seeds=seeds,
+        date=utc_now(),
+    )
+
+
+def _point_result(case: Case, point: Point, outcome: Outcome) -> PointResult:
+    runs: dict[str, dict[int, LoadRun]] = {}
+    for run in outcome.runs:
+        if run.point == point.name:
+            runs.setdefault(run.engine, {})[run.seed] = run
+    figures: dict[str, Figures] = {
+        engine: engine_figures(list(runs[engine].values()), case.policy) for engine in case.engines if engine in runs
+    }
+    tokens_equal = None
+    if case.can_compare_tokens:
+        tokens_equal = have_equal_tokens(runs.get("layerkv", {}), runs.get("oracle", {}))
+    return PointResult(
+        name=point.name,
+        x=point.x,
+        rate_per_s=point.rate_per_s,
+        engines=figures,
+        ratios=engine_ratios(runs, case.policy) if "layerkv" in runs else Ratios(),
+        tokens_equal=tokens_equal,
+        failures=outcome.failed_points.get(point.name, {}),
+    )
+
+
+def _save(result: CaseResult, outcome: Outcome, files: _Files) -> None:
+    try:
+        write_json(result, files.json_path)
+        write_report(result, outcome.runs, files.html_path)
+    except OSError as error:
+        raise LayerKVError(
+            f"{error.filename or files.json_path}: could not be written ({error.strerror}); the figures are above; "
+            "free some space, or set --json and --html to another disk"
+        ) from None

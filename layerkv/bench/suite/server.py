@@ -1,0 +1,131 @@
+"""One `vllm serve` as a child process: started, watched, and ended whatever happens.
+
+Invariant: after `stop`, nothing that the server started is left. The server has a session of its own, so that Ctrl-C
+reaches only the suite, which then ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from layerkv.bench.metrics import EngineFailure
+from layerkv.bench.supervise import log_tail
+from layerkv.errors import ConfigError
+
+# A limit for what takes 15-60 s here and some minutes with a large model on a GPU: it ends a hang.
+START_LIMIT_S = 900.0
+STOP_LIMIT_S = 30.0
+POLL_S = 0.25
+
+
+class CpuTimes(msgspec.Struct, frozen=True):
+    """CPU seconds since the server started: of its HTTP front end, and of all other processes."""
+
+    front_end_s: float = 0.0
+    engine_s: float = 0.0
+
+
+class Server:
+    """A running server; a context manager. `failure` says why it is not running, once it is not."""
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], port: int, log_path: Path) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._log_path = log_path
+        self._peak_rss_bytes = 0
+        self._cpu = CpuTimes()
+        with log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
+            )
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def wait_until_ready(self, limit_s: float = START_LIMIT_S) -> EngineFailure | None:
+        """Returns None as soon as the server answers, or why it never will."""
+        end_s = time.monotonic() + limit_s
+        while time.monotonic() < end_s:
+            failure = self.failure()
+            if failure is not None:
+                return failure
+            with contextlib.suppress(OSError, urllib.error.URLError), _open(f"{self.url}/health"):
+                return None
+            time.sleep(POLL_S)
+        return EngineFailure(reason=f"was not ready after {limit_s:g} s", log_tail=log_tail(self._log_path))
+
+    def failure(self) -> EngineFailure | None:
+        """Why the server's process has ended, or None while it runs."""
+        status = self._process.poll()
+        if status is None:
+            return None
+        reason = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
+        return EngineFailure(reason=reason, log_tail=log_tail(self._log_path))
+
+    def observe(self) -> tuple[CpuTimes, int]:
+        """CPU times now, and the most resident memory seen in bytes; the last known ones once it has ended."""
+        front_end_s = engine_s = 0.0
+        rss_bytes = 0
+        with contextlib.suppress(psutil.Error):
+            parent = psutil.Process(self._process.pid)
+            for process in (parent, *parent.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    times = process.cpu_times()
+                    rss_bytes += process.memory_info().rss
+                    if process.pid == parent.pid:
+                        front_end_s = times.user + times.system
+                    else:
+                        engine_s += times.user + times.system
+            self._cpu = CpuTimes(front_end_s, engine_s)
+        self._peak_rss_bytes = max(self._peak_rss_bytes, rss_bytes)
+        return self._cpu, self._peak_rss_bytes
+
+    def stop(self) -> None:
+        """Ends the server as an operator does, and by force if that takes too long."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)  # killed at once, vLLM would leave shared memory behind
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_LIMIT_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def _open(url: str) -> contextlib.closing[Any]:
+    # Without the environment's proxy: the server is on this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return contextlib.closing(opener.open(url, timeout=5.0))
+
+
+def free_port(wanted: int | None = None) -> int:
+    """A port that nobody listens on now: `wanted`, if it is given.
+
+    Raises:
+        ConfigError: somebody listens on `wanted`.
+    """
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", wanted or 0))
+        except OSError as error:
+            raise ConfigError(
+                f"--port: found {wanted} in use or refused ({error.strerror}); expected a free port; "
+                "set another one, or leave --port out and one is chosen"
+            ) from None
+        port: int = listener.getsockname()[1]
+        return port

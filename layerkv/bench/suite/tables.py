@@ -1,0 +1,165 @@
+"""A case's figures as table cells: the median over seeds and, after ` ±`, half of the spread in the same unit.
+
+Pure functions of a :class:`CaseResult`; the terminal and the HTML report show the same cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from layerkv.bench.suite.result import CaseResult, Figures, Spread
+from layerkv.bench.suite.titles import ENGINE_TITLES, engine_order, has_first_tokens
+from layerkv.bench.summary import MISSING, Row, format_duration
+from layerkv.units import format_bytes
+
+# Between a cell's figure and its uncertainty; the report prints what follows it small.
+PLUS_MINUS = " ±"
+POINT_COLUMNS = ("TTFT mean", "TTFT p99", "Goodput", "SLOs met", "Throughput")
+
+
+@dataclass(frozen=True, slots=True)
+class PointRow:
+    """One engine at one point.
+
+    Attributes:
+        point: Where the point lies on the case's axis; the same for all its engines.
+        engine: Its name; `engine_title` is how tables call it.
+        cells: `cells[i]` belongs to the i-th of `POINT_COLUMNS`.
+        failure: Why some or all of the figures are missing; empty if none are.
+        is_main: Whether this is the case's main point.
+    """
+
+    point: str
+    engine: str
+    engine_title: str
+    cells: tuple[str, ...]
+    failure: str
+    is_main: bool
+
+
+def figure_rows(result: CaseResult) -> list[Row]:
+    """The main point's table: one row per figure, one cell per engine of `engine_order`."""
+    engines = [result.engines.get(name) for name in engine_order(result)]
+    return [
+        Row(label, meaning, tuple(MISSING if figures is None else cell(figures) for figures in engines))
+        for label, meaning, cell in _ROWS
+    ]
+
+
+def point_rows(result: CaseResult) -> list[PointRow]:
+    """All points' table: for each point in order, one row per engine that has figures or a failure there."""
+    rows = []
+    for point in result.points:
+        for name in engine_order(result):
+            figures, failure = point.engines.get(name), point.failures.get(name)
+            if figures is None and failure is None:
+                continue
+            cells = (MISSING,) * len(POINT_COLUMNS) if figures is None else _point_cells(figures)
+            rows.append(
+                PointRow(
+                    point=f"{point.x:g}",
+                    engine=name,
+                    engine_title=ENGINE_TITLES[name],
+                    cells=cells,
+                    failure="" if failure is None else failure.reason,
+                    is_main=point.name == result.main_point,
+                )
+            )
+    return rows
+
+
+def duration_cell(value: Spread) -> str:
+    """`1.23 s ±0.10`."""
+    text = format_duration(value.median)
+    number, unit = text.split()
+    decimals = len(number.partition(".")[2])
+    return _with_spread(text, value.spread * (1e3 if unit == "ms" else 1.0), decimals)
+
+
+def number_cell(value: Spread, decimals: int = 0, unit: str = "") -> str:
+    """`120 tok/s ±3`; `unit` stands after the number as it is."""
+    return _with_spread(f"{value.median:.{decimals}f}{unit}", value.spread, decimals)
+
+
+def percent_cell(share: Spread) -> str:
+    """`97.5 % ±0.4` of a share between 0 and 1."""
+    return _with_spread(f"{share.median * 100:.1f} %", share.spread * 100, 1)
+
+
+def size_cell(size: Spread) -> str:
+    """`1.5GiB ±12MiB`."""
+    text = format_bytes(size.median) if size.median else "0"
+    return f"{text}{PLUS_MINUS}{format_bytes(size.spread / 2)}" if size.spread else text
+
+
+def _with_spread(text: str, spread: float, decimals: int) -> str:
+    return f"{text}{PLUS_MINUS}{spread / 2:.{decimals}f}" if spread else text
+
+
+def _latency(pick: Callable[[Figures], Spread]) -> Callable[[Figures], str]:
+    """A latency's cell; 0 s is that of no sample."""
+    return lambda figures: duration_cell(pick(figures)) if pick(figures).median > 0 else MISSING
+
+
+def _queue(figures: Figures) -> str:
+    return duration_cell(figures.queue_s.mean) if has_first_tokens(figures) else MISSING
+
+
+def _pair(first: Spread, second: Spread) -> str:
+    return f"{first.median:g} / {second.median:g}"
+
+
+def _shares(parts: Spread, of: Spread) -> Spread:
+    pairs = zip(parts.values, of.values, strict=True)
+    return Spread.of([part / whole if whole else 0.0 for part, whole in pairs])
+
+
+def _hits(figures: Figures) -> str:
+    device = _shares(figures.device_hit_tokens, figures.prompt_tokens)
+    host = _shares(figures.host_hit_tokens, figures.prompt_tokens)
+    return f"{device.median * 100:.1f} / {host.median * 100:.1f} %"
+
+
+def _scheduler_time(figures: Figures) -> str:
+    return MISSING if figures.scheduler_s_per_step is None else duration_cell(figures.scheduler_s_per_step)
+
+
+def _point_cells(figures: Figures) -> tuple[str, ...]:
+    cells: Sequence[Callable[[Figures], str]] = (
+        _latency(lambda f: f.ttft_s.mean),
+        _latency(lambda f: f.ttft_s.p99),
+        lambda f: number_cell(f.goodput_rps, 2, "/s"),
+        lambda f: percent_cell(f.slo_attainment),
+        lambda f: number_cell(f.output_tokens_per_s, unit=" tok/s"),
+    )
+    return tuple(cell(figures) for cell in cells)
+
+
+_ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
+    ("TTFT mean", "time to first token, from when the request was due", _latency(lambda f: f.ttft_s.mean)),
+    ("TTFT p50", "half of the first tokens came by then", _latency(lambda f: f.ttft_s.p50)),
+    ("TTFT p90", "nine of ten first tokens", _latency(lambda f: f.ttft_s.p90)),
+    ("TTFT p99", "the slowest first tokens", _latency(lambda f: f.ttft_s.p99)),
+    ("Queue mean", "until the scheduler takes the request up", _queue),
+    ("Second token mean", "gap between tokens 1 and 2", _latency(lambda f: f.second_token_s.mean)),
+    ("Second token p99", "gap between tokens 1 and 2", _latency(lambda f: f.second_token_s.p99)),
+    ("TPOT mean", "mean gap between a request's tokens", _latency(lambda f: f.tpot_s.mean)),
+    ("TPOT p99", "mean gap between a request's tokens", _latency(lambda f: f.tpot_s.p99)),
+    ("Between tokens p99", "all gaps of all requests pooled", _latency(lambda f: f.time_between_tokens_s.p99)),
+    ("End to end mean", "until the request's last token", _latency(lambda f: f.end_to_end_s.mean)),
+    ("Throughput", "output tokens per second", lambda f: number_cell(f.output_tokens_per_s, unit=" tok/s")),
+    ("Goodput", "requests per second that met TTFT and TPOT", lambda f: number_cell(f.goodput_rps, 2, "/s")),
+    ("SLOs met", "share of requests that met both", lambda f: percent_cell(f.slo_attainment)),
+    ("Preemptions", "KV thrown away and computed again", lambda f: number_cell(f.preemptions)),
+    ("Parks / fetches", "KV moved to host memory / back", lambda f: _pair(f.parks, f.fetches)),
+    ("Hits device / host", "share of prompt tokens found there", _hits),
+    ("Stored", "copied from device to host memory", lambda f: size_cell(f.bytes_stored)),
+    ("Loaded", "copied from host to device memory", lambda f: size_cell(f.bytes_loaded)),
+    ("Peak device KV", "most in use at once", lambda f: size_cell(f.peak_device_kv_bytes)),
+    ("Peak host KV", "most in use at once", lambda f: size_cell(f.peak_host_kv_bytes)),
+    ("Peak resident memory", "all processes of the server", lambda f: size_cell(f.peak_rss_bytes)),
+    ("Engine CPU", "CPU seconds of engine and workers", lambda f: duration_cell(f.engine_cpu_s)),
+    ("Scheduler per step", "CPU time in the scheduler's schedule()", _scheduler_time),
+    ("Failed requests", "of all that were due", lambda f: f"{f.num_failed.median:g} of {f.num_requests.median:g}"),
+)

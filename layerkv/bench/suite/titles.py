@@ -1,0 +1,48 @@
+"""What the suite's engines and points are called in tables, sentences and plots.
+
+Pure functions of a case's result. Invariant: everything that lists engines lists them in the order of `ENGINE_TITLES`.
+"""
+
+from __future__ import annotations
+
+from layerkv.bench.suite.result import CaseResult, Figures, PointResult
+
+ENGINE_TITLES = {
+    "stock": "stock vLLM",
+    "stock-watermark": "stock + watermark",
+    "vllm-cpu-offload": "vLLM CPU offload",
+    "layerkv": "layerkv",
+    "layerkv-no-slo": "layerkv without SLO",
+    "oracle": "oracle",
+}
+ENGINE_NOTES = {
+    "stock": "unmodified vLLM",
+    "stock-watermark": "stock with --watermark 0.02",
+    "vllm-cpu-offload": "stock that also keeps KV in host memory",
+    "layerkv": "same KV memory as stock",
+    "layerkv-no-slo": "layerkv without objectives",
+    "oracle": "stock with KV memory for everything: the floor",
+}
+
+
+def engine_order(result: CaseResult) -> tuple[str, ...]:
+    """The engines that have figures or a failure anywhere, in their usual order."""
+    there = {*result.engines, *result.failures}
+    for point in result.points:
+        there |= {*point.engines, *point.failures}
+    return tuple(name for name in ENGINE_TITLES if name in there)
+
+
+def point_label(result: CaseResult, point: PointResult) -> str:
+    """A point as a reader knows it: `2.5 requests per second`."""
+    return f"{point.x:g} {result.axis}"
+
+
+def main_point(result: CaseResult) -> PointResult | None:
+    """The point that `result.engines` is about; None if nothing was measured there."""
+    return next((point for point in result.points if point.name == result.main_point), None)
+
+
+def has_first_tokens(figures: Figures) -> bool:
+    """Whether any request had a first token: without one, latencies are 0 s, which would look like a win."""
+    return figures.ttft_s.mean.median > 0

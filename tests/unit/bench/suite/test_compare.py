@@ -1,0 +1,118 @@
+"""Regressions and noise."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from layerkv.bench.records import write_json
+from layerkv.bench.suite.compare import compare, run_compare, verdict
+from layerkv.bench.suite.result import CaseResult, Spread
+from layerkv.errors import ConfigError
+from tests.unit.bench.suite.made_results import case_result as made_case_result
+from tests.unit.bench.suite.made_results import load_runs
+
+
+def case_result() -> CaseResult:
+    return made_case_result(load_runs())
+
+
+def scaled(result: CaseResult, engine: str, factor: Callable[[str], float]) -> CaseResult:
+    """The result with all TTFT means of an engine changed; `factor` is by point."""
+    points = []
+    for point in result.points:
+        engines = dict(point.engines)
+        if engine in engines:
+            figures = engines[engine]
+            values = [value * factor(point.name) for value in figures.ttft_s.mean.values]
+            ttft = msgspec.structs.replace(figures.ttft_s, mean=Spread.of(values))
+            engines[engine] = msgspec.structs.replace(figures, ttft_s=ttft)
+        points.append(msgspec.structs.replace(point, engines=engines))
+    return msgspec.structs.replace(result, points=points)
+
+
+def changed(before: CaseResult, after: CaseResult) -> set[tuple[str, str, str]]:
+    return {(c.engine, c.figure, c.verdict) for c in compare(before, after).changes if c.verdict != "same"}
+
+
+def test_a_result_is_the_same_as_itself() -> None:
+    result = case_result()
+    assert compare(result, result).changes
+    assert not changed(result, result)
+
+
+def test_a_slower_engine_is_worse_and_a_faster_one_better() -> None:
+    result = case_result()
+    assert changed(result, scaled(result, "layerkv", lambda _: 10.0)) == {("layerkv", "TTFT mean", "worse")}
+    assert changed(result, scaled(result, "layerkv", lambda _: 0.1)) == {("layerkv", "TTFT mean", "better")}
+
+
+def test_a_machine_that_is_slower_for_all_is_no_regression() -> None:
+    result = case_result()
+    slower = result
+    for engine in result.engines:
+        slower = scaled(slower, engine, lambda _: 3.0)
+    assert not changed(result, slower)
+
+
+def test_stock_itself_is_not_judged() -> None:
+    result = case_result()
+    assert "stock" not in {change.engine for change in compare(result, result).changes}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ([1.0, 1.1, 0.9], [1.05, 0.95, 1.2], "same"),  # seeds overlap
+        ([1.0, 1.01, 0.99], [1.03, 1.025, 1.02], "same"),  # they do not, but by 2 % only
+        ([1.0, 1.1, 0.9], [1.5, 1.4, 1.6], "worse"),
+        ([1.0, 1.1, 0.9], [0.5, 0.4, 0.6], "better"),
+        ([1.0], [1.3], "same"),  # of one seed nothing is known
+        ([1.0], [1.6], "worse"),
+        ([0.0, 0.0], [0.0, 0.0], "same"),
+        ([0.0, 0.0], [0.5, 0.4], "worse"),
+    ],
+)
+def test_a_change_counts_if_seeds_do_not_overlap(before: list[float], after: list[float], expected: str) -> None:
+    assert verdict(before, after, less_is_better=True) == expected
+    opposite = {"worse": "better", "better": "worse", "same": "same"}[expected]
+    assert verdict(before, after, less_is_better=False) == opposite
+
+
+def test_the_command_fails_on_a_regression_and_says_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = tmp_path / "a.json", tmp_path / "b.json"
+    write_json(case_result(), before)
+    write_json(scaled(case_result(), "layerkv", lambda _: 10.0), after)
+    assert run_compare(before, before) == 0
+    assert run_compare(before, after, json_path=tmp_path / "c.json") == 1
+    out = capsys.readouterr().out
+    assert "layerkv" in out
+    assert "worse" in out
+    assert msgspec.json.decode((tmp_path / "c.json").read_bytes())["changes"]
+    assert run_compare(after, before) == 0
+
+
+def test_engines_that_are_in_one_result_only_are_named() -> None:
+    result = case_result()
+    less = msgspec.structs.replace(
+        result,
+        points=[
+            msgspec.structs.replace(p, engines={n: f for n, f in p.engines.items() if n != "oracle"})
+            for p in result.points
+        ],
+    )
+    assert len(compare(result, less).missing) == len(result.points)
+
+
+def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
+    good, bad, other = tmp_path / "good.json", tmp_path / "bad.json", tmp_path / "other.json"
+    write_json(case_result(), good)
+    bad.write_text('{"schema": 1}')
+    write_json(msgspec.structs.replace(case_result(), case="another"), other)
+    with pytest.raises(ConfigError, match=r"none\.json: found no readable file"):
+        run_compare(good, tmp_path / "none.json")
+    with pytest.raises(ConfigError, match=r"bad\.json: found no result of a case"):
+        run_compare(bad, good)
+    with pytest.raises(ConfigError, match=r"other\.json: found a result of another; expected one of"):
+        run_compare(good, other)

@@ -1,0 +1,122 @@
+"""Figures from records small enough to check by hand."""
+
+import pytest
+
+from layerkv.bench.suite.figures import engine_figures, engine_ratios, has_met_slo, have_equal_tokens
+from layerkv.bench.suite.records import Counters, LoadRun, RequestRecord, Sample
+from layerkv.config import SloClass, SloPolicy
+
+POLICY = SloPolicy(
+    classes={
+        "chat": SloClass(name="chat", ttft_s=1.0, tpot_s=0.1),
+        "batch": SloClass(name="batch", ttft_s=10.0, tpot_s=1.0),
+    },
+    default_class="chat",
+)
+
+
+def record(number: int, arrival_s: float, times_s: list[float], **more: object) -> RequestRecord:
+    fields = {"prompt_tokens": 10, "output_tokens": len(times_s), "token_digest": f"d{number}", "sent_s": arrival_s}
+    return RequestRecord(request_id=f"r{number}", arrival_s=arrival_s, token_times_s=times_s, **{**fields, **more})
+
+
+def run_of(*requests: RequestRecord, engine: str = "layerkv", seed: int = 0, **counters: object) -> LoadRun:
+    return LoadRun(
+        engine=engine,
+        point="1",
+        seed=seed,
+        requests=list(requests),
+        samples=[Sample(time_s=0, device_kv_bytes=5, host_kv_bytes=7, running=1, waiting=0, parked=0)],
+        counters=Counters(**counters),
+        wall_s=4.0,
+    )
+
+
+def test_latencies_count_from_the_due_time() -> None:
+    run = run_of(record(0, 1.0, [1.5, 1.6, 1.8], sent_s=1.2), record(1, 2.0, [3.0]))
+    figures = engine_figures([run], POLICY)
+    assert figures.ttft_s.mean.median == pytest.approx(0.75)
+    assert figures.tpot_s.mean.median == pytest.approx(0.15)
+    assert figures.second_token_s.mean.median == pytest.approx(0.1)
+    assert figures.time_between_tokens_s.p99.median == pytest.approx(0.2, abs=0.01)
+    assert figures.end_to_end_s.mean.median == pytest.approx(0.9)
+    assert figures.arrival_error_s.mean.median == pytest.approx(0.1)
+    assert figures.output_tokens_per_s.median == pytest.approx(4 / 2.0)
+    assert figures.peak_host_kv_bytes.median == 7
+
+
+def test_an_objective_is_met_with_ttft_and_tpot_and_an_end() -> None:
+    assert has_met_slo(record(0, 0.0, [0.9, 0.95]), POLICY)
+    assert not has_met_slo(record(0, 0.0, [1.1, 1.15]), POLICY)
+    assert not has_met_slo(record(0, 0.0, [0.5, 0.7]), POLICY)
+    assert has_met_slo(record(0, 0.0, [5.0, 5.5], slo_class="batch"), POLICY)
+    assert not has_met_slo(record(0, 0.0, [0.5, 0.55], error="broke off"), POLICY)
+    assert not has_met_slo(record(0, 0.0, []), POLICY)
+    assert has_met_slo(record(0, 0.0, [0.5]), POLICY)
+
+
+def test_failed_requests_are_counted_and_missed() -> None:
+    run = run_of(record(0, 0.0, [0.5, 0.55]), record(1, 0.0, [], error="HTTP 500", token_digest=None))
+    figures = engine_figures([run], POLICY)
+    assert figures.num_failed.median == 1
+    assert figures.slo_attainment.median == 0.5
+    assert figures.slo_attainment_by_class["chat"].median == 0.5
+    assert "batch" not in figures.slo_attainment_by_class
+    assert figures.ttft_s.mean.median == 0.5
+
+
+def test_a_figure_is_the_median_over_seeds_with_its_spread() -> None:
+    runs = [run_of(record(0, 0.0, [ttft]), seed=seed) for seed, ttft in enumerate((0.1, 0.5, 0.2))]
+    mean = engine_figures(runs, POLICY).ttft_s.mean
+    assert mean.values == pytest.approx([0.1, 0.5, 0.2])
+    assert (mean.median, mean.spread) == (pytest.approx(0.2), pytest.approx(0.4))
+
+
+def test_nothing_at_all_gives_figures_of_zero() -> None:
+    figures = engine_figures([run_of(record(0, 0.0, [], error="gone"))], POLICY)
+    assert figures.output_tokens_per_s.median == 0
+    assert figures.goodput_rps.median == 0
+
+
+def test_queue_percentiles_are_read_off_the_histogram() -> None:
+    run = run_of(
+        record(0, 0.0, [0.1]), queue_count=4, queue_sum_s=2.0, queue_buckets=[(0.5, 2.0), (1.0, 4.0)], num_steps=4
+    )
+    queue = engine_figures([run], POLICY).queue_s
+    assert queue.mean.median == 0.5
+    assert queue.p50.median == pytest.approx(0.5)
+    assert queue.p90.median == pytest.approx(0.9)
+
+
+def test_scheduler_time_is_missing_where_it_was_not_measured() -> None:
+    assert engine_figures([run_of(record(0, 0.0, [0.1]))], POLICY).scheduler_s_per_step is None
+    measured = engine_figures([run_of(record(0, 0.0, [0.1]), scheduler_cpu_s=0.2, num_steps=100)], POLICY)
+    assert measured.scheduler_s_per_step is not None
+    assert measured.scheduler_s_per_step.median == pytest.approx(0.002)
+
+
+def test_ratios_are_taken_within_a_seed() -> None:
+    ours = {seed: run_of(record(0, 0.0, [ttft, 2.0]), seed=seed) for seed, ttft in enumerate((0.1, 0.2))}
+    stock = {seed: run_of(record(0, 0.0, [ttft, 2.0]), engine="stock", seed=seed) for seed, ttft in enumerate((1, 4))}
+    ratios = engine_ratios({"layerkv": ours, "stock": stock}, POLICY)
+    assert ratios.ttft_mean_speedup is not None
+    assert ratios.ttft_mean_speedup.values == pytest.approx([10, 20])
+    assert ratios.throughput_ratio is not None
+    assert ratios.throughput_ratio.median == pytest.approx(1.0)
+    assert ratios.ttft_mean_over_oracle is None
+    assert ratios.ttft_mean_speedup_over.keys() == {"stock"}
+
+
+def test_a_seed_that_an_engine_did_not_finish_is_left_out_of_ratios() -> None:
+    ours = {seed: run_of(record(0, 0.0, [0.1]), seed=seed) for seed in (0, 1)}
+    ratios = engine_ratios({"layerkv": ours, "stock": {1: run_of(record(0, 0.0, [0.3]), seed=1)}}, POLICY)
+    assert ratios.ttft_mean_speedup is not None
+    assert ratios.ttft_mean_speedup.values == pytest.approx([3.0])
+
+
+def test_tokens_are_compared_request_by_request() -> None:
+    one, same = run_of(record(0, 0.0, [1.0])), run_of(record(0, 5.0, [9.0]))
+    other = run_of(record(0, 0.0, [1.0], token_digest="else"))
+    assert have_equal_tokens({0: one}, {0: same}) is True
+    assert have_equal_tokens({0: one}, {0: other}) is False
+    assert have_equal_tokens({0: one}, {1: same}) is None

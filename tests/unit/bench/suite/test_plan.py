@@ -1,0 +1,104 @@
+"""Plans: the same for every engine, and what a case says."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from layerkv.bench.suite.case import Case, load_case
+from layerkv.bench.suite.engines import is_layerkv, kv_memory_bytes, serve_command
+from layerkv.bench.suite.plan import plan_requests, total_tokens, warm_up_requests
+from layerkv.bench.suite.run import rotated
+from layerkv.config import load_policy
+
+CASES = Path(__file__).parents[4] / "benchmarks" / "cases"
+
+
+def case_of(name: str) -> Case:
+    return load_case(CASES / f"{name}.yaml")
+
+
+def test_a_plan_depends_on_point_and_seed_alone() -> None:
+    case = case_of("rate_sweep")
+    point = case.points[0]
+    assert plan_requests(case, point, 1) == plan_requests(case, point, 1)
+    assert plan_requests(case, point, 1) != plan_requests(case, point, 2)
+
+
+def test_rates_differ_in_nothing_but_arrivals() -> None:
+    case = case_of("rate_sweep")
+    slow, fast = (plan_requests(case, replace(p, workload=case.points[0].workload), 0) for p in case.points[:2])
+    assert [len(r.prompt) for r in slow] == [len(r.prompt) for r in fast]
+    assert slow[-1].arrival_s > fast[-1].arrival_s
+
+
+def test_later_turns_wait_for_the_turn_before_and_sessions_share_their_prefix() -> None:
+    case = case_of("multi_turn")
+    plan = plan_requests(case, case.points[0], 0)
+    ids = {request.request_id for request in plan}
+    first = [request for request in plan if request.after is None]
+    assert len(first) == case.points[0].workload.num_requests
+    assert all(request.after in ids for request in plan if request.after is not None)
+    assert len({tuple(request.prompt[:256]) for request in first}) == 1
+    assert len({tuple(request.prompt) for request in first}) == len(first)
+
+
+def test_no_request_is_longer_than_the_model_takes() -> None:
+    for name in ("rate_sweep", "context_sweep", "trace", "burst"):
+        case = case_of(name)
+        for point in case.points:
+            for request in plan_requests(case, point, 0):
+                assert len(request.prompt) + request.output_tokens <= case.settings.max_model_len
+        for request in warm_up_requests(case):
+            assert len(request.prompt) + request.output_tokens <= case.settings.max_model_len
+
+
+def test_only_the_oracle_has_more_kv_memory_and_enough_for_all() -> None:
+    case = case_of("burst")
+    others = {kv_memory_bytes(case, engine, [0, 1]) for engine in case.engines if engine != "oracle"}
+    assert others == {case.settings.kv_memory_bytes}
+    assert case.settings.shape is not None
+    for seed in (0, 1):
+        needed = total_tokens(plan_requests(case, case.points[0], seed)) * case.settings.shape.kv_bytes_per_token
+        assert kv_memory_bytes(case, "oracle", [0, 1]) > needed
+
+
+def flags(tmp_path: Path, engine: str) -> list[str]:
+    case = case_of("rate_sweep")
+    return serve_command(case, engine, model="M", port=1234, kv_memory=99, folder=tmp_path)
+
+
+def test_engines_differ_in_their_connector_and_nothing_else(tmp_path: Path) -> None:
+    def common(engine: str) -> list[str]:
+        given = flags(tmp_path, engine)
+        for flag in ("--kv-transfer-config", "--watermark"):
+            if flag in given:
+                place = given.index(flag)
+                del given[place : place + 2]
+        return given
+
+    stock = flags(tmp_path, "stock")
+    for engine in ("stock-watermark", "vllm-cpu-offload", "layerkv", "layerkv-no-slo"):
+        assert common(engine) == stock
+        assert flags(tmp_path, engine) != stock
+
+
+def test_without_objectives_the_policy_is_the_same_but_for_the_switch(tmp_path: Path) -> None:
+    flags(tmp_path, "layerkv")
+    flags(tmp_path, "layerkv-no-slo")
+    ours, without = load_policy(tmp_path / "layerkv.slo.yaml"), load_policy(tmp_path / "layerkv-no-slo.slo.yaml")
+    assert ours == case_of("rate_sweep").policy
+    assert ours.slo_scheduling
+    assert not without.slo_scheduling
+    assert without.classes == ours.classes
+
+
+def test_only_layerkv_is_told_classes() -> None:
+    engines = ("stock", "stock-watermark", "vllm-cpu-offload", "layerkv", "layerkv-no-slo", "oracle")
+    assert [engine for engine in engines if is_layerkv(engine)] == ["layerkv", "layerkv-no-slo"]
+
+
+def test_every_engine_has_every_place_in_the_order_by_turns() -> None:
+    engines = ["a", "b", "c"]
+    orders = [rotated(engines, seed) for seed in range(6)]
+    assert all(sorted(order) == engines for order in orders)
+    assert {order[0] for order in orders} == set(engines)
+    assert len(set(map(tuple, orders[:3]))) == 3

@@ -1,0 +1,170 @@
+import functools
+
+import msgspec
+import pytest
+
+from layerkv.bench.suite import summary, tables
+from layerkv.bench.suite.result import CaseResult, Figures, Spread
+from layerkv.bench.summary import Row
+from tests.unit.bench.suite import made_results as made
+
+
+@functools.cache
+def case() -> CaseResult:
+    return made.case_result(made.load_runs(), main="rate-6")
+
+
+def with_ratios(result: CaseResult, **ratios: Spread | None) -> CaseResult:
+    return msgspec.structs.replace(result, ratios=msgspec.structs.replace(result.ratios, **ratios))
+
+
+def with_figures(result: CaseResult, engine: str, **figures: object) -> CaseResult:
+    """The result with other figures of an engine at the main point."""
+    changed = msgspec.structs.replace(result.engines[engine], **figures)
+    points = [
+        msgspec.structs.replace(point, engines={**point.engines, engine: changed})
+        if point.name == result.main_point
+        else point
+        for point in result.points
+    ]
+    return msgspec.structs.replace(result, points=points, engines={**result.engines, engine: changed})
+
+
+def said(result: CaseResult) -> str:
+    return "\n".join(summary.sentences(result))
+
+
+def cells(result: CaseResult, label: str) -> dict[str, str]:
+    row: Row = next(row for row in summary.figure_rows(result) if row.label == label)
+    return dict(zip(summary.engine_order(result), row.cells, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (15.0, "First tokens came 15x sooner than with stock vLLM on average"),
+        (1.02, "First tokens came about as soon as with stock vLLM on average"),
+        (0.5, "First tokens came 2.0x later than with stock vLLM on average"),
+    ],
+)
+def test_the_headline_says_sooner_later_or_the_same_as_the_ratios_have_it(ratio: float, words: str) -> None:
+    assert words in summary.headline(with_ratios(case(), ttft_mean_speedup=Spread.of([ratio])))
+
+
+def test_the_headline_gives_both_times_and_the_throughput() -> None:
+    result = with_ratios(case(), throughput_ratio=Spread.of([0.9, 0.8, 0.85]))
+    times = {name: cells(result, "TTFT mean")[name].partition(tables.PLUS_MINUS)[0] for name in ("stock", "layerkv")}
+    assert f"({times['layerkv']} against {times['stock']})" in summary.headline(result)
+    assert summary.headline(result).endswith("at 85.0 % of its throughput.")
+
+
+def test_without_figures_of_both_there_is_nothing_to_compare() -> None:
+    runs = made.load_runs(engines=("layerkv", "oracle"), seeds=(0,))
+    result = made.case_result(runs, {"stock": made.FAILURE})
+    assert summary.headline(result) == "Nothing to compare: no figures of stock vLLM."
+    assert "stock vLLM has no figures at the main point: it ended with exit status 1." in said(result)
+
+
+def test_every_peer_and_the_oracle_have_their_sentence() -> None:
+    text = said(case())
+    for name in summary.PEERS:
+        assert f"Against {summary.ENGINE_TITLES[name]} ({summary.ENGINE_NOTES[name]}): first tokens" in text
+    assert "times that of the oracle" in text
+
+
+def test_a_ratio_of_goodput_comes_with_its_range_over_seeds() -> None:
+    # The median of ratios within seeds may be below one where the ratio of medians is above it.
+    result = with_ratios(case(), goodput_ratio=Spread.of([0.8, 0.9, 1.5]))
+    assert "Goodput was 0.90x stock's (0.80x to 1.50x over seeds; " in said(result)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "words"),
+    [
+        (0.0, 0.0, "No request met its objectives, neither with layerkv nor with stock"),
+        (2.0, 0.0, "Objectives were met by 2.00 requests per second with layerkv, 0.00 with stock"),
+        (0.0, 2.0, "Objectives were met by 0.00 requests per second with layerkv, 2.00 with stock"),
+    ],
+)
+def test_zero_goodput_is_said_without_a_ratio(ours: float, theirs: float, words: str) -> None:
+    result = with_ratios(case(), goodput_ratio=None)
+    result = with_figures(result, "layerkv", goodput_rps=Spread.of([ours]))
+    assert words in said(with_figures(result, "stock", goodput_rps=Spread.of([theirs])))
+
+
+def test_what_is_worse_with_layerkv_is_listed_with_both_figures() -> None:
+    losses = next(text for text in summary.sentences(case()) if text.startswith("Worse than stock with layerkv:"))
+    for label in ("second token p99 (", "TPOT mean (", "engine CPU (", "peak resident memory (5GiB against 4GiB)"):
+        assert label in losses
+    assert "failed requests" not in losses
+
+
+def test_points_at_which_a_rival_is_ahead_are_named() -> None:
+    result = with_figures(case(), "vllm-cpu-offload", goodput_rps=Spread.of([9.0]))
+    layerkv = f"{result.engines['layerkv'].goodput_rps.median:.2f}"
+    expected = (
+        f"Behind vLLM CPU offload at 1 of 5 points: 6 requests per second (goodput {layerkv} against 9.00 per second)"
+    )
+    assert expected in said(result)
+    assert "At no point was layerkv more than 5 % behind stock vLLM or stock + watermark" in said(result)
+
+
+def test_failed_requests_are_said_beside_the_latencies_that_leave_them_out() -> None:
+    runs = [made.load_run("stock", 4.0, 0, 20, num_failed=6), made.load_run("layerkv", 4.0, 0, 20)]
+    result = made.case_result(runs)
+    assert "stock vLLM failed 6 of 20 requests; its latencies are those of tokens that came." in said(result)
+    assert cells(result, "Failed requests") == {"stock": "6 of 20", "layerkv": "0 of 20"}
+
+
+def test_one_seed_says_that_the_variation_is_not_known() -> None:
+    result = made.case_result(made.load_runs(seeds=(0,)))
+    assert "One seed only" in said(result)
+    assert all(tables.PLUS_MINUS not in cell for row in summary.figure_rows(result) for cell in row.cells)
+
+
+@pytest.mark.parametrize(("equal", "words"), [(True, "exactly the same tokens"), (False, "WRONG"), (None, "")])
+def test_equal_tokens_are_said_only_when_they_were_compared(equal: bool | None, words: str) -> None:
+    text = said(made.case_result(made.load_runs(rates=(4.0,), seeds=(0,)), tokens_equal=equal))
+    assert words in text
+    assert (equal is None) == ("same tokens" not in text and "WRONG" not in text)
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        (tables.duration_cell(Spread.of([1.13, 1.23, 1.33])), "1.23 s ±0.10"),
+        (tables.duration_cell(Spread.of([0.0123, 0.0129])), "12.6 ms ±0.3"),
+        (tables.duration_cell(Spread.of([1.5])), "1.50 s"),
+        (tables.number_cell(Spread.of([118, 124]), unit=" tok/s"), "121 tok/s ±3"),
+        (tables.percent_cell(Spread.of([0.97, 0.99])), "98.0 % ±1.0"),
+        (tables.size_cell(Spread.of([2**30, 3 * 2**30])), "2GiB ±1GiB"),
+        (tables.size_cell(Spread.of([0, 0])), "0"),
+    ],
+)
+def test_a_cell_is_the_median_and_half_of_the_spread_in_the_same_unit(cell: str, text: str) -> None:
+    assert cell == text
+
+
+def test_figures_that_do_not_exist_are_dashes_and_not_zeros() -> None:
+    result = case()
+    assert cells(result, "Scheduler per step")["vllm-cpu-offload"] == "-"
+    nothing: Figures = result.engines["stock"]
+    zero = Spread.of([0.0])
+    silent = with_figures(result, "stock", ttft_s=type(nothing.ttft_s)(zero, zero, zero, zero))
+    assert cells(silent, "TTFT mean")["stock"] == "-"
+    assert cells(silent, "Queue mean")["stock"] == "-"
+
+
+def test_hits_are_shares_of_prompt_tokens() -> None:
+    assert cells(case(), "Hits device / host")["stock"] == "9.4 / 0.0 %"
+
+
+def test_every_engine_has_a_row_at_every_point_where_it_ran_or_failed() -> None:
+    runs = [run for run in made.load_runs(seeds=(0,)) if (run.engine, run.point) != ("stock", "rate-4")]
+    rows = summary.point_rows(made.case_result(runs, {"stock": made.FAILURE}))
+    assert len(rows) == 5 * len(made.ENGINES)
+    missing = next(row for row in rows if (row.point, row.engine) == ("4", "stock"))
+    assert missing.is_main
+    assert missing.failure == made.FAILURE.reason
+    assert set(missing.cells) == {"-"}
+    assert all(len(row.cells) == len(summary.POINT_COLUMNS) for row in rows)
