@@ -181,6 +181,13 @@ def _add_suite(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]"
     comparison.add_argument("after", type=Path, metavar="B.json", help="the later result")
     comparison.add_argument("--json", type=Path, metavar="FILE", help="write the comparison there as well")
     comparison.set_defaults(run=_bench_compare)
+    punctuality = benchmarks.add_parser(
+        "generator",
+        help="how punctual the load generator is",
+        description="Measure how late requests arrive at a server at 50 requests per second, for half a minute.",
+    )
+    punctuality.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    punctuality.set_defaults(run=_bench_generator)
 
 
 def _bench_run(arguments: argparse.Namespace) -> int:
@@ -197,6 +204,12 @@ def _bench_run(arguments: argparse.Namespace) -> int:
         trace_path=arguments.trace,
     )
     return run_suite(arguments.case, options)
+
+
+def _bench_generator(arguments: argparse.Namespace) -> int:
+    from layerkv.bench.suite.generator_check import run_generator_check
+
+    return run_generator_check(arguments.json)
 
 
 def _bench_compare(arguments: argparse.Namespace) -> int:

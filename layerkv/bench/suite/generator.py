@@ -5,7 +5,7 @@ one `Progress` line per second and nothing else.
 
 Open loop: a request is sent when it is due, whatever became of those before it; there is no limit to how many are
 under way, and every latency counts from the due time. An event loop's own timers are a millisecond coarse, so a
-thread sleeps to each due time and wakes the loop.
+thread sleeps to each due time and sends by itself; the loop reads.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import hashlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import aiohttp
 import msgspec
+import uvloop
 
 from layerkv.bench.records import Progress, read_json, write_json
+from layerkv.bench.suite.http_stream import Begun, StreamError, Target, fetch
 from layerkv.bench.suite.plan import LoadPlan, PlannedRequest
 from layerkv.bench.suite.records import RequestRecord, Sample
 from layerkv.bench.suite.server_metrics import ServerMetrics, read_metrics
@@ -35,12 +36,17 @@ ERROR_CHARS = 300
 
 
 class GeneratorRun(msgspec.Struct, frozen=True, kw_only=True):
-    """What the generator saw: see `records`. `before` and `after` are the server's metrics around the load."""
+    """What the generator saw: see `records`.
+
+    `before` and `after` are the server's metrics around the load; `start_s` is when it began, on the machine's
+    monotonic clock.
+    """
 
     requests: list[RequestRecord]
     samples: list[Sample]
     before: ServerMetrics
     after: ServerMetrics
+    start_s: float
     wall_s: float
 
 
@@ -73,129 +79,127 @@ class Generator:
 
     def __init__(self, plan: LoadPlan, report_progress: Callable[[int, int], None]) -> None:
         self._plan = plan
+        self._target = Target(plan.url)
         self._report_progress = report_progress
         self._flights = {request.request_id: _Flight(request) for request in plan.requests}
         self._followers: dict[str, list[str]] = {}
         for request in plan.requests:
             if request.after is not None:
                 self._followers.setdefault(request.after, []).append(request.request_id)
-        # Encoded before the start: an 8,000-token prompt takes milliseconds.
-        self._bodies = {r.request_id: self._body(r, r.prompt) for r in plan.requests if r.after is None}
         self._num_open = len(self._flights)
         self._samples: list[tuple[float, ServerMetrics]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._start_s = 0.0
 
     async def run(self) -> GeneratorRun:
         """Warm up, send everything when it is due, and wait for the last token.
 
         Raises:
-            aiohttp.ClientError: the server is gone before the start.
+            StreamError: the server is gone before the start.
         """
-        tracing = aiohttp.TraceConfig()
-        tracing.on_request_headers_sent.append(_note_sent)
-        async with aiohttp.ClientSession(
-            self._plan.url,
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=None),
-            trace_configs=[tracing],
-        ) as session:
-            for request in self._plan.warm_up:
-                await self._exchange(session, _Flight(request), self._body(request, request.prompt))
-            self._bodies = {r.request_id: self._body(r, r.prompt) for r in self._plan.requests if r.after is None}
-            before = await self._metrics(session)
-            gc.collect()
-            gc.freeze()  # a collection over all prompts takes as long as a token
-            self._finished = asyncio.Event()
-            start_s = time.monotonic()
-            self._start_s = start_s
-            self._session = session
-            sampler = asyncio.create_task(self._sample_until_done(session))
-            reporter = asyncio.create_task(self._report_until_done())
-            self._start_clock()
-            if self._num_open:
-                await self._finished.wait()
-            wall_s = time.monotonic() - start_s
-            for task in (sampler, reporter):
-                task.cancel()
-            await asyncio.gather(sampler, reporter, return_exceptions=True)
-            try:
-                after = await self._metrics(session)
-            except (aiohttp.ClientError, OSError):  # the server died; its exit is reported by whoever started it
-                after = before
+        for request in self._plan.warm_up:
+            await self._finish(_Flight(request), self._target.begin(self._encoded(request, request.prompt)))
+        before = await self._metrics()
+        self._finished = asyncio.Event()
+        self._start_clock()
+        watchers = [asyncio.create_task(watch()) for watch in (self._sample_until_done, self._report_until_done)]
+        if self._num_open:
+            await self._finished.wait()
+        wall_s = time.monotonic() - self._start_s
+        for watcher in watchers:
+            watcher.cancel()
+        await asyncio.gather(*watchers, return_exceptions=True)
+        try:
+            after = await self._metrics()
+        except StreamError:  # the server died; whoever started it reports how it ended
+            after = before
         self._report()
         return GeneratorRun(
-            requests=[self._record(flight, start_s) for flight in self._flights.values()],
-            samples=[_sample(time_s - start_s, metrics, self._plan) for time_s, metrics in self._samples],
+            requests=[self._record(flight) for flight in self._flights.values()],
+            samples=[_sample(time_s - self._start_s, metrics, self._plan) for time_s, metrics in self._samples],
             before=before,
             after=after,
+            start_s=self._start_s,
             wall_s=wall_s,
         )
 
     def _start_clock(self) -> None:
+        """From now on, a thread sends what is due; the loop reads the answers."""
         loop = asyncio.get_running_loop()
-        due = sorted((r.arrival_s, r.request_id) for r in self._plan.requests if r.after is None)
+        # Encoded before the start: an 8,000-token prompt takes milliseconds.
+        due = sorted(
+            (request.arrival_s, request.request_id, self._encoded(request, request.prompt))
+            for request in self._plan.requests
+            if request.after is None
+        )
+        gc.collect()
+        gc.freeze()  # a collection over all prompts takes as long as a token
+        self._start_s = time.monotonic()
 
         def tick() -> None:
-            for arrival_s, request_id in due:
+            for arrival_s, request_id, encoded in due:
                 due_s = self._start_s + arrival_s
                 time.sleep(max(0.0, due_s - time.monotonic()))
-                loop.call_soon_threadsafe(self._send, request_id, due_s, self._bodies[request_id])
+                begun = self._target.begin(encoded)
+                loop.call_soon_threadsafe(self._follow_up, request_id, due_s, begun)
 
         threading.Thread(target=tick, name="clock", daemon=True).start()
 
-    def _send(self, request_id: str, due_s: float, body: bytes) -> None:
+    def _follow_up(self, request_id: str, due_s: float, begun: Begun) -> None:
         flight = self._flights[request_id]
         flight.due_s = due_s
-        task = asyncio.create_task(self._fly(flight, body))
+        task = asyncio.create_task(self._fly(flight, begun))
         self._tasks.add(task)  # the loop alone would let it be collected
         task.add_done_callback(self._tasks.discard)
 
-    async def _fly(self, flight: _Flight, body: bytes) -> None:
+    async def _fly(self, flight: _Flight, begun: Begun) -> None:
         if not flight.prompt:
             flight.prompt = flight.request.prompt
-        await self._exchange(self._session, flight, body)
+        await self._finish(flight, begun)
+        self._land(flight)
+
+    def _land(self, flight: _Flight) -> None:
         flight.is_done = True
         self._num_open -= 1
         for follower_id in self._followers.get(flight.request.request_id, ()):
-            self._follow(flight, self._flights[follower_id])
+            self._prepare_next_turn(flight, self._flights[follower_id])
         if not self._num_open:
             self._finished.set()
 
-    def _follow(self, before: _Flight, flight: _Flight) -> None:
+    def _prepare_next_turn(self, before: _Flight, flight: _Flight) -> None:
         """Send the next turn when its user has thought, or give up the session if there is no answer to reply to."""
         if before.error is not None:
             flight.error = f"the turn before failed: {before.error}"[:ERROR_CHARS]
             flight.due_s = time.monotonic()
-            flight.is_done = True
-            self._num_open -= 1
-            for follower_id in self._followers.get(flight.request.request_id, ()):
-                self._follow(flight, self._flights[follower_id])
+            self._land(flight)
             return
         flight.prompt = before.prompt + before.token_ids + flight.request.prompt
-        body = self._body(flight.request, flight.prompt)
+        encoded = self._encoded(flight.request, flight.prompt)
         due_s = time.monotonic() + flight.request.arrival_s
-        loop = asyncio.get_running_loop()
-        loop.call_later(flight.request.arrival_s, self._send, flight.request.request_id, due_s, body)
 
-    async def _exchange(self, session: aiohttp.ClientSession, flight: _Flight, body: bytes) -> None:
-        """One request and its stream, into `flight`; whatever goes wrong becomes its error."""
+        def send() -> None:
+            self._follow_up(flight.request.request_id, due_s, self._target.begin(encoded))
+
+        asyncio.get_running_loop().call_later(flight.request.arrival_s, send)
+
+    async def _finish(self, flight: _Flight, begun: Begun) -> None:
+        """The answer's stream, into `flight`; whatever goes wrong becomes its error."""
+        answer = _Answer(flight)
         try:
-            async with session.post(
-                "/v1/completions", data=body, headers=_JSON_HEADERS, trace_request_ctx=flight
-            ) as response:
-                if response.status != 200:
-                    flight.error = f"HTTP {response.status}: {(await response.text())[:ERROR_CHARS]}"
-                    return
-                await _read_stream(response, flight)
-        except (aiohttp.ClientError, OSError, msgspec.DecodeError) as error:
-            flight.error = f"{type(error).__name__}: {error}"[:ERROR_CHARS]
+            status = await begun.finish(answer.take)
+        except StreamError as error:
+            flight.error = flight.error or str(error)[:ERROR_CHARS]
             return
-        if flight.error is None and len(flight.token_ids) != flight.request.output_tokens:
+        finally:
+            flight.sent_s = begun.sent_s
+        if status != 200:
+            flight.error = f"HTTP {status}: {answer.rest.decode(errors='replace')}"[:ERROR_CHARS]
+        elif flight.error is None and len(flight.token_ids) != flight.request.output_tokens:
             got, asked = len(flight.token_ids), flight.request.output_tokens
             flight.error = f"the stream ended after {got} of {asked} tokens"
 
-    def _body(self, request: PlannedRequest, prompt: Sequence[int]) -> bytes:
-        body = {
+    def _encoded(self, request: PlannedRequest, prompt: Sequence[int]) -> bytes:
+        body: dict[str, object] = {
             "model": self._plan.model,
             "prompt": list(prompt),
             "max_tokens": request.output_tokens,
@@ -206,17 +210,16 @@ class Generator:
         }
         if self._plan.names_classes and request.slo_class is not None:
             body["vllm_xargs"] = {"slo_class": request.slo_class}
-        return msgspec.json.encode(body)
+        return self._target.encoded("POST", "/v1/completions", msgspec.json.encode(body))
 
-    async def _metrics(self, session: aiohttp.ClientSession) -> ServerMetrics:
-        async with session.get("/metrics") as response:
-            return read_metrics(await response.text())
+    async def _metrics(self) -> ServerMetrics:
+        return read_metrics(await fetch(self._target, "/metrics"))
 
-    async def _sample_until_done(self, session: aiohttp.ClientSession) -> None:
+    async def _sample_until_done(self) -> None:
         while True:
             try:
-                metrics = await self._metrics(session)
-            except (aiohttp.ClientError, OSError):
+                metrics = await self._metrics()
+            except StreamError:
                 return
             self._samples.append((time.monotonic(), metrics))
             await asyncio.sleep(self._plan.sample_interval_s)
@@ -230,40 +233,42 @@ class Generator:
         num_done = sum(f.request.output_tokens if f.is_done else len(f.token_ids) for f in self._flights.values())
         self._report_progress(num_done, sum(r.output_tokens for r in self._plan.requests))
 
-    def _record(self, flight: _Flight, start_s: float) -> RequestRecord:
+    def _record(self, flight: _Flight) -> RequestRecord:
         finished = flight.error is None
         return RequestRecord(
             request_id=flight.request.request_id,
             slo_class=flight.request.slo_class,
-            arrival_s=flight.due_s - start_s,
-            sent_s=None if flight.sent_s is None else flight.sent_s - start_s,
+            arrival_s=flight.due_s - self._start_s,
+            sent_s=None if flight.sent_s is None else flight.sent_s - self._start_s,
             prompt_tokens=len(flight.prompt or flight.request.prompt),
             output_tokens=flight.request.output_tokens,
-            token_times_s=[time_s - start_s for time_s in flight.token_times_s],
+            token_times_s=[time_s - self._start_s for time_s in flight.token_times_s],
             token_digest=hashlib.sha256(repr(flight.token_ids).encode()).hexdigest()[:16] if finished else None,
             error=flight.error,
         )
 
 
-_JSON_HEADERS = {"Content-Type": "application/json"}
+class _Answer:
+    """Takes the pieces of a response: server-sent events, or, where the request was refused, the reason in `rest`."""
 
+    def __init__(self, flight: _Flight) -> None:
+        self._flight = flight
+        self.rest = b""
 
-async def _note_sent(_session: object, context: object, _params: object) -> None:
-    flight = getattr(context, "trace_request_ctx", None)
-    if isinstance(flight, _Flight) and flight.sent_s is None:
-        flight.sent_s = time.monotonic()
-
-
-async def _read_stream(response: aiohttp.ClientResponse, flight: _Flight) -> None:
-    rest = b""
-    async for data in response.content.iter_any():
+    def take(self, data: bytes) -> None:
         now_s = time.monotonic()
-        *events, rest = (rest + data).split(b"\n\n")
-        for payload in _payloads(events):
-            chunk = _DECODER.decode(payload)
+        flight = self._flight
+        *events, self.rest = (self.rest + data).split(b"\n\n")
+        for event in events:
+            if not event.startswith(b"data: ") or event == b"data: [DONE]":
+                continue
+            try:
+                chunk = _DECODER.decode(event[6:])
+            except msgspec.DecodeError as error:
+                flight.error = f"in the stream: {error}"[:ERROR_CHARS]
+                continue
             if chunk.error is not None:
                 flight.error = f"in the stream: {chunk.error}"[:ERROR_CHARS]
-                return
             for choice in chunk.choices:
                 token_ids = choice.token_ids or []
                 flight.token_ids.extend(token_ids)
@@ -271,12 +276,6 @@ async def _read_stream(response: aiohttp.ClientResponse, flight: _Flight) -> Non
 
 
 _DECODER = msgspec.json.Decoder(_Chunk)
-
-
-def _payloads(events: Sequence[bytes]) -> Iterator[bytes]:
-    for event in events:
-        if event.startswith(b"data: ") and event != b"data: [DONE]":
-            yield event[6:]
 
 
 def _sample(time_s: float, metrics: ServerMetrics, plan: LoadPlan) -> Sample:
@@ -301,7 +300,7 @@ def main(argv: list[str]) -> int:
         print(msgspec.json.encode(Progress(num_done, num_total)).decode(), flush=True)
 
     plan = read_json(Path(argv[0]), LoadPlan)
-    write_json(asyncio.run(Generator(plan, report_progress).run()), Path(argv[1]))
+    write_json(uvloop.run(Generator(plan, report_progress).run()), Path(argv[1]))
     return 0
 
 

@@ -49,8 +49,15 @@ STALL_LIMIT_S = 240.0
 SAMPLE_INTERVAL_S = 0.5
 LEAST_FREE_BYTES = 256 << 20
 
-# One thread, unbound: with vLLM's defaults, step times of a tiny model jump 20-fold as soon as anything else runs.
-TINY_MODEL_ENV = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
+# One thread, unbound: with vLLM's defaults, step times of a tiny model jump 20-fold as soon as anything else runs. The
+# last one keeps the CPU worker in the engine core's process, as a GPU's is: in one of its own, the engine core spins on
+# a second core while it waits, which starves everybody else on a machine with two.
+TINY_MODEL_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 QUIET_ENV = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
 
 
