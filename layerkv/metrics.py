@@ -24,6 +24,8 @@ class MetricSpec:
         kind: Prometheus type.
         help: One sentence for the person who reads it.
         label: Its label besides vLLM's own, or None.
+        label_values: That label's values, where they are always the same: they show as 0 from the start, so that a
+            rate over Prometheus' first readings misses nothing.
         buckets: Upper bounds, for histograms.
     """
 
@@ -32,12 +34,27 @@ class MetricSpec:
     help: str
     label: str | None = None
     buckets: tuple[float, ...] = ()
+    label_values: tuple[str, ...] = ()
 
+
+_DIRECTIONS = ("store", "load")
 
 METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("layerkv_requests", "gauge", "Requests by residency of their KV.", "residency"),
-    MetricSpec("layerkv_bytes", "counter", "KV bytes copied, by direction (store: device to host).", "direction"),
-    MetricSpec("layerkv_copy_seconds", "counter", "Seconds spent copying KV, by direction.", "direction"),
+    MetricSpec(
+        "layerkv_bytes",
+        "counter",
+        "KV bytes copied, by direction (store: device to host).",
+        "direction",
+        label_values=_DIRECTIONS,
+    ),
+    MetricSpec(
+        "layerkv_copy_seconds",
+        "counter",
+        "Seconds spent copying KV, by direction.",
+        "direction",
+        label_values=_DIRECTIONS,
+    ),
     MetricSpec("layerkv_parks", "counter", "Requests parked: KV in host memory only."),
     MetricSpec("layerkv_fetches", "counter", "Parked requests fetched back into the pool."),
     MetricSpec("layerkv_layered_prefills", "counter", "Prompts admitted through the lane zone."),
@@ -45,7 +62,8 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("layerkv_stored_ahead_blocks", "counter", "Blocks stored in the background before a park."),
     MetricSpec("layerkv_decisions", "counter", "What was decided about requests, by reason.", "reason"),
     MetricSpec("layerkv_declined", "counter", "Decided starts that vLLM put off: a few are normal, many are a bug."),
-    MetricSpec("layerkv_refused", "counter", "Requests refused: they can never run here, or overload."),
+    MetricSpec("layerkv_refused", "counter", "Requests that the engine ended because they can never run here."),
+    MetricSpec("layerkv_overload_refused", "counter", "Requests refused with HTTP 429, by SLO class.", "slo_class"),
     MetricSpec("layerkv_host_blocks_used", "gauge", "Host blocks in use."),
     MetricSpec("layerkv_host_blocks", "gauge", "Host blocks in all."),
     MetricSpec("layerkv_pool_blocks", "gauge", "Pool blocks in all."),

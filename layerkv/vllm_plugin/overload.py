@@ -43,6 +43,15 @@ class Backlog:
         self._lock = threading.Lock()
         self._engines: set[int] = set()
         self._seconds: dict[tuple[str, int], tuple[float, float]] = {}
+        self._count_refusal: Callable[[str], None] = lambda _: None
+
+    def count_refusals_with(self, count: Callable[[str], None]) -> None:
+        """From now on, `count` gets the class of every refused request."""
+        self._count_refusal = count
+
+    def refuse(self, slo_class: str) -> None:
+        """A request of this class is refused."""
+        self._count_refusal(slo_class)
 
     def expect(self, engine: int) -> None:
         """There is this engine; while it says nothing, it is idle."""
@@ -77,6 +86,7 @@ def refuse_if_late(slo: SloClass, backlog: Backlog = BACKLOG, now_s: float | Non
     wait_s = backlog.seconds(slo.name, time.monotonic() if now_s is None else now_s)
     if wait_s <= slo.ttft_s:
         return
+    backlog.refuse(slo.name)
     retry_s = max(math.ceil(wait_s - slo.ttft_s), 1)
     raise OverloadedError(
         f"overloaded: about {wait_s:.1f} s of prompts wait before a request of class {slo.name!r}, whose first token "

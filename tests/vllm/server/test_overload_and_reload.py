@@ -70,6 +70,7 @@ def test_under_overload_a_class_that_asks_for_it_is_refused_with_429_and_when_to
 ) -> None:
     server = reloadable.server
     assert status_of(server, "strict") == 200, "nothing waits: it is served"
+    counted_before = server.metrics()("layerkv_overload_refused_total", "strict")
 
     async def flood() -> list[httpx.Response]:
         options = {"base_url": server.client.base_url, "timeout": REQUEST_LIMIT_S, "trust_env": False}
@@ -89,6 +90,7 @@ def test_under_overload_a_class_that_asks_for_it_is_refused_with_429_and_when_to
     refused = [response for response in responses[40:] if response.status_code == 429]
     assert refused
     assert {response.status_code for response in responses[40:]} <= {200, 429}
+    assert server.metrics()("layerkv_overload_refused_total", "strict") - counted_before == len(refused)
     for response in refused:
         message = response.json()["error"]["message"]
         assert "overloaded" in message
