@@ -85,7 +85,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `mode` is `auto` (layered when it helps), `resident` (never layered) or `layered` (every prompt that can
     be). `on_unsupported` says whether something layerkv cannot serve ends start-up or runs as stock vLLM.
     `cost_profile` is a file that `layerkv profile` wrote; without one, costs are learned from the first steps.
-    `decision_log` is a file that decisions are appended to, for `layerkv explain`.
+    `decision_log` is a file that decisions are appended to, for `layerkv explain`. `host_prefix_cache` keeps the KV
+    of finished requests in host memory that nobody else needs, for prompts that begin alike.
     """
 
     policy: SloPolicy
@@ -97,6 +98,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     on_unsupported: OnUnsupported = "error"
     cost_profile: str | None = None
     decision_log: str | None = None
+    host_prefix_cache: bool = True
 
     @classmethod
     def from_extra_config(cls, extra_config: Mapping[str, Any]) -> "EngineConfig":
@@ -122,6 +124,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             on_unsupported=keys.on_unsupported,
             cost_profile=keys.cost_profile,
             decision_log=keys.decision_log,
+            host_prefix_cache=keys.host_prefix_cache,
         )
 
 
@@ -265,6 +268,7 @@ class _EngineKeys(msgspec.Struct, frozen=True):
     on_unsupported: _OnUnsupported = "error"
     cost_profile: _ProfilePath = None
     decision_log: _LogPath = None
+    host_prefix_cache: _Switch = True
 
 
 def _read_class(name: str, promises: Any, *, where: str, overload: Overload) -> SloClass:

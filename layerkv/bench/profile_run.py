@@ -278,7 +278,7 @@ def step_work(output: SchedulerOutput, requests: dict[str, Request], block_bytes
     """What a scheduled step does; None for one that computes nothing, parks, fetches or stores ahead."""
     metadata: Any = output.kv_connector_metadata
     plan: StepPlan = StepPlan() if metadata is None else metadata.plan
-    copies_whole_blocks = plan.parks or plan.fetches or plan.ahead or plan.settle
+    copies_whole_blocks = plan.parks or plan.hits or plan.fetches or plan.ahead or plan.settle
     if not output.total_num_scheduled_tokens or copies_whole_blocks:
         return None
     work = StepWork(

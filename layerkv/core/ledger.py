@@ -8,12 +8,12 @@ happens as a whole or raises :class:`CapacityError` and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from layerkv.core.geometry import KVGeometry
+from layerkv.core.host_tier import HostTier
 from layerkv.core.residency import Residency, ResidencyTable
-from layerkv.core.runs import RunAllocator
 from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan, merge_runs, num_blocks
 from layerkv.core.zone import ZoneLedger
 from layerkv.errors import CapacityError
@@ -45,6 +45,8 @@ class LedgerCounters:
     stored_ahead_blocks: int = 0
     stored_blocks: int = 0
     loaded_blocks: int = 0
+    prefix_stored_blocks: int = 0
+    prefix_hit_blocks: int = 0
 
 
 @dataclass(slots=True)
@@ -52,6 +54,7 @@ class _PlanDraft:
     parks: list[BlockRun] = field(default_factory=list)
     stores: list[BlockRun] = field(default_factory=list)
     loads: list[BlockRun] = field(default_factory=list)
+    hits: list[BlockRun] = field(default_factory=list)
     ahead: dict[str, tuple[BlockRun, ...]] = field(default_factory=dict)
     settle: bool = False
     fetches: list[FetchPlan] = field(default_factory=list)
@@ -65,13 +68,16 @@ class KVLedger:
     a store into it is still under way, because stores run in the order in which they were planned, and a step that
     gives away what a background store may still write waits for that (``StepPlan.settle``); it is never reused while
     a load reads it.
+
+    What leaves with whole blocks and their hashes is kept as a cached prefix (:class:`HostTier`): its blocks count as
+    free, and a later prompt that begins with it loads it instead of computing it.
     """
 
     def __init__(self, geometry: KVGeometry, num_host_blocks: int) -> None:
         self.geometry = geometry
         self.residency = ResidencyTable()
         self.zone = ZoneLedger(geometry.pool_blocks, geometry.zone_blocks)
-        self.host = RunAllocator(0, num_host_blocks)
+        self.host = HostTier(num_host_blocks)
         self.counters = LedgerCounters()
         self._copies: dict[str, HostCopy] = {}
         self._layered: set[str] = set()
@@ -123,6 +129,41 @@ class KVLedger:
         if self.residency[request_id] is not Residency.WAITING:
             return
         self.residency.move(request_id, Residency.LAYERED if request_id in self._layered else Residency.RESIDENT)
+
+    # Prefixes in host memory ---------------------------------------------------------------------------------
+
+    def num_prefix_blocks(self, request_id: str, hashes: Sequence[Hashable], num_local_blocks: int) -> int:
+        """Blocks of a waiting prompt, after those that the device has, that it can load instead of computing them.
+
+        Args:
+            request_id: The request. Only one that is to run resident loads a prefix.
+            hashes: Of its whole blocks, all but the one of its last token.
+            num_local_blocks: Its hits in the device's prefix cache.
+        """
+        if self.residency.get(request_id) is not Residency.WAITING or request_id in self._layered:
+            return 0
+        return len(self.host.find(hashes[num_local_blocks:]))
+
+    def load_prefix(self, request_id: str, block_ids: Sequence[int], hashes: Sequence[Hashable], blocks: range) -> None:
+        """A waiting request starts with part of its prompt loaded, before this step's forward pass.
+
+        Args:
+            request_id: A WAITING request, RESIDENT from now on.
+            block_ids: Its new block table.
+            hashes: As for :meth:`num_prefix_blocks`.
+            blocks: Which blocks of the table are loaded, all of them found before in this step.
+        """
+        found = self.host.find(hashes[blocks.start : blocks.stop])
+        assert len(found) == len(blocks), f"{request_id}: a prefix that was found is gone"
+        self.host.pin(found)
+        self._draft.hits += merge_runs(block_ids[blocks.start : blocks.stop], found)
+        self.counters.prefix_hit_blocks += len(found)
+        self.counters.loaded_blocks += len(found)
+        self.started(request_id)
+
+    def forget_prefixes(self) -> None:
+        """Every cached prefix is of no use any more (new weights, or a load that failed)."""
+        self.host.forget_all()
 
     # Each step -----------------------------------------------------------------------------------------------
 
@@ -248,22 +289,27 @@ class KVLedger:
         self._release_host(request_id)
         self.residency.move(request_id, Residency.RESIDENT)
 
-    def complete_fetch(self, request_id: str) -> None:
-        """All workers have reported the load complete, or failed: its host blocks are no longer read."""
+    def complete_fetch(self, request_id: str, hashes: Sequence[Hashable] = ()) -> None:
+        """All workers have reported the load complete, or failed: its host blocks are no longer read.
+
+        ``hashes`` of the request's whole blocks keep them as a cached prefix.
+        """
         if (orphan := self._orphans.pop(request_id, None)) is not None:
             self.host.give_back(orphan.blocks)
             return
         if self.residency.get(request_id) is Residency.FETCHING:
-            self._release_host(request_id)
+            self._keep_copy(request_id, hashes)
             self.residency.move(request_id, Residency.RESIDENT)
 
     def take_plan(self, num_tokens: int) -> StepPlan:
         """The copies planned since the last call, for the step that computes ``num_tokens``."""
         draft, self._draft = self._draft, _PlanDraft()
+        self.host.unpin()  # who takes blocks from now on writes them in later steps, after this one's loads
         return StepPlan(
             parks=tuple(draft.parks),
             stores=tuple(draft.stores),
             loads=tuple(draft.loads),
+            hits=tuple(draft.hits),
             ahead=tuple(run for runs in draft.ahead.values() for run in runs),
             settle=draft.settle,
             fetches=tuple(draft.fetches),
@@ -285,17 +331,65 @@ class KVLedger:
         self.residency.move(request_id, Residency.WAITING)
         self.counters.recomputes += 1
 
-    def finish(self, request_id: str) -> None:
-        """The request leaves for good, from any residency: finished, aborted or refused."""
+    def finish(
+        self,
+        request_id: str,
+        *,
+        hashes: Sequence[Hashable] = (),
+        block_ids: Sequence[int] = (),
+        num_computed: int = 0,
+    ) -> None:
+        """The request leaves for good, from any residency: finished, aborted or refused.
+
+        Args:
+            request_id: The request.
+            hashes: Of its whole blocks, if they are to be kept as a cached prefix.
+            block_ids: Its block table, while vLLM has not freed it.
+            num_computed: Tokens whose KV its blocks hold.
+        """
         state = self.residency.get(request_id)
         if state is None:
             return
         self._leave_zone(request_id)
         if state is Residency.FETCHING:
             self._orphans[request_id] = self._copies.pop(request_id)
+        elif state is Residency.PARKED:
+            self._keep_copy(request_id, hashes)
+        elif state is Residency.RESIDENT:
+            num_whole = min(num_computed // self.geometry.block_tokens, len(hashes))
+            self._keep_resident(request_id, hashes[:num_whole], block_ids)
         else:
             self._release_host(request_id)
         self.residency.remove(request_id)
+
+    def _keep_copy(self, request_id: str, hashes: Sequence[Hashable]) -> None:
+        """The whole blocks of a parked request's copy become a cached prefix; the rest is given back."""
+        copy = self._copies.pop(request_id)
+        num_whole = min(copy.num_tokens // self.geometry.block_tokens, len(hashes))
+        self.host.give_back(copy.blocks[num_whole:])
+        self.host.keep(copy.blocks[:num_whole], hashes[:num_whole])
+
+    def _keep_resident(self, request_id: str, hashes: Sequence[Hashable], block_ids: Sequence[int]) -> None:
+        """The whole blocks of a resident request become a cached prefix, as far as host memory has room.
+
+        What was stored ahead is there; of the rest, only what no other prefix has is stored, before this step's
+        forward pass, since vLLM frees the blocks now.
+        """
+        ahead = self._copies.get(request_id)
+        num_ahead = 0 if ahead is None else min(len(ahead.blocks), len(hashes))
+        if ahead is not None:
+            self._draft.parks += self._draft.ahead.pop(request_id, ())  # not begun yet
+            self._draft.settle = True
+            del self._copies[request_id]
+            self.host.give_back(ahead.blocks[num_ahead:])
+            self.host.keep(ahead.blocks[:num_ahead], hashes[:num_ahead])
+        new = [i for i in range(num_ahead, len(hashes)) if not self.host.knows(hashes[i])]
+        new = new[: self.host.num_free]
+        blocks = self.host.take(len(new))
+        self._draft.parks += merge_runs([block_ids[i] for i in new], blocks)
+        self.host.keep(blocks, [hashes[i] for i in new])
+        self.counters.prefix_stored_blocks += len(new)
+        self.counters.stored_blocks += len(new)
 
     # Inspection ----------------------------------------------------------------------------------------------
 
@@ -304,13 +398,13 @@ class KVLedger:
         """Nothing planned, nobody layered and no fetch under way: this step needs no plan."""
         draft = self._draft
         is_fetching = self.residency.counts[Residency.FETCHING] or self._orphans
-        has_copies = draft.parks or draft.ahead or draft.settle or draft.fetches
+        has_copies = draft.parks or draft.hits or draft.ahead or draft.settle or draft.fetches
         return not (self._layered or has_copies or is_fetching)
 
     @property
     def num_host_blocks_used(self) -> int:
-        """Host blocks taken."""
-        return self.host.count - self.host.num_free
+        """Host blocks that requests hold; cached prefixes are not among them."""
+        return self.host.num_held
 
     def check(self) -> None:
         """Assert that every block is accounted for exactly once (tests call it after every operation)."""

@@ -28,6 +28,7 @@ class StepPlan(NamedTuple):
         parks: Pool blocks to store, all layers, before this step's forward pass may overwrite them.
         stores: Zone blocks written in this step, to store layer by layer after each layer's attention.
         loads: Zone blocks written in earlier steps, to load layer by layer before each layer's KV-cache update.
+        hits: Pool blocks of prompts that begin with a cached prefix, to load, all layers, before the forward pass.
         ahead: Pool blocks to store in the background, all layers: nobody waits for them but a step that settles.
         settle: Whether everything in this step waits until earlier ``ahead`` stores have ended: a host block that
             one of them writes is read or given to somebody else from now on.
@@ -38,6 +39,7 @@ class StepPlan(NamedTuple):
     parks: tuple[BlockRun, ...] = ()
     stores: tuple[BlockRun, ...] = ()
     loads: tuple[BlockRun, ...] = ()
+    hits: tuple[BlockRun, ...] = ()
     ahead: tuple[BlockRun, ...] = ()
     settle: bool = False
     fetches: tuple[FetchPlan, ...] = ()
@@ -46,7 +48,7 @@ class StepPlan(NamedTuple):
     @property
     def has_copies(self) -> bool:
         """Whether workers have anything to do."""
-        return bool(self.parks or self.stores or self.ahead or self.settle or self.fetches)
+        return bool(self.parks or self.stores or self.hits or self.ahead or self.settle or self.fetches)
 
     @property
     def is_layered(self) -> bool:

@@ -14,6 +14,7 @@ One :class:`LaneSchedule` per worker. The model's thread calls :meth:`begin_step
 6. a fetch begins after every store submitted so far, among them the request's own last one.
 7. stores ahead of a park run in the background; a step that settles waits for all of them first, before it reads
    what they wrote or writes where they write.
+8. a cached prefix is loaded after every store submitted so far, and before this step's compute reads it.
 """
 
 from __future__ import annotations
@@ -72,6 +73,9 @@ class LaneSchedule:
         if plan.parks:
             self._last_store = engine.submit(Direction.STORE, self._all_layers, plan.parks, after=[compute])
             engine.wait_compute(self._last_store)  # rule 5
+        if plan.hits:
+            after = [compute, *self._stores_so_far()]
+            engine.wait_compute(engine.submit(Direction.LOAD, self._all_layers, plan.hits, after=after))  # rule 8
         if plan.is_layered:
             for lane in range(self._lanes):
                 ready = self._lane_stored[lane]  # rule 4, across steps
@@ -138,10 +142,11 @@ class LaneSchedule:
                 raise TransferError(f"a copy did not end in {timeout_s:.0f} s")
 
     def _submit_fetch(self, fetch: FetchPlan, compute: Event) -> Event:
-        # rule 6; each lane's last store by name too, so that none of them can fail unseen
-        stores = (self._last_store, *self._lane_stored)
-        after = [compute, *(store for store in stores if store is not None)]
-        return self._submit_by_layer(Direction.LOAD, fetch.runs, after)
+        return self._submit_by_layer(Direction.LOAD, fetch.runs, [compute, *self._stores_so_far()])  # rule 6
+
+    def _stores_so_far(self) -> list[Event]:
+        """The last store, and each lane's by name too, so that none of them can fail unseen."""
+        return [store for store in (self._last_store, *self._lane_stored) if store is not None]
 
     def _submit_by_layer(
         self, direction: Direction, runs: Sequence[BlockRun], after: Sequence[Event], last: Event | None = None

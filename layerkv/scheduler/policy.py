@@ -519,7 +519,7 @@ def _where_to_start(
 def _start(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn, where: Literal["pool", "zone"]) -> None:
     """Admit a prompt and deduct what it takes (a granted claim has its blocks and slot already)."""
     hit = s.hits.get(w.request_id, _NO_HIT)
-    turn.tokens -= _tokens_to_compute(s, w, hit)
+    turn.tokens -= _tokens_to_compute(s, w, hit, resident=where == "pool")
     if where == "zone":
         zone_blocks = w.num_blocks - hit.num_blocks
         draft.admit.append(Admission(w.request_id, layered=True, zone_blocks=zone_blocks))
@@ -550,8 +550,9 @@ def _note_overtaken(draft: _Draft, waiting: Sequence[WaitingRequest], late: set[
             return
 
 
-def _tokens_to_compute(s: Snapshot, w: WaitingRequest, hit: PrefixHit) -> int:
-    return max(w.num_tokens - hit.num_blocks * s.block_tokens, 1)
+def _tokens_to_compute(s: Snapshot, w: WaitingRequest, hit: PrefixHit, *, resident: bool = False) -> int:
+    num_hits = hit.num_blocks + (hit.num_host_blocks if resident else 0)
+    return max(w.num_tokens - num_hits * s.block_tokens, 1)
 
 
 def _why_not_layered(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn) -> Reason | None:

@@ -46,15 +46,17 @@ class WaitingRequest(NamedTuple):
 
 
 class PrefixHit(NamedTuple):
-    """What the device's prefix cache already holds of a waiting prompt.
+    """What the prefix caches, the device's and the host's, already hold of a waiting prompt.
 
     Attributes:
         num_blocks: Leading blocks found.
         num_evictable: Those of them that nobody uses now: taking them costs free blocks.
+        num_host_blocks: Blocks after them that host memory holds: run resident, it loads them and computes the rest.
     """
 
     num_blocks: int = 0
     num_evictable: int = 0
+    num_host_blocks: int = 0
 
 
 class ParkedRequest(NamedTuple):

@@ -19,6 +19,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from layerkv.core.transfer import StepPlan
 from layerkv.vllm_plugin.compat import require_compatible
@@ -64,7 +66,14 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         if geometry is None:
             return
         if role is KVConnectorRole.SCHEDULER:
-            self.scheduler_side = SchedulerSide(vllm_config, config, geometry)
+            self.scheduler_side = SchedulerSide(
+                vllm_config,
+                config,
+                geometry,
+                caches_prefixes=config.host_prefix_cache
+                and vllm_config.cache_config.enable_prefix_caching
+                and resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1] == geometry.block_tokens,
+            )
         else:
             self.worker_side = WorkerSide(vllm_config, config, geometry, kv_cache_config)
 
@@ -152,15 +161,20 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self.scheduler_side is not None:
             for request_id in connector_output.finished_recving or ():
-                self.scheduler_side.ledger.complete_fetch(request_id)
+                self.scheduler_side.fetched(request_id)
+            if connector_output.invalid_block_ids:  # something in host memory cannot be read: trust no prefix there
+                self.scheduler_side.ledger.forget_prefixes()
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Never delays vLLM's free: a later step's copies are ordered behind this request's last ones."""
         if self.scheduler_side is not None:
-            self.scheduler_side.ledger.finish(request.request_id)
+            self.scheduler_side.finished(request, block_ids[0])
         return False, None
+
+    def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
+        return {CacheHitSource.HOST: num_external_tokens} if num_external_tokens else {}
 
     # Metrics -------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from layerkv.config import EngineConfig
@@ -27,15 +27,21 @@ _COUNTED = {
     "layered_admissions": "layerkv_layered_prefills",
     "recomputes": "layerkv_recomputes",
     "stored_ahead_blocks": "layerkv_stored_ahead_blocks",
+    "prefix_stored_blocks": "layerkv_prefix_stored_blocks",
+    "prefix_hit_blocks": "layerkv_prefix_hit_blocks",
 }
 
 
 class SchedulerSide:
     """Owns the ledger. The scheduler reads and changes it directly; vLLM's own events come through here."""
 
-    def __init__(self, vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry, *, caches_prefixes: bool = False
+    ) -> None:
         self.config = config
         self.geometry = geometry
+        self._caches_prefixes = caches_prefixes
+        self._num_local_blocks = 0  # of the request that vLLM looked up last
         self.ledger = KVLedger(geometry, host_blocks_per_worker(vllm_config, config, geometry))
         self.metrics = MetricSamples()
         self.last_plan: StepPlan | None = None
@@ -66,18 +72,50 @@ class SchedulerSide:
         """Tokens in host memory beyond those in the device's prefix cache, and that they arrive asynchronously."""
         if self.ledger.residency.get(request_id) in (Residency.RESIDENT, Residency.LAYERED):
             self.ledger.drop(request_id)  # vLLM starts it from nothing: a failed load, or a preemption of vLLM's own
-        beyond = self.ledger.parked_tokens(request_id) - num_local_tokens
-        return (beyond, True) if beyond > 0 else (0, False)
+        if self.ledger.residency.get(request_id) is Residency.PARKED:
+            beyond = self.ledger.parked_tokens(request_id) - num_local_tokens
+            return (beyond, True) if beyond > 0 else (0, False)
+        self._num_local_blocks = num_local_tokens // self.geometry.block_tokens
+        found = self.ledger.num_prefix_blocks(request_id, self.prompt_hashes(request_id), self._num_local_blocks)
+        return found * self.geometry.block_tokens, False
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
         """vLLM gave the request blocks: to load into, or to compute in."""
-        if num_external_tokens > 0:
+        is_parked = self.ledger.residency.get(request_id) is Residency.PARKED
+        if num_external_tokens > 0 and not is_parked:
+            first = self._num_local_blocks
+            blocks = range(first, first + num_external_tokens // self.geometry.block_tokens)
+            self.ledger.load_prefix(request_id, block_ids, self.prompt_hashes(request_id), blocks)
+        elif num_external_tokens > 0:
             num_local_tokens = self.ledger.parked_tokens(request_id) - num_external_tokens
             self.ledger.fetch(request_id, block_ids, num_local_tokens)
-        elif self.ledger.residency.get(request_id) is Residency.PARKED:
+        elif is_parked:
             self.ledger.resume_without_fetch(request_id)
         else:
             self.ledger.started(request_id)
+
+    def prompt_hashes(self, request_id: str) -> Sequence[Hashable]:
+        """Hashes of the blocks that a waiting request may find in host memory: one token is left to compute."""
+        if not self._caches_prefixes:
+            return ()
+        request = self._requests[request_id]
+        num_whole = (request.num_tokens - 1) // self.geometry.block_tokens
+        return request.block_hashes[:num_whole]
+
+    def fetched(self, request_id: str) -> None:
+        """All workers have reported a fetch complete."""
+        self.ledger.complete_fetch(request_id, self._hashes(self._requests.get(request_id)))
+
+    def finished(self, request: Request, block_ids: Sequence[int]) -> None:
+        """The request leaves; vLLM frees its blocks next."""
+        # Of a step still under way, only the token that it computes last is not there yet.
+        num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
+        self.ledger.finish(
+            request.request_id, hashes=self._hashes(request), block_ids=block_ids, num_computed=num_computed
+        )
+
+    def _hashes(self, request: Request | None) -> Sequence[Hashable]:
+        return request.block_hashes if self._caches_prefixes and request is not None else ()
 
     def plan(self, output: SchedulerOutput) -> StepPlan | None:
         """This step's copies; None if there are none."""
@@ -99,7 +137,7 @@ class SchedulerSide:
     def take_metrics(self) -> Payload | None:
         """What changed since the last call; None if nothing did."""
         ledger, counters = self.ledger, self.ledger.counters
-        version = (ledger.residency.version, ledger.zone.num_taken, ledger.host.num_free)
+        version = (ledger.residency.version, ledger.zone.num_taken, ledger.host.num_held)
         if version == self._reported_version and not self.metrics:
             return None
         self._reported_version = version
@@ -120,6 +158,7 @@ class SchedulerSide:
             ("layerkv_requests", residency.value): count for residency, count in ledger.residency.counts.items()
         }
         gauges["layerkv_host_blocks_used", None] = ledger.num_host_blocks_used
+        gauges["layerkv_host_blocks_cached", None] = ledger.host.num_cached
         gauges["layerkv_host_blocks", None] = ledger.host.count
         gauges["layerkv_pool_blocks", None] = self.geometry.pool_blocks - 1
         gauges["layerkv_zone_blocks_used", None] = ledger.zone.num_taken

@@ -114,7 +114,7 @@ class WorkerSide:
     def _count(self, plan: StepPlan) -> None:
         block_bytes = self._geometry.block_bytes
         stored = num_blocks(plan.parks) + num_blocks(plan.stores) + num_blocks(plan.ahead)
-        loaded = num_blocks(plan.loads) + sum(num_blocks(fetch.runs) for fetch in plan.fetches)
+        loaded = num_blocks(plan.loads) + num_blocks(plan.hits) + sum(num_blocks(fetch.runs) for fetch in plan.fetches)
         if stored:
             self._metrics.add("layerkv_bytes", stored * block_bytes, Direction.STORE)
         if loaded:

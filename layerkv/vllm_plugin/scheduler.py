@@ -157,6 +157,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             for request_id in [r for r in self._ledger.residency if self._ledger.residency[r] is Residency.PARKED]:
                 self._ledger.drop(request_id)
                 self._recomputes(self.requests[request_id])
+        if self._is_active:
+            self._ledger.forget_prefixes()
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def get_num_unfinished_requests(self) -> int:

@@ -30,6 +30,7 @@ class EngineReader:
 
     def __init__(self, scheduler: LayerKVSchedulerMixin, side: SchedulerSide, manager: LayerKVManager) -> None:
         self._scheduler = scheduler
+        self._side = side
         self._ledger = side.ledger
         self._geometry = side.geometry
         self._manager = manager
@@ -106,11 +107,12 @@ class EngineReader:
             return {}  # a look-up may publish events
         hits: dict[str, PrefixHit] = {}
         for view in waiting[:HIT_LOOKUPS]:
-            blocks, num_tokens, _ = s.kv_cache_manager.get_computed_blocks(s.requests[view.request_id])
-            if num_tokens:
-                found = blocks.blocks[0]
+            request_id = view.request_id
+            found = s.kv_cache_manager.get_computed_blocks(s.requests[request_id])[0].blocks[0]
+            num_on_host = self._ledger.num_prefix_blocks(request_id, self._side.prompt_hashes(request_id), len(found))
+            if found or num_on_host:
                 num_evictable = sum(block.ref_cnt == 0 for block in found)
-                hits[view.request_id] = PrefixHit(len(found), num_evictable)
+                hits[request_id] = PrefixHit(len(found), num_evictable, num_on_host)
         return hits
 
     def _running(self) -> Iterator[Running]:

@@ -95,6 +95,7 @@ class TinyServer:
         self.pool = RunAllocator(1, self.geometry.pool_blocks - 1)
         self.requests: dict[str, Request] = {}
         self.failed: list[FinishedFetch] = []
+        self.keeps_fetched = False
         self._users: dict[int, int] = {}
         self._next_token = count(1)
         self._leaving: dict[str, list[int]] = {}
@@ -123,6 +124,30 @@ class TinyServer:
             self._users[block] += 1
         request.num_computed = len(request.prefix_blocks) * tokens
 
+    def arrive_again(self, request_id: str, token_ids: Sequence[int], num_tokens: int) -> int:
+        """A resident prompt of so many tokens comes that begins with these; it loads what host memory has of them.
+
+        Returns:
+            Blocks that it loads.
+        """
+        new = (next(self._next_token) for _ in range(num_tokens - len(token_ids)))
+        request = Request([*token_ids, *new])
+        self.ledger.add(request_id)
+        self.requests[request_id] = request
+        hashes = self.hashes(request.token_ids)[: (num_tokens - 1) // self.geometry.block_tokens]
+        found = self.ledger.num_prefix_blocks(request_id, hashes, 0)
+        if found:
+            request.block_ids = self.pool.take(found)
+            self._users.update(dict.fromkeys(request.block_ids, 1))
+            self.ledger.load_prefix(request_id, tuple(request.block_ids), hashes, range(found))
+            request.num_computed = found * self.geometry.block_tokens
+        return found
+
+    def hashes(self, token_ids: Sequence[int]) -> list[tuple[int, ...]]:
+        """What stands for the hashes of the whole blocks: all tokens up to each block's end."""
+        tokens = self.geometry.block_tokens
+        return [tuple(token_ids[: end * tokens]) for end in range(1, len(token_ids) // tokens + 1)]
+
     def park(self, request_id: str) -> None:
         """Park a request that has computed something."""
         request = self.requests[request_id]
@@ -141,20 +166,31 @@ class TinyServer:
         request.block_ids = [*shared, *new]
         self.ledger.fetch(request_id, tuple(request.block_ids), len(shared) * self.geometry.block_tokens)
 
-    def finish(self, request_id: str) -> None:
-        """Finish or abort a request; vLLM keeps the blocks of a load under way until it is reported."""
+    def finish(self, request_id: str, *, keeps: bool = False) -> list[int]:
+        """Finish or abort a request; vLLM keeps the blocks of a load under way until it is reported.
+
+        Returns:
+            The tokens it has computed; with `keeps`, host memory has their whole blocks from now on.
+        """
         request = self.requests.pop(request_id)
+        computed = request.token_ids[: request.num_computed]
         if self.ledger.residency[request_id] is Residency.FETCHING:
             self._leaving[request_id] = request.block_ids
         else:
             self._free(request.block_ids)
-        self.ledger.finish(request_id)
+        self.ledger.finish(
+            request_id,
+            hashes=self.hashes(computed) if keeps else (),
+            block_ids=tuple(request.block_ids),
+            num_computed=request.num_computed,
+        )
+        return computed
 
     def step(self, **num_scheduled: int) -> StepPlan:
         """One engine step that computes so many tokens of each of these requests."""
         rows = [self._schedule(request_id, num_tokens) for request_id, num_tokens in num_scheduled.items()]
         plan = self.ledger.take_plan(sum(num_scheduled.values()))
-        if plan.parks or plan.stores or plan.fetches:
+        if plan.has_copies:
             self.lanes.begin_step(plan)
         for layer in range(self.geometry.num_layers):
             if rows:
@@ -170,7 +206,9 @@ class TinyServer:
         for fetch in self.lanes.poll_fetches(wait_s):
             if fetch.error is not None:
                 self.failed.append(fetch)
-            self.ledger.complete_fetch(fetch.request_id)
+            request = self.requests.get(fetch.request_id)
+            hashes = self.hashes(request.token_ids[: request.num_computed]) if request and not fetch.error else ()
+            self.ledger.complete_fetch(fetch.request_id, hashes if self.keeps_fetched else ())
             self._free(self._leaving.pop(fetch.request_id, []))
 
     def await_fetch(self, request_id: str) -> None:

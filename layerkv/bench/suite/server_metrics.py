@@ -74,7 +74,8 @@ def read_metrics(text: str) -> ServerMetrics:
         waiting=int(sums["vllm:num_requests_waiting", ""]),
         parked=int(sums["layerkv_requests", "parked"]),
         device_usage=sums["vllm:kv_cache_usage_perc", ""],
-        host_blocks=int(sums["layerkv_host_blocks_used", ""]) + min(offloaded, host_capacity),
+        host_blocks=int(sums["layerkv_host_blocks_used", ""] + sums["layerkv_host_blocks_cached", ""])
+        + min(offloaded, host_capacity),
         preemptions=int(sums["vllm:num_preemptions_total", ""]),
         recomputes=int(sums["layerkv_recomputes_total", ""]),
         parks=int(sums["layerkv_parks_total", ""]),

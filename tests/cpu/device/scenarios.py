@@ -287,6 +287,85 @@ def host_blocks_of_an_aborted_prompt_reused(server: TinyServer) -> None:
     server.end()
 
 
+def prefix_found_in_host_memory(server: TinyServer) -> None:
+    """A conversation: each turn begins with all that was said before, whose device blocks others have taken."""
+    server.arrive("a", 14, layered=False)
+    server.step(a=14)
+    server.step(a=1)
+    said = server.finish("a", keeps=True)
+    server.arrive("x", 40, layered=False)
+    server.step(x=40)
+    server.finish("x")
+    assert server.arrive_again("b", said, 21) == 3
+    server.step(b=9)
+    server.step(b=1)
+    said = server.finish("b", keeps=True)
+    server.step()
+    assert server.arrive_again("c", said, 30) == 5
+    server.step(c=10)
+    server.end()
+
+
+def prefix_found_in_the_step_that_stores_it(server: TinyServer) -> None:
+    server.arrive("a", 17, layered=False)
+    server.step(a=17)
+    said = server.finish("a", keeps=True)
+    assert server.arrive_again("b", said, 20) == 4
+    server.step(b=4)
+    server.end()
+
+
+def prefix_loaded_into_blocks_finished_in_the_same_step(server: TinyServer) -> None:
+    server.arrive("a", 21, layered=False)
+    server.step(a=21)
+    said = server.finish("a", keeps=True)
+    server.arrive("x", 55, layered=False)
+    server.step(x=55)
+    server.finish("x")
+    assert server.arrive_again("b", said, 22) == 5
+    server.step(b=2)
+    server.end()
+
+
+def prefix_of_parked_and_fetched_requests(server: TinyServer) -> None:
+    server.keeps_fetched = True
+    server.arrive("a", 22, layered=True)
+    server.step(a=22)
+    server.park("a")
+    server.step()
+    server.fetch("a")
+    server.await_fetch("a")
+    server.step(a=1)
+    said = server.finish("a", keeps=True)
+    assert server.arrive_again("b", said, 24) == 5
+    server.step(b=4)
+    server.ledger.store_ahead("b", tuple(server.requests["b"].block_ids), 20)
+    server.step(b=1)
+    server.park("b")
+    said = server.finish("b", keeps=True)
+    server.arrive("y", 30, layered=True)
+    server.step(y=30)
+    found = server.arrive_again("c", said, 30)
+    assert 0 < found <= 6
+    server.step(y=1, c=30 - 4 * found)
+    server.end()
+
+
+def prefix_stored_ahead_and_finished_at_once(server: TinyServer) -> None:
+    server.arrive("a", 18, layered=False)
+    server.step(a=18)
+    server.ledger.store_ahead("a", tuple(server.requests["a"].block_ids), 16)
+    said = server.finish("a", keeps=True)
+    assert server.arrive_again("b", said, 19) == 4
+    server.step(b=3)
+    server.ledger.store_ahead("b", tuple(server.requests["b"].block_ids), 16)
+    server.step(b=1)
+    server.finish("b", keeps=True)
+    assert server.arrive_again("c", said, 19) == 4
+    server.step(c=3)
+    server.end()
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     whole_prompt_parked_and_fetched,
     prompt_in_chunks_that_end_inside_blocks,
@@ -304,4 +383,9 @@ SCENARIOS: tuple[Scenario, ...] = (
     fetched_onto_a_prefix_that_stayed,
     aborted_while_fetching,
     host_blocks_of_an_aborted_prompt_reused,
+    prefix_found_in_host_memory,
+    prefix_found_in_the_step_that_stores_it,
+    prefix_loaded_into_blocks_finished_in_the_same_step,
+    prefix_of_parked_and_fetched_requests,
+    prefix_stored_ahead_and_finished_at_once,
 )

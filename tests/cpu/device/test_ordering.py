@@ -76,7 +76,7 @@ class DeafEngine:
         background: bool = False,
     ) -> Event:
         if direction is Direction.LOAD:
-            kind = "fetch" if background else "load"
+            kind = "fetch" if background else "hit" if len(layers) == self._num_layers else "load"
         else:
             kind = "store" if len(layers) == 1 else "park"
         is_first_of_lane = kind == "load" and layers[0] < self._lanes
@@ -89,6 +89,8 @@ class DeafEngine:
             ("4, across steps, with loads", "load"): {"store"} if is_first_of_lane else set(),
             ("6", "fetch"): {"store", "park"},
             ("6, for compute", "fetch"): {"compute"},
+            ("8, for stores", "hit"): {"store", "park"},
+            ("8, for compute", "hit"): {"compute"},
         }.get((self._rule, kind), set())
         heard = [event for event in after if self._kinds[id(event)] not in deaf_to]
         self.num_ignored += len(after) - len(heard)
@@ -101,7 +103,7 @@ class DeafEngine:
     def wait_compute(self, event: Event) -> None:
         kind = self._kinds[id(event)]
         within_step = "4, across steps" if self._is_between_steps else "4"
-        if self._rule == {"load": "3", "store": within_step, "park": "5"}.get(kind):
+        if self._rule == {"load": "3", "store": within_step, "park": "5", "hit": "8"}.get(kind):
             self.num_ignored += 1
         else:
             self._engine.wait_compute(event)
@@ -124,6 +126,9 @@ MUTANTS = {
     "5": scenarios.parked_prefix_overwritten_in_the_same_step,
     "6": scenarios.fetched_right_after_the_park,
     "6, for compute": scenarios.fetched_into_blocks_finished_in_the_same_step,
+    "8": scenarios.prefix_found_in_host_memory,
+    "8, for stores": scenarios.prefix_found_in_the_step_that_stores_it,
+    "8, for compute": scenarios.prefix_loaded_into_blocks_finished_in_the_same_step,
 }
 
 
@@ -163,7 +168,9 @@ class AnyLife(RuleBasedStateMachine):
     def begin(self, shape: tuple[int, int], seed: int, order: str | None) -> None:
         worker = make_worker(order or f"random-{seed}", small_geometry(*shape), HOST_BLOCKS)
         self.server: TinyServer = worker.server(HOST_BLOCKS)
+        self.server.keeps_fetched = seed % 2 == 0
         self.num_arrived = 0
+        self.said: list[list[int]] = []
 
     def _in(self, *residencies: Residency) -> list[str]:
         table = self.server.ledger.residency
@@ -251,10 +258,28 @@ class AnyLife(RuleBasedStateMachine):
         self.server.fetch(data.draw(st.sampled_from(self.fetchable)))
 
     @precondition(lambda self: len(self.server.requests) > 1)
-    @rule(data=st.data())
-    def finish(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), keeps=st.booleans())
+    def finish(self, data: st.DataObject, keeps: bool) -> None:
         self.server.step()  # parks and fetches are decided while a step is planned; requests leave between steps
-        self.server.finish(data.draw(st.sampled_from(sorted(self.server.requests))))
+        said = self.server.finish(data.draw(st.sampled_from(sorted(self.server.requests))), keeps=keeps)
+        if keeps and said:
+            self.said.append(said)
+
+    @precondition(lambda self: self.said and len(self.server.requests) < 5)
+    @rule(data=st.data(), num_new=st.integers(1, 9))
+    def next_turn(self, data: st.DataObject, num_new: int) -> None:
+        server, said = self.server, data.draw(st.sampled_from(self.said[-4:]))
+        if server.blocks(len(said) + num_new) > server.pool.num_free:
+            return
+        request_id = f"r{self.num_arrived}"
+        self.num_arrived += 1
+        server.arrive_again(request_id, said, len(said) + num_new)
+        left = len(said) + num_new - server.requests[request_id].num_computed
+        server.step(**{request_id: data.draw(st.integers(1, left))})
+
+    @rule()
+    def new_weights(self) -> None:
+        self.server.ledger.forget_prefixes()
 
     @rule(num_moves=st.integers(1, 40))
     def time_passes(self, num_moves: int) -> None:

@@ -1,0 +1,130 @@
+"""The host blocks of one engine: those that requests hold, and finished requests' prefixes that nobody needs to compute
+again.
+
+Whoever needs host blocks gets them: a cached prefix gives way, the least recently used first, so caching never costs a
+request its place. Ids only; contents are the workers'. Not thread-safe; one per scheduler.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Sequence
+
+from layerkv.core.runs import RunAllocator
+from layerkv.errors import CapacityError
+
+
+class HostTier:
+    """Host blocks ``[0, count)``: each is free, held by a request, or caches one block of a prefix.
+
+    A cached block is known by the hash of its block and of all before it, as vLLM's prefix cache knows its own. It is
+    *pinned* from the step that reads it until the next plan is made, and gives way to nobody meanwhile.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._allocator = RunAllocator(0, count)
+        self._block_of: dict[Hashable, int] = {}
+        self._hash_of: dict[int, Hashable] = {}
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._pinned: list[int] = []
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be taken now: free ones, and cached ones that would give way."""
+        return self._allocator.num_free + len(self._evictable)
+
+    @property
+    def num_cached(self) -> int:
+        """Blocks that cache prefixes."""
+        return len(self._hash_of)
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that requests hold."""
+        return self.count - self._allocator.num_free - self.num_cached
+
+    def take(self, num_blocks: int) -> list[int]:
+        """Take blocks for a request, in runs as long as there are; cached prefixes give way.
+
+        Raises:
+            CapacityError: there are not so many; nothing was taken.
+        """
+        if num_blocks > self.num_free:
+            raise CapacityError(f"host memory: {num_blocks} blocks wanted, {self.num_free} free")
+        while self._allocator.num_free < num_blocks:
+            self._forget(next(iter(self._evictable)))
+        return self._allocator.take(num_blocks)
+
+    def give_back(self, blocks: Iterable[int]) -> None:
+        """Return blocks taken before.
+
+        Raises:
+            ValueError: a block is out of range or already free.
+        """
+        self._allocator.give_back(blocks)
+
+    def keep(self, blocks: Sequence[int], hashes: Sequence[Hashable]) -> None:
+        """Blocks taken before cache a prefix from now on, each under its hash; one that is known is given back.
+
+        The first ones are the last to give way: without them the others are of no use.
+        """
+        for block, block_hash in reversed(list(zip(blocks, hashes, strict=True))):
+            if (known := self._block_of.get(block_hash)) is not None:
+                self._allocator.give_back([block])
+                if known in self._evictable:
+                    self._evictable.move_to_end(known)
+                continue
+            self._block_of[block_hash] = block
+            self._hash_of[block] = block_hash
+            self._evictable[block] = None
+
+    def knows(self, block_hash: Hashable) -> bool:
+        """Whether a block is cached under this hash."""
+        return block_hash in self._block_of
+
+    def find(self, hashes: Iterable[Hashable]) -> list[int]:
+        """The cached blocks of the longest run of hashes, from the first one on, that are all known."""
+        found: list[int] = []
+        for block_hash in hashes:
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def pin(self, blocks: Iterable[int]) -> None:
+        """Cached blocks are read in this step."""
+        for block in blocks:
+            if block in self._evictable:
+                del self._evictable[block]
+                self._pinned.append(block)
+
+    def unpin(self) -> None:
+        """What was pinned has been read; it is the most recently used now."""
+        for block in reversed(self._pinned):
+            self._evictable[block] = None
+        self._pinned.clear()
+
+    def forget_all(self) -> None:
+        """Give up every cached prefix that is not pinned."""
+        for block in list(self._evictable):
+            self._forget(block)
+
+    def is_free(self, block: int) -> bool:
+        """Whether no request holds ``block``."""
+        return block in self._hash_of or self._allocator.is_free(block)
+
+    def check(self) -> None:
+        """Assert that every block is in one state (tests call it after every operation)."""
+        self._allocator.check()
+        assert len(self._block_of) == len(self._hash_of)
+        assert all(self._block_of[block_hash] == block for block, block_hash in self._hash_of.items())
+        assert {*self._evictable, *self._pinned} == set(self._hash_of)
+        assert not set(self._evictable) & set(self._pinned)
+        assert not any(self._allocator.is_free(block) for block in self._hash_of)
+
+    def _forget(self, block: int) -> None:
+        del self._evictable[block]
+        del self._block_of[self._hash_of.pop(block)]
+        self._allocator.give_back([block])

@@ -1,0 +1,128 @@
+"""Host blocks: taken by requests, cached as prefixes, never both and never lost."""
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from layerkv.core.host_tier import HostTier
+from layerkv.errors import CapacityError
+
+
+def test_cached_blocks_count_as_free_and_give_way() -> None:
+    tier = HostTier(4)
+    blocks = tier.take(3)
+    tier.keep(blocks, ["a", "b", "c"])
+    assert (tier.num_free, tier.num_cached, tier.num_held) == (4, 3, 0)
+    assert len(tier.take(4)) == 4
+    assert tier.num_cached == 0
+    assert tier.find(["a"]) == []
+
+
+def test_the_beginning_of_a_prefix_gives_way_last() -> None:
+    tier = HostTier(3)
+    tier.keep(tier.take(3), ["a", "b", "c"])
+    tier.take(1)
+    assert len(tier.find(["a", "b", "c"])) == 2
+    tier.take(1)
+    assert len(tier.find(["a", "b", "c"])) == 1
+
+
+def test_what_was_used_last_gives_way_last() -> None:
+    tier = HostTier(2)
+    tier.keep(tier.take(1), ["a"])
+    tier.keep(tier.take(1), ["b"])
+    tier.pin(tier.find(["a"]))
+    tier.unpin()
+    tier.take(1)
+    assert tier.find(["a"])
+    assert not tier.find(["b"])
+
+
+def test_a_prefix_is_found_as_far_as_it_goes_without_a_gap() -> None:
+    tier = HostTier(4)
+    blocks = tier.take(3)
+    tier.keep(blocks, ["a", "b", "d"])
+    assert tier.find(["a", "b", "c", "d"]) == blocks[:2]
+
+
+def test_a_second_copy_of_a_prefix_is_not_kept() -> None:
+    tier = HostTier(4)
+    tier.keep(tier.take(1), ["a"])
+    tier.keep(tier.take(1), ["a"])
+    assert (tier.num_cached, tier.num_held) == (1, 0)
+
+
+def test_a_pinned_block_gives_way_to_nobody() -> None:
+    tier = HostTier(2)
+    tier.keep(tier.take(2), ["a", "b"])
+    tier.pin(tier.find(["a"]))
+    assert tier.num_free == 1
+    with pytest.raises(CapacityError, match="2 blocks wanted, 1 free"):
+        tier.take(2)
+    tier.forget_all()
+    assert tier.find(["a"])
+    tier.unpin()
+    assert len(tier.take(2)) == 2
+
+
+class AnyUse(RuleBasedStateMachine):
+    """Requests take and leave, prefixes are kept, found, read and forgotten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tier = HostTier(12)
+        self.held: list[list[int]] = []
+        self.content: dict[int, str] = {}
+
+    @rule(num_blocks=st.integers(0, 8))
+    def take(self, num_blocks: int) -> None:
+        free = self.tier.num_free
+        if num_blocks > free:
+            with pytest.raises(CapacityError):
+                self.tier.take(num_blocks)
+            assert self.tier.num_free == free
+            return
+        blocks = self.tier.take(num_blocks)
+        assert len(set(blocks)) == num_blocks
+        assert not {block for mine in self.held for block in mine} & set(blocks)
+        for block in blocks:
+            self.content.pop(block, None)
+        self.held.append(blocks)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        self.tier.give_back(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), prefix=st.sampled_from("pq"))
+    def keep(self, data: st.DataObject, prefix: str) -> None:
+        blocks = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        hashes = [f"{prefix}{i}" for i in range(len(blocks))]
+        new = [not self.tier.knows(block_hash) for block_hash in hashes]
+        self.tier.keep(blocks, hashes)
+        self.content |= {b: h for b, h, is_new in zip(blocks, hashes, new, strict=True) if is_new}
+
+    @rule(prefix=st.sampled_from("pq"), num_hashes=st.integers(0, 9), pins=st.booleans())
+    def find(self, prefix: str, num_hashes: int, pins: bool) -> None:
+        hashes = [f"{prefix}{i}" for i in range(num_hashes)]
+        found = self.tier.find(hashes)
+        assert [self.content[block] for block in found] == hashes[: len(found)]
+        if pins:
+            self.tier.pin(found)
+
+    @rule()
+    def unpin(self) -> None:
+        self.tier.unpin()
+
+    @rule()
+    def forget_all(self) -> None:
+        self.tier.forget_all()
+
+    @invariant()
+    def every_block_is_in_one_state(self) -> None:
+        self.tier.check()
+        assert self.tier.num_held == sum(map(len, self.held))
+
+
+TestAnyUse = AnyUse.TestCase

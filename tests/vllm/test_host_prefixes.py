@@ -1,0 +1,143 @@
+"""Prefixes of finished requests in host memory, on real engines: found, right, forgotten when they must be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.vllm.engines_in_turn import ROOT, flag, prompt
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+RUN = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+spec = json.loads(sys.argv[1])
+llm = LLM(**spec["engine"], disable_log_stats=False)
+core = llm.llm_engine.engine_core.engine_core
+params = SamplingParams(max_tokens=20, min_tokens=20, ignore_eos=True, temperature=0)
+answers = []
+
+def generate(prompts):
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    answers.append([list(output.outputs[0].token_ids) for output in outputs])
+
+def metrics():
+    of_vllm = ("engine", "model_name")
+    read = {
+        ",".join([metric.name, *(v for k, v in metric.labels.items() if k not in of_vllm)]): metric.value
+        for metric in llm.get_metrics() if hasattr(metric, "value")
+    }
+    if spec["engine"].get("kv_transfer_config"):
+        ledger = core.scheduler.connector.scheduler_side.ledger
+        counters = ledger.counters
+        read |= {"hits": counters.prefix_hit_blocks, "stored": counters.prefix_stored_blocks}
+        read["cached"] = ledger.host.num_cached
+    return read
+
+readings = []
+for call in spec["calls"]:
+    if call == "reset":
+        assert llm.reset_prefix_cache()
+        continue
+    # "again": the conversations go on: everything said so far, and something new
+    if isinstance(call, dict):
+        said = [a + b + call["again"] for a, b in zip(prompts, answers[-1])]
+        call = said[: call.get("most", len(said))]
+    prompts = call
+    generate(prompts)
+    readings.append(metrics())
+scheduler = core.scheduler
+result = {"answers": answers, "readings": readings, "usage": scheduler.kv_cache_manager.usage}
+if spec["engine"].get("kv_transfer_config"):
+    ledger = scheduler.connector.scheduler_side.ledger
+    ledger.check()
+    result["held"] = ledger.num_host_blocks_used
+core.shutdown()
+print(json.dumps(result))
+"""
+
+FIRST = [prompt(300, seed=seed) for seed in range(8)]
+OTHERS = [prompt(330, seed=100 + seed) for seed in range(14)]
+"""More than the device holds: what was said before is gone from there."""
+CALLS: list[Any] = [FIRST, OTHERS, FIRST, {"again": [7, 8, 9]}, {"again": [5] * 40}]
+
+
+def run(engine: dict[str, Any], calls: list[Any]) -> dict[str, Any]:
+    ended = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps({"engine": engine, "calls": calls})],
+        cwd=ROOT,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-6000:]
+    result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return result
+
+
+def with_layerkv(engine: dict[str, Any], **extra: Any) -> dict[str, Any]:
+    return {**engine, "kv_transfer_config": flag(**{"host_memory": "64MiB", **extra})}
+
+
+@pytest.fixture(scope="module")
+def stock(small_engine: dict[str, Any]) -> dict[str, Any]:
+    return run(small_engine, CALLS)
+
+
+@pytest.fixture(scope="module")
+def ours(small_engine: dict[str, Any]) -> dict[str, Any]:
+    return run(with_layerkv(small_engine), CALLS)
+
+
+def test_prefixes_that_left_the_device_are_loaded_and_tokens_are_stocks(
+    ours: dict[str, Any], stock: dict[str, Any]
+) -> None:
+    assert ours["answers"] == stock["answers"]
+    hits = [reading["vllm:prompt_tokens_cached_by_source,host"] for reading in ours["readings"]]
+    assert hits[1] == 0
+    assert hits[2] > 0
+    assert hits[-1] > hits[2]
+    assert ours["readings"][-1]["hits"] * 32 == hits[-1]
+    assert stock["readings"][-1]["vllm:prompt_tokens_cached_by_source,host"] == 0
+
+
+def test_only_what_is_new_is_stored(ours: dict[str, Any]) -> None:
+    """The third call repeats the first: all its whole blocks but those of the last token are known."""
+    stored = [reading["stored"] for reading in ours["readings"]]
+    assert stored[0] > 0
+    assert stored[2] == stored[1]
+
+
+def test_cached_prefixes_are_nobodys_and_every_block_is_given_back(ours: dict[str, Any]) -> None:
+    assert ours["held"] == 0
+    assert ours["usage"] == 0
+    assert ours["readings"][-1]["cached"] > 0
+
+
+def test_a_small_host_memory_serves_requests_first_and_tokens_are_stocks(
+    small_engine: dict[str, Any], stock: dict[str, Any]
+) -> None:
+    outcome = run(with_layerkv(small_engine, host_memory="6MiB"), CALLS)
+    assert outcome["answers"] == stock["answers"]
+    assert outcome["held"] == 0
+
+
+def test_a_reset_forgets_prefixes_and_the_switch_turns_them_off(
+    small_engine: dict[str, Any], stock: dict[str, Any]
+) -> None:
+    calls = [FIRST, OTHERS, "reset", FIRST]
+    after_reset = run(with_layerkv(small_engine), calls)
+    assert after_reset["answers"][2] == stock["answers"][2]
+    assert after_reset["readings"][-1]["hits"] == 0
+    off = run(with_layerkv(small_engine, host_prefix_cache=False), CALLS[:3])
+    assert off["answers"] == stock["answers"][:3]
+    assert off["readings"][-1]["vllm:prompt_tokens_cached_by_source,host"] == 0
+    assert off["readings"][-1]["stored"] == 0
