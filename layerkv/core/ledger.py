@@ -180,6 +180,7 @@ class KVLedger:
         copy = self._copies[request_id]
         last_block = (num_computed + num_scheduled - 1) // tokens
         if (missing := last_block + 1 - len(copy.blocks)) > 0:
+            self.host.unpin()  # this step's prefixes are loaded before its first layer is stored
             copy.blocks += self.host.take(missing)
         in_pool = self._num_leading_pool_blocks(block_ids)
         first_written = max(num_computed // tokens, in_pool)
