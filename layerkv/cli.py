@@ -191,8 +191,12 @@ def _add_suite(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _bench_run(arguments: argparse.Namespace) -> int:
+    import signal
+
     from layerkv.bench.suite.run import RunOptions, run_suite
 
+    # As Ctrl-C: servers have sessions of their own, and would outlive this process.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = RunOptions(
         size=arguments.size,
         num_seeds=arguments.seeds,

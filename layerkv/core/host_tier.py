@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
+from itertools import islice
 
 from layerkv.core.runs import RunAllocator
 from layerkv.errors import CapacityError
@@ -18,7 +19,8 @@ class HostTier:
     """Host blocks ``[0, count)``: each is free, held by a request, or caches one block of a prefix.
 
     A cached block is known by the hash of its block and of all before it, as vLLM's prefix cache knows its own. It is
-    *pinned* from the step that reads it until the next plan is made, and gives way to nobody meanwhile.
+    *pinned* while a plan that writes or reads it is being made, and gives way to nobody meanwhile: two copies of one
+    plan never have the same host block to write.
     """
 
     def __init__(self, count: int) -> None:
@@ -52,8 +54,9 @@ class HostTier:
         """
         if num_blocks > self.num_free:
             raise CapacityError(f"host memory: {num_blocks} blocks wanted, {self.num_free} free")
-        while self._allocator.num_free < num_blocks:
-            self._forget(next(iter(self._evictable)))
+        missing = num_blocks - self._allocator.num_free
+        if missing > 0:
+            self._forget(list(islice(self._evictable, missing)))
         return self._allocator.take(num_blocks)
 
     def give_back(self, blocks: Iterable[int]) -> None:
@@ -65,23 +68,24 @@ class HostTier:
         self._allocator.give_back(blocks)
 
     def keep(self, blocks: Sequence[int], hashes: Sequence[Hashable]) -> None:
-        """Blocks taken before cache a prefix from now on, each under its hash; one that is known is given back.
+        """Blocks taken before cache a prefix from now on, each under its hash, and are pinned.
 
-        The first ones are the last to give way: without them the others are of no use.
+        One whose hash is known is given back; the one that is known is pinned.
         """
-        for block, block_hash in reversed(list(zip(blocks, hashes, strict=True))):
+        twice: list[int] = []
+        for block, block_hash in zip(blocks, hashes, strict=True):
             if (known := self._block_of.get(block_hash)) is not None:
-                self._allocator.give_back([block])
-                if known in self._evictable:
-                    self._evictable.move_to_end(known)
+                twice.append(block)
+                self.pin([known])
                 continue
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
-            self._evictable[block] = None
+            self._pinned.append(block)
+        self._allocator.give_back(twice)
 
-    def knows(self, block_hash: Hashable) -> bool:
-        """Whether a block is cached under this hash."""
-        return block_hash in self._block_of
+    def known(self, hashes: Iterable[Hashable]) -> list[int | None]:
+        """For each hash the block that is cached under it, or None."""
+        return [self._block_of.get(block_hash) for block_hash in hashes]
 
     def find(self, hashes: Iterable[Hashable]) -> list[int]:
         """The cached blocks of the longest run of hashes, from the first one on, that are all known."""
@@ -94,22 +98,24 @@ class HostTier:
         return found
 
     def pin(self, blocks: Iterable[int]) -> None:
-        """Cached blocks are read in this step."""
+        """Cached blocks are written or read by the plan that is being made, the beginning of a prefix first."""
         for block in blocks:
             if block in self._evictable:
                 del self._evictable[block]
                 self._pinned.append(block)
 
     def unpin(self) -> None:
-        """What was pinned has been read; it is the most recently used now."""
+        """The plan is made: what was pinned is the most recently used now.
+
+        The beginning of a prefix is the last of it to give way: without that the rest is of no use.
+        """
         for block in reversed(self._pinned):
             self._evictable[block] = None
         self._pinned.clear()
 
     def forget_all(self) -> None:
         """Give up every cached prefix that is not pinned."""
-        for block in list(self._evictable):
-            self._forget(block)
+        self._forget(list(self._evictable))
 
     def is_free(self, block: int) -> bool:
         """Whether no request holds ``block``."""
@@ -124,7 +130,8 @@ class HostTier:
         assert not set(self._evictable) & set(self._pinned)
         assert not any(self._allocator.is_free(block) for block in self._hash_of)
 
-    def _forget(self, block: int) -> None:
-        del self._evictable[block]
-        del self._block_of[self._hash_of.pop(block)]
-        self._allocator.give_back([block])
+    def _forget(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            del self._evictable[block]
+            del self._block_of[self._hash_of.pop(block)]
+        self._allocator.give_back(blocks)

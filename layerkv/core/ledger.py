@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.host_tier import HostTier
@@ -27,11 +28,13 @@ class HostCopy:
         blocks: Host block of each entry of the request's block table, by position.
         num_tokens: Tokens whose KV is (or, for stores under way, will be) valid there; set when parked.
         is_ahead: The request is resident: its leading whole blocks were stored before anybody parked it.
+        is_trusted: It may become a cached prefix. Not after something in host memory could not be read.
     """
 
     blocks: list[int]
     num_tokens: int = 0
     is_ahead: bool = False
+    is_trusted: bool = True
 
 
 @dataclass(slots=True)
@@ -132,17 +135,17 @@ class KVLedger:
 
     # Prefixes in host memory ---------------------------------------------------------------------------------
 
-    def num_prefix_blocks(self, request_id: str, hashes: Sequence[Hashable], num_local_blocks: int) -> int:
-        """Blocks of a waiting prompt, after those that the device has, that it can load instead of computing them.
+    def num_prefix_blocks(self, request_id: str, hashes: Sequence[Hashable], blocks: range) -> int:
+        """Blocks of a waiting prompt that it can load instead of computing them, from the first of ``blocks`` on.
 
         Args:
             request_id: The request. Only one that is to run resident loads a prefix.
-            hashes: Of its whole blocks, all but the one of its last token.
-            num_local_blocks: Its hits in the device's prefix cache.
+            hashes: Of its blocks.
+            blocks: From its hits in the device's prefix cache on, up to the block of its last token, which is computed.
         """
         if self.residency.get(request_id) is not Residency.WAITING or request_id in self._layered:
             return 0
-        return len(self.host.find(hashes[num_local_blocks:]))
+        return len(self.host.find(islice(hashes, blocks.start, blocks.stop)))
 
     def load_prefix(self, request_id: str, block_ids: Sequence[int], hashes: Sequence[Hashable], blocks: range) -> None:
         """A waiting request starts with part of its prompt loaded, before this step's forward pass.
@@ -150,7 +153,7 @@ class KVLedger:
         Args:
             request_id: A WAITING request, RESIDENT from now on.
             block_ids: Its new block table.
-            hashes: As for :meth:`num_prefix_blocks`.
+            hashes: Of its blocks.
             blocks: Which blocks of the table are loaded, all of them found before in this step.
         """
         found = self.host.find(hashes[blocks.start : blocks.stop])
@@ -162,8 +165,11 @@ class KVLedger:
         self.started(request_id)
 
     def forget_prefixes(self) -> None:
-        """Every cached prefix is of no use any more (new weights, or a load that failed)."""
+        """No prefix is of use any more (new weights, or a load that failed), nor what is being loaded now."""
         self.host.forget_all()
+        for request_id, copy in self._copies.items():
+            if self.residency[request_id] is Residency.FETCHING:
+                copy.is_trusted = False
 
     # Each step -----------------------------------------------------------------------------------------------
 
@@ -180,7 +186,7 @@ class KVLedger:
         copy = self._copies[request_id]
         last_block = (num_computed + num_scheduled - 1) // tokens
         if (missing := last_block + 1 - len(copy.blocks)) > 0:
-            self.host.unpin()  # this step's prefixes are loaded before its first layer is stored
+            self.host.unpin()  # what the plan says of prefixes is done before its first layer is stored
             copy.blocks += self.host.take(missing)
         in_pool = self._num_leading_pool_blocks(block_ids)
         first_written = max(num_computed // tokens, in_pool)
@@ -305,7 +311,7 @@ class KVLedger:
     def take_plan(self, num_tokens: int) -> StepPlan:
         """The copies planned since the last call, for the step that computes ``num_tokens``."""
         draft, self._draft = self._draft, _PlanDraft()
-        self.host.unpin()  # who takes blocks from now on writes them in later steps, after this one's loads
+        self.host.unpin()  # who takes blocks from now on writes them by later plans
         return StepPlan(
             parks=tuple(draft.parks),
             stores=tuple(draft.stores),
@@ -366,7 +372,7 @@ class KVLedger:
     def _keep_copy(self, request_id: str, hashes: Sequence[Hashable]) -> None:
         """The whole blocks of a parked request's copy become a cached prefix; the rest is given back."""
         copy = self._copies.pop(request_id)
-        num_whole = min(copy.num_tokens // self.geometry.block_tokens, len(hashes))
+        num_whole = min(copy.num_tokens // self.geometry.block_tokens, len(hashes)) if copy.is_trusted else 0
         self.host.give_back(copy.blocks[num_whole:])
         self.host.keep(copy.blocks[:num_whole], hashes[:num_whole])
 
@@ -384,8 +390,9 @@ class KVLedger:
             del self._copies[request_id]
             self.host.give_back(ahead.blocks[num_ahead:])
             self.host.keep(ahead.blocks[:num_ahead], hashes[:num_ahead])
-        new = [i for i in range(num_ahead, len(hashes)) if not self.host.knows(hashes[i])]
-        new = new[: self.host.num_free]
+        known = self.host.known(hashes)
+        self.host.pin(block for block in known if block is not None)
+        new = [i for i in range(num_ahead, len(hashes)) if known[i] is None][: self.host.num_free]
         blocks = self.host.take(len(new))
         self._draft.parks += merge_runs([block_ids[i] for i in new], blocks)
         self.host.keep(blocks, [hashes[i] for i in new])

@@ -42,6 +42,14 @@ class FinishedFetch:
     device_blocks: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class FailedHits:
+    """Cached prefixes that could not be loaded, why, and the blocks that they should have filled."""
+
+    error: TransferError
+    device_blocks: tuple[int, ...]
+
+
 class LaneSchedule:
     """Submits a step's copies to a transfer engine so that no lane and no block is touched out of order."""
 
@@ -55,6 +63,7 @@ class LaneSchedule:
         self._last_store: Event | None = None
         self._last_ahead: Event | None = None
         self._fetches: list[tuple[FetchPlan, Event]] = []
+        self._failed_hits: FailedHits | None = None
         self._stores: Sequence[BlockRun] = ()
         self._loads: Sequence[BlockRun] = ()
         self._next_layer = 0
@@ -74,8 +83,11 @@ class LaneSchedule:
             self._last_store = engine.submit(Direction.STORE, self._all_layers, plan.parks, after=[compute])
             engine.wait_compute(self._last_store)  # rule 5
         if plan.hits:
-            after = [compute, *self._stores_so_far()]
-            engine.wait_compute(engine.submit(Direction.LOAD, self._all_layers, plan.hits, after=after))  # rule 8
+            loaded = self._submit_hits(plan.hits, compute)
+            try:
+                engine.wait_compute(loaded)  # rule 8
+            except TransferError as error:  # unlike a lane's KV it can be computed again
+                self._failed_hits = FailedHits(error, _device_blocks(plan.hits))
         if plan.is_layered:
             for lane in range(self._lanes):
                 ready = self._lane_stored[lane]  # rule 4, across steps
@@ -129,6 +141,11 @@ class LaneSchedule:
         self._fetches = under_way
         return finished
 
+    def take_failed_hits(self) -> FailedHits | None:
+        """The prefixes of the step just begun that could not be loaded; None if there are none."""
+        failed, self._failed_hits = self._failed_hits, None
+        return failed
+
     def drain(self, timeout_s: float) -> None:
         """Wait until nothing is under way (shutdown).
 
@@ -143,6 +160,14 @@ class LaneSchedule:
 
     def _submit_fetch(self, fetch: FetchPlan, compute: Event) -> Event:
         return self._submit_by_layer(Direction.LOAD, fetch.runs, [compute, *self._stores_so_far()])  # rule 6
+
+    def _submit_hits(self, runs: Sequence[BlockRun], compute: Event) -> Event:
+        return self._engine.submit(
+            Direction.LOAD,
+            self._all_layers,
+            runs,
+            after=[compute, *self._stores_so_far()],  # rule 8
+        )
 
     def _stores_so_far(self) -> list[Event]:
         """The last store, and each lane's by name too, so that none of them can fail unseen."""

@@ -160,10 +160,10 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self.scheduler_side is not None:
-            for request_id in connector_output.finished_recving or ():
-                self.scheduler_side.fetched(request_id)
             if connector_output.invalid_block_ids:  # something in host memory cannot be read: trust no prefix there
                 self.scheduler_side.ledger.forget_prefixes()
+            for request_id in connector_output.finished_recving or ():
+                self.scheduler_side.fetched(request_id)
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

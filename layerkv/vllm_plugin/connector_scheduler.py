@@ -47,7 +47,7 @@ class SchedulerSide:
         self.last_plan: StepPlan | None = None
         self._requests: Mapping[str, Request] = {}
         self._reported = LedgerCounters()
-        self._reported_version: tuple[int, int, int] | None = None
+        self._reported_version: tuple[int, ...] | None = None
         self._reported_gauges: dict[tuple[str, str | None], float] = {}
 
     def attach(self, kv_cache_manager: KVCacheManager) -> None:
@@ -76,7 +76,7 @@ class SchedulerSide:
             beyond = self.ledger.parked_tokens(request_id) - num_local_tokens
             return (beyond, True) if beyond > 0 else (0, False)
         self._num_local_blocks = num_local_tokens // self.geometry.block_tokens
-        found = self.ledger.num_prefix_blocks(request_id, self.prompt_hashes(request_id), self._num_local_blocks)
+        found = self.num_prefix_blocks(request_id, self._num_local_blocks)
         return found * self.geometry.block_tokens, False
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
@@ -85,7 +85,7 @@ class SchedulerSide:
         if num_external_tokens > 0 and not is_parked:
             first = self._num_local_blocks
             blocks = range(first, first + num_external_tokens // self.geometry.block_tokens)
-            self.ledger.load_prefix(request_id, block_ids, self.prompt_hashes(request_id), blocks)
+            self.ledger.load_prefix(request_id, block_ids, self._hashes(self._requests[request_id]), blocks)
         elif num_external_tokens > 0:
             num_local_tokens = self.ledger.parked_tokens(request_id) - num_external_tokens
             self.ledger.fetch(request_id, block_ids, num_local_tokens)
@@ -94,13 +94,13 @@ class SchedulerSide:
         else:
             self.ledger.started(request_id)
 
-    def prompt_hashes(self, request_id: str) -> Sequence[Hashable]:
-        """Hashes of the blocks that a waiting request may find in host memory: one token is left to compute."""
-        if not self._caches_prefixes:
-            return ()
+    def num_prefix_blocks(self, request_id: str, num_local_blocks: int) -> int:
+        """Blocks that a waiting request would load from host memory, after those that the device has."""
         request = self._requests[request_id]
-        num_whole = (request.num_tokens - 1) // self.geometry.block_tokens
-        return request.block_hashes[:num_whole]
+        if request.skip_reading_prefix_cache:  # vLLM would ignore them
+            return 0
+        last = (request.num_tokens - 1) // self.geometry.block_tokens  # of one token at least, KV is computed
+        return self.ledger.num_prefix_blocks(request_id, self._hashes(request), range(num_local_blocks, last))
 
     def fetched(self, request_id: str) -> None:
         """All workers have reported a fetch complete."""
@@ -137,7 +137,7 @@ class SchedulerSide:
     def take_metrics(self) -> Payload | None:
         """What changed since the last call; None if nothing did."""
         ledger, counters = self.ledger, self.ledger.counters
-        version = (ledger.residency.version, ledger.zone.num_taken, ledger.host.num_held)
+        version = (ledger.residency.version, ledger.zone.num_taken, ledger.host.num_held, ledger.host.num_cached)
         if version == self._reported_version and not self.metrics:
             return None
         self._reported_version = version

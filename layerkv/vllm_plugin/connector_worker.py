@@ -73,6 +73,9 @@ class WorkerSide:
         if plan.has_copies:
             self._has_copied = True
             self._lanes.begin_step(plan)
+            if (failed := self._lanes.take_failed_hits()) is not None:
+                logger.error("loading a cached prefix failed, its KV is computed again: %s", failed.error)
+                self._failed_blocks.update(failed.device_blocks)
             self._count(plan)
 
     def layer_done(self, layer_name: str) -> None:

@@ -120,7 +120,10 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         else:
             output = self._schedule_decided(started_s, throttle_prefills)
         if output.total_num_scheduled_tokens:
-            work = self._reader.work(output, self._side.last_plan) if is_sampled else None
+            plan = self._side.last_plan
+            # A step that waits for copies of whole blocks tells nothing about what its compute costs.
+            waits = plan is not None and (plan.parks or plan.hits)
+            work = self._reader.work(output, plan) if is_sampled and not waits else None
             self._steps_in_flight.append((started_s, work))
         return output
 
@@ -157,9 +160,17 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             for request_id in [r for r in self._ledger.residency if self._ledger.residency[r] is Residency.PARKED]:
                 self._ledger.drop(request_id)
                 self._recomputes(self.requests[request_id])
+        elif self._is_active and (num_moved := self._num_with_kv_on_host()):
+            # vLLM refuses while blocks are in use; KV in host memory is in use just as well
+            logger.warning("the prefix cache is not reset: %d request(s) have KV in host memory", num_moved)
+            return False
         if self._is_active:
             self._ledger.forget_prefixes()
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+    def _num_with_kv_on_host(self) -> int:
+        counts = self._ledger.residency.counts
+        return counts[Residency.LAYERED] + counts[Residency.PARKED] + counts[Residency.FETCHING]
 
     def get_num_unfinished_requests(self) -> int:
         """Parked requests are in mid-output: a pause that waits for running requests waits for them too."""

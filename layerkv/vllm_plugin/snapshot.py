@@ -109,7 +109,7 @@ class EngineReader:
         for view in waiting[:HIT_LOOKUPS]:
             request_id = view.request_id
             found = s.kv_cache_manager.get_computed_blocks(s.requests[request_id])[0].blocks[0]
-            num_on_host = self._ledger.num_prefix_blocks(request_id, self._side.prompt_hashes(request_id), len(found))
+            num_on_host = self._side.num_prefix_blocks(request_id, len(found))
             if found or num_on_host:
                 num_evictable = sum(block.ref_cnt == 0 for block in found)
                 hits[request_id] = PrefixHit(len(found), num_evictable, num_on_host)

@@ -134,8 +134,9 @@ class TinyServer:
         request = Request([*token_ids, *new])
         self.ledger.add(request_id)
         self.requests[request_id] = request
-        hashes = self.hashes(request.token_ids)[: (num_tokens - 1) // self.geometry.block_tokens]
-        found = self.ledger.num_prefix_blocks(request_id, hashes, 0)
+        hashes = self.hashes(request.token_ids)
+        last = (num_tokens - 1) // self.geometry.block_tokens
+        found = self.ledger.num_prefix_blocks(request_id, hashes, range(last))
         if found:
             request.block_ids = self.pool.take(found)
             self._users.update(dict.fromkeys(request.block_ids, 1))

@@ -38,24 +38,28 @@ def build(spec: dict[str, Any]) -> Any:
 
 
 def fail_fetches(every: int) -> None:
-    """Every n-th fetch ends with an error and without having copied anything."""
+    """Every n-th fetch or load of a prefix ends with an error and without having copied anything."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group
 
     from layerkv.device.cpu_engine import CopyEvent
 
     lanes = get_kv_transfer_group().worker_side._lanes  # the worker runs in this process
-    submit, count = lanes._submit_fetch, 0
+    count = 0
 
-    def submit_or_fail(fetch: Any, compute: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count % every:
-            return submit(fetch, compute)
-        event = CopyEvent()
-        event.end(RuntimeError("made to fail by the test"))
-        return event
+    def or_fail(submit: Any) -> Any:
+        def submit_or_fail(copies: Any, compute: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count % every:
+                return submit(copies, compute)
+            event = CopyEvent()
+            event.end(RuntimeError("made to fail by the test"))
+            return event
 
-    lanes._submit_fetch = submit_or_fail
+        return submit_or_fail
+
+    lanes._submit_fetch = or_fail(lanes._submit_fetch)
+    lanes._submit_hits = or_fail(lanes._submit_hits)
 
 
 def schedule_ahead(core: Any) -> None:

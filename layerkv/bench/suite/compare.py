@@ -48,7 +48,11 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """What `--json` writes. `same_machine` and `same_versions` say what else differs between the two results."""
+    """What `--json` writes.
+
+    `same_machine` and `same_versions` say what else differs between the two results; `broken` what went wrong in the
+    later one and not in the earlier one.
+    """
 
     schema: int = 1
     case: str
@@ -56,6 +60,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     same_versions: bool
     changes: list[Change]
     missing: list[str]
+    broken: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,21 @@ def compare(before: CaseResult, after: CaseResult) -> Comparison:
         same_versions=before.versions == after.versions,
         changes=changes,
         missing=[f"{engine} at {point}" for point, engine in missing],
+        broken=list(_broken(before, after, earlier, later)),
     )
+
+
+def _broken(
+    before: CaseResult, after: CaseResult, earlier: dict[str, PointResult], later: dict[str, PointResult]
+) -> Iterator[str]:
+    if after.tokens_equal is False and before.tokens_equal is not False:
+        yield "layerkv's tokens differ from the oracle's"
+    if before.complete and not after.complete:
+        yield "the run is not complete"
+    for name, engine in sorted(_rows(earlier) & _rows(later)):
+        old, new = (points[name].engines[engine].num_failed.median for points in (earlier, later))
+        if new > old:
+            yield f"{ENGINE_TITLES.get(engine, engine)} at {name}: {new:g} requests failed instead of {old:g}"
 
 
 def _rows(points: dict[str, PointResult]) -> set[tuple[str, str]]:
@@ -118,6 +137,8 @@ def _changes(before: PointResult, after: PointResult) -> Iterator[Change]:
 
 def _values(point: PointResult, engine: str, pick: Callable[[Figures], Spread], *, relative: bool) -> list[float]:
     values = pick(point.engines[engine]).values
+    if point.engines[engine].num_failed.median:
+        return []  # what is missing would make latencies look better; `broken` says it
     if not relative:
         return values
     reference = pick(point.engines[REFERENCE]).values
@@ -139,10 +160,10 @@ def verdict(before: list[float], after: list[float], *, less_is_better: bool) ->
 
 
 def run_compare(before_path: Path, after_path: Path, *, json_path: Path | None = None) -> int:
-    """Prints what changed; returns 1 if anything got worse, else 0.
+    """Prints what changed; returns 1 if anything got worse or broke, else 0.
 
     Raises:
-        ConfigError: a file is not a case's result, or they are results of different cases.
+        ConfigError: a file is not a case's result, or they are results of different cases or sizes.
     """
     before, after = _read(before_path), _read(after_path)
     if before.case != after.case:
@@ -150,11 +171,15 @@ def run_compare(before_path: Path, after_path: Path, *, json_path: Path | None =
             f"{after_path}: found a result of {after.case}; expected one of {before.case}, as {before_path} is; "
             "compare results of the same case"
         )
+    if before.size != after.size:
+        raise ConfigError(
+            f"{after_path}: found size {after.size}; expected {before.size}, as {before_path} is: their loads differ"
+        )
     comparison = compare(before, after)
     if json_path is not None:
         write_json(comparison, json_path)
     _print(comparison, Console())
-    return int(any(change.verdict == "worse" for change in comparison.changes))
+    return int(bool(comparison.broken) or any(change.verdict == "worse" for change in comparison.changes))
 
 
 def _read(path: Path) -> CaseResult:
@@ -205,5 +230,7 @@ def _print(comparison: Comparison, console: Console) -> None:
         console.print("The two results are from different machines.")
     if not comparison.same_versions:
         console.print("The two results are of different versions.")
+    for what in comparison.broken:
+        console.print(f"[red]Broken: {what}.[/]", highlight=False)
     for row in comparison.missing:
         console.print(f"Only in one of them: {row}.", highlight=False)

@@ -93,7 +93,10 @@ def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
 
 
 def engine_ratios(runs: Mapping[str, Mapping[int, LoadRun]], policy: SloPolicy) -> Ratios:
-    """layerkv beside the others at one point; `runs` by engine, then by seed. Ratios are taken within a seed."""
+    """layerkv beside the others at one point; `runs` by engine, then by seed. Ratios are taken within a seed.
+
+    Of first tokens only where both engines finished every request: one that drops its slowest would look better.
+    """
     ours = {seed: _Totals(run, policy) for seed, run in runs.get("layerkv", {}).items()}
     others = {
         name: {seed: _Totals(run, policy) for seed, run in by_seed.items() if seed in ours}
@@ -110,22 +113,25 @@ def engine_ratios(runs: Mapping[str, Mapping[int, LoadRun]], policy: SloPolicy) 
         return {name: spread for name in others if (spread := against(name, ratio)) is not None}
 
     return Ratios(
-        ttft_mean_speedup=against("stock", lambda our, other: _ratio(other.ttft_mean_s, our.ttft_mean_s)),
-        ttft_p99_speedup=against("stock", lambda our, other: _ratio(other.ttft_p99_s, our.ttft_p99_s)),
+        ttft_mean_speedup=against("stock", _ttft_speedup),
+        ttft_p99_speedup=against("stock", lambda our, other: _ttft_ratio(other, our, "ttft_p99_s")),
         throughput_ratio=against("stock", lambda our, other: _ratio(our.tokens_per_s, other.tokens_per_s)),
-        ttft_mean_over_oracle=against("oracle", lambda our, other: _ratio(our.ttft_mean_s, other.ttft_mean_s)),
+        ttft_mean_over_oracle=against("oracle", lambda our, other: _ttft_ratio(our, other, "ttft_mean_s")),
         goodput_ratio=against("stock", lambda our, other: _ratio(our.goodput_rps, other.goodput_rps)),
-        ttft_mean_speedup_over=all_against(lambda our, other: _ratio(other.ttft_mean_s, our.ttft_mean_s)),
+        ttft_mean_speedup_over=all_against(_ttft_speedup),
         goodput_ratio_over=all_against(lambda our, other: _ratio(our.goodput_rps, other.goodput_rps)),
     )
 
 
 def have_equal_tokens(left: Mapping[int, LoadRun], right: Mapping[int, LoadRun]) -> bool | None:
-    """Whether two engines gave every request the same tokens, over the seeds that both have; None without any."""
-    seeds = left.keys() & right.keys()
-    if not seeds:
-        return None
-    return all(_digests(left[seed]) == _digests(right[seed]) for seed in seeds)
+    """Whether two engines gave the same tokens to every request that both finished; None if there is none."""
+    equal = [
+        digest == theirs
+        for seed in left.keys() & right.keys()
+        for request_id, digest in _digests(left[seed]).items()
+        if digest is not None and (theirs := _digests(right[seed]).get(request_id)) is not None
+    ]
+    return all(equal) if equal else None
 
 
 class _Totals:
@@ -133,11 +139,22 @@ class _Totals:
 
     def __init__(self, run: LoadRun, policy: SloPolicy) -> None:
         first_tokens = _some(map(ttft_s, run.requests))
+        self.has_finished_all = all(request.error is None for request in run.requests)
         span_s = _span_s(run.requests) or math.inf
         self.ttft_mean_s = _mean(first_tokens)
         self.ttft_p99_s = float(np.percentile(first_tokens, 99)) if first_tokens else 0.0
         self.tokens_per_s = sum(len(r.token_times_s) for r in run.requests) / span_s
         self.goodput_rps = sum(has_met_slo(r, policy) for r in run.requests) / span_s
+
+
+def _ttft_speedup(our: _Totals, other: _Totals) -> float | None:
+    return _ttft_ratio(other, our, "ttft_mean_s")
+
+
+def _ttft_ratio(numerator: _Totals, denominator: _Totals, figure: str) -> float | None:
+    if not (numerator.has_finished_all and denominator.has_finished_all):
+        return None
+    return _ratio(getattr(numerator, figure), getattr(denominator, figure))
 
 
 def _digests(run: LoadRun) -> dict[str, str | None]:
@@ -167,7 +184,8 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 
 
 def _over_seeds(samples_by_seed: Sequence[Sequence[float]]) -> Distribution:
-    each = [metrics.Distribution.of(samples) for samples in samples_by_seed]
+    # A seed without a sample knows no latency; 0 s would be the best of all.
+    each = [metrics.Distribution.of(samples) for samples in samples_by_seed if samples] or [metrics.Distribution.of(())]
     return Distribution(
         mean=Spread.of([d.mean for d in each]),
         p50=Spread.of([d.p50 for d in each]),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
+import resource
 import sys
 import threading
 import time
@@ -295,6 +296,8 @@ def main(argv: list[str]) -> int:
         print("usage: python -m layerkv.bench.suite.generator PLAN.json OUT.json", file=sys.stderr)
         return 2
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection each, however many wait
 
     def report_progress(num_done: int, num_total: int) -> None:
         print(msgspec.json.encode(Progress(num_done, num_total)).decode(), flush=True)

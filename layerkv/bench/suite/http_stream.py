@@ -40,7 +40,10 @@ class Target:
 
     def begin(self, request: bytes) -> Begun:
         """Connects and sends as much of `request` as the system takes at once. Never blocks; any thread may call it."""
-        connection = socket.socket(self._family, socket.SOCK_STREAM)
+        try:
+            connection = socket.socket(self._family, socket.SOCK_STREAM)
+        except OSError as error:  # no file descriptor is left: this request fails, those under way go on
+            return Begun(None, self._address, b"", None, error)
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.connect_ex(self._address)
@@ -54,8 +57,16 @@ class Target:
 class Begun:
     """A request under way. `sent_s` is when its first bytes went out; None until :meth:`finish` has sent them."""
 
-    def __init__(self, connection: socket.socket, address: object, rest: bytes, sent_s: float | None) -> None:
+    def __init__(
+        self,
+        connection: socket.socket | None,
+        address: object,
+        rest: bytes,
+        sent_s: float | None,
+        error: OSError | None = None,
+    ) -> None:
         self._connection = connection
+        self._error = error
         self._address = address
         self._rest = rest
         self.sent_s = sent_s
@@ -67,6 +78,8 @@ class Begun:
             StreamError: there was no whole response.
         """
         loop = asyncio.get_running_loop()
+        if self._connection is None:
+            raise StreamError(f"no connection ({self._error})")
         try:
             if self.sent_s is None:
                 await loop.sock_connect(self._connection, self._address)  # type: ignore[arg-type]

@@ -42,11 +42,12 @@ class Distribution(msgspec.Struct, frozen=True):
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
     """One engine's figures at one point.
 
-    Latencies count from the time a request was due. `end_to_end_s`: to its last token. `queue_s` is what the server
-    says (its percentiles are read off a histogram). `goodput_rps`: requests per second that met both the TTFT and the
-    TPOT of their class; `slo_attainment`: their share of all requests, a failed request being one that missed.
-    `arrival_error_s`: how late the generator sent. Peaks are in bytes: KV in use at most on the device and on the
-    host, and resident memory of all processes. `scheduler_s_per_step` is CPU time, None where it was not measured.
+    Latencies count from the time a request was due; a seed in which no request got so far is left out of them.
+    `end_to_end_s`: to its last token. `queue_s` is what the server says (its percentiles are read off a histogram).
+    `goodput_rps`: requests per second that met both the TTFT and the TPOT of their class; `slo_attainment`: their
+    share of all requests, a failed request being one that missed. `arrival_error_s`: how late the generator sent.
+    Peaks are in bytes: KV in use at most on the device and on the host, and resident memory of all processes.
+    `scheduler_s_per_step` is CPU time, None where it was not measured.
     """
 
     ttft_s: Distribution
@@ -118,7 +119,8 @@ class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
 
     `engines`, `ratios` and `tokens_equal` are those of the case's main point, `main_point`; `tokens_equal` there is
     about all points. `failures` holds each engine's first failure anywhere. `complete` is False when an engine failed
-    or the run was interrupted. `goodput_rps` and `slo_attainment` are by engine, then by the point's rate per second.
+    or the run was interrupted. `goodput_rps` and `slo_attainment` are by engine, then by the point's rate per second
+    (by its name, where points have the same rate).
     """
 
     schema: int = SCHEMA_VERSION

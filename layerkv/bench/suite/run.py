@@ -33,7 +33,7 @@ from layerkv.bench.suite.plan import LoadPlan, PlannedRequest, plan_requests, wa
 from layerkv.bench.suite.records import Counters, LoadRun
 from layerkv.bench.suite.report import write_report
 from layerkv.bench.suite.result import CaseResult, Figures, PointResult, Ratios
-from layerkv.bench.suite.scheduler_probe import TIMES_VARIABLE, probe_options, read_scheduler_times
+from layerkv.bench.suite.scheduler_probe import TIMES_VARIABLE, SchedulerTimes, probe_options, read_scheduler_times
 from layerkv.bench.suite.server import CpuTimes, Server, free_port
 from layerkv.bench.supervise import run_child
 from layerkv.bench.tiny_model import make_tiny_model
@@ -108,7 +108,11 @@ def run_suite(path: Path, options: RunOptions, *, serve: ServeCommand = serve_co
     cases = [_load(case_path, options) for case_path in case_paths]
     worst = EXIT_OK
     for case in cases:
-        status = _run_case(case, _options_of(case, options), Console(), serve)
+        try:
+            status = _run_case(case, _options_of(case, options), Console(), serve)
+        except LayerKVError as error:
+            print(f"layerkv: {case.name}: {error}", file=sys.stderr)
+            status = EXIT_FAILED
         worst = max(worst, status)
         if status == EXIT_INTERRUPTED:
             break
@@ -149,7 +153,11 @@ def _run_case(case: Case, options: RunOptions, console: Console, serve: ServeCom
     for note in case.notes:
         console.print(f"- {note}", highlight=False, markup=False)
     outcome = Outcome()
-    _CaseRun(case, options, folder, console, outcome, files, serve).run()
+    try:
+        _CaseRun(case, options, folder, console, outcome, files, serve).run()
+    except KeyboardInterrupt:
+        outcome.interrupted = True
+        console.print("- interrupted: what was measured before is kept")
     result = case_result(case, outcome)
     print_result(result, console)
     _save(result, outcome, files)
@@ -230,10 +238,9 @@ class _CaseRun:
                     if engine not in self._outcome.failures:
                         try:
                             self._run_engine(engine, seed, model, board)
-                        except KeyboardInterrupt:
-                            self._outcome.interrupted = True
-                            board.note(f"{engine}: interrupted")
-                            return
+                        except (OSError, msgspec.DecodeError, RuntimeError, ConfigError) as error:
+                            reason = f"could not be measured ({type(error).__name__}: {error})"
+                            self._fail(engine, EngineFailure(reason=reason, log_tail=[]), None, board)
                     board.ends(seed_tokens)
                     self._keep_partial(board)
 
@@ -286,10 +293,13 @@ class _CaseRun:
         plan_path, run_path = self._folder / "plan.json", self._folder / "run.json"
         write_json(plan, plan_path)
         run_path.unlink(missing_ok=True)
-        (cpu_before, _), times_before = server.observe(), read_scheduler_times(self._times_path())
+        server.forget_peak()
+        started: list[tuple[CpuTimes, SchedulerTimes | None]] = []
 
         def advance(line: Progress) -> None:
-            server.observe()
+            cpu_times, _ = server.observe()
+            if not started:  # the generator's first word comes after its warm-up
+                started.append((cpu_times, read_scheduler_times(self._times_path())))
             board.advances(line)
 
         failure = run_child(
@@ -308,6 +318,7 @@ class _CaseRun:
                 reason=f"had no answer: the load generator {failure.reason}", log_tail=failure.log_tail
             )
         run = read_json(run_path, GeneratorRun)
+        cpu_before, times_before = started[0]
         counters = _counters(engine, run, cpu_before, cpu_after, peak_rss_bytes, self._block_bytes())
         if times_before is not None and times_after is not None:
             counters = msgspec.structs.replace(
@@ -398,6 +409,9 @@ def case_result(case: Case, outcome: Outcome) -> CaseResult:
     checked = [point.tokens_equal for point in points if point.tokens_equal is not None]
     num_expected = len(case.points) * case.num_seeds * len(case.engines)
     seeds = list(range(case.num_seeds))
+    rates = [f"{point.rate_per_s:g}" for point in points]
+    keys = rates if len(set(rates)) == len(rates) else [point.name for point in points]
+    by_rate = dict(zip(keys, points, strict=True))
     return CaseResult(
         case=case.name,
         question=case.question,
@@ -411,11 +425,11 @@ def case_result(case: Case, outcome: Outcome) -> CaseResult:
         tokens_equal=all(checked) if checked else None,
         failures=outcome.failures,
         goodput_rps={
-            engine: {f"{p.rate_per_s:g}": p.engines[engine].goodput_rps for p in points if engine in p.engines}
+            engine: {key: p.engines[engine].goodput_rps for key, p in by_rate.items() if engine in p.engines}
             for engine in case.engines
         },
         slo_attainment={
-            engine: {f"{p.rate_per_s:g}": p.engines[engine].slo_attainment for p in points if engine in p.engines}
+            engine: {key: p.engines[engine].slo_attainment for key, p in by_rate.items() if engine in p.engines}
             for engine in case.engines
         },
         points=points,

@@ -77,8 +77,15 @@ class Server:
         reason = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
         return EngineFailure(reason=reason, log_tail=log_tail(self._log_path))
 
+    def forget_peak(self) -> None:
+        """The most resident memory is looked for anew."""
+        self._peak_rss_bytes = 0
+
     def observe(self) -> tuple[CpuTimes, int]:
-        """CPU times now, and the most resident memory seen in bytes; the last known ones once it has ended."""
+        """CPU times now, and the most resident memory seen in bytes; the last known ones once it has ended.
+
+        Memory that processes share counts in each of them.
+        """
         front_end_s = engine_s = 0.0
         rss_bytes = 0
         with contextlib.suppress(psutil.Error):
@@ -96,14 +103,16 @@ class Server:
         return self._cpu, self._peak_rss_bytes
 
     def stop(self) -> None:
-        """Ends the server as an operator does, and by force if that takes too long."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)  # killed at once, vLLM would leave shared memory behind
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_LIMIT_S)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        """Ends the server as an operator does, and by force if that takes too long or a second Ctrl-C comes."""
+        try:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)  # killed at once, vLLM would leave shared memory behind
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(STOP_LIMIT_S)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def _open(url: str) -> contextlib.closing[Any]:

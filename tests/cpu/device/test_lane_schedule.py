@@ -116,6 +116,21 @@ def test_a_park_whose_store_failed_stops_the_step_that_would_overwrite_it(monkey
     worker.engine.close()
 
 
+def test_a_prefix_that_could_not_be_loaded_is_reported_and_the_step_goes_on() -> None:
+    worker = make_worker("cpu", small_geometry(NUM_LAYERS, 1), 8)
+    lanes = LaneSchedule(worker.engine, NUM_LAYERS, 1)
+    gate = worker.gate()
+    gate.end(TransferError("host memory is gone"))
+    lanes._last_store = gate  # as if what it reads had never been stored
+    lanes.begin_step(StepPlan(hits=(BlockRun(2, 0, 3),), num_tokens=1))
+    failed = lanes.take_failed_hits()
+    assert failed is not None
+    assert failed.device_blocks == (2, 3, 4)
+    assert "host memory is gone" in str(failed.error)
+    assert lanes.take_failed_hits() is None
+    worker.engine.close()
+
+
 def test_a_load_that_failed_stops_compute_where_the_engine_can_tell_at_once() -> None:
     worker = make_worker("cpu", small_geometry(NUM_LAYERS, 1), 8)
     lanes = LaneSchedule(worker.engine, NUM_LAYERS, 1)

@@ -12,6 +12,8 @@ def test_cached_blocks_count_as_free_and_give_way() -> None:
     tier = HostTier(4)
     blocks = tier.take(3)
     tier.keep(blocks, ["a", "b", "c"])
+    assert (tier.num_free, tier.num_cached, tier.num_held) == (1, 3, 0)
+    tier.unpin()
     assert (tier.num_free, tier.num_cached, tier.num_held) == (4, 3, 0)
     assert len(tier.take(4)) == 4
     assert tier.num_cached == 0
@@ -21,6 +23,7 @@ def test_cached_blocks_count_as_free_and_give_way() -> None:
 def test_the_beginning_of_a_prefix_gives_way_last() -> None:
     tier = HostTier(3)
     tier.keep(tier.take(3), ["a", "b", "c"])
+    tier.unpin()
     tier.take(1)
     assert len(tier.find(["a", "b", "c"])) == 2
     tier.take(1)
@@ -31,6 +34,7 @@ def test_what_was_used_last_gives_way_last() -> None:
     tier = HostTier(2)
     tier.keep(tier.take(1), ["a"])
     tier.keep(tier.take(1), ["b"])
+    tier.unpin()
     tier.pin(tier.find(["a"]))
     tier.unpin()
     tier.take(1)
@@ -55,6 +59,7 @@ def test_a_second_copy_of_a_prefix_is_not_kept() -> None:
 def test_a_pinned_block_gives_way_to_nobody() -> None:
     tier = HostTier(2)
     tier.keep(tier.take(2), ["a", "b"])
+    tier.unpin()
     tier.pin(tier.find(["a"]))
     assert tier.num_free == 1
     with pytest.raises(CapacityError, match="2 blocks wanted, 1 free"):
@@ -99,7 +104,7 @@ class AnyUse(RuleBasedStateMachine):
     def keep(self, data: st.DataObject, prefix: str) -> None:
         blocks = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         hashes = [f"{prefix}{i}" for i in range(len(blocks))]
-        new = [not self.tier.knows(block_hash) for block_hash in hashes]
+        new = [block is None for block in self.tier.known(hashes)]
         self.tier.keep(blocks, hashes)
         self.content |= {b: h for b, h, is_new in zip(blocks, hashes, new, strict=True) if is_new}
 

@@ -116,3 +116,27 @@ def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
         run_compare(bad, good)
     with pytest.raises(ConfigError, match=r"other\.json: found a result of another; expected one of"):
         run_compare(good, other)
+
+
+def test_what_broke_is_named_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = case_result()
+    point = result.points[0]
+    failing = msgspec.structs.replace(point.engines["layerkv"], num_failed=Spread.of([3.0, 3.0, 3.0]))
+    points = [msgspec.structs.replace(point, engines={**point.engines, "layerkv": failing}), *result.points[1:]]
+    broken = msgspec.structs.replace(result, points=points, tokens_equal=False, complete=False)
+    before, after = tmp_path / "a.json", tmp_path / "b.json"
+    write_json(result, before)
+    write_json(broken, after)
+    assert run_compare(before, after) == 1
+    out = capsys.readouterr().out
+    for words in ("3 requests failed instead of 0", "tokens differ", "not complete"):
+        assert words in " ".join(out.split())
+    assert run_compare(after, before) == 0
+
+
+def test_results_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    full, small = tmp_path / "full.json", tmp_path / "small.json"
+    write_json(case_result(), full)
+    write_json(msgspec.structs.replace(case_result(), size="ci"), small)
+    with pytest.raises(ConfigError, match=r"small\.json: found size ci; expected made"):
+        run_compare(full, small)

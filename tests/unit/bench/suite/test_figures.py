@@ -120,3 +120,24 @@ def test_tokens_are_compared_request_by_request() -> None:
     assert have_equal_tokens({0: one}, {0: same}) is True
     assert have_equal_tokens({0: one}, {0: other}) is False
     assert have_equal_tokens({0: one}, {1: same}) is None
+
+
+def test_tokens_of_requests_that_one_engine_did_not_finish_are_not_compared() -> None:
+    one = run_of(record(0, 0.0, [1.0]), record(1, 0.0, [1.0], token_digest=None, error="HTTP 429"))
+    other = run_of(record(0, 0.0, [1.0]), record(1, 0.0, [1.0]))
+    assert have_equal_tokens({0: one}, {0: other}) is True
+    nothing = run_of(record(0, 0.0, [], token_digest=None, error="gone"))
+    assert have_equal_tokens({0: nothing}, {0: nothing}) is None
+
+
+def test_an_engine_that_drops_requests_gets_no_ratio_of_first_tokens() -> None:
+    ours = {0: run_of(record(0, 0.0, [0.1]), record(1, 0.0, [], error="HTTP 500"))}
+    stock = {0: run_of(record(0, 0.0, [1.0]), record(1, 0.0, [9.0]), engine="stock")}
+    ratios = engine_ratios({"layerkv": ours, "stock": stock}, POLICY)
+    assert ratios.ttft_mean_speedup is None
+    assert ratios.goodput_ratio is not None
+
+
+def test_a_seed_without_first_tokens_does_not_count_as_the_fastest() -> None:
+    runs = [run_of(record(0, 0.0, [0.5])), run_of(record(0, 0.0, [], error="gone"), seed=1)]
+    assert engine_figures(runs, POLICY).ttft_s.mean.values == [0.5]
