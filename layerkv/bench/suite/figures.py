@@ -77,13 +77,13 @@ def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
         preemptions=counted(lambda c: c.preemptions),
         parks=counted(lambda c: c.parks),
         fetches=counted(lambda c: c.fetches),
-        bytes_stored=counted(lambda c: c.bytes_stored),
+        bytes_stored=_where_known([run.counters.bytes_stored for run in runs]),
         bytes_loaded=counted(lambda c: c.bytes_loaded),
         prompt_tokens=counted(lambda c: c.prompt_tokens),
         device_hit_tokens=counted(lambda c: c.device_hit_tokens),
         host_hit_tokens=counted(lambda c: c.host_hit_tokens),
         peak_device_kv_bytes=Spread.of([max((s.device_kv_bytes for s in run.samples), default=0) for run in runs]),
-        peak_host_kv_bytes=Spread.of([max((s.host_kv_bytes for s in run.samples), default=0) for run in runs]),
+        peak_host_kv_bytes=_where_known([_peak_host(run) for run in runs]),
         peak_rss_bytes=counted(lambda c: c.peak_rss_bytes),
         engine_cpu_s=counted(lambda c: c.engine_cpu_s),
         front_end_cpu_s=counted(lambda c: c.front_end_cpu_s),
@@ -165,6 +165,16 @@ def _span_s(requests: Sequence[RequestRecord]) -> float:
     """From the first arrival to the last token."""
     last_s = max((r.token_times_s[-1] for r in requests if r.token_times_s), default=0.0)
     return last_s - min((r.arrival_s for r in requests), default=0.0)
+
+
+def _peak_host(run: LoadRun) -> int | None:
+    known = [sample.host_kv_bytes for sample in run.samples if sample.host_kv_bytes is not None]
+    return max(known, default=0) if known or not run.samples else None
+
+
+def _where_known(values: Sequence[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
+    return Spread.of(known) if len(known) == len(values) else None
 
 
 def _gaps_s(request: RequestRecord) -> list[float]:

@@ -283,7 +283,7 @@ def _sample(time_s: float, metrics: ServerMetrics, plan: LoadPlan) -> Sample:
     return Sample(
         time_s=time_s,
         device_kv_bytes=int(metrics.device_usage * plan.kv_memory_bytes),
-        host_kv_bytes=metrics.host_blocks * plan.block_bytes,
+        host_kv_bytes=metrics.host_blocks * plan.block_bytes if plan.tells_host_memory else None,
         running=metrics.running,
         waiting=metrics.waiting,
         parked=metrics.parked,

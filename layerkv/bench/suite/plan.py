@@ -40,7 +40,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     `names_classes` says whether requests name their class to the server: only layerkv knows what that is.
     `warm_up` are sent one after the other before the start and are not recorded. `kv_memory_bytes` and `block_bytes`
-    turn the server's shares and blocks into bytes.
+    turn the server's shares and blocks into bytes; `tells_host_memory` says whether it has metrics of the latter.
     """
 
     url: str
@@ -51,6 +51,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     sample_interval_s: float
     kv_memory_bytes: int
     block_bytes: int
+    tells_host_memory: bool = True
 
 
 def plan_requests(case: Case, point: Point, seed: int) -> list[PlannedRequest]:

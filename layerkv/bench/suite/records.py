@@ -39,13 +39,14 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """The server's state at one moment, read from ``/metrics``.
 
-    `device_kv_bytes` and `host_kv_bytes` are KV in use in each tier; `waiting` counts requests before their first
+    `device_kv_bytes` and `host_kv_bytes` are KV in each tier (None for the host memory of vLLM's offload, which does
+    not say); `waiting` counts requests before their first
     compute or preempted, `parked` those whose KV is in host memory only.
     """
 
     time_s: float
     device_kv_bytes: int
-    host_kv_bytes: int
+    host_kv_bytes: int | None
     running: int
     waiting: int
     parked: int
@@ -58,7 +59,7 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
         preemptions: Requests whose KV was thrown away and computed again (parks are not among them).
         parks: Requests whose KV was moved to host memory.
         fetches: Parked requests moved back.
-        bytes_stored: KV bytes copied from device to host memory.
+        bytes_stored: KV bytes copied from device to host memory; None for vLLM's offload, which does not count them.
         bytes_loaded: KV bytes copied back.
         prompt_tokens: Prompt tokens of all requests taken up.
         device_hit_tokens: Of these, found in the device's prefix cache.
@@ -76,7 +77,7 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: int = 0
     parks: int = 0
     fetches: int = 0
-    bytes_stored: int = 0
+    bytes_stored: int | None = 0
     bytes_loaded: int = 0
     prompt_tokens: int = 0
     device_hit_tokens: int = 0

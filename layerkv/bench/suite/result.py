@@ -47,7 +47,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     `goodput_rps`: requests per second that met both the TTFT and the TPOT of their class; `slo_attainment`: their
     share of all requests, a failed request being one that missed. `arrival_error_s`: how late the generator sent.
     Peaks are in bytes: KV in use at most on the device and on the host, and resident memory of all processes.
-    `scheduler_s_per_step` is CPU time, None where it was not measured.
+    `scheduler_s_per_step` is CPU time. What an engine does not tell is None: vLLM's offload neither counts what it
+    stores nor says how much of its host memory is in use.
     """
 
     ttft_s: Distribution
@@ -68,13 +69,13 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     preemptions: Spread
     parks: Spread
     fetches: Spread
-    bytes_stored: Spread
+    bytes_stored: Spread | None
     bytes_loaded: Spread
     prompt_tokens: Spread
     device_hit_tokens: Spread
     host_hit_tokens: Spread
     peak_device_kv_bytes: Spread
-    peak_host_kv_bytes: Spread
+    peak_host_kv_bytes: Spread | None
     peak_rss_bytes: Spread
     engine_cpu_s: Spread
     front_end_cpu_s: Spread

@@ -289,6 +289,7 @@ class _CaseRun:
             sample_interval_s=SAMPLE_INTERVAL_S,
             kv_memory_bytes=self._kv_memory[engine],
             block_bytes=self._block_bytes(),
+            tells_host_memory=engine != "vllm-cpu-offload",
         )
         plan_path, run_path = self._folder / "plan.json", self._folder / "run.json"
         write_json(plan, plan_path)
@@ -381,14 +382,13 @@ def _counters(
 ) -> Counters:
     before, after = run.before, run.after
     buckets_before = dict(before.queue_buckets)
-    offloaded = (after.blocks_offloaded - before.blocks_offloaded) * block_bytes
     onloaded = (after.blocks_onloaded - before.blocks_onloaded) * block_bytes
     preemptions, recomputes = after.preemptions - before.preemptions, after.recomputes - before.recomputes
     return Counters(
         preemptions=recomputes if is_layerkv(engine) else preemptions,
         parks=after.parks - before.parks,
         fetches=after.fetches - before.fetches,
-        bytes_stored=after.bytes_stored - before.bytes_stored + offloaded,
+        bytes_stored=None if engine == "vllm-cpu-offload" else after.bytes_stored - before.bytes_stored,
         bytes_loaded=after.bytes_loaded - before.bytes_loaded + onloaded,
         prompt_tokens=after.prompt_tokens - before.prompt_tokens,
         device_hit_tokens=after.device_hit_tokens - before.device_hit_tokens,

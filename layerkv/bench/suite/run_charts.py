@@ -180,7 +180,7 @@ def _phase(kind: str, start_s: float, stop_s: float) -> tuple[str, float, float,
 
 
 def _used_bytes(sample: Sample) -> int:
-    return sample.device_kv_bytes + sample.host_kv_bytes
+    return sample.device_kv_bytes + (sample.host_kv_bytes or 0)
 
 
 def _thinned(samples: Sequence[Sample]) -> list[Sample]:
@@ -199,11 +199,13 @@ def _memory_panel(name: str, samples: Sequence[Sample], capacity_bytes: int, x: 
     device = [100 - y.position(sample.device_kv_bytes) for sample in samples]
     total = [100 - y.position(_used_bytes(sample)) for sample in samples]
     peak_device = max(sample.device_kv_bytes for sample in samples)
-    peak_host = max(sample.host_kv_bytes for sample in samples)
+    peak_host = max(sample.host_kv_bytes or 0 for sample in samples)
     of = f" of {format_bytes(capacity_bytes)}" if capacity_bytes else ""
     peaks = f"at most {format_bytes(peak_device)}{of} on the device"
     if peak_host:
         peaks += f", {format_bytes(peak_host)} on the host"
+    elif all(sample.host_kv_bytes is None for sample in samples):
+        peaks += "; it does not tell of the host"
     return MemoryPanel(
         engine=name,
         title=ENGINE_TITLES[name],

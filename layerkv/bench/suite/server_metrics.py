@@ -20,8 +20,7 @@ _QUEUE = "vllm:request_queue_time_seconds"
 class ServerMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """One reading, added up over engines. Counters count from the server's start; gauges are of this moment.
 
-    `device_usage` is the share of KV memory in use. `host_blocks` are those that hold KV in host memory: what layerkv
-    says; of vLLM's offloading connector, which does not say, all that it stored until its memory was full. vLLM counts
+    `device_usage` is the share of KV memory in use. `host_blocks` are layerkv's that hold KV. vLLM counts
     parks among `preemptions`; `recomputes` are layerkv's own count of KV that was given up.
     """
 
@@ -36,7 +35,6 @@ class ServerMetrics(msgspec.Struct, frozen=True, kw_only=True):
     fetches: int = 0
     bytes_stored: int = 0
     bytes_loaded: int = 0
-    blocks_offloaded: int = 0
     blocks_onloaded: int = 0
     prompt_tokens: int = 0
     device_hit_tokens: int = 0
@@ -50,7 +48,6 @@ def read_metrics(text: str) -> ServerMetrics:
     """The reading that `text`, in Prometheus' text format, holds."""
     sums: dict[tuple[str, str], float] = defaultdict(float)
     buckets: dict[float, float] = defaultdict(float)
-    host_capacity = 0
     for line in text.splitlines():
         if not line.startswith(("vllm:", "layerkv_")):
             continue
@@ -62,27 +59,22 @@ def read_metrics(text: str) -> ServerMetrics:
             bound = float(dict(_LABEL.findall(labels))["le"])
             if math.isfinite(bound):  # JSON has no infinity; all observations are in the count
                 buckets[bound] += value
-        elif name == "vllm:simple_kv_offload_info":
-            host_capacity += _whole(dict(_LABEL.findall(labels)).get("capacity_blocks", ""))
         elif name in _LABELLED:
             sums[name, dict(_LABEL.findall(labels)).get(_LABELLED[name], "")] += value
         else:
             sums[name, ""] += value
-    offloaded = int(sums["vllm:simple_kv_offload_save_outcomes_total", "stored"])
     return ServerMetrics(
         running=int(sums["vllm:num_requests_running", ""]),
         waiting=int(sums["vllm:num_requests_waiting", ""]),
         parked=int(sums["layerkv_requests", "parked"]),
         device_usage=sums["vllm:kv_cache_usage_perc", ""],
-        host_blocks=int(sums["layerkv_host_blocks_used", ""] + sums["layerkv_host_blocks_cached", ""])
-        + min(offloaded, host_capacity),
+        host_blocks=int(sums["layerkv_host_blocks_used", ""] + sums["layerkv_host_blocks_cached", ""]),
         preemptions=int(sums["vllm:num_preemptions_total", ""]),
         recomputes=int(sums["layerkv_recomputes_total", ""]),
         parks=int(sums["layerkv_parks_total", ""]),
         fetches=int(sums["layerkv_fetches_total", ""]),
         bytes_stored=int(sums["layerkv_bytes_total", "store"]),
         bytes_loaded=int(sums["layerkv_bytes_total", "load"]),
-        blocks_offloaded=offloaded,
         blocks_onloaded=int(sums["vllm:simple_kv_offload_load_blocks_total", ""]),
         prompt_tokens=int(sums["vllm:prompt_tokens_total", ""]),
         device_hit_tokens=int(sums["vllm:prompt_tokens_cached_by_source_total", "device"]),
@@ -100,7 +92,6 @@ def read_metrics(text: str) -> ServerMetrics:
 _LABELLED = {
     "layerkv_requests": "residency",
     "layerkv_bytes_total": "direction",
-    "vllm:simple_kv_offload_save_outcomes_total": "outcome",
     "vllm:prompt_tokens_cached_by_source_total": "source",
 }
 
@@ -118,10 +109,3 @@ def quantile(buckets: list[tuple[float, float]], total: float, share: float) -> 
             return below_bound + inside * (bound - below_bound)
         below_bound, below_count = bound, count
     return below_bound
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        return 0

@@ -87,8 +87,10 @@ def percent_cell(share: Spread) -> str:
     return _with_spread(f"{share.median * 100:.1f} %", share.spread * 100, 1)
 
 
-def size_cell(size: Spread) -> str:
-    """`1.5GiB ±12MiB`."""
+def size_cell(size: Spread | None) -> str:
+    """`1.5GiB ±12MiB`; a dash where it is not known."""
+    if size is None:
+        return MISSING
     text = format_bytes(size.median) if size.median else "0"
     return f"{text}{PLUS_MINUS}{format_bytes(size.spread / 2)}" if size.spread else text
 

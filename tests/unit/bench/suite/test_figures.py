@@ -42,6 +42,7 @@ def test_latencies_count_from_the_due_time() -> None:
     assert figures.end_to_end_s.mean.median == pytest.approx(0.9)
     assert figures.arrival_error_s.mean.median == pytest.approx(0.1)
     assert figures.output_tokens_per_s.median == pytest.approx(4 / 2.0)
+    assert figures.peak_host_kv_bytes is not None
     assert figures.peak_host_kv_bytes.median == 7
 
 
@@ -141,3 +142,13 @@ def test_an_engine_that_drops_requests_gets_no_ratio_of_first_tokens() -> None:
 def test_a_seed_without_first_tokens_does_not_count_as_the_fastest() -> None:
     runs = [run_of(record(0, 0.0, [0.5])), run_of(record(0, 0.0, [], error="gone"), seed=1)]
     assert engine_figures(runs, POLICY).ttft_s.mean.values == [0.5]
+
+
+def test_what_an_engine_does_not_tell_is_not_zero() -> None:
+    run = run_of(record(0, 0.0, [0.1]), bytes_stored=None)
+    silent = [Sample(time_s=0, device_kv_bytes=5, host_kv_bytes=None, running=1, waiting=0, parked=0)]
+    figures = engine_figures(
+        [LoadRun(**{**{f: getattr(run, f) for f in run.__struct_fields__}, "samples": silent})], POLICY
+    )
+    assert figures.bytes_stored is None
+    assert figures.peak_host_kv_bytes is None

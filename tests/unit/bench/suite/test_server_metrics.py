@@ -12,9 +12,6 @@ vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.25
 vllm:prompt_tokens_cached_by_source_total{engine="0",model_name="m",source="device"} 32.0
 vllm:prompt_tokens_cached_by_source_total{engine="0",model_name="m",source="host"} 64.0
 vllm:prompt_tokens_cached_by_source_created{engine="0",model_name="m",source="host"} 1.7e+09
-vllm:simple_kv_offload_save_outcomes_total{engine="0",model_name="m",outcome="stored"} 50.0
-vllm:simple_kv_offload_save_outcomes_total{engine="0",model_name="m",outcome="skipped_in_flight"} 9.0
-vllm:simple_kv_offload_info{backend="cpu",capacity_blocks="40",engine="0",model_name="m"} 1.0
 vllm:request_queue_time_seconds_bucket{engine="0",le="0.5",model_name="m"} 3.0
 vllm:request_queue_time_seconds_bucket{engine="0",le="1.0",model_name="m"} 4.0
 vllm:request_queue_time_seconds_bucket{engine="0",le="+Inf",model_name="m"} 5.0
@@ -38,11 +35,11 @@ def test_engines_are_added_up_and_labels_told_apart() -> None:
     assert metrics.parked == 6
     assert (metrics.bytes_stored, metrics.bytes_loaded) == (1_500_000, 100)
     assert metrics.recomputes == 2
-    assert metrics.blocks_offloaded == 50
 
 
-def test_offloaded_blocks_in_host_memory_are_no_more_than_it_holds() -> None:
-    assert read_metrics(TEXT).host_blocks == 40
+def test_host_blocks_are_those_of_requests_and_of_cached_prefixes() -> None:
+    text = 'layerkv_host_blocks_used{engine="0"} 3.0\nlayerkv_host_blocks_cached{engine="0"} 4.0\n'
+    assert read_metrics(text).host_blocks == 7
 
 
 def test_the_queue_histogram_is_read_without_its_infinite_bound() -> None:
