@@ -132,7 +132,7 @@ def books(engine: Any, scheduler: Any) -> dict[str, Any]:
     if ledger is not None:
         ledger.check()
         found |= {
-            "host_all_free": ledger.host.num_free == ledger.host.count,
+            "host_all_free": ledger.num_host_blocks_used == 0,
             "zone_all_free": ledger.zone.num_available == ledger.geometry.zone_blocks,
             "tracked": len(scheduler._controller.tracked),
             "moves": {

@@ -144,7 +144,7 @@ _Rate: TypeAlias = Annotated[
 ]
 _Number: TypeAlias = Annotated[float | None, Meta(description="a number", examples=[1.0])]
 _Model: TypeAlias = Annotated[
-    str, Meta(min_length=1, description="demo, test, or a model as `vllm serve` takes it", examples=["demo"])
+    str, Meta(min_length=1, description="demo, demo-long, test, or a model as `vllm serve` takes it", examples=["demo"])
 ]
 _Dtype: TypeAlias = Annotated[str, Meta(min_length=1, description="a dtype of vLLM's", examples=["float32"])]
 _Size: TypeAlias = Annotated[str | int, Meta(description="a size above zero such as 8GiB", examples=["8GiB"])]
