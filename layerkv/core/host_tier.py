@@ -30,6 +30,7 @@ class HostTier:
         self._hash_of: dict[int, Hashable] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._pinned: list[int] = []
+        self._retired: list[int] = []  # were forgotten while pinned: free as soon as the plan is made
 
     @property
     def num_free(self) -> int:
@@ -44,7 +45,7 @@ class HostTier:
     @property
     def num_held(self) -> int:
         """Blocks that requests hold."""
-        return self.count - self._allocator.num_free - self.num_cached
+        return self.count - self._allocator.num_free - self.num_cached - len(self._retired)
 
     def take(self, num_blocks: int) -> list[int]:
         """Take blocks for a request, in runs as long as there are; cached prefixes give way.
@@ -112,14 +113,20 @@ class HostTier:
         for block in reversed(self._pinned):
             self._evictable[block] = None
         self._pinned.clear()
+        self._allocator.give_back(self._retired)
+        self._retired.clear()
 
     def forget_all(self) -> None:
-        """Give up every cached prefix that is not pinned."""
+        """Nothing is found any more. What is pinned stays until the plan is made, which may still write it."""
         self._forget(list(self._evictable))
+        for block in self._pinned:
+            del self._block_of[self._hash_of.pop(block)]
+        self._retired += self._pinned
+        self._pinned.clear()
 
     def is_free(self, block: int) -> bool:
         """Whether no request holds ``block``."""
-        return block in self._hash_of or self._allocator.is_free(block)
+        return block in self._hash_of or block in self._retired or self._allocator.is_free(block)
 
     def check(self) -> None:
         """Assert that every block is in one state (tests call it after every operation)."""
@@ -128,7 +135,8 @@ class HostTier:
         assert all(self._block_of[block_hash] == block for block, block_hash in self._hash_of.items())
         assert {*self._evictable, *self._pinned} == set(self._hash_of)
         assert not set(self._evictable) & set(self._pinned)
-        assert not any(self._allocator.is_free(block) for block in self._hash_of)
+        assert not any(self._allocator.is_free(block) for block in (*self._hash_of, *self._retired))
+        assert not set(self._retired) & set(self._hash_of)
 
     def _forget(self, blocks: Sequence[int]) -> None:
         for block in blocks:

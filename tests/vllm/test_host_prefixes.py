@@ -133,7 +133,7 @@ def test_a_small_host_memory_serves_requests_first_and_tokens_are_stocks(
 def test_a_reset_forgets_prefixes_and_the_switch_turns_them_off(
     small_engine: dict[str, Any], stock: dict[str, Any]
 ) -> None:
-    calls = [FIRST, OTHERS, "reset", FIRST]
+    calls = [OTHERS, FIRST, "reset", FIRST]  # the last ones have only just ended
     after_reset = run(with_layerkv(small_engine), calls)
     assert after_reset["answers"][2] == stock["answers"][2]
     assert after_reset["readings"][-1]["hits"] == 0

@@ -64,9 +64,19 @@ def test_a_pinned_block_gives_way_to_nobody() -> None:
     assert tier.num_free == 1
     with pytest.raises(CapacityError, match="2 blocks wanted, 1 free"):
         tier.take(2)
-    tier.forget_all()
-    assert tier.find(["a"])
     tier.unpin()
+    assert len(tier.take(2)) == 2
+
+
+def test_what_is_forgotten_while_a_plan_may_write_it_is_not_found_and_not_taken_before_the_plan_is_made() -> None:
+    tier = HostTier(2)
+    tier.keep(tier.take(2), ["a", "b"])
+    tier.forget_all()
+    assert tier.find(["a"]) == []
+    assert (tier.num_free, tier.num_cached, tier.num_held) == (0, 0, 0)
+    tier.check()
+    tier.unpin()
+    assert tier.find(["a"]) == []
     assert len(tier.take(2)) == 2
 
 

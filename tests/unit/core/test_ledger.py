@@ -571,6 +571,18 @@ def test_what_was_stored_ahead_becomes_a_prefix_and_the_next_step_settles() -> N
     ledger.check()
 
 
+def test_a_request_that_ended_just_before_a_reset_leaves_no_prefix() -> None:
+    """The engine is idle, so nothing has stored its blocks yet: the next step does, into blocks that nobody finds."""
+    ledger = make_ledger()
+    finished(ledger, "a", (4, 5), ["h0", "h1"], 2 * TOKENS)
+    ledger.forget_prefixes()
+    ledger.take_plan(0)
+    ledger.add("b")
+    assert ledger.num_prefix_blocks("b", ["h0", "h1"], range(2)) == 0
+    assert (ledger.num_host_blocks_used, ledger.host.num_free) == (0, ledger.host.count)
+    ledger.check()
+
+
 def test_forgotten_prefixes_are_free_blocks() -> None:
     ledger = make_ledger()
     finished(ledger, "a", (4, 5), ["h0", "h1"], 2 * TOKENS)
