@@ -8,7 +8,6 @@ something fails.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,11 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-import layerkv
 from layerkv.bench import metrics, records
 from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
 from layerkv.bench.plan import ENGINE_NAMES, check_engine_names, demo_load, engine_specs
 from layerkv.bench.report import write_report
-from layerkv.bench.supervise import log_tail, run_child
+from layerkv.bench.supervise import child_env, log_tail, run_child
 from layerkv.bench.terminal import ProgressBoard, print_result
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 
@@ -110,7 +108,7 @@ def _run_engine(
     records.write_json(spec, spec_path)
     failure = run_child(
         [*command, str(spec_path), str(run_path)],
-        env=_child_env(),
+        env=child_env(),
         log_path=log_path,
         on_progress=lambda line: board.advances(spec.name, line),
     )
@@ -120,13 +118,6 @@ def _run_engine(
         return records.read_json(run_path, records.EngineRun)
     except (OSError, msgspec.DecodeError) as error:
         return metrics.EngineFailure(reason=f"left no readable result ({error})", log_tail=log_tail(log_path))
-
-
-def _child_env() -> dict[str, str]:
-    """This environment, with this very layerkv importable whether it is installed or lies in a checkout."""
-    package_parent = str(Path(layerkv.__file__).parents[1])
-    inherited = os.environ.get("PYTHONPATH")
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (package_parent, inherited)))}
 
 
 def compare(specs: Sequence[records.EngineSpec], outcomes: Outcomes) -> metrics.DemoResult:

@@ -7,7 +7,6 @@ was made and how well it predicts a random load that it was not fitted to.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from layerkv.bench.engine_run import ENGINE_ENV
 from layerkv.bench.fit import FitError, fit_copies, fit_profile, prediction_error
 from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
 from layerkv.bench.profile_run import ProfileRun, ProfileSpec, StepSample
-from layerkv.bench.supervise import run_child
+from layerkv.bench.supervise import child_env, run_child
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 from layerkv.core.cost import CostProfile, Curve
 from layerkv.device.base import Direction
@@ -216,14 +215,9 @@ def _measure(spec: ProfileSpec, folder: Path, console: Console) -> ProfileRun:
 
 
 def _child_env() -> dict[str, str]:
-    """This environment, with this very layerkv importable whether it is installed or lies in a checkout.
-
-    Threads are those that the caller set, so that a profile can be made for the engine that will use it.
-    """
-    package_parent = str(Path(layerkv.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
+    """Threads are those that the caller set, so that a profile can be made for the engine that will use it."""
     in_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": ENGINE_ENV["VLLM_ENABLE_V1_MULTIPROCESSING"]}
-    return {**ENGINE_ENV, **os.environ, **in_process, "PYTHONPATH": path}
+    return child_env(ENGINE_ENV) | in_process
 
 
 def _print(profile: CostProfile, errors: Mapping[str, FitError], out: Path, console: Console) -> None:

@@ -16,10 +16,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 import msgspec
 
+import layerkv
 from layerkv.bench.metrics import EngineFailure
 from layerkv.bench.records import EngineRun, EngineSpec, Progress, read_json, write_json
 from layerkv.errors import LayerKVError
@@ -89,6 +91,13 @@ def run_engine(spec: EngineSpec, folder: Path, on_progress: Callable[[Progress],
     if failure is not None:
         raise LayerKVError(f"{spec.name} {failure.reason}: " + "\n".join(failure.log_tail))
     return read_json(run_path, EngineRun)
+
+
+def child_env(defaults: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """This environment over `defaults`, with this very layerkv importable, installed or in a checkout."""
+    package_parent = str(Path(layerkv.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
+    return {**defaults, **os.environ, "PYTHONPATH": path}
 
 
 def log_tail(log_path: Path) -> list[str]:

@@ -160,9 +160,9 @@ def run(engine: dict[str, Any], *, break_copies: list[list[int]] | None = None) 
 
 @pytest.fixture(scope="module")
 def peer(small_engine: dict[str, Any]) -> dict[str, Any]:
-    from layerkv.bench.suite.cpu_offload import cpu_offload_config
+    from layerkv.bench.suite.engines import offload_connector
 
-    transfer = cpu_offload_config(256 << 20, device="cpu")
+    transfer = offload_connector(256 << 20, on_cpu=True)
     return run({**small_engine, "kv_transfer_config": transfer}, break_copies=[prompt(300, seed=99)])
 
 

@@ -3,7 +3,7 @@
 vLLM's SimpleCPUOffloadConnector keeps an LRU prefix cache of KV blocks in host memory. Its scheduler side is the same
 on every device, but its worker copies with CUDA streams and cuMemcpyBatchAsync. :class:`CpuOffloadPeer` inherits the
 connector and exchanges only that worker's copies; it is loaded through vLLM's public `kv_connector_module_path`
-(see :func:`cpu_offload_config`). On CUDA the benchmark runs vLLM's connector itself.
+(see :func:`layerkv.bench.suite.engines.offload_connector`). On CUDA the benchmark runs vLLM's connector itself.
 
 Runs in vLLM's processes. Invariant: copies are carried out one after the other, in the order in which vLLM asked for
 them, and an event ends only after the bytes are there.
@@ -27,7 +27,7 @@ import ctypes
 import queue
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.simple_cpu_offload_connector import SimpleCPUOffloadConnector
@@ -220,18 +220,6 @@ class CpuOffloadPeer(SimpleCPUOffloadConnector):
         """End the worker's copies; called when vLLM's worker shuts down."""
         if isinstance(self.worker_handler, CpuOffloadWorker):
             self.worker_handler.shutdown()
-
-
-def cpu_offload_config(host_bytes: int, *, device: str) -> dict[str, Any]:
-    """The value of `--kv-transfer-config` that gives a server this peer with `host_bytes` of host memory in all."""
-    config: dict[str, Any] = {
-        "kv_connector": "SimpleCPUOffloadConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"cpu_bytes_to_use": host_bytes},
-    }
-    if device == "cpu":
-        config |= {"kv_connector": CpuOffloadPeer.__name__, "kv_connector_module_path": __name__}
-    return config
 
 
 def _regions(kv_cache_config: KVCacheConfig | None, kv_caches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -109,18 +109,20 @@ def _connector(case: Case, engine: str, folder: Path) -> dict[str, Any] | None:
             "kv_connector_extra_config": _layerkv_options(case.settings, _policy_path(case, engine, folder)),
         }
     if engine == "vllm-cpu-offload":
-        connector = {
-            "kv_connector": "SimpleCPUOffloadConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"cpu_bytes_to_use": case.settings.host_memory_bytes},
-        }
-        if is_cpu_build():  # where vLLM's own copies, made for CUDA, do not run
-            connector |= {
-                "kv_connector": "CpuOffloadPeer",
-                "kv_connector_module_path": "layerkv.bench.suite.cpu_offload",
-            }
-        return connector
+        return offload_connector(case.settings.host_memory_bytes, on_cpu=is_cpu_build())
     return None
+
+
+def offload_connector(host_bytes: int, *, on_cpu: bool) -> dict[str, Any]:
+    """The value of `--kv-transfer-config` for vLLM's offload with `host_bytes` of host memory in all.
+
+    Its copies are made for CUDA: on the CPU a subclass of its connector differs there, and only there.
+    """
+    config = {"kv_role": "kv_both", "kv_connector_extra_config": {"cpu_bytes_to_use": host_bytes}}
+    if not on_cpu:
+        return {"kv_connector": "SimpleCPUOffloadConnector", **config}
+    module = "layerkv.bench.suite.cpu_offload"
+    return {"kv_connector": "CpuOffloadPeer", "kv_connector_module_path": module, **config}
 
 
 def _layerkv_options(settings: EngineSettings, policy_path: Path) -> dict[str, Any]:

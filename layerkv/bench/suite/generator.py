@@ -53,7 +53,6 @@ class GeneratorRun(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Choice(msgspec.Struct):
     token_ids: list[int] | None = None
-    text: str = ""
 
 
 class _Chunk(msgspec.Struct):

@@ -8,11 +8,10 @@ interrupted, and the result says so.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
@@ -20,22 +19,20 @@ from typing import TypeAlias
 import msgspec
 from rich.console import Console
 
-import layerkv
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
 from layerkv.bench.metrics import EngineFailure
 from layerkv.bench.records import Progress, read_json, write_json
 from layerkv.bench.suite.board import SuiteBoard, print_result
 from layerkv.bench.suite.case import ENGINE_NAMES, Case, Point, load_case, load_suite
 from layerkv.bench.suite.engines import SERVED_NAME, is_layerkv, kv_memory_bytes, serve_command
-from layerkv.bench.suite.figures import engine_figures, engine_ratios, have_equal_tokens
 from layerkv.bench.suite.generator import GeneratorRun
+from layerkv.bench.suite.outcome import Outcome, case_result
 from layerkv.bench.suite.plan import LoadPlan, PlannedRequest, plan_requests, warm_up_requests
 from layerkv.bench.suite.records import Counters, LoadRun
 from layerkv.bench.suite.report import write_report
-from layerkv.bench.suite.result import CaseResult, Figures, PointResult, Ratios
+from layerkv.bench.suite.result import CaseResult
 from layerkv.bench.suite.scheduler_probe import TIMES_VARIABLE, SchedulerTimes, probe_options, read_scheduler_times
 from layerkv.bench.suite.server import CpuTimes, Server, free_port
-from layerkv.bench.supervise import run_child
+from layerkv.bench.supervise import child_env, run_child
 from layerkv.bench.tiny_model import make_tiny_model
 from layerkv.errors import ConfigError, LayerKVError
 from layerkv.units import format_bytes
@@ -73,22 +70,6 @@ class RunOptions:
     out_dir: Path = Path("out/bench")
     port: int | None = None
     trace_path: Path | None = None
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What has been measured so far. An engine that failed is not started again."""
-
-    runs: list[LoadRun] = field(default_factory=list)
-    failures: dict[str, EngineFailure] = field(default_factory=dict)
-    failed_points: dict[str, dict[str, EngineFailure]] = field(default_factory=dict)
-    interrupted: bool = False
-
-    def fail(self, engine: str, failure: EngineFailure, point: str | None) -> None:
-        """Notes why an engine, at a point or before any, has nothing more to say."""
-        self.failures.setdefault(engine, failure)
-        if point is not None:
-            self.failed_points.setdefault(point, {}).setdefault(engine, failure)
 
 
 def run_suite(path: Path, options: RunOptions, *, serve: ServeCommand = serve_command) -> int:
@@ -356,11 +337,7 @@ class _CaseRun:
             board.note(f"{self._files.json_path}: could not be written yet ({error.strerror})")
 
     def _env(self) -> dict[str, str]:
-        package_parent = str(Path(layerkv.__file__).parents[1])
-        inherited = os.environ.get("PYTHONPATH")
-        defaults = QUIET_ENV if self._case.settings.shape is None else QUIET_ENV | TINY_MODEL_ENV
-        path = os.pathsep.join(filter(None, (package_parent, inherited)))
-        return defaults | os.environ | {"PYTHONPATH": path}
+        return child_env(QUIET_ENV if self._case.settings.shape is None else QUIET_ENV | TINY_MODEL_ENV)
 
 
 def rotated(engines: Sequence[str], seed: int) -> list[str]:
@@ -399,69 +376,6 @@ def _counters(
         engine_cpu_s=cpu_after.engine_s - cpu_before.engine_s,
         front_end_cpu_s=cpu_after.front_end_s - cpu_before.front_end_s,
         peak_rss_bytes=peak_rss_bytes,
-    )
-
-
-def case_result(case: Case, outcome: Outcome) -> CaseResult:
-    """The figures of what has been measured so far, side by side."""
-    points = [_point_result(case, point, outcome) for point in case.points]
-    main = next(point for point in points if point.name == case.main_point)
-    checked = [point.tokens_equal for point in points if point.tokens_equal is not None]
-    num_expected = len(case.points) * case.num_seeds * len(case.engines)
-    seeds = list(range(case.num_seeds))
-    rates = [f"{point.rate_per_s:g}" for point in points]
-    keys = rates if len(set(rates)) == len(rates) else [point.name for point in points]
-    by_rate = dict(zip(keys, points, strict=True))
-    return CaseResult(
-        case=case.name,
-        question=case.question,
-        size=case.size,
-        complete=len(outcome.runs) == num_expected,
-        interrupted=outcome.interrupted,
-        axis=case.axis,
-        main_point=case.main_point,
-        engines=main.engines,
-        ratios=main.ratios,
-        tokens_equal=all(checked) if checked else None,
-        failures=outcome.failures,
-        goodput_rps={
-            engine: {key: p.engines[engine].goodput_rps for key, p in by_rate.items() if engine in p.engines}
-            for engine in case.engines
-        },
-        slo_attainment={
-            engine: {key: p.engines[engine].slo_attainment for key, p in by_rate.items() if engine in p.engines}
-            for engine in case.engines
-        },
-        points=points,
-        kv_cache_memory_bytes={engine: kv_memory_bytes(case, engine, seeds) for engine in case.engines},
-        notes=list(case.notes),
-        command=this_command(),
-        machine=Machine.here(),
-        versions=installed_versions(),
-        seeds=seeds,
-        date=utc_now(),
-    )
-
-
-def _point_result(case: Case, point: Point, outcome: Outcome) -> PointResult:
-    runs: dict[str, dict[int, LoadRun]] = {}
-    for run in outcome.runs:
-        if run.point == point.name:
-            runs.setdefault(run.engine, {})[run.seed] = run
-    figures: dict[str, Figures] = {
-        engine: engine_figures(list(runs[engine].values()), case.policy) for engine in case.engines if engine in runs
-    }
-    tokens_equal = None
-    if case.can_compare_tokens:
-        tokens_equal = have_equal_tokens(runs.get("layerkv", {}), runs.get("oracle", {}))
-    return PointResult(
-        name=point.name,
-        x=point.x,
-        rate_per_s=point.rate_per_s,
-        engines=figures,
-        ratios=engine_ratios(runs, case.policy) if "layerkv" in runs else Ratios(),
-        tokens_equal=tokens_equal,
-        failures=outcome.failed_points.get(point.name, {}),
     )
 
 

@@ -1,0 +1,95 @@
+"""What a case has measured so far, and the result that follows from it.
+
+Invariant: `case_result` may be asked at any time; what is missing is missing in the result, which then says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.metrics import EngineFailure
+from layerkv.bench.suite.case import Case, Point
+from layerkv.bench.suite.engines import kv_memory_bytes
+from layerkv.bench.suite.figures import engine_figures, engine_ratios, have_equal_tokens
+from layerkv.bench.suite.records import LoadRun
+from layerkv.bench.suite.result import CaseResult, Figures, PointResult, Ratios
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What has been measured so far. An engine that failed is not started again."""
+
+    runs: list[LoadRun] = field(default_factory=list)
+    failures: dict[str, EngineFailure] = field(default_factory=dict)
+    failed_points: dict[str, dict[str, EngineFailure]] = field(default_factory=dict)
+    interrupted: bool = False
+
+    def fail(self, engine: str, failure: EngineFailure, point: str | None) -> None:
+        """Notes why an engine, at a point or before any, has nothing more to say."""
+        self.failures.setdefault(engine, failure)
+        if point is not None:
+            self.failed_points.setdefault(point, {}).setdefault(engine, failure)
+
+
+def case_result(case: Case, outcome: Outcome) -> CaseResult:
+    """The figures of what has been measured so far, side by side."""
+    points = [_point_result(case, point, outcome) for point in case.points]
+    main = next(point for point in points if point.name == case.main_point)
+    checked = [point.tokens_equal for point in points if point.tokens_equal is not None]
+    num_expected = len(case.points) * case.num_seeds * len(case.engines)
+    seeds = list(range(case.num_seeds))
+    rates = [f"{point.rate_per_s:g}" for point in points]
+    keys = rates if len(set(rates)) == len(rates) else [point.name for point in points]
+    by_rate = dict(zip(keys, points, strict=True))
+    return CaseResult(
+        case=case.name,
+        question=case.question,
+        size=case.size,
+        complete=len(outcome.runs) == num_expected,
+        interrupted=outcome.interrupted,
+        axis=case.axis,
+        main_point=case.main_point,
+        engines=main.engines,
+        ratios=main.ratios,
+        tokens_equal=all(checked) if checked else None,
+        failures=outcome.failures,
+        goodput_rps={
+            engine: {key: p.engines[engine].goodput_rps for key, p in by_rate.items() if engine in p.engines}
+            for engine in case.engines
+        },
+        slo_attainment={
+            engine: {key: p.engines[engine].slo_attainment for key, p in by_rate.items() if engine in p.engines}
+            for engine in case.engines
+        },
+        points=points,
+        kv_cache_memory_bytes={engine: kv_memory_bytes(case, engine, seeds) for engine in case.engines},
+        notes=list(case.notes),
+        command=this_command(),
+        machine=Machine.here(),
+        versions=installed_versions(),
+        seeds=seeds,
+        date=utc_now(),
+    )
+
+
+def _point_result(case: Case, point: Point, outcome: Outcome) -> PointResult:
+    runs: dict[str, dict[int, LoadRun]] = {}
+    for run in outcome.runs:
+        if run.point == point.name:
+            runs.setdefault(run.engine, {})[run.seed] = run
+    figures: dict[str, Figures] = {
+        engine: engine_figures(list(runs[engine].values()), case.policy) for engine in case.engines if engine in runs
+    }
+    tokens_equal = None
+    if case.can_compare_tokens:
+        tokens_equal = have_equal_tokens(runs.get("layerkv", {}), runs.get("oracle", {}))
+    return PointResult(
+        name=point.name,
+        x=point.x,
+        rate_per_s=point.rate_per_s,
+        engines=figures,
+        ratios=engine_ratios(runs, case.policy) if "layerkv" in runs else Ratios(),
+        tokens_equal=tokens_equal,
+        failures=outcome.failed_points.get(point.name, {}),
+    )
