@@ -6,18 +6,22 @@ of numbers both know: the total number of block ids that vLLM settled on, and th
 Layer ``l`` owns the byte range ``[l * T * page, (l + 1) * T * page)`` with ``T = pool_blocks + zone_blocks``.
 Inside it, block ``b`` starts at ``b * page``. Blocks ``0 .. pool_blocks - 1`` (the *pool*) have physical memory
 of their own in every layer. Blocks ``pool_blocks .. T - 1`` (the *lane zone*) share physical memory between
-all layers of one *lane*; layer ``l`` uses lane ``l % lanes``.
+all layers of one *lane*: the first layer uses lane 0, the next lane 1, and so on in turn. *Retained* layers stand
+outside of the turn, each with a lane, and so zone memory, of its own (LayerKV's x, Eq. 4).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from layerkv.errors import ConfigError
 
 DEFAULT_ZONE_SHARE = 0.05
 """Largest share of the KV memory that a zone of default size takes (DESIGN.md 2: the price of layered prefill)."""
+
+LONGEST_ZONE_SHARE = 0.5
+"""Largest share that a zone of default size takes where it must hold requests longer than the pool."""
 
 DEFAULT_ZONE_STEPS = 2
 """A zone of default size holds the prompts of this many full prefill steps, and the longest prompt, if the share
@@ -34,7 +38,8 @@ class KVGeometry:
         block_tokens: Tokens of one block.
         pool_blocks: Block ids backed by memory of their own in every layer (vLLM's null block included).
         zone_blocks: Block ids of the lane zone.
-        lanes: Physical copies of the zone; layer ``l`` uses lane ``l % lanes``.
+        lanes: Lanes that layers share, in turn.
+        retained_layers: How many layers, evenly spread, have a lane each.
     """
 
     num_layers: int
@@ -43,6 +48,7 @@ class KVGeometry:
     pool_blocks: int
     zone_blocks: int
     lanes: int
+    retained_layers: int = 0
 
     @property
     def total_blocks(self) -> int:
@@ -67,16 +73,28 @@ class KVGeometry:
     @property
     def physical_bytes(self) -> int:
         """Bytes of device memory really used: pool plus lanes."""
-        return self.pool_blocks * self.num_layers * self.page_bytes + self.lanes * self.lane_bytes
+        return self.pool_blocks * self.num_layers * self.page_bytes + self.num_lanes * self.lane_bytes
+
+    @property
+    def num_lanes(self) -> int:
+        """Physical copies of the zone."""
+        return self.lanes + self.retained_layers
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers, the size of a host block."""
         return self.num_layers * self.page_bytes
 
-    def lane_of(self, layer: int) -> int:
-        """The lane that layer ``layer`` writes its zone blocks to."""
-        return layer % self.lanes
+    @property
+    def streamed_block_bytes(self) -> int:
+        """Bytes of a zone block that pass through lanes of several layers: what one more step must load of it."""
+        return sum(len(layers) for layers in self.lane_layers() if len(layers) > 1) * self.page_bytes
+
+    def lane_layers(self) -> list[list[int]]:
+        """The layers that write their zone blocks to each lane, in the order in which they run."""
+        retained = [(2 * i + 1) * self.num_layers // (2 * self.retained_layers) for i in range(self.retained_layers)]
+        streamed = [layer for layer in range(self.num_layers) if layer not in retained]
+        return [streamed[lane :: self.lanes] for lane in range(self.lanes)] + [[layer] for layer in retained]
 
     def offset(self, layer: int, block: int) -> int:
         """Byte offset of ``block`` of ``layer`` from the start of the address range."""
@@ -91,11 +109,14 @@ class GeometryRequest:
         num_layers: Attention layers with a KV cache on one worker.
         page_bytes: Bytes of one block in one layer.
         block_tokens: Tokens of one block.
-        lanes: Number of lanes; clipped to ``num_layers``.
+        lanes: Number of lanes; clipped to the number of layers that share them.
+        retained_layers: Layers with a lane of their own.
         step_tokens: Most tokens of one engine step (``max_num_batched_tokens``), for the default zone size.
         zone_tokens: Zone size asked for, or None for the default size, or 0 for no zone (only inside layerkv).
         alignment_bytes: Granularity of memory mapping: 4 KiB on CPU, 2 MiB on CUDA.
-        longest_tokens: Longest prompt (``max_model_len``), for the default zone size.
+        longest_tokens: Longest request (``max_model_len``), for the default zone size.
+        may_outgrow_pool: Whether requests may be longer than the pool and decode in the zone: a zone of default size
+            then holds the longest one if the pool does not.
     """
 
     num_layers: int
@@ -106,6 +127,8 @@ class GeometryRequest:
     zone_tokens: int | None
     alignment_bytes: int
     longest_tokens: int = 0
+    may_outgrow_pool: bool = False
+    retained_layers: int = 0
 
     @property
     def unit_blocks(self) -> int:
@@ -115,7 +138,12 @@ class GeometryRequest:
     @property
     def used_lanes(self) -> int:
         """More lanes than layers would never be used."""
-        return min(self.lanes, self.num_layers)
+        return min(self.lanes, self.num_layers - self.retained_layers)
+
+    @property
+    def num_lanes(self) -> int:
+        """Physical copies of the zone."""
+        return self.used_lanes + self.retained_layers
 
 
 def geometry_for_blocks(request: GeometryRequest, total_blocks: int) -> KVGeometry:
@@ -126,6 +154,11 @@ def geometry_for_blocks(request: GeometryRequest, total_blocks: int) -> KVGeomet
             ``total_blocks`` is not a multiple of the mapping unit (only a manual override can cause that).
     """
     unit = request.unit_blocks
+    if request.retained_layers >= request.num_layers:
+        raise ConfigError(
+            f"kv_connector_extra_config.retained_layers: found {request.retained_layers}, but the model has "
+            f"{request.num_layers} layers, of which at least one shares a lane; set retained_layers to less"
+        )
     if total_blocks % unit:
         raise ConfigError(
             f"num_gpu_blocks_override: found {total_blocks}, but KV memory is mapped in units of {unit} blocks "
@@ -143,6 +176,7 @@ def geometry_for_blocks(request: GeometryRequest, total_blocks: int) -> KVGeomet
         pool_blocks=pool_blocks,
         zone_blocks=zone_blocks,
         lanes=request.used_lanes,
+        retained_layers=request.retained_layers,
     )
 
 
@@ -152,22 +186,39 @@ def geometry_for_memory(request: GeometryRequest, memory_bytes: int) -> KVGeomet
     Raises:
         ConfigError: the memory holds no pool beside the zone asked for.
     """
+    total_blocks = _largest_total(replace(request, may_outgrow_pool=False), memory_bytes)
+    total_blocks = _total_with_large_zone(request, total_blocks, memory_bytes) or total_blocks
+    if total_blocks == 0 or _zone_blocks(request, total_blocks) >= total_blocks:
+        raise ConfigError(_zone_too_large(request, memory_bytes // (request.num_layers * request.page_bytes)))
+    return geometry_for_blocks(request, total_blocks)
+
+
+def _largest_total(request: GeometryRequest, memory_bytes: int) -> int:
     unit = request.unit_blocks
-    low, high = 0, memory_bytes // (request.used_lanes * request.page_bytes * unit) + 1
+    low, high = 0, memory_bytes // (max(request.num_lanes, 1) * request.page_bytes * unit) + 1
     while high - low > 1:  # physical bytes grow with the number of ids, so bisect for the last that fits
         middle = (low + high) // 2
         if _physical_bytes(request, middle * unit) <= memory_bytes:
             low = middle
         else:
             high = middle
-    total_blocks = low * unit
-    if total_blocks == 0 or _zone_blocks(request, total_blocks) >= total_blocks:
-        raise ConfigError(_zone_too_large(request, memory_bytes // (request.num_layers * request.page_bytes)))
-    return geometry_for_blocks(request, total_blocks)
+    return low * unit
+
+
+def _total_with_large_zone(request: GeometryRequest, total_blocks: int, memory_bytes: int) -> int | None:
+    """Block ids if the zone is to hold the longest request because the pool, with ``total_blocks``, does not."""
+    if not request.may_outgrow_pool or request.zone_tokens is not None:
+        return None
+    longest = _round_up(_ceil_div(request.longest_tokens, request.block_tokens), request.unit_blocks)
+    if total_blocks > 2 * longest:
+        return None
+    with_large_zone = replace(request, zone_tokens=longest * request.block_tokens)
+    total_blocks = min(_largest_total(with_large_zone, memory_bytes), 2 * longest)
+    return total_blocks if _large_zone_blocks(request, total_blocks) is not None else None
 
 
 def _zone_blocks(request: GeometryRequest, total_blocks: int) -> int:
-    unit, lanes, layers = request.unit_blocks, request.used_lanes, request.num_layers
+    unit = request.unit_blocks
     if request.zone_tokens == 0:
         return 0
     if request.zone_tokens is not None:
@@ -177,24 +228,45 @@ def _zone_blocks(request: GeometryRequest, total_blocks: int) -> int:
                 f"block of {request.block_tokens} tokens; set zone_tokens to {request.block_tokens} or more"
             )
         return _round_up(_ceil_div(request.zone_tokens, request.block_tokens), unit)
+    if (large_zone_blocks := _large_zone_blocks(request, total_blocks)) is not None:
+        return large_zone_blocks
+    wanted_tokens = max(DEFAULT_ZONE_STEPS * request.step_tokens, request.longest_tokens)
+    wanted = _round_up(_ceil_div(wanted_tokens, request.block_tokens), unit)
+    return max(min(wanted, _most_zone_blocks(request, total_blocks, DEFAULT_ZONE_SHARE)), unit)
+
+
+def _large_zone_blocks(request: GeometryRequest, total_blocks: int) -> int | None:
+    """Size of a zone that holds the longest request, where that is for the zone to do; None where it is not.
+
+    The pool holds it if it does so beside a zone of that size: then the zone may be smaller.
+    """
+    if not request.may_outgrow_pool or request.zone_tokens is not None:
+        return None
+    longest = _ceil_div(request.longest_tokens, request.block_tokens)
+    zone_blocks = _round_up(longest, request.unit_blocks)
+    pool_blocks = total_blocks - zone_blocks - 1  # vLLM keeps one block as its null block
+    may_be_that_large = zone_blocks <= _most_zone_blocks(request, total_blocks, LONGEST_ZONE_SHARE)
+    return zone_blocks if pool_blocks < longest and may_be_that_large else None
+
+
+def _most_zone_blocks(request: GeometryRequest, total_blocks: int, share: float) -> int:
+    """The largest zone whose lanes take at most that share of the KV memory."""
     # lanes * zone <= share * (layers * pool + lanes * zone), solved for zone with pool = total - zone
-    share = DEFAULT_ZONE_SHARE
-    most = int(share * layers * total_blocks / (lanes * (1 - share) + share * layers))
-    wanted = _ceil_div(max(DEFAULT_ZONE_STEPS * request.step_tokens, request.longest_tokens), request.block_tokens)
-    return max(min(_round_up(wanted, unit), most // unit * unit), unit)
+    layers, lanes, unit = request.num_layers, request.num_lanes, request.unit_blocks
+    return int(share * layers * total_blocks / (lanes * (1 - share) + share * layers)) // unit * unit
 
 
 def _physical_bytes(request: GeometryRequest, total_blocks: int) -> int:
     zone_blocks = _zone_blocks(request, total_blocks)
     pool_blocks = max(total_blocks - zone_blocks, 0)
-    return (pool_blocks * request.num_layers + zone_blocks * request.used_lanes) * request.page_bytes
+    return (pool_blocks * request.num_layers + zone_blocks * request.num_lanes) * request.page_bytes
 
 
 def _zone_too_large(request: GeometryRequest, kv_blocks: int) -> str:
     found = "the default zone" if request.zone_tokens is None else f"found {request.zone_tokens} tokens, which"
     return (
         f"kv_connector_extra_config.zone_tokens: {found} leaves no pool in KV memory for "
-        f"{kv_blocks * request.block_tokens} tokens ({request.used_lanes} of {request.num_layers} layers' memory per "
+        f"{kv_blocks * request.block_tokens} tokens ({request.num_lanes} of {request.num_layers} layers' memory per "
         f"zone token); set a smaller zone_tokens, fewer lanes, or more KV memory"
     )
 

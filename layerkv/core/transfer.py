@@ -51,8 +51,13 @@ class StepPlan(NamedTuple):
         return bool(self.parks or self.stores or self.hits or self.ahead or self.settle or self.fetches)
 
     @property
+    def needs_layer_hooks(self) -> bool:
+        """Whether layers must tell when they are done: without, the copies of this step cannot be ordered."""
+        return self.num_tokens > 0 and bool(self.stores or self.hits)
+
+    @property
     def is_layered(self) -> bool:
-        """Whether the layer hooks have work in this step."""
+        """Whether layered requests compute in this step."""
         return bool(self.stores)
 
 
@@ -73,6 +78,26 @@ def merge_runs(device_blocks: Sequence[int], host_blocks: Sequence[int]) -> tupl
     if length:
         runs.append(BlockRun(first_device, first_host, length))
     return tuple(runs)
+
+
+def cut(runs: Sequence[BlockRun], most_blocks: int) -> list[tuple[BlockRun, ...]]:
+    """The same runs in units of at most ``most_blocks`` blocks, in order."""
+    units: list[tuple[BlockRun, ...]] = []
+    unit: list[BlockRun] = []
+    room = most_blocks
+    for device, host, length in runs:
+        done = 0
+        while done < length:
+            part = min(length - done, room)
+            unit.append(BlockRun(device + done, host + done, part))
+            done += part
+            room -= part
+            if room == 0:
+                units.append(tuple(unit))
+                unit, room = [], most_blocks
+    if unit:
+        units.append(tuple(unit))
+    return units
 
 
 def num_blocks(runs: Sequence[BlockRun]) -> int:

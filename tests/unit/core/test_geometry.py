@@ -79,18 +79,18 @@ def test_sizes_add_up(division: Division) -> None:
     g = geometry
     assert g.total_blocks == g.pool_blocks + g.zone_blocks
     assert g.pool_blocks >= 2, "one block is vLLM's null block"
-    assert g.lanes == min(request.lanes, request.num_layers)
+    assert g.lanes == min(request.lanes, request.num_layers - request.retained_layers)
     assert g.virtual_bytes == g.offset(g.num_layers, 0)
-    pool_pages, zone_pages = g.pool_blocks * g.num_layers, g.zone_blocks * g.lanes
+    pool_pages, zone_pages = g.pool_blocks * g.num_layers, g.zone_blocks * (g.lanes + g.retained_layers)
     assert g.physical_bytes == (pool_pages + zone_pages) * g.page_bytes <= g.virtual_bytes
     assert g.block_bytes == g.num_layers * g.page_bytes
-    assert {g.lane_of(layer) for layer in range(g.num_layers)} == set(range(g.lanes))
+    assert sorted(layer for layers in g.lane_layers() for layer in layers) == list(range(g.num_layers))
 
 
 @given(divisions(st.none()))
 def test_a_zone_of_default_size_takes_at_most_a_twentieth_or_one_unit(division: Division) -> None:
     request, _, geometry = division
-    share = geometry.lanes * geometry.lane_bytes / geometry.physical_bytes
+    share = geometry.num_lanes * geometry.lane_bytes / geometry.physical_bytes
     assert share <= 0.05 + 1e-12 or geometry.zone_blocks == request.unit_blocks
     wanted_tokens = 2 * request.step_tokens
     spare = request.unit_blocks * request.block_tokens
@@ -140,7 +140,7 @@ def test_layers_lie_one_after_the_other_and_blocks_inside_them() -> None:
     assert geometry.layer_bytes == 700
     assert geometry.offset(0, 0) == 0
     assert geometry.offset(2, 6) == 2 * 700 + 600
-    assert [geometry.lane_of(layer) for layer in range(3)] == [0, 1, 0]
+    assert geometry.lane_layers() == [[0, 2], [1]]
 
 
 @pytest.mark.parametrize("zone_tokens", [4096, 1_000_000])
@@ -185,3 +185,45 @@ def test_a_block_count_that_cannot_be_mapped_is_refused_with_what_to_set() -> No
     assert message.startswith("num_gpu_blocks_override: found 1001")
     assert "set num_gpu_blocks_override to a multiple of 8" in message
     assert geometry_for_blocks(request, 1000).total_blocks == 1000
+
+
+def test_retained_layers_are_spread_evenly_and_have_lanes_of_their_own() -> None:
+    geometry = KVGeometry(12, page_bytes=100, block_tokens=16, pool_blocks=5, zone_blocks=2, lanes=2, retained_layers=3)
+    assert geometry.lane_layers() == [[0, 3, 5, 8, 11], [1, 4, 7, 9], [2], [6], [10]]
+    assert geometry.num_lanes == 5
+    assert geometry.physical_bytes == 5 * 12 * 100 + 5 * 2 * 100
+    assert geometry.streamed_block_bytes == 9 * 100
+
+
+def test_more_retained_layers_than_the_model_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"retained_layers: found 32, but the model has 32 layers.*set .* to less"):
+        geometry_for_blocks(replace(REQUEST, retained_layers=32), 512)
+
+
+LONG = replace(REQUEST, longest_tokens=8192, may_outgrow_pool=True)
+"""Requests of 1 GiB in all layers."""
+
+
+@pytest.mark.parametrize("memory_mib", [320, 512, 768, 1024, 1150, 1200, 2048, 4096])
+def test_pool_or_zone_holds_the_longest_request_where_that_may_outgrow_the_pool(memory_mib: int) -> None:
+    geometry = geometry_for_memory(LONG, memory_mib * MIB)
+    assert geometry.physical_bytes <= memory_mib * MIB
+    assert geometry_for_blocks(LONG, geometry.total_blocks) == geometry
+    holder = max(geometry.pool_blocks - 1, geometry.zone_blocks)
+    assert holder * 16 >= 8192
+    if geometry.zone_blocks * 16 >= 8192:
+        assert geometry.num_lanes * geometry.lane_bytes <= geometry.physical_bytes / 2
+
+
+def test_a_zone_for_the_longest_request_takes_half_of_the_memory_at_most() -> None:
+    geometry = geometry_for_memory(LONG, 96 * MIB)
+    assert geometry.zone_blocks * 16 < 8192
+    assert geometry.num_lanes * geometry.lane_bytes <= geometry.physical_bytes * 0.05
+
+
+@given(st.integers(96, 5000), st.integers(1000, 20_000))
+def test_memory_is_never_exceeded_whatever_the_longest_request(memory_mib: int, longest_tokens: int) -> None:
+    request = replace(LONG, longest_tokens=longest_tokens)
+    geometry = geometry_for_memory(request, memory_mib * MIB)
+    assert geometry.physical_bytes <= memory_mib * MIB
+    assert geometry_for_blocks(request, geometry.total_blocks) == geometry

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerkv.core.transfer import BlockRun, StepPlan, merge_runs, num_blocks
+from layerkv.core.transfer import BlockRun, StepPlan, cut, merge_runs, num_blocks
 
 
 def test_blocks_that_follow_each_other_on_both_sides_are_one_run() -> None:
@@ -41,3 +41,17 @@ def test_a_plan_without_stores_has_no_work_for_the_layer_hooks() -> None:
     run = (BlockRun(0, 0, 1),)
     assert not StepPlan(parks=run, num_tokens=4).is_layered
     assert StepPlan(stores=run).is_layered
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), max_size=6),
+    most_blocks=st.integers(1, 12),
+)
+def test_cutting_loses_no_block_and_fills_every_unit_but_the_last(lengths: list[int], most_blocks: int) -> None:
+    runs = [BlockRun(100 * i, 50 * i, length) for i, length in enumerate(lengths)]
+    units = cut(runs, most_blocks)
+    sizes = [sum(run.num_blocks for run in unit) for unit in units]
+    assert all(size == most_blocks for size in sizes[:-1])
+    assert all(0 < size <= most_blocks for size in sizes)
+    pairs = [(d + i, h + i) for unit in units for d, h, length in unit for i in range(length)]
+    assert pairs == [(d + i, h + i) for d, h, length in runs for i in range(length)]
