@@ -28,7 +28,8 @@ from layerkv.bench.records import Progress, read_json, write_json
 from layerkv.core.cost import StepWork, chunk_pairs
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import BlockRun, StepPlan, num_blocks
-from layerkv.device.base import Direction
+from layerkv.device.base import COPY_TIMEOUT_S, Direction
+from layerkv.device.mechanism import ALIGNMENT_BYTES, make_mechanism
 from layerkv.errors import ConfigError, TransferError
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ MOST_POPULATION_TOKENS = 24_576
 MOST_MODEL_TOKENS = 8192
 POPULATION_OUTPUT_TOKENS = 640
 COPY_ARENA_BYTES = 256 << 20
-COPY_TIMEOUT_S = 60.0
 REPORT_INTERVAL_S = 0.5
 WARM_UP_PROMPTS = 6
 CHECK_SEED = 20
@@ -321,7 +321,7 @@ def run_profile_engine(spec: ProfileSpec, report_progress: ReportProgress) -> Pr
                 _run_prompt(driver, chunks, progress, layered=layered)
         _run_check(driver, plan.check, limits, progress)
     report_progress(progress.total, progress.total)
-    copies = measure_copies(driver.geometry, spec.copy_repeats)
+    copies = measure_copies(engine.vllm_config.device_config.device_type, driver.geometry, spec.copy_repeats)
     return ProfileRun(
         steps=driver.samples,
         copies=copies,
@@ -400,17 +400,12 @@ def _run_check(driver: StepDriver, steps: Sequence[CheckStep], limits: Limits, p
     driver.abort([request.request_id for request in driver.requests])
 
 
-def measure_copies(geometry: KVGeometry, repeats: int) -> list[CopySample]:
+def measure_copies(device_type: str, geometry: KVGeometry, repeats: int) -> list[CopySample]:
     """Time copies of the engine's page size between memory of their own, with nothing running beside them."""
-    from layerkv.device.cpu_engine import CPUTransferEngine
-    from layerkv.device.host_memory import MmapHostMemory
-    from layerkv.device.mmap_arena import PAGE_BYTES, MmapArena
-
-    unit = PAGE_BYTES // math.gcd(PAGE_BYTES, geometry.page_bytes)
+    unit = ALIGNMENT_BYTES[device_type] // math.gcd(ALIGNMENT_BYTES[device_type], geometry.page_bytes)
     most = max(COPY_ARENA_BYTES // geometry.block_bytes // unit, 2) * unit
     arena_geometry = replace(geometry, pool_blocks=most, zone_blocks=0)
-    host = MmapHostMemory(arena_geometry, most)
-    engine = CPUTransferEngine(MmapArena(arena_geometry), host)
+    engine = make_mechanism(device_type, arena_geometry, most).engine
     sizes = [4**n for n in range(12) if 4**n < most] + [most]
     samples: list[CopySample] = []
     try:

@@ -15,6 +15,9 @@ import torch
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import BlockRun
 
+COPY_TIMEOUT_S = 60.0
+"""A copy that takes longer than this is taken for lost."""
+
 
 class Direction(StrEnum):
     """Which way a copy goes."""
@@ -56,6 +59,12 @@ class HostMemory(Protocol):
     """Host blocks of one worker: bytes ``[num_layers, num_host_blocks, page_bytes]``."""
 
     num_blocks: int
+
+    def address(self, layer: int, block: int) -> int:
+        """Address of ``block`` of ``layer``; valid while this object lives."""
+
+    def wait_pinned(self, timeout_s: float) -> bool:
+        """Block until the device copies from and to it by itself, or the time is up; whether it does."""
 
 
 class TransferEngine(Protocol):

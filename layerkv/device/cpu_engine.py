@@ -6,21 +6,22 @@ already: :meth:`CPUTransferEngine.record_compute` returns an event that is done.
 
 from __future__ import annotations
 
-import ctypes
 import heapq
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+import torch
+
 from layerkv.core.transfer import BlockRun
-from layerkv.device.base import Direction, Event
+from layerkv.device.base import COPY_TIMEOUT_S, Direction, Event
 from layerkv.device.host_memory import MmapHostMemory
 from layerkv.device.mmap_arena import MmapArena
+from layerkv.device.run_table import RunCache, host_stretches
 from layerkv.errors import TransferError
-
-COPY_TIMEOUT_S = 60.0
-"""A copy between two places in memory that takes longer than this is taken for lost."""
 
 
 class CopyEvent:
@@ -70,10 +71,10 @@ class _CopyThread(threading.Thread):
     def __init__(self, direction: Direction, arena: MmapArena, host: MmapHostMemory) -> None:
         super().__init__(name=f"layerkv-{direction}", daemon=True)
         self._direction = direction
-        self._geometry = arena.geometry
         self._tensor = arena.tensor()  # keeps the memory mapped for as long as this thread copies
-        self._base = self._tensor.data_ptr()
-        self._host = host
+        self._stretches = RunCache(arena.geometry, host.num_blocks, host_stretches)
+        self._device_layers = _blocks(self._tensor.view(arena.geometry.num_layers, -1), arena.geometry.page_bytes)
+        self._host_layers = _blocks(host.tensor(), arena.geometry.page_bytes)
         self._queue: list[_Copy] = []
         self._wake = threading.Condition()
         self._closing = False
@@ -129,19 +130,21 @@ class _CopyThread(threading.Thread):
                 raise TransferError(f"{self._direction}: the copy it depends on failed: {event.error}") from event.error
 
     def _copy(self, layers: Sequence[int], runs: Sequence[BlockRun]) -> None:
-        geometry, host, base = self._geometry, self._host, self._base
-        page, storing = geometry.page_bytes, self._direction is Direction.STORE
-        memmove = ctypes.memmove  # releases the GIL for the copy, so compute goes on
+        stretches = self._stretches.of(runs)
         for layer in layers:
-            for device_block, host_block, num_blocks in runs:
-                if host_block + num_blocks > host.num_blocks or device_block + num_blocks > geometry.total_blocks:
-                    raise TransferError(f"{self._direction}: run {device_block}, {host_block}, {num_blocks} is outside")
-                on_device = base + geometry.offset(layer, device_block)
-                on_host = host.address(layer, host_block)
-                if storing:
-                    memmove(on_host, on_device, num_blocks * page)
+            device, host = self._device_layers[layer], self._host_layers[layer]
+            for first, blocks in stretches:
+                host_part = host[first : first + len(blocks)]
+                if self._direction is Direction.STORE:
+                    np.take(device, blocks, out=host_part, mode="clip")
                 else:
-                    memmove(on_device, on_host, num_blocks * page)
+                    np.put(device, blocks, host_part, mode="clip")
+
+
+def _blocks(layers: torch.Tensor, page_bytes: int) -> list[npt.NDArray[np.void]]:
+    """Each layer's blocks as elements of an array: numpy copies them one by one in C, and without the GIL."""
+    in_whole_blocks = layers.shape[1] // page_bytes * page_bytes
+    return [layer[:in_whole_blocks].numpy().view(f"V{page_bytes}") for layer in layers]
 
 
 class CPUTransferEngine:

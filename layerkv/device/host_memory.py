@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
 
 from layerkv.core.geometry import KVGeometry
 from layerkv.device import libc
 
+_LAYER_ALIGNMENT_BYTES = 4096
+
 
 class MmapHostMemory:
-    """Bytes ``[num_layers, num_host_blocks, page_bytes]``, zero at first.
+    """Bytes ``[num_layers, num_host_blocks, page_bytes]``, zero at first; each layer begins at a page of the kernel.
 
     Layer outermost, so that consecutive host blocks of one layer are one stretch of memory.
 
@@ -21,12 +27,32 @@ class MmapHostMemory:
     def __init__(self, geometry: KVGeometry, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._page_bytes = geometry.page_bytes
-        self._layer_bytes = num_blocks * geometry.page_bytes
-        size = max(geometry.num_layers * self._layer_bytes, 1)
+        self.layer_bytes = -(-num_blocks * geometry.page_bytes // _LAYER_ALIGNMENT_BYTES) * _LAYER_ALIGNMENT_BYTES
+        """Bytes from one layer's block 0 to the next layer's."""
+        size = max(geometry.num_layers * self.layer_bytes, 1)
         self._address = libc.reserve(size)
         self._view = (ctypes.c_int8 * size).from_address(self._address)
-        weakref.finalize(self._view, libc.unmap, self._address, size).atexit = False
+        self._before_unmap: list[Callable[[], Any]] = []
+        weakref.finalize(self._view, _release, self._address, size, self._before_unmap).atexit = False
+
+    def tensor(self) -> torch.Tensor:
+        """All of it as int8 ``[num_layers, layer_bytes]``, which keeps the memory mapped."""
+        return torch.frombuffer(self._view, dtype=torch.int8).view(-1, self.layer_bytes)
 
     def address(self, layer: int, block: int) -> int:
         """Address of ``block`` of ``layer``; valid while this object lives."""
-        return self._address + layer * self._layer_bytes + block * self._page_bytes
+        return self._address + layer * self.layer_bytes + block * self._page_bytes
+
+    def wait_pinned(self, timeout_s: float) -> bool:
+        """True: on the CPU there is nothing to pin."""
+        return True
+
+    def before_unmap(self, action: Callable[..., Any], *args: Any) -> None:
+        """Call ``action`` when nobody uses the memory any more, before it goes. It must not know this object."""
+        self._before_unmap.append(lambda: action(*args))
+
+
+def _release(address: int, size: int, before: list[Callable[[], Any]]) -> None:
+    for action in before:
+        action()
+    libc.unmap(address, size)

@@ -1,8 +1,9 @@
 """In which order copies and compute touch the lanes, on any device: the ordering rules of docs/architecture.md.
 
 One :class:`LaneSchedule` per worker. The model's thread calls :meth:`begin_step` before the forward pass,
-:meth:`layer_done` after each layer's attention, :meth:`poll_fetches` after the pass. With ``n`` lanes, layers
-``l, l + n, l + 2n, ...`` write the same memory one after another. Rules, by the number they have in the docs:
+:meth:`layer_done` after each layer's attention, :meth:`poll_fetches` after the pass. The layers of
+one lane (with ``n`` lanes ``l, l + n, l + 2n, ...``) write the same memory one after another. Rules, by the number
+they have in the docs:
 
 1. ``store(l)`` begins after the compute of layer ``l``'s attention.
 2. ``load(l + n)`` begins after ``store(l)`` has ended: they share a lane.
@@ -20,11 +21,16 @@ One :class:`LaneSchedule` per worker. The model's thread calls :meth:`begin_step
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise, product
 
-from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan
+from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan, cut
 from layerkv.device.base import Direction, Event, TransferEngine
 from layerkv.errors import TransferError
+
+MOST_GROUPS = 8
+"""Into so many groups of layers parks and prefixes are divided: what compute waits for at first is an eighth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,47 +59,68 @@ class FailedHits:
 class LaneSchedule:
     """Submits a step's copies to a transfer engine so that no lane and no block is touched out of order."""
 
-    def __init__(self, engine: TransferEngine, num_layers: int, lanes: int) -> None:
+    def __init__(
+        self,
+        engine: TransferEngine,
+        lane_layers: Sequence[Sequence[int]],
+        unit_blocks: int | None = None,
+        *,
+        hooks_always_run: bool = True,
+    ) -> None:
+        """Begin with empty lanes.
+
+        Args:
+            engine: Makes the copies.
+            lane_layers: The layers of each lane, in the order in which they run; every layer has one lane.
+            unit_blocks: Most blocks of one background copy, or None for a whole layer's: where tensor-parallel ranks
+                exchange activations over the same link, those wait for one unit at most (LayerKV, section 4).
+            hooks_always_run: Whether :meth:`layer_done` may be counted on in every step, and not only in those that
+                cannot do without (``StepPlan.needs_layer_hooks``): not where other steps replay CUDA graphs.
+        """
         self._engine = engine
-        self._num_layers = num_layers
-        self._lanes = lanes
-        self._all_layers = range(num_layers)
-        self._lane_stored: list[Event | None] = [None] * lanes  # last store out of each lane, across steps
-        self._lane_ready: list[Event | None] = [None] * lanes  # what the lane's next layer must wait for
+        self._lane_layers = lane_layers
+        self._unit_blocks = unit_blocks
+        self._lane_of = {layer: lane for lane, layers in enumerate(lane_layers) for layer in layers}
+        self._following = {layer: after for layers in lane_layers for layer, after in pairwise(layers)}
+        self._num_layers = len(self._lane_of)
+        self._all_layers = range(self._num_layers)
+        self._hooks_always_run = hooks_always_run
+        num_groups = min(self._num_layers, MOST_GROUPS)
+        starts = [group * self._num_layers // num_groups for group in range(num_groups + 1)]
+        self._groups = [range(start, end) for start, end in pairwise(starts)]
+        self._held: dict[int, list[Event]] = {}  # by layer: what compute waits for before its KV-cache update
+        self._hits: Sequence[BlockRun] = ()
+        self._hits_loading: list[Event] = []
+        self._lane_stored: list[Event | None] = [None] * len(lane_layers)  # last store out of each, across steps
+        self._lane_ready: list[Event | None] = [None] * len(lane_layers)  # what the lane's next layer must wait for
         self._last_store: Event | None = None
         self._last_ahead: Event | None = None
         self._fetches: list[tuple[FetchPlan, Event]] = []
         self._failed_hits: FailedHits | None = None
         self._stores: Sequence[BlockRun] = ()
         self._loads: Sequence[BlockRun] = ()
-        self._next_layer = 0
+        self._next_layer = self._num_layers
 
     def begin_step(self, plan: StepPlan) -> None:
         """Submit what this step's compute depends on, and its fetches; make compute wait for layer 0's lane."""
         engine = self._engine
         self._stores, self._loads = plan.stores, plan.loads
-        self._next_layer = 0
+        hooks_run = plan.needs_layer_hooks or (self._hooks_always_run and plan.num_tokens > 0)
+        self._next_layer = 0 if hooks_run and (plan.stores or plan.hits or plan.parks) else self._num_layers
         if plan.settle and self._last_ahead is not None:
             engine.wait_compute(self._last_ahead)  # rule 7
             self._last_ahead = None
         compute = engine.record_compute()
         if plan.ahead:
             self._last_ahead = self._submit_by_layer(Direction.STORE, plan.ahead, [compute], self._last_ahead)
-        if plan.parks:
-            self._last_store = engine.submit(Direction.STORE, self._all_layers, plan.parks, after=[compute])
-            engine.wait_compute(self._last_store)  # rule 5
-        if plan.hits:
-            loaded = self._submit_hits(plan.hits, compute)
-            try:
-                engine.wait_compute(loaded)  # rule 8
-            except TransferError as error:  # unlike a lane's KV it can be computed again
-                self._failed_hits = FailedHits(error, _device_blocks(plan.hits))
+        self._submit_parks_and_hits(plan, compute, self._groups if hooks_run else [self._all_layers])
+        self._hold_compute(0)  # rules 5 and 8
         if plan.is_layered:
-            for lane in range(self._lanes):
+            for lane, layers in enumerate(self._lane_layers):
                 ready = self._lane_stored[lane]  # rule 4, across steps
-                if plan.loads:
+                if plan.loads and len(layers) > 1:  # a layer that has its lane for itself finds there what it left
                     after = [compute] if ready is None else [compute, ready]
-                    ready = engine.submit(Direction.LOAD, [lane], plan.loads, after=after)
+                    ready = engine.submit(Direction.LOAD, layers[:1], plan.loads, after=after)
                 self._lane_ready[lane] = ready
             self._wait_for_lane_of(0)
         for fetch in plan.fetches:
@@ -107,14 +134,37 @@ class LaneSchedule:
         """
         assert layer == self._next_layer, f"layer {layer} ran where {self._next_layer} was expected"
         self._next_layer = layer + 1
-        engine, lane = self._engine, layer % self._lanes
+        if self._stores:
+            self._store_layer(layer)
+        self._hold_compute(layer + 1)  # rules 5 and 8
+
+    def _store_layer(self, layer: int) -> None:
+        engine, lane = self._engine, self._lane_of[layer]
         stored = engine.submit(Direction.STORE, [layer], self._stores, after=[engine.record_compute()])  # rule 1
         self._last_store = self._lane_stored[lane] = self._lane_ready[lane] = stored
-        following = layer + self._lanes
-        if self._loads and following < self._num_layers:
+        following = self._following.get(layer)
+        if self._loads and following is not None:
             self._lane_ready[lane] = engine.submit(Direction.LOAD, [following], self._loads, after=[stored])  # rule 2
         if layer + 1 < self._num_layers:
             self._wait_for_lane_of(layer + 1)  # rules 3 and 4
+
+    def end_step(self) -> None:
+        """The forward pass of a step that was begun is over (or enqueued).
+
+        Raises:
+            TransferError: not every layer said so: KV in the lanes is lost.
+        """
+        if self._next_layer != self._num_layers:
+            ran, self._next_layer = self._next_layer, self._num_layers
+            raise TransferError(
+                f"the layer hooks of {ran} of {self._num_layers} layers ran in a step that copies layer by layer: vLLM "
+                "replayed a full CUDA graph, or the model's attention does not call them"
+            )
+
+    @property
+    def has_layer_work(self) -> bool:
+        """Whether :meth:`layer_done` is to be called for the layers of the step that was begun."""
+        return self._next_layer < self._num_layers
 
     @property
     def has_fetches(self) -> bool:
@@ -135,6 +185,11 @@ class LaneSchedule:
         under_way: list[tuple[FetchPlan, Event]] = []
         for fetch, event in self._fetches:
             if event.is_done():
+                if (
+                    event.error is not None
+                ):  # given up, but perhaps not yet still: what is computed in its place comes later
+                    with suppress(TransferError):
+                        self._engine.wait_compute(event)
                 finished.append(FinishedFetch(fetch.request_id, event.error, _device_blocks(fetch.runs)))
             else:
                 under_way.append((fetch, event))
@@ -142,7 +197,7 @@ class LaneSchedule:
         return finished
 
     def take_failed_hits(self) -> FailedHits | None:
-        """The prefixes of the step just begun that could not be loaded; None if there are none."""
+        """The prefixes of the step just run that could not be loaded; None if there are none."""
         failed, self._failed_hits = self._failed_hits, None
         return failed
 
@@ -161,13 +216,33 @@ class LaneSchedule:
     def _submit_fetch(self, fetch: FetchPlan, compute: Event) -> Event:
         return self._submit_by_layer(Direction.LOAD, fetch.runs, [compute, *self._stores_so_far()])  # rule 6
 
-    def _submit_hits(self, runs: Sequence[BlockRun], compute: Event) -> Event:
-        return self._engine.submit(
-            Direction.LOAD,
-            self._all_layers,
-            runs,
-            after=[compute, *self._stores_so_far()],  # rule 8
-        )
+    def _submit_parks_and_hits(self, plan: StepPlan, compute: Event, groups: Sequence[range]) -> None:
+        """Compute waits for each group of layers where the group begins: copies of later layers overlap it."""
+        before = self._stores_so_far()
+        self._held.clear()
+        self._hits, self._hits_loading = plan.hits, []
+        for layers in groups if plan.parks or plan.hits else ():
+            held: list[Event] = []
+            if plan.parks:
+                self._last_store = self._engine.submit(Direction.STORE, layers, plan.parks, after=[compute])
+                held.append(self._last_store)  # rule 5
+            if plan.hits:
+                held.append(self._submit_hits(plan.hits, layers, [compute, *before, *held]))  # rule 8
+                self._hits_loading.append(held[-1])
+            self._held[layers[0]] = held
+
+    def _submit_hits(self, runs: Sequence[BlockRun], layers: Sequence[int], after: Sequence[Event]) -> Event:
+        return self._engine.submit(Direction.LOAD, layers, runs, after=after)
+
+    def _hold_compute(self, layer: int) -> None:
+        """Before ``layer``'s KV-cache update, compute waits for what frees and fills its blocks."""
+        for event in self._held.pop(layer, ()):
+            try:
+                self._engine.wait_compute(event)
+            except TransferError as error:
+                if event not in self._hits_loading:
+                    raise
+                self._failed_hits = FailedHits(error, _device_blocks(self._hits))  # it can be computed again
 
     def _stores_so_far(self) -> list[Event]:
         """The last store, and each lane's by name too, so that none of them can fail unseen."""
@@ -176,21 +251,22 @@ class LaneSchedule:
     def _submit_by_layer(
         self, direction: Direction, runs: Sequence[BlockRun], after: Sequence[Event], last: Event | None = None
     ) -> Event:
-        """One background copy per layer, so that what a step's compute waits for never waits behind a whole request.
+        """Background copies of one layer each, or less, so that what a step waits for never waits for a whole request.
 
         Returns:
             An event that ends when all have, and ``last`` too; it fails if any of them did.
         """
         event = last
-        for layer in self._all_layers:
+        units = [runs] if self._unit_blocks is None or not runs else cut(runs, self._unit_blocks)
+        for layer, unit in product(self._all_layers, units):
             event = self._engine.submit(
-                direction, [layer], runs, after=[*after, *([event] if event is not None else ())], background=True
+                direction, [layer], unit, after=[*after, *([event] if event is not None else ())], background=True
             )
         assert event is not None
         return event
 
     def _wait_for_lane_of(self, layer: int) -> None:
-        ready = self._lane_ready[layer % self._lanes]
+        ready = self._lane_ready[self._lane_of[layer]]
         if ready is not None:
             self._engine.wait_compute(ready)
 

@@ -8,6 +8,7 @@ import os
 
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
+_MADV_HUGEPAGE = 14
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -23,11 +24,14 @@ def _libc() -> ctypes.CDLL:
         ctypes.c_long,
     ]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc
 
 
 def reserve(num_bytes: int) -> int:
-    """Map a zero, private range whose pages get memory when they are first touched.
+    """Map a zero, private range that gets memory when it is first touched, in huge pages where the kernel has them.
+
+    With pages of 4 KiB, copies of single blocks would spend a third of their time on address translation.
 
     Returns:
         Its address.
@@ -39,6 +43,7 @@ def reserve(num_bytes: int) -> int:
     address = _libc().mmap(None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if address in (None, _FAILED):
         raise MemoryError(f"cannot map {num_bytes} bytes: {os.strerror(ctypes.get_errno())}")
+    _libc().madvise(address, num_bytes, _MADV_HUGEPAGE)  # a kernel without them refuses, and nothing is lost
     return int(address)
 
 

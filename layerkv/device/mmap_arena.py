@@ -53,10 +53,10 @@ def _alias_zone(address: int, geometry: KVGeometry) -> None:
         return
     fd = os.memfd_create("layerkv-lanes", os.MFD_CLOEXEC)
     try:
-        os.ftruncate(fd, geometry.lanes * geometry.lane_bytes)
-        for layer in range(geometry.num_layers):
-            zone = address + geometry.offset(layer, geometry.pool_blocks)
-            lane_offset = geometry.lane_of(layer) * geometry.lane_bytes
-            libc.map_shared_at(zone, geometry.lane_bytes, fd, lane_offset)
+        os.ftruncate(fd, geometry.num_lanes * geometry.lane_bytes)
+        for lane, layers in enumerate(geometry.lane_layers()):
+            for layer in layers:
+                zone = address + geometry.offset(layer, geometry.pool_blocks)
+                libc.map_shared_at(zone, geometry.lane_bytes, fd, lane * geometry.lane_bytes)
     finally:
         os.close(fd)

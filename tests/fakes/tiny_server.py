@@ -91,7 +91,7 @@ class TinyServer:
         self.geometry: KVGeometry = arena.geometry
         self.engine, self.model = engine, model
         self.ledger = KVLedger(self.geometry, num_host_blocks)
-        self.lanes = LaneSchedule(engine, self.geometry.num_layers, self.geometry.lanes)
+        self.lanes = LaneSchedule(engine, self.geometry.lane_layers())
         self.pool = RunAllocator(1, self.geometry.pool_blocks - 1)
         self.requests: dict[str, Request] = {}
         self.failed: list[FinishedFetch] = []
@@ -196,8 +196,9 @@ class TinyServer:
         for layer in range(self.geometry.num_layers):
             if rows:
                 self.model.layer(layer, rows)
-            if plan.is_layered:
+            if self.lanes.has_layer_work:
                 self.lanes.layer_done(layer)
+        self.lanes.end_step()
         self.poll()
         self.check()
         return plan

@@ -47,11 +47,11 @@ def fail_fetches(every: int) -> None:
     count = 0
 
     def or_fail(submit: Any) -> Any:
-        def submit_or_fail(copies: Any, compute: Any) -> Any:
+        def submit_or_fail(*copies: Any) -> Any:
             nonlocal count
             count += 1
             if count % every:
-                return submit(copies, compute)
+                return submit(*copies)
             event = CopyEvent()
             event.end(RuntimeError("made to fail by the test"))
             return event

@@ -35,7 +35,7 @@ from vllm.logger import init_logger
 from vllm.v1.simple_kv_offload.worker import SimpleCPUOffloadWorker
 
 from layerkv.core.transfer import merge_runs
-from layerkv.device.cpu_engine import COPY_TIMEOUT_S
+from layerkv.device.base import COPY_TIMEOUT_S
 from layerkv.errors import ConfigError, TransferError
 
 if TYPE_CHECKING:

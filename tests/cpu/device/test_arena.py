@@ -13,16 +13,33 @@ import torch
 from layerkv.core.geometry import KVGeometry
 from layerkv.device import libc, mmap_arena
 from layerkv.device.allocation import ArenaAllocation
+from layerkv.device.base import Arena
+from layerkv.device.cuda_arena import CudaArena, CudaMapping
+from layerkv.device.cuda_driver import CudaDriver
 from layerkv.device.host_memory import MmapHostMemory
 from layerkv.device.mmap_arena import MmapArena
 from layerkv.errors import IncompatibleVLLMError
+from tests.fakes.cuda_bindings import FakeBindings
 
 BIG = 1 << 27
-SHAPES = [(1, 1), (4, 1), (5, 2), (7, 3), (3, 3)]
+SHAPES = [  # layers, lanes, retained layers
+    (1, 1, 0),
+    (4, 1, 0),
+    (5, 2, 0),
+    (7, 3, 0),
+    (3, 3, 0),
+    (7, 2, 2),
+]
 
 
 def geometry(
-    num_layers: int, lanes: int, *, page_bytes: int = 1536, pool_blocks: int = 8, zone_blocks: int = 16
+    num_layers: int,
+    lanes: int,
+    retained_layers: int = 0,
+    *,
+    page_bytes: int = 1536,
+    pool_blocks: int = 8,
+    zone_blocks: int = 16,
 ) -> KVGeometry:
     return KVGeometry(
         num_layers=num_layers,
@@ -31,6 +48,7 @@ def geometry(
         pool_blocks=pool_blocks,
         zone_blocks=zone_blocks,
         lanes=lanes,
+        retained_layers=retained_layers,
     )
 
 
@@ -50,49 +68,73 @@ def is_mapped(address: int, size: int) -> bool:
     return size <= 0
 
 
-def pages(arena: MmapArena) -> torch.Tensor:
+KINDS = ("mmap", "cuda")
+PAGE_BYTES = {"mmap": 1536, "cuda": 1 << 18}
+"""Such that pool and lanes are multiples of what each arena maps by."""
+
+
+def make_arena(kind: str, geometry: KVGeometry, bindings: FakeBindings | None = None) -> Arena:
+    """An arena of that kind; the CUDA one over a driver whose device memory is memory of this process."""
+    if kind == "mmap":
+        return MmapArena(geometry)
+    return CudaArena(geometry, CudaDriver(0, bindings or FakeBindings()), as_tensor=over_own_memory)
+
+
+def over_own_memory(mapping: CudaMapping) -> torch.Tensor:
+    """What torch makes of `__cuda_array_interface__` on a GPU: a tensor that keeps the mapping alive."""
+    view = (ctypes.c_int8 * mapping.num_bytes).from_address(mapping.address)
+    view.mapping = mapping  # type: ignore[attr-defined]
+    return torch.frombuffer(view, dtype=torch.int8)
+
+
+def pages(arena: Arena) -> torch.Tensor:
     """`[num_layers, total_blocks, page_bytes]`"""
     g = arena.geometry
     return arena.tensor().view(g.num_layers, g.total_blocks, g.page_bytes)
 
 
-@pytest.mark.parametrize(("num_layers", "lanes"), SHAPES)
-def test_the_range_is_flat_bytes_and_zero_at_first(num_layers: int, lanes: int) -> None:
-    arena = MmapArena(geometry(num_layers, lanes))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_range_is_flat_bytes_and_zero_at_first(kind: str, shape: tuple[int, int, int]) -> None:
+    arena = make_arena(kind, geometry(*shape, page_bytes=PAGE_BYTES[kind]))
     tensor = arena.tensor()
     assert tensor.dtype == torch.int8
     assert tensor.shape == (arena.geometry.virtual_bytes,)
     assert not tensor.any()
 
 
-@pytest.mark.parametrize(("num_layers", "lanes"), SHAPES)
-def test_layers_of_one_lane_share_zone_memory_and_no_others_do(num_layers: int, lanes: int) -> None:
-    arena = MmapArena(geometry(num_layers, lanes))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layers_of_one_lane_share_zone_memory_and_no_others_do(kind: str, shape: tuple[int, int, int]) -> None:
+    arena = make_arena(kind, geometry(*shape, page_bytes=PAGE_BYTES[kind]))
     g, kv = arena.geometry, pages(arena)
-    for layer in range(num_layers):
+    lane_of = {layer: lane for lane, layers in enumerate(g.lane_layers()) for layer in layers}
+    for layer in range(g.num_layers):
         kv[:, g.pool_blocks :] = -1
         kv[layer, g.pool_blocks :] = torch.arange(g.zone_blocks, dtype=torch.int8)[:, None]
-        for other in range(num_layers):
-            if other % lanes == layer % lanes:
+        for other in range(g.num_layers):
+            if lane_of[other] == lane_of[layer]:
                 assert torch.equal(kv[other, g.pool_blocks :], kv[layer, g.pool_blocks :]), (layer, other)
             else:
                 assert (kv[other, g.pool_blocks :] == -1).all(), (layer, other)
 
 
-@pytest.mark.parametrize(("num_layers", "lanes"), SHAPES)
-def test_the_pool_of_every_layer_has_memory_of_its_own(num_layers: int, lanes: int) -> None:
-    arena = MmapArena(geometry(num_layers, lanes))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_pool_of_every_layer_has_memory_of_its_own(kind: str, shape: tuple[int, int, int]) -> None:
+    arena = make_arena(kind, geometry(*shape, page_bytes=PAGE_BYTES[kind]))
     g, kv = arena.geometry, pages(arena)
-    for layer in range(num_layers):
+    for layer in range(g.num_layers):
         kv[layer, : g.pool_blocks] = layer + 1
     kv[:, g.pool_blocks :] = -1
-    for layer in range(num_layers):
+    for layer in range(g.num_layers):
         assert (kv[layer, : g.pool_blocks] == layer + 1).all()
 
 
-def test_without_a_zone_nothing_is_shared() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_zone_nothing_is_shared(kind: str) -> None:
     before = mapped_ranges("layerkv-lanes")
-    arena = MmapArena(geometry(3, 2, zone_blocks=0))
+    arena = make_arena(kind, geometry(3, 2, page_bytes=PAGE_BYTES[kind], zone_blocks=0))
     assert mapped_ranges("layerkv-lanes") == before
     kv = pages(arena)
     for layer in range(3):
@@ -160,6 +202,51 @@ def test_more_address_space_than_there_is_is_a_memory_error() -> None:
 def test_a_lane_that_is_no_multiple_of_the_mapping_unit_is_a_bug_of_ours() -> None:
     with pytest.raises(AssertionError):
         MmapArena(geometry(2, 1, zone_blocks=1))
+
+
+# CUDA -------------------------------------------------------------------------------------------------------------
+
+
+def cuda_geometry(num_layers: int = 4) -> KVGeometry:
+    return geometry(num_layers, 2, page_bytes=PAGE_BYTES["cuda"])
+
+
+def test_device_memory_goes_back_with_the_last_tensor_and_after_everything_that_runs() -> None:
+    bindings = FakeBindings()
+    arena = make_arena("cuda", cuda_geometry(), bindings)
+    assert not bindings.handles, "mappings keep the memory, nobody needs the handles"
+    assert len(bindings.mapped) == len(bindings.accessible) == 4 + 4, "a pool and a zone per layer"
+    part = arena.tensor()[-4096:]
+    del arena
+    gc.collect()
+    assert not bindings.calls
+    assert part.sum() == 0
+    del part
+    gc.collect()
+    assert bindings.calls == ["cuCtxSynchronize"]
+    assert bindings.holds_nothing
+
+
+@pytest.mark.parametrize(
+    ("call", "successes"),
+    [("cuMemAddressReserve", 0), *((c, n) for c in ("cuMemCreate", "cuMemMap", "cuMemSetAccess") for n in (0, 1, 5))],
+)
+def test_a_refusal_of_the_driver_leaves_nothing_behind(call: str, successes: int) -> None:
+    bindings = FakeBindings(refusals={call: successes})
+    with pytest.raises(MemoryError, match=call):
+        make_arena("cuda", cuda_geometry(), bindings)
+    gc.collect()
+    assert bindings.holds_nothing
+
+
+def test_a_device_with_larger_units_than_we_align_to_is_refused() -> None:
+    bindings = FakeBindings(granularity=4 << 20)
+    with pytest.raises(MemoryError, match="units of 4194304"):
+        make_arena("cuda", cuda_geometry(), bindings)
+    assert bindings.holds_nothing
+
+
+# Host memory ------------------------------------------------------------------------------------------------------
 
 
 def test_host_memory_keeps_a_place_for_each_block_of_each_layer() -> None:

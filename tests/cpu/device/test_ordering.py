@@ -15,22 +15,26 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from layerkv.core.residency import Residency
-from layerkv.core.transfer import BlockRun
+from layerkv.core.transfer import BlockRun, StepPlan
 from layerkv.device.base import Direction, Event, TransferEngine
 from layerkv.errors import CapacityError
 from tests.cpu.device import scenarios
 from tests.cpu.device.scenarios import SCENARIOS, Scenario
 from tests.fakes.tiny_server import TinyServer
-from tests.fakes.workers import ORDERS, make_worker, small_geometry
+from tests.fakes.workers import ORDERS, Worker, make_worker, small_geometry
 
 HOST_BLOCKS = 18
-SHAPES = ((1, 1), (3, 1), (4, 2), (5, 2), (5, 3), (3, 3))
-"""Layers and lanes."""
+SHAPES = ((1, 1), (3, 1), (4, 2), (5, 2), (5, 3), (3, 3), (5, 1, 1), (6, 2, 2))
+"""Layers, lanes, and retained layers if there are any."""
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-layers-{shape[1]}-lanes")
+def shape_id(shape: tuple[int, ...]) -> str:
+    return "-".join(f"{count}-{name}" for count, name in zip(shape, ("layers", "lanes", "retained"), strict=False))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
-def test_every_layer_reads_right_kv_in_every_order_of_copies(scenario: Scenario, shape: tuple[int, int]) -> None:
+def test_every_layer_reads_right_kv_in_every_order_of_copies(scenario: Scenario, shape: tuple[int, ...]) -> None:
     for order in ORDERS:
         worker = make_worker(order, small_geometry(*shape), HOST_BLOCKS)
         server = worker.server(HOST_BLOCKS)
@@ -39,8 +43,8 @@ def test_every_layer_reads_right_kv_in_every_order_of_copies(scenario: Scenario,
         assert not server.failed
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-layers-{shape[1]}-lanes")
-def test_every_layer_reads_right_kv_with_the_cpu_engine(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_every_layer_reads_right_kv_with_the_cpu_engine(shape: tuple[int, ...]) -> None:
     for scenario in SCENARIOS:
         worker = make_worker("cpu", small_geometry(*shape), HOST_BLOCKS)
         server = worker.server(HOST_BLOCKS)
@@ -61,6 +65,7 @@ class DeafEngine:
         self._kept: list[Event] = []  # so that no id is used twice
         self._is_between_steps = True
         self.num_ignored = 0
+        self.plan = StepPlan()
         self.take_seconds, self.wait_host, self.close = engine.take_seconds, engine.wait_host, engine.close
 
     def record_compute(self) -> Event:
@@ -76,9 +81,9 @@ class DeafEngine:
         background: bool = False,
     ) -> Event:
         if direction is Direction.LOAD:
-            kind = "fetch" if background else "hit" if len(layers) == self._num_layers else "load"
+            kind = "fetch" if background else "hit" if runs is self.plan.hits else "load"
         else:
-            kind = "store" if len(layers) == 1 else "park"
+            kind = "park" if runs is self.plan.parks else "store"
         is_first_of_lane = kind == "load" and layers[0] < self._lanes
         if kind == "store":
             self._is_between_steps = layers[0] == self._num_layers - 1
@@ -132,18 +137,31 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(3, 1), (5, 2), (4, 3)], ids=lambda shape: f"{shape[0]}-layers-{shape[1]}-lanes")
+@pytest.mark.parametrize("shape", [(3, 1), (5, 2), (4, 3)], ids=shape_id)
 @pytest.mark.parametrize("broken_rule", MUTANTS)
-def test_breaking_a_rule_shows_as_wrong_kv(broken_rule: str, shape: tuple[int, int]) -> None:
+def test_breaking_a_rule_shows_as_wrong_kv(broken_rule: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(AssertionError, match="read wrong KV"):
         run_broken(MUTANTS[broken_rule], broken_rule, shape)
 
 
-def run_broken(scenario: Scenario, rule: str, shape: tuple[int, int]) -> None:
+def listening(deaf: DeafEngine, worker: Worker) -> TinyServer:
+    """A server whose plans the engine knows: by them it tells copies apart."""
+    server = worker.server(HOST_BLOCKS, engine=deaf)
+    take_plan = server.ledger.take_plan
+
+    def noting(num_tokens: int) -> StepPlan:
+        deaf.plan = take_plan(num_tokens)
+        return deaf.plan
+
+    server.ledger.take_plan = noting  # type: ignore[method-assign]
+    return server
+
+
+def run_broken(scenario: Scenario, rule: str, shape: tuple[int, ...]) -> None:
     for order in ORDERS:
         worker = make_worker(order, small_geometry(*shape), HOST_BLOCKS)
         deaf = DeafEngine(worker.engine, rule, *shape)
-        scenario(worker.server(HOST_BLOCKS, engine=deaf))
+        scenario(listening(deaf, worker))
         assert deaf.num_ignored > 0, "the scenario never comes to where the rule matters"
 
 
@@ -151,7 +169,7 @@ def test_the_mutants_engine_itself_breaks_nothing() -> None:
     for scenario in MUTANTS.values():
         for order in ORDERS:
             worker = make_worker(order, small_geometry(5, 2), HOST_BLOCKS)
-            scenario(worker.server(HOST_BLOCKS, engine=DeafEngine(worker.engine, "none", 5, 2)))
+            scenario(listening(DeafEngine(worker.engine, "none", 5, 2), worker))
 
 
 # Any life of any requests ---------------------------------------------------------------------------------------
@@ -165,7 +183,7 @@ class AnyLife(RuleBasedStateMachine):
         seed=st.integers(0, 10_000),
         order=st.sampled_from((None, "slow", "compute-first", "fetches-first", "loads-first", "stores-then-loads")),
     )
-    def begin(self, shape: tuple[int, int], seed: int, order: str | None) -> None:
+    def begin(self, shape: tuple[int, ...], seed: int, order: str | None) -> None:
         worker = make_worker(order or f"random-{seed}", small_geometry(*shape), HOST_BLOCKS)
         self.server: TinyServer = worker.server(HOST_BLOCKS)
         self.server.keeps_fetched = seed % 2 == 0

@@ -1,0 +1,61 @@
+"""The memory of one worker and what copies it, by the type of its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from layerkv.core.geometry import KVGeometry
+from layerkv.device.base import Arena, HostMemory, TransferEngine
+
+ALIGNMENT_BYTES = MappingProxyType({"cpu": 4 << 10, "cuda": 2 << 20})
+"""What sizes of pool and lanes are multiples of: the granularity of mapping memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mechanism:
+    """KV memory, host blocks, and the engine that copies between them. Lives as long as its worker."""
+
+    arena: Arena
+    host: HostMemory
+    engine: TransferEngine
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """Block until copies run at full speed, or the time is up; whether they do. Only measurements need it."""
+        return self.host.wait_pinned(timeout_s)
+
+
+def make_mechanism(device_type: str, geometry: KVGeometry, num_host_blocks: int) -> Mechanism:
+    """Take the memory and start the engine, on the device that is current for this thread.
+
+    Args:
+        device_type: A key of :data:`ALIGNMENT_BYTES`.
+        geometry: Aligned to that.
+        num_host_blocks: Of this worker.
+
+    Raises:
+        MemoryError: device or host has not that much; nothing is left behind.
+    """
+    if device_type == "cuda":
+        return _make_cuda(geometry, num_host_blocks)
+    from layerkv.device.cpu_engine import CPUTransferEngine
+    from layerkv.device.host_memory import MmapHostMemory
+    from layerkv.device.mmap_arena import MmapArena
+
+    arena, host = MmapArena(geometry), MmapHostMemory(geometry, num_host_blocks)
+    return Mechanism(arena, host, CPUTransferEngine(arena, host))
+
+
+def _make_cuda(geometry: KVGeometry, num_host_blocks: int) -> Mechanism:
+    import torch
+
+    from layerkv.device.cuda_arena import CudaArena
+    from layerkv.device.cuda_driver import CudaDriver
+    from layerkv.device.cuda_engine import CudaTransferEngine
+    from layerkv.device.pinned_memory import PinnedHostMemory
+
+    torch.cuda.synchronize()  # makes the device's context current on this thread
+    driver = CudaDriver(torch.cuda.current_device())
+    arena = CudaArena(geometry, driver)
+    host = PinnedHostMemory(geometry, num_host_blocks, driver)
+    return Mechanism(arena, host, CudaTransferEngine(arena, host, driver))
