@@ -85,20 +85,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `mode` is `auto` (layered when it helps), `resident` (never layered) or `layered` (every prompt that can
     be). `on_unsupported` says whether something layerkv cannot serve ends start-up or runs as stock vLLM.
     `cost_profile` is a file that `layerkv profile` wrote; without one, costs are learned from the first steps.
+    `retained_layers` many layers keep memory of their own in the lane zone: streamed decode does not load them.
     `decision_log` is a file that decisions are appended to, for `layerkv explain`. `host_prefix_cache` keeps the KV
-    of finished requests in host memory that nobody else needs, for prompts that begin alike.
+    of finished requests in host memory that nobody else needs, for prompts that begin alike. `long_contexts` serves
+    requests longer than the KV pool: they decode in the lane zone, and `max_model_len` may exceed the pool.
     """
 
     policy: SloPolicy
     policy_path: str | None = None
     host_memory_bytes: int | None = None
     lanes: int | None = None
+    retained_layers: int = 0
     zone_tokens: int | None = None
     mode: Mode = "auto"
     on_unsupported: OnUnsupported = "error"
     cost_profile: str | None = None
     decision_log: str | None = None
     host_prefix_cache: bool = True
+    long_contexts: bool = False
 
     @classmethod
     def from_extra_config(cls, extra_config: Mapping[str, Any]) -> "EngineConfig":
@@ -119,12 +123,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             policy_path=keys.policy,
             host_memory_bytes=host_memory_bytes,
             lanes=keys.lanes,
+            retained_layers=keys.retained_layers,
             zone_tokens=keys.zone_tokens,
             mode=keys.mode,
             on_unsupported=keys.on_unsupported,
             cost_profile=keys.cost_profile,
             decision_log=keys.decision_log,
             host_prefix_cache=keys.host_prefix_cache,
+            long_contexts=keys.long_contexts,
         )
 
 
@@ -227,6 +233,7 @@ _HostMemory: TypeAlias = Annotated[
     str | int | None, Meta(description="a size above zero such as 8GiB", examples=["8GiB"])
 ]
 _Lanes: TypeAlias = Annotated[_Count | None, Meta(description="a whole number of lanes, 1 or more", examples=[1])]
+_RetainedLayers: TypeAlias = Annotated[int, Meta(ge=0, description="a whole number of layers, 0 or more", examples=[0])]
 _ZoneTokens: TypeAlias = Annotated[
     _Count | None, Meta(description="a whole number of tokens, 1 or more", examples=[8192])
 ]
@@ -263,12 +270,14 @@ class _EngineKeys(msgspec.Struct, frozen=True):
     policy: _PolicyPath = None
     host_memory: _HostMemory = None
     lanes: _Lanes = None
+    retained_layers: _RetainedLayers = 0
     zone_tokens: _ZoneTokens = None
     mode: _Mode = "auto"
     on_unsupported: _OnUnsupported = "error"
     cost_profile: _ProfilePath = None
     decision_log: _LogPath = None
     host_prefix_cache: _Switch = True
+    long_contexts: _Switch = False
 
 
 def _read_class(name: str, promises: Any, *, where: str, overload: Overload) -> SloClass:

@@ -8,6 +8,7 @@ every time is handed in.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -55,10 +56,13 @@ class EngineShape:
         mode: The engine's ``mode`` option.
         block_tokens: Tokens per block.
         block_bytes: Bytes of a block over all layers, of whatever ranks the profile's copy curves are.
+        streamed_block_bytes: Of those, what a step loads of a zone block for a request that decodes in the zone.
         pool_blocks: Pool blocks that requests can ever hold.
         zone_blocks: Size of the lane zone.
         host_blocks: Size of host memory.
         can_chunk: Whether prompts may be computed in chunks; without, a prompt needs its whole length in one step.
+        longest_tokens: Most tokens of one request (``max_model_len``).
+        long_contexts: Whether it may be longer than the pool.
     """
 
     mode: Mode
@@ -67,7 +71,10 @@ class EngineShape:
     pool_blocks: int
     zone_blocks: int
     host_blocks: int
+    streamed_block_bytes: int = 0
+    long_contexts: bool = False
     can_chunk: bool = True
+    longest_tokens: int = sys.maxsize
 
 
 class Running(NamedTuple):
@@ -231,6 +238,8 @@ class Controller:
             deadline_s = tracked.ttft_deadline_s
         else:
             deadline_s = tracked.start_by_s(num_output, tracked.first_token_s, self._step_s)
+        most_blocks = self._blocks_if_it_outgrows_pool(tracked, num_tokens, num_output)
+        tracked.outgrows_pool = most_blocks > 0
         self.waiting.add(
             WaitingRequest(
                 request_id=request_id,
@@ -243,6 +252,7 @@ class Controller:
                 prefill_cost_s=self.cost.view._replace(prefill_factor=1.0).prefill_s(num_tokens),
                 tokens_left=max(tracked.middle_tokens - num_output, 1),
                 may_refuse=self._refuses_late and tracked.slo.overload == "reject" and tracked.first_token_s is None,
+                most_blocks=most_blocks,
             )
         )
 
@@ -396,10 +406,12 @@ class Controller:
             now_s=now_s,
             mode=shape.mode,
             streamed_decode=policy.streamed_decode,
+            long_contexts=shape.long_contexts,
             slo_scheduling=policy.slo_scheduling,
             frees_are_deferred=engine.steps_ahead > 0,
             block_tokens=shape.block_tokens,
             block_bytes=shape.block_bytes,
+            streamed_block_bytes=shape.streamed_block_bytes or shape.block_bytes,
             pool_blocks=shape.pool_blocks,
             free_blocks=engine.free_blocks,
             growth_blocks=seen.growth_blocks,
@@ -504,6 +516,7 @@ class Controller:
                         r.num_zone_blocks,
                         missing > 0 and not r.is_prefilling,  # a prompt's room is reserved
                         last_block > r.num_host_blocks,
+                        tracked is not None and tracked.outgrows_pool,
                     )
                 )
                 continue
@@ -533,6 +546,19 @@ class Controller:
         return _Seen(
             resident, layered, num_resident, growth, num_decodes, context, prefilling, num_late, slack_s, tpot_s
         )
+
+    def _blocks_if_it_outgrows_pool(self, tracked: TrackedRequest, num_tokens: int, num_output: int) -> int:
+        """Blocks of the most tokens it may have, if by its predicted length the pool will not hold it; else 0.
+
+        A wrong guess for the pool is put right when it has filled that: its KV is given up, and it comes here again.
+        """
+        shape = self.shape
+        prompt_tokens = num_tokens - num_output
+        most_tokens = min(prompt_tokens + tracked.max_tokens, shape.longest_tokens)
+        likely_tokens = min(prompt_tokens + tracked.middle_tokens, most_tokens)
+        if not shape.long_contexts or max(likely_tokens, num_tokens + 1) <= shape.pool_blocks * shape.block_tokens:
+            return 0
+        return -(-max(most_tokens, num_tokens) // shape.block_tokens)
 
     def _predict(self, tracked: TrackedRequest, num_output: int) -> None:
         """Without anything known: slack as if it made all it may, memory for a while ahead."""

@@ -95,6 +95,7 @@ class _Draft:
     waits: dict[str, Reason] = field(default_factory=dict)
     blocked: Claim | None = None
     made_room: bool = False
+    is_closed: bool = False
     by_reluctance: list[ResidentRequest] | None = None
 
 
@@ -154,13 +155,18 @@ def decide(snapshot: Snapshot, limits: PolicyLimits | None = None) -> Decision:
 def _let_layered_leave(s: Snapshot, draft: _Draft) -> None:
     """Park layered requests after their first token, or, when they may stream, once that is not worth it."""
     stream_bytes = _stream_budget(s)
-    wanted = min((w.num_blocks for w in s.waiting[:1]), default=0)
+    wanted = min((_layered_blocks(s, w) for w in s.waiting[:1]), default=0)
     pool = draft.pool - s.growth_blocks
     for r in s.layered:
         zone_cost, host_cost = int(r.needs_zone_block), int(r.needs_host_block)
+        if r.outgrows_pool:  # all its room is reserved
+            zone_cost = host_cost = 0
         reason: Reason | None = None
-        if r.prefill_done:
-            stream_bytes -= r.num_zone_blocks * s.block_bytes
+        is_longer_than_pool = r.outgrows_pool or r.num_blocks > s.pool_blocks  # it could never be fetched
+        if r.prefill_done and is_longer_than_pool:
+            stream_bytes -= r.num_zone_blocks * s.streamed_block_bytes
+        elif r.prefill_done:
+            stream_bytes -= r.num_zone_blocks * s.streamed_block_bytes
             is_wanted = draft.zone - zone_cost < wanted or draft.host < host_cost or r.num_blocks <= pool
             if not s.streamed_decode or is_wanted:  # a first token matters more, and the pool is better, than streaming
                 reason = Reason.FIRST_TOKEN_DONE
@@ -170,7 +176,7 @@ def _let_layered_leave(s: Snapshot, draft: _Draft) -> None:
             draft.zone -= zone_cost
             draft.host -= host_cost
             continue
-        stream_bytes += r.num_zone_blocks * s.block_bytes
+        stream_bytes += r.num_zone_blocks * s.streamed_block_bytes
         pool -= r.num_blocks
         if not s.frees_are_deferred:
             draft.zone += r.num_zone_blocks
@@ -285,7 +291,7 @@ def _claims(s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest]
         *(
             w
             for w in waiting
-            if w.num_blocks <= s.pool_blocks and (not _can_ever_layer(s, w) or overtaken.get(w.request_id, 0) >= most)
+            if not _outgrows_pool(s, w) and (not _can_ever_layer(s, w) or overtaken.get(w.request_id, 0) >= most)
         ),
     ]
 
@@ -397,6 +403,8 @@ def _store_ahead(s: Snapshot, limits: PolicyLimits, draft: _Draft, forecast: For
     """
     if not s.can_store_ahead or draft.park or draft.recompute or s.num_resident < 2:
         return
+    if draft.is_closed:  # host memory is left to drain for whoever nobody passes any more
+        return
     shortage = forecast.shortage(limits.ahead_steps, draft.pool)
     if shortage <= 0:
         return
@@ -415,14 +423,24 @@ def _store_ahead(s: Snapshot, limits: PolicyLimits, draft: _Draft, forecast: For
 # The line for compute -------------------------------------------------------------------------------------------------
 
 
+def _outgrows_pool(s: Snapshot, w: WaitingRequest) -> bool:
+    """Whether it is expected to become longer than the pool: then it decodes in the zone, to its end."""
+    return max(w.num_blocks, w.most_blocks) > s.pool_blocks
+
+
+def _layered_blocks(s: Snapshot, w: WaitingRequest) -> int:
+    """Blocks that it needs room for, in the zone (less its hits) and in host memory, to start layered."""
+    return max(w.num_blocks, w.most_blocks) if _outgrows_pool(s, w) else w.num_blocks
+
+
 def _can_ever_layer(s: Snapshot, w: WaitingRequest) -> bool:
-    hit = s.hits.get(w.request_id, _NO_HIT)
+    hit, num_blocks = s.hits.get(w.request_id, _NO_HIT), _layered_blocks(s, w)
     return (
         s.mode != "resident"
         and w.can_layer
-        and w.num_blocks - hit.num_blocks <= s.zone_blocks
-        and w.num_blocks <= s.host_blocks
-        and (s.streamed_decode or w.num_blocks <= s.pool_blocks)  # or it could never be fetched
+        and num_blocks - hit.num_blocks <= s.zone_blocks
+        and num_blocks <= s.host_blocks
+        and (s.long_contexts or not _outgrows_pool(s, w))
     )
 
 
@@ -474,7 +492,8 @@ def _admit(s: Snapshot, limits: PolicyLimits, draft: _Draft, waiting: Sequence[W
         _start(s, draft, w, turn, where)
         draft.reasons[w.request_id] = reason
         draft.waits.pop(w.request_id, None)
-    _note_overtaken(draft, waiting, turn.late)
+    draft.is_closed = is_closed
+    _note_overtaken(s, draft, waiting, turn.late)
 
 
 def _refusal(s: Snapshot, draft: _Draft, w: WaitingRequest, late: set[str]) -> Refusal | None:
@@ -482,7 +501,7 @@ def _refusal(s: Snapshot, draft: _Draft, w: WaitingRequest, late: set[str]) -> R
         return None
     if w.request_id in late and w.may_refuse:
         return Refusal(w.request_id, Reason.OVERLOAD, _overload(s, w))
-    if w.num_blocks > s.pool_blocks and not _can_ever_layer(s, w):
+    if _outgrows_pool(s, w) and not _can_ever_layer(s, w):
         return Refusal(w.request_id, Reason.NEVER_FITS, _never_fits(s, w))
     return None
 
@@ -502,7 +521,8 @@ def _where_to_start(
         return None, Reason.POOL_FULL
     if draft.slots <= 0:
         return None, Reason.NO_SLOT  # not an end: one further on may have been granted the slot
-    fits = not turn.pool_is_contended and _fits_pool(s, limits, draft, w, turn.forecast)
+    is_free = not turn.pool_is_contended and not _outgrows_pool(s, w)
+    fits = is_free and _fits_pool(s, limits, draft, w, turn.forecast)
     if fits and s.mode == "auto":
         return "pool", Reason.FITS
     if turn.zone_is_promised:
@@ -521,11 +541,12 @@ def _start(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn, where: Li
     hit = s.hits.get(w.request_id, _NO_HIT)
     turn.tokens -= _tokens_to_compute(s, w, hit, resident=where == "pool")
     if where == "zone":
-        zone_blocks = w.num_blocks - hit.num_blocks
-        draft.admit.append(Admission(w.request_id, layered=True, zone_blocks=zone_blocks))
+        host_blocks = _layered_blocks(s, w)
+        zone_blocks = host_blocks - hit.num_blocks
+        draft.admit.append(Admission(w.request_id, layered=True, zone_blocks=zone_blocks, host_blocks=host_blocks))
         draft.zone -= zone_blocks
-        draft.host -= w.num_blocks
-        draft.early_host -= w.num_blocks
+        draft.host -= host_blocks
+        draft.early_host -= host_blocks
         draft.pool -= hit.num_evictable
         draft.slots -= 1
         return
@@ -538,13 +559,17 @@ def _start(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn, where: Li
         turn.forecast.add(need, w.tokens_left)
 
 
-def _note_overtaken(draft: _Draft, waiting: Sequence[WaitingRequest], late: set[str]) -> None:
-    """Of the late prompts left behind, the first has been overtaken if any other started."""
+def _note_overtaken(s: Snapshot, draft: _Draft, waiting: Sequence[WaitingRequest], late: set[str]) -> None:
+    """Of the prompts left behind that are late, or longer than the pool, the first was overtaken if any other started.
+
+    The latter can start nowhere but in the zone, and need much of it.
+    """
     started = {admission.request_id for admission in draft.admit}
     if not started:
         return
     for w in waiting:
-        if w.request_id in late and w.request_id not in started and draft.reasons.get(w.request_id) is None:
+        is_left_behind = w.request_id not in started and draft.reasons.get(w.request_id) is None
+        if is_left_behind and (w.request_id in late or _outgrows_pool(s, w)):
             if w.request_id not in draft.overtaken:
                 draft.overtaken.append(w.request_id)
             return
@@ -557,10 +582,10 @@ def _tokens_to_compute(s: Snapshot, w: WaitingRequest, hit: PrefixHit, *, reside
 
 def _why_not_layered(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn) -> Reason | None:
     """None if zone, host memory and this step's tokens have room for the prompt and that helps it; else why not."""
-    hit = s.hits.get(w.request_id, _NO_HIT)
-    if w.num_blocks > min(draft.host, draft.early_host):
+    hit, num_blocks = s.hits.get(w.request_id, _NO_HIT), _layered_blocks(s, w)
+    if num_blocks > (draft.host if _outgrows_pool(s, w) else min(draft.host, draft.early_host)):
         return Reason.HOST_FULL
-    if w.num_blocks - hit.num_blocks > draft.zone or hit.num_evictable > max(draft.pool, 0):
+    if num_blocks - hit.num_blocks > draft.zone or hit.num_evictable > max(draft.pool, 0):
         return Reason.ZONE_FULL
     if turn.tokens < min(_tokens_to_compute(s, w, hit), turn.prefill_tokens // 2):
         return Reason.SMALL_REST
@@ -576,6 +601,8 @@ def _waiting_is_shorter(s: Snapshot, draft: _Draft, w: WaitingRequest, forecast:
     """
     if s.mode != "auto" or s.cost is None or draft.blocked is not None or draft.residents == 0:
         return False
+    if _outgrows_pool(s, w):
+        return False
     steps = forecast.steps_until_free(_need(s, w), draft.pool)
     if steps is None:
         return False
@@ -586,9 +613,11 @@ def _waiting_is_shorter(s: Snapshot, draft: _Draft, w: WaitingRequest, forecast:
 
 
 def _never_fits(s: Snapshot, w: WaitingRequest) -> str:
+    most = max(w.num_blocks, w.most_blocks)
     return (
-        f"the prompt's {w.num_tokens} tokens need {w.num_blocks} KV blocks; the pool has {s.pool_blocks}, the lane "
-        f"zone {s.zone_blocks}, host memory {s.host_blocks}: raise KV memory, zone_tokens or host_memory"
+        f"the prompt's {w.num_tokens} tokens and its output may need {most} KV blocks; the pool has {s.pool_blocks}, "
+        f"the lane zone {s.zone_blocks}, host memory {s.host_blocks}: raise KV memory, or, with long_contexts, "
+        "zone_tokens and host_memory"
     )
 
 

@@ -31,6 +31,7 @@ class WaitingRequest(NamedTuple):
         prefill_cost_s: Seconds of its prefill by the profile, not corrected online.
         tokens_left: Output tokens that it is predicted to make.
         may_refuse: Whether its class asks to be refused rather than served late.
+        most_blocks: Blocks of all tokens that it may ever have; 0 unless it is expected to become longer than the pool.
     """
 
     request_id: str
@@ -43,6 +44,7 @@ class WaitingRequest(NamedTuple):
     prefill_cost_s: float = 0.0
     tokens_left: int = 1
     may_refuse: bool = False
+    most_blocks: int = 0
 
 
 class PrefixHit(NamedTuple):
@@ -117,6 +119,8 @@ class LayeredRequest(NamedTuple):
         num_zone_blocks: Zone blocks it holds.
         needs_zone_block: Its next token needs one more zone block.
         needs_host_block: Its next token needs one more host block.
+        outgrows_pool: It is expected to become longer than the pool: it decodes in the zone to its end, and has the
+            room for that.
     """
 
     request_id: str
@@ -125,6 +129,7 @@ class LayeredRequest(NamedTuple):
     num_zone_blocks: int = 0
     needs_zone_block: bool = False
     needs_host_block: bool = False
+    outgrows_pool: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,10 +151,12 @@ class Snapshot:
         free_slots: Requests that may still be admitted (``max_num_seqs``).
         budget_tokens: Tokens that one step may compute.
         streamed_decode: Whether layered requests may decode in the zone.
+        long_contexts: Whether requests that outgrow the pool are served, in the zone.
         slo_scheduling: Whether objectives count; off, deadlines are arrival times and nobody is late.
         frees_are_deferred: Whether blocks given up now come back only after the step in flight (asynchronous
             scheduling), so that this step cannot use them.
-        block_bytes: Bytes of a block over all layers.
+        block_bytes: Bytes of a block over all layers,
+        streamed_block_bytes: and of the layers that a request which decodes in the zone loads in every step.
         early_host_blocks: Host blocks that prompts admitted layered may still take (eLLM's 3-of-5 rule), or None
             for all that are free.
         decode_tokens: Requests that decode in this step, or are about to resume decoding.
@@ -187,9 +194,11 @@ class Snapshot:
     free_slots: int
     budget_tokens: int
     streamed_decode: bool = False
+    long_contexts: bool = False
     slo_scheduling: bool = True
     frees_are_deferred: bool = False
     block_bytes: int = 0
+    streamed_block_bytes: int = 0
     early_host_blocks: int | None = None
     decode_tokens: int = 0
     decode_context: int = 0
@@ -216,12 +225,14 @@ class Admission(NamedTuple):
     Attributes:
         request_id: The request.
         layered: In the lane zone; otherwise in the pool.
-        zone_blocks: Zone blocks to promise (layered only).
+        zone_blocks: Zone blocks to promise (layered only),
+        host_blocks: and host blocks to take.
     """
 
     request_id: str
     layered: bool
     zone_blocks: int = 0
+    host_blocks: int = 0
 
 
 class Refusal(NamedTuple):

@@ -200,8 +200,9 @@ class LayeredEngine(VirtualEngine):
             self._fetch(self.lives[request_id])
         for admission in decision.admit:
             if admission.layered:
-                blocks = self.blocks(self.lives[admission.request_id].num_tokens)
-                self.ledger.admit_layered(admission.request_id, table_blocks=blocks, zone_blocks=admission.zone_blocks)
+                self.ledger.admit_layered(
+                    admission.request_id, table_blocks=admission.host_blocks, zone_blocks=admission.zone_blocks
+                )
 
     def _refuse(self, request_id: str) -> None:
         live = self.lives.pop(request_id)

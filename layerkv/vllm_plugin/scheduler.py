@@ -319,10 +319,9 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         for admission in decision.admit:
             request = self.requests[admission.request_id]
             if admission.layered:
-                table_blocks = -(-request.num_tokens // self._side.geometry.block_tokens)
                 try:
                     self._ledger.admit_layered(
-                        admission.request_id, table_blocks=table_blocks, zone_blocks=admission.zone_blocks
+                        admission.request_id, table_blocks=admission.host_blocks, zone_blocks=admission.zone_blocks
                     )
                 except CapacityError as error:  # what it was decided from has changed: it waits for the next step
                     logger.debug("request %s is not admitted in this step: %s", admission.request_id, error)
@@ -384,12 +383,20 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             # vLLM does not load external KV for these, or keeps their KV between turns
             can_layer=not request.skip_reading_prefix_cache and not request.resumable,
         )
+        self._keep_from_pool(request)
         self._no_first_token.add(request.request_id)
 
     def _recomputes(self, request: Request) -> None:
         """The request's KV is given up: it waits for compute again, with the token that is still on its way."""
         num_tokens = request.num_tokens + (1 if request.num_stale_output_tokens else 0)
         self._controller.recomputes(request.request_id, num_tokens, request.num_output_tokens, time.monotonic())
+        self._keep_from_pool(request)
+
+    def _keep_from_pool(self, request: Request) -> None:
+        """A request that decodes in the zone to its end would hold blocks of a cached prefix as long."""
+        tracked = self._controller.tracked.get(request.request_id)
+        if tracked is not None and tracked.outgrows_pool:
+            request.skip_reading_prefix_cache = True
 
     def _untrack(self, request: Request) -> None:
         request_id = request.request_id
@@ -452,10 +459,13 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             mode=config.mode,
             block_tokens=geometry.block_tokens,
             block_bytes=block_bytes,
+            streamed_block_bytes=geometry.streamed_block_bytes,
             pool_blocks=geometry.pool_blocks - 1,
             zone_blocks=geometry.zone_blocks,
             host_blocks=side.ledger.host.count,
             can_chunk=self.scheduler_config.enable_chunked_prefill,
+            longest_tokens=self.max_model_len,
+            long_contexts=config.long_contexts,
         )
         profile = (
             generic_profile(block_bytes // geometry.block_tokens)
@@ -504,8 +514,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             pool_tokens,
             geometry.zone_blocks,
             geometry.zone_blocks * geometry.block_tokens,
-            geometry.lanes,
-            format_bytes(geometry.lanes * geometry.lane_bytes),
+            geometry.num_lanes,
+            format_bytes(geometry.num_lanes * geometry.lane_bytes),
             format_bytes(geometry.physical_bytes),
             self._ledger.host.count,
             format_bytes(self._ledger.host.count * geometry.block_bytes),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from layerkv.config import EngineConfig
 from layerkv.core.geometry import GeometryRequest, KVGeometry, geometry_for_blocks
+from layerkv.device.mechanism import ALIGNMENT_BYTES
 from layerkv.errors import ConfigError
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.spec import LayerKVSpec
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-CPU_ALIGNMENT_BYTES = 4096
 DEFAULT_LANES = 2
 """One lane is written while the other is copied: enough to overlap wherever copying is faster than computing."""
 
@@ -44,10 +44,12 @@ def geometry_request(
         page_bytes=spec.page_size_bytes,
         block_tokens=spec.block_size,
         lanes=config.lanes or DEFAULT_LANES,
+        retained_layers=config.retained_layers,
         step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         zone_tokens=0 if config.mode == "resident" else config.zone_tokens,
-        alignment_bytes=CPU_ALIGNMENT_BYTES,
+        alignment_bytes=ALIGNMENT_BYTES[vllm_config.device_config.device_type],
         longest_tokens=vllm_config.model_config.max_model_len,
+        may_outgrow_pool=config.long_contexts,
     )
 
 
@@ -62,23 +64,44 @@ def geometry_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: 
         return None
     request = geometry_request(vllm_config, config, groups[0].kv_cache_spec, len(groups[0].layer_names))
     geometry = geometry_for_blocks(request, kv_cache_config.num_blocks)
-    require_room_for_one(vllm_config, geometry)
+    require_room_for_one(vllm_config, config, geometry)
     return geometry
 
 
-def require_room_for_one(vllm_config: VllmConfig, geometry: KVGeometry) -> None:
+def require_room_for_one(vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry) -> None:
     """vLLM's own start-up check counts zone blocks as memory; this one does not.
 
     Raises:
-        ConfigError: a request of ``max_model_len`` tokens does not fit into the pool.
+        ConfigError: a request of ``max_model_len`` tokens fits neither into the pool nor, with ``long_contexts``, into
+            lane zone and host memory.
     """
     pool_tokens = (geometry.pool_blocks - 1) * geometry.block_tokens  # vLLM keeps one block as its null block
+    zone_tokens = geometry.zone_blocks * geometry.block_tokens
     max_model_len = vllm_config.model_config.max_model_len
-    if max_model_len > pool_tokens:
+    if max_model_len <= pool_tokens:
+        return
+    found = (
+        f"max_model_len: found {max_model_len}, but the KV pool holds {pool_tokens} tokens beside a lane zone of "
+        f"{zone_tokens} tokens"
+    )
+    less = f"set max_model_len to {pool_tokens} or less, give more KV memory (--kv-cache-memory-bytes, "
+    less += "--gpu-memory-utilization)"
+    if not config.long_contexts:
         raise ConfigError(
-            f"max_model_len: found {max_model_len}, but the KV pool holds {pool_tokens} tokens beside a lane zone of "
-            f"{geometry.zone_blocks * geometry.block_tokens} tokens; set max_model_len to {pool_tokens} or less, give "
-            "more KV memory (--kv-cache-memory-bytes, --gpu-memory-utilization), or a smaller zone_tokens"
+            f"{found}; {less}, or a smaller zone_tokens; or set long_contexts to true in kv_connector_extra_config, to "
+            "serve requests that are longer than the pool from host memory, slowly"
+        )
+    if zone_tokens < max_model_len:
+        raise ConfigError(
+            f"{found}, which must hold a request that is longer than the pool; set zone_tokens to {max_model_len} or "
+            f"more, fewer lanes, or {less.removeprefix('set ')}"
+        )
+    host_tokens = host_blocks_per_worker(vllm_config, config, geometry) * geometry.block_tokens
+    if host_tokens < max_model_len:
+        raise ConfigError(
+            f"{found}, and host memory {host_tokens} tokens, which must hold a request that is longer than the pool; "
+            f"set host_memory to {format_bytes(-(-max_model_len // geometry.block_tokens) * geometry.block_bytes)} "
+            "for each worker or more"
         )
 
 

@@ -80,8 +80,8 @@ class EngineReader:
                 prefill += num_tokens
                 num_prefills += 1
                 pairs += chunk_pairs(num_tokens, num_after - num_tokens)
-        size = self._geometry.block_bytes
-        stored, loaded = (num_blocks(plan.stores) * size, num_blocks(plan.loads) * size) if plan else (0, 0)
+        stored = num_blocks(plan.stores) * self._geometry.block_bytes if plan else 0
+        loaded = num_blocks(plan.loads) * self._geometry.streamed_block_bytes if plan else 0
         is_layered = plan is not None and plan.is_layered
         return StepWork(num_decodes, context, prefill, pairs, num_prefills, stored, loaded, is_layered)
 

@@ -17,6 +17,7 @@ IDLE = Snapshot(
     mode="auto",
     block_tokens=BLOCK,
     block_bytes=BLOCK_BYTES,
+    streamed_block_bytes=BLOCK_BYTES,
     pool_blocks=POOL,
     free_blocks=POOL,
     growth_blocks=0,

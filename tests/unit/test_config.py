@@ -298,14 +298,14 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
     [
         (
             {"lane": 1},
-            ".lane: found an unknown key; expected one of policy, host_memory, lanes, zone_tokens, mode, "
-            "on_unsupported, cost_profile, decision_log, host_prefix_cache; did you mean lanes?",
+            ".lane: found an unknown key; expected one of policy, host_memory, lanes, retained_layers, zone_tokens, "
+            "mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts; did you mean lanes?",
         ),
         (
             {"host-memory": 1},
             "['host-memory']: found an unknown key; expected one of policy, host_memory, lanes, "
-            "zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache; "
-            "did you mean host_memory?",
+            "retained_layers, zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, "
+            "long_contexts; did you mean host_memory?",
         ),
         ({"lanes": 0}, ".lanes: found 0; expected a whole number of lanes, 1 or more; set lanes to 1, say"),
         (
@@ -343,8 +343,8 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
         ),
         (
             "slo.yaml",
-            ": found 'slo.yaml'; expected a mapping with the keys policy, host_memory, lanes, zone_tokens, "
-            "mode, on_unsupported, cost_profile, decision_log, host_prefix_cache",
+            ": found 'slo.yaml'; expected a mapping with the keys policy, host_memory, lanes, retained_layers, "
+            "zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts",
         ),
     ],
 )

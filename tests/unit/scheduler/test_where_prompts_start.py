@@ -174,7 +174,7 @@ def test_a_prompt_too_long_for_the_pool_is_refused_in_resident_mode_and_if_it_ca
 def test_a_prompt_longer_than_the_pool_runs_only_where_it_may_decode_in_the_zone() -> None:
     """Parked after its first token it could never be fetched: it would hang, and hold up every other claim."""
     s = snapshot(waiting=[prompt("a", 30)], pool_blocks=20, free_blocks=20)
-    assert admitted(decide(replace(s, streamed_decode=True))) == [("a", True)]
+    assert admitted(decide(replace(s, long_contexts=True))) == [("a", True)]
     assert decide(s).admit == ()
     assert refused(s) == {"a": Reason.NEVER_FITS}
 
@@ -201,3 +201,65 @@ def test_a_prompt_that_is_going_to_be_late_is_refused_before_it_is() -> None:
     assert refused(s) == {"late": Reason.OVERLOAD}
     assert "late already" not in decide(s).refuse[0].text
     assert refused(replace(s, waiting=[late._replace(deadline_s=103.0)])) == {}
+
+
+# Longer than the pool ------------------------------------------------------------------------------------------------
+
+BIG = 2 * POOL
+
+
+def streaming(**changes: Any) -> Snapshot:
+    """An engine whose zone and host memory hold a request that is twice as long as the pool."""
+    wide = {"zone_blocks": 300, "free_zone_blocks": 300, "host_blocks": 300, "free_host_blocks": 300}
+    return snapshot(**{**wide, "long_contexts": True, "budget_tokens": 10_000, **changes})
+
+
+@pytest.mark.parametrize("blocks", [10, BIG])
+def test_what_may_outgrow_the_pool_runs_layered_with_room_for_all_of_it(blocks: int) -> None:
+    decision = decide(streaming(waiting=[prompt("a", blocks, most_blocks=BIG)]))
+    [admission] = decision.admit
+    assert (admission.layered, admission.zone_blocks, admission.host_blocks) == (True, BIG, BIG)
+
+
+def test_what_is_not_expected_to_outgrow_the_pool_starts_there() -> None:
+    assert admitted(decide(streaming(waiting=[prompt("a")]))) == [("a", False)]
+
+
+def test_what_may_outgrow_the_pool_waits_for_zone_and_host_memory_and_never_goes_to_the_pool() -> None:
+    waiting = [prompt("a", 10, most_blocks=BIG)]
+    assert decide(streaming(waiting=waiting, free_zone_blocks=BIG - 1)).waits == {"a": Reason.ZONE_FULL}
+    assert decide(streaming(waiting=waiting, free_host_blocks=BIG - 1)).waits == {"a": Reason.HOST_FULL}
+    overtaken = streaming(waiting=waiting, free_zone_blocks=BIG - 1, overtaken={"a": 1000})
+    assert admitted(decide(overtaken)) == []
+
+
+def test_what_may_outgrow_the_pool_is_refused_where_nothing_could_ever_hold_it() -> None:
+    for changes in ({"long_contexts": False}, {"zone_blocks": BIG - 1}, {"host_blocks": BIG - 1}):
+        [refusal] = decide(streaming(waiting=[prompt("a", 10, most_blocks=BIG)], **changes)).refuse
+        assert refusal.reason is Reason.NEVER_FITS
+        assert f"may need {BIG} KV blocks" in refusal.text
+
+
+def test_who_may_outgrow_the_pool_decodes_in_the_zone_whatever_happens() -> None:
+    stays = LayeredRequest("a", True, 10, num_zone_blocks=10, needs_zone_block=True, outgrows_pool=True)
+    for changes in ({}, {"long_contexts": False}, {"free_zone_blocks": 0, "waiting": [prompt("b")]}):
+        assert decide(streaming(layered=[stays], **changes)).park == ()
+
+
+def test_who_has_outgrown_the_pool_unexpectedly_is_not_parked_either() -> None:
+    grown = LayeredRequest("a", True, POOL + 1, num_zone_blocks=POOL + 1)
+    assert decide(streaming(layered=[grown])).park == ()
+    assert decide(streaming(layered=[grown._replace(num_blocks=POOL)])).park == ("a",)
+
+
+def test_what_outgrows_the_pool_may_be_overtaken_so_often_and_no_more() -> None:
+    waiting = [prompt("long", 10, most_blocks=BIG), prompt("short", deadline_s=102.0)]
+    s = streaming(waiting=waiting, free_zone_blocks=BIG - 1, slo_scheduling=False)
+    assert decide(s).overtaken == ("long",)
+    assert admitted(decide(s)) == [("short", False)]
+    assert admitted(decide(replace(s, overtaken={"long": 64}))) == []
+
+
+def test_what_outgrows_the_pool_does_not_wait_for_the_share_of_early_prompts() -> None:
+    s = streaming(waiting=[prompt("a", 10, most_blocks=BIG)], early_host_blocks=0)
+    assert admitted(decide(s)) == [("a", True)]
