@@ -17,10 +17,10 @@ from vllm.logger import init_logger
 from layerkv.errors import LayerKVError
 from layerkv.vllm_plugin import CONNECTOR
 from layerkv.vllm_plugin.support import (
-    CPU_WORKER,
     OUR_ASYNC_SCHEDULER,
     OUR_SCHEDULER,
     OUR_WORKERS,
+    VLLM_WORKERS,
     is_our_scheduler,
     require_supported,
 )
@@ -80,7 +80,7 @@ def _activate(vllm_config: VllmConfig) -> None:
         logger.warning("layerkv is off, vLLM runs as without it: %s", error)
         vllm_config.kv_transfer_config = None
         if vllm_config.parallel_config.worker_cls in OUR_WORKERS.values():  # given by explicit flags
-            vllm_config.parallel_config.worker_cls = CPU_WORKER
+            vllm_config.parallel_config.worker_cls = VLLM_WORKERS[vllm_config.device_config.device_type]
         if is_our_scheduler(vllm_config.scheduler_config.scheduler_cls):
             vllm_config.scheduler_config.scheduler_cls = None
         return

@@ -84,8 +84,8 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """True: layer hooks do not run when a full CUDA graph is replayed."""
-        return True
+        """False: steps that need layer hooks run without graphs (:mod:`layerkv.vllm_plugin.graphs`)."""
+        return False
 
     # Worker side ---------------------------------------------------------------------------------------------
 
@@ -101,7 +101,7 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self.worker_side is not None:
             assert isinstance(connector_metadata, LayerKVMetadata)
             self.worker_side.begin_step(connector_metadata.plan)
-            self._has_layer_work = connector_metadata.plan.is_layered
+            self._has_layer_work = self.worker_side.has_layer_work
 
     def has_connector_metadata(self) -> bool:
         """Whether the layer hooks have work. vLLM skips them otherwise: steps without layered requests pay nothing."""
@@ -120,7 +120,9 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker_side.layer_done(layer_name)
 
     def wait_for_save(self) -> None:
-        """Nothing: a lane's next user waits for its store, and host blocks are read only by later loads."""
+        """Check that the layers did what was planned. Nobody waits: a lane's next user does, and later loads do."""
+        if self.worker_side is not None:
+            self.worker_side.end_step()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         self._has_layer_work = False  # the forward pass is over

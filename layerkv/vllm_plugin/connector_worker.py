@@ -12,11 +12,9 @@ from layerkv.config import EngineConfig
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.device.allocation import ArenaAllocation
-from layerkv.device.base import Direction
-from layerkv.device.cpu_engine import COPY_TIMEOUT_S, CPUTransferEngine
-from layerkv.device.host_memory import MmapHostMemory
+from layerkv.device.base import COPY_TIMEOUT_S, Direction
 from layerkv.device.lane_schedule import LaneSchedule
-from layerkv.device.mmap_arena import MmapArena
+from layerkv.device.mechanism import make_mechanism
 from layerkv.errors import IncompatibleVLLMError, TransferError
 from layerkv.metrics import MetricSamples, Payload
 from layerkv.vllm_plugin.setup import host_blocks_per_worker
@@ -26,6 +24,9 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = init_logger(f"vllm.{__name__}")
+
+SHARED_LINK_UNIT_BYTES = 8 << 20
+"""Most bytes of one background copy under tensor parallelism: a third of a millisecond at 25 GB/s."""
 
 IDLE_WAIT_S = 0.005
 """A step without tokens waits this long for a fetch: without compute to overlap, polling would only spin."""
@@ -40,10 +41,19 @@ class WorkerSide:
         layer_names = _layers_in_order(kv_cache_config, geometry)
         self._layer_index = {name: index for index, name in enumerate(layer_names)}
         self._geometry = geometry
-        self._arena = MmapArena(geometry)
-        self._host = MmapHostMemory(geometry, host_blocks_per_worker(vllm_config, config, geometry))
-        self._engine = CPUTransferEngine(self._arena, self._host)
-        self._lanes = LaneSchedule(self._engine, geometry.num_layers, geometry.lanes)
+        num_host_blocks = host_blocks_per_worker(vllm_config, config, geometry)
+        if vllm_config.device_config.device_type == "cuda":
+            logger.warning("layerkv's CUDA path has not been measured on a GPU yet: run benchmarks/gpu first")
+        shares_link = vllm_config.parallel_config.tensor_parallel_size > 1
+        unit_blocks = max(SHARED_LINK_UNIT_BYTES // geometry.page_bytes, 1) if shares_link else None
+        mechanism = make_mechanism(vllm_config.device_config.device_type, geometry, num_host_blocks)
+        self._arena, self._engine = mechanism.arena, mechanism.engine
+        self._lanes = LaneSchedule(
+            self._engine,
+            geometry.lane_layers(),
+            unit_blocks,
+            hooks_always_run=vllm_config.device_config.device_type == "cpu",
+        )
         self._is_idle_step = False
         self._failed_blocks: set[int] = set()
         self._metrics = MetricSamples()
@@ -73,14 +83,27 @@ class WorkerSide:
         if plan.has_copies:
             self._has_copied = True
             self._lanes.begin_step(plan)
-            if (failed := self._lanes.take_failed_hits()) is not None:
-                logger.error("loading a cached prefix failed, its KV is computed again: %s", failed.error)
-                self._failed_blocks.update(failed.device_blocks)
             self._count(plan)
 
     def layer_done(self, layer_name: str) -> None:
         """The layer's attention has run (or is enqueued)."""
         self._lanes.layer_done(self._layer_index[layer_name])
+
+    def end_step(self) -> None:
+        """The forward pass is over.
+
+        Raises:
+            TransferError: layer hooks did not run.
+        """
+        self._lanes.end_step()
+        if (failed := self._lanes.take_failed_hits()) is not None:
+            logger.error("loading a cached prefix failed, its KV is computed again: %s", failed.error)
+            self._failed_blocks.update(failed.device_blocks)
+
+    @property
+    def has_layer_work(self) -> bool:
+        """Whether the layer hooks have work in the step that was begun."""
+        return self._lanes.has_layer_work
 
     def finished_fetches(self) -> set[str] | None:
         """Requests whose fetch has ended since the last call."""
@@ -117,11 +140,12 @@ class WorkerSide:
     def _count(self, plan: StepPlan) -> None:
         block_bytes = self._geometry.block_bytes
         stored = num_blocks(plan.parks) + num_blocks(plan.stores) + num_blocks(plan.ahead)
-        loaded = num_blocks(plan.loads) + num_blocks(plan.hits) + sum(num_blocks(fetch.runs) for fetch in plan.fetches)
+        loaded = num_blocks(plan.hits) + sum(num_blocks(fetch.runs) for fetch in plan.fetches)
+        loaded_bytes = loaded * block_bytes + num_blocks(plan.loads) * self._geometry.streamed_block_bytes
         if stored:
             self._metrics.add("layerkv_bytes", stored * block_bytes, Direction.STORE)
-        if loaded:
-            self._metrics.add("layerkv_bytes", loaded * block_bytes, Direction.LOAD)
+        if loaded_bytes:
+            self._metrics.add("layerkv_bytes", loaded_bytes, Direction.LOAD)
 
 
 def _layers_in_order(kv_cache_config: KVCacheConfig, geometry: KVGeometry) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from layerkv.errors import ConfigError
@@ -12,8 +13,11 @@ from layerkv.errors import ConfigError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
-OUR_WORKERS = {"cpu": "layerkv.vllm_plugin.worker.LayerKVCPUWorker"}
+VLLM_WORKERS = {"cpu": "vllm.v1.worker.cpu_worker.CPUWorker", "cuda": "vllm.v1.worker.gpu_worker.Worker"}
+OUR_WORKERS = {
+    "cpu": "layerkv.vllm_plugin.worker.LayerKVCPUWorker",
+    "cuda": "layerkv.vllm_plugin.worker.LayerKVGPUWorker",
+}
 OUR_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVScheduler"
 OUR_ASYNC_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVAsyncScheduler"
 _OUR_MIXIN = "layerkv.vllm_plugin.scheduler.LayerKVSchedulerMixin"
@@ -73,9 +77,11 @@ def _problems(c: VllmConfig) -> Iterable[Unsupported]:
     if device not in OUR_WORKERS:
         yield Unsupported(
             f"device type {device!r}",
-            "only the CPU arena and transfer engine exist so far",
+            "it has no arena and no transfer engine",
             f"run one of {', '.join(OUR_WORKERS)}",
         )
+    if device == "cuda":
+        yield from _cuda_problems(c)
     if transfer.kv_role != "kv_both":
         yield Unsupported(f"kv_role {transfer.kv_role!r}", "one engine stores and loads", "set kv_role to kv_both")
     if model.runner_type != "generate":
@@ -102,9 +108,20 @@ def _problems(c: VllmConfig) -> Iterable[Unsupported]:
         yield Unsupported(
             "max_model_len -1 (fit to memory)", "it would count the lane zone as memory", "set --max-model-len"
         )
-    if parallel.worker_cls not in ("auto", CPU_WORKER, *OUR_WORKERS.values()):
+    if parallel.worker_cls not in ("auto", *VLLM_WORKERS.values(), *OUR_WORKERS.values()):
         yield Unsupported(f"worker class {parallel.worker_cls!r}", "layerkv brings its own", "leave out --worker-cls")
     if scheduler.scheduler_cls is not None and not is_our_scheduler(scheduler.scheduler_cls):
         yield Unsupported(
             f"scheduler class {scheduler.scheduler_cls!r}", "layerkv brings its own", "leave out --scheduler-cls"
+        )
+
+
+def _cuda_problems(c: VllmConfig) -> Iterable[Unsupported]:
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        yield Unsupported(
+            "CUDA without the package cuda-bindings", "the arena maps memory through it", "install layerkv[cuda]"
+        )
+    if c.parallel_config.use_ubatching:
+        yield Unsupported(
+            "microbatching", "two halves of a step would run each layer's hook", "leave out --enable-dbo, --ubatch-size"
         )

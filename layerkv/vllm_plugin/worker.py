@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
 
 from layerkv.core.geometry import geometry_for_memory
 from layerkv.errors import ConfigError
+from layerkv.vllm_plugin.connector import LayerKVMetadata
+from layerkv.vllm_plugin.graphs import without_graphs
 from layerkv.vllm_plugin.setup import engine_config, geometry_request, require_room_for_one
 from layerkv.vllm_plugin.slo_gate import without_gates
 from layerkv.vllm_plugin.spec import LayerKVSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -62,7 +66,7 @@ class LayerKVWorkerMixin(_VLLMWorker):
         request = geometry_request(self.vllm_config, self._layerkv, spec, len(self._layerkv_specs))
         geometry = geometry_for_memory(request, available_bytes)
         if self.vllm_config.cache_config.num_gpu_blocks_override is None:
-            require_room_for_one(self.vllm_config, geometry)
+            require_room_for_one(self.vllm_config, self._layerkv, geometry)
         return geometry.virtual_bytes
 
     def _unsupported_layers(self, specs: dict[str, KVCacheSpec]) -> str | None:
@@ -85,3 +89,15 @@ class LayerKVWorkerMixin(_VLLMWorker):
 
 class LayerKVCPUWorker(LayerKVWorkerMixin, CPUWorker):
     """vLLM's CPU worker with a lane zone."""
+
+
+class LayerKVGPUWorker(LayerKVWorkerMixin, Worker):
+    """vLLM's CUDA worker with a lane zone."""
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """vLLM's step; one that copies layer by layer runs without CUDA graphs."""
+        metadata = scheduler_output.kv_connector_metadata
+        if not isinstance(metadata, LayerKVMetadata) or not metadata.plan.needs_layer_hooks:
+            return super().execute_model(scheduler_output)
+        with without_graphs(self.model_runner):
+            return super().execute_model(scheduler_output)
