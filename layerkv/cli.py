@@ -148,6 +148,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     decision.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     decision.set_defaults(run=_decide)
+    transfer = benchmarks.add_parser(
+        "transfer",
+        help="speed of copies, and how much of them compute hides",
+        description="Measure copies between device and host beside plain memcpy, by direction and fragment size, and "
+        "the share of a layered prefill's copies that compute hides. On the GPU where there is one.",
+    )
+    transfer.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    transfer.add_argument("--quick", action="store_true", help="few sizes, for a first look")
+    transfer.set_defaults(run=_transfer)
     return parser
 
 
@@ -280,6 +289,12 @@ def _decide(arguments: argparse.Namespace) -> int | None:
     from layerkv.bench.decide import run_decide
 
     return run_decide(arguments.json)
+
+
+def _transfer(arguments: argparse.Namespace) -> int:
+    from layerkv.bench.transfer import run_transfer
+
+    return run_transfer(arguments.json, quick=arguments.quick)
 
 
 def _overhead(arguments: argparse.Namespace) -> int | None:
