@@ -58,6 +58,7 @@ class EngineSettings:
     max_num_seqs: int
     lanes: int | None
     zone_tokens: int | None
+    long_contexts: bool
     options: tuple[str, ...]
 
 
@@ -155,6 +156,7 @@ _Tokens: TypeAlias = Annotated[Annotated[int, Meta(ge=1)], count_meta("tokens", 
 _OptionalTokens: TypeAlias = Annotated[Annotated[int, Meta(ge=1)] | None, count_meta("tokens", 2048)]
 _Lanes: TypeAlias = Annotated[Annotated[int, Meta(ge=1)] | None, count_meta("lanes", 2)]
 _Seqs: TypeAlias = Annotated[Annotated[int, Meta(ge=1)], count_meta("requests", 64)]
+_Switch: TypeAlias = Annotated[bool, Meta(description="true or false", examples=[True])]
 _Options: TypeAlias = Annotated[
     list[str], Meta(description="a list of flags for `vllm serve`", examples=[["--tensor-parallel-size=2"]])
 ]
@@ -194,6 +196,7 @@ class _EngineKeys(msgspec.Struct, frozen=True):
     max_num_seqs: _Seqs = 64
     lanes: _Lanes = None
     zone_tokens: _OptionalTokens = None
+    long_contexts: _Switch = False
     options: _Options = msgspec.field(default_factory=list)
 
 
@@ -300,6 +303,7 @@ def _settings(raw: Any, *, where: str) -> EngineSettings:
         max_num_seqs=keys.max_num_seqs,
         lanes=keys.lanes,
         zone_tokens=keys.zone_tokens,
+        long_contexts=keys.long_contexts,
         options=tuple(keys.options),
     )
 

@@ -131,6 +131,8 @@ def _layerkv_options(settings: EngineSettings, policy_path: Path) -> dict[str, A
         options["lanes"] = settings.lanes
     if settings.zone_tokens is not None:
         options["zone_tokens"] = settings.zone_tokens
+    if settings.long_contexts:
+        options["long_contexts"] = True
     return options
 
 
