@@ -67,15 +67,16 @@ class PinnedHostMemory(MmapHostMemory):
         _unpin(self._driver, self._pinned)
 
     def _pin(self) -> None:
-        self._driver.enter_thread()
         for layer in range(self._num_layers):
             if self._closing.is_set():
                 return
             try:
+                if layer == 0:
+                    self._driver.enter_thread()
                 if self.layer_bytes > MOST_PIECE_BYTES:
                     raise MemoryError(f"a layer's {format_bytes(self.layer_bytes)} are too much for one call")
                 self._driver.pin(self.address(layer, 0), self.layer_bytes)
-            except MemoryError as error:
+            except (MemoryError, RuntimeError) as error:  # the latter: a driver without that call
                 self.problem = (
                     f"host memory of {self._num_layers - layer} of {self._num_layers} layers could not be pinned "
                     f"({error}): copies from and to it are several times slower; set a smaller host_memory, or raise "
