@@ -1,7 +1,7 @@
 """The GPU run book: is it correct on this device, and how fast? `python benchmarks/gpu/run_book.py` (see README.md).
 
 Runs the steps one after the other, each in processes of its own, and writes the JSON file again after each of them: a
-step that fails is recorded with its reason and the next one goes on. Without a GPU the same steps run on the CPU
+step that fails is recorded with its reason and the next one goes on. With `--device cpu` the same steps run on the CPU
 engine with tiny sizes: that tests this script, and says nothing about speed.
 """
 
@@ -455,7 +455,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cpu: a dry run with tiny sizes")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    device = arguments.device or ("cuda" if _has_gpu() else "cpu")
+    device = arguments.device or "cuda"
+    if device == "cuda" and not _has_gpu():
+        print("no CUDA device is visible; --device cpu is a dry run of this script", file=sys.stderr)
+        return 2
     context = Context(device, SIZES[device], arguments.out.resolve())
     context.out.mkdir(parents=True, exist_ok=True)
     if arguments.only is not None:
