@@ -108,7 +108,7 @@ def _problems(c: VllmConfig) -> Iterable[Unsupported]:
         yield Unsupported(
             "max_model_len -1 (fit to memory)", "it would count the lane zone as memory", "set --max-model-len"
         )
-    if parallel.worker_cls not in ("auto", *VLLM_WORKERS.values(), *OUR_WORKERS.values()):
+    if parallel.worker_cls not in ("auto", VLLM_WORKERS.get(device), OUR_WORKERS.get(device)):
         yield Unsupported(f"worker class {parallel.worker_cls!r}", "layerkv brings its own", "leave out --worker-cls")
     if scheduler.scheduler_cls is not None and not is_our_scheduler(scheduler.scheduler_cls):
         yield Unsupported(
