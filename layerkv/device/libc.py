@@ -31,7 +31,7 @@ def _libc() -> ctypes.CDLL:
 def reserve(num_bytes: int) -> int:
     """Map a zero, private range that gets memory when it is first touched, in huge pages where the kernel has them.
 
-    With pages of 4 KiB, copies of single blocks would spend a third of their time on address translation.
+    With pages of 4 KiB, copies of single blocks spend much of their time on address translation.
 
     Returns:
         Its address.

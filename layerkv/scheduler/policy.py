@@ -155,20 +155,19 @@ def decide(snapshot: Snapshot, limits: PolicyLimits | None = None) -> Decision:
 def _let_layered_leave(s: Snapshot, draft: _Draft) -> None:
     """Park layered requests after their first token, or, when they may stream, once that is not worth it."""
     stream_bytes = _stream_budget(s)
-    wanted = min((_layered_blocks(s, w) for w in s.waiting[:1]), default=0)
+    wanted = min((_layered_blocks(w) for w in s.waiting[:1]), default=0)
     pool = draft.pool - s.growth_blocks
     for r in s.layered:
         zone_cost, host_cost = int(r.needs_zone_block), int(r.needs_host_block)
         if r.outgrows_pool:  # all its room is reserved
             zone_cost = host_cost = 0
         reason: Reason | None = None
-        is_longer_than_pool = r.outgrows_pool or r.num_blocks > s.pool_blocks  # it could never be fetched
-        if r.prefill_done and is_longer_than_pool:
-            stream_bytes -= r.num_zone_blocks * s.streamed_block_bytes
-        elif r.prefill_done:
+        if r.prefill_done:
             stream_bytes -= r.num_zone_blocks * s.streamed_block_bytes
             is_wanted = draft.zone - zone_cost < wanted or draft.host < host_cost or r.num_blocks <= pool
-            if not s.streamed_decode or is_wanted:  # a first token matters more, and the pool is better, than streaming
+            if r.outgrows_pool or r.num_blocks > s.pool_blocks:
+                pass  # it could never be fetched
+            elif not s.streamed_decode or is_wanted:  # a first token matters more, and the pool is better
                 reason = Reason.FIRST_TOKEN_DONE
             elif stream_bytes < 0:
                 reason = Reason.STREAM_BUDGET
@@ -425,16 +424,16 @@ def _store_ahead(s: Snapshot, limits: PolicyLimits, draft: _Draft, forecast: For
 
 def _outgrows_pool(s: Snapshot, w: WaitingRequest) -> bool:
     """Whether it is expected to become longer than the pool: then it decodes in the zone, to its end."""
-    return max(w.num_blocks, w.most_blocks) > s.pool_blocks
+    return _layered_blocks(w) > s.pool_blocks
 
 
-def _layered_blocks(s: Snapshot, w: WaitingRequest) -> int:
+def _layered_blocks(w: WaitingRequest) -> int:
     """Blocks that it needs room for, in the zone (less its hits) and in host memory, to start layered."""
-    return max(w.num_blocks, w.most_blocks) if _outgrows_pool(s, w) else w.num_blocks
+    return max(w.num_blocks, w.most_blocks)
 
 
 def _can_ever_layer(s: Snapshot, w: WaitingRequest) -> bool:
-    hit, num_blocks = s.hits.get(w.request_id, _NO_HIT), _layered_blocks(s, w)
+    hit, num_blocks = s.hits.get(w.request_id, _NO_HIT), _layered_blocks(w)
     return (
         s.mode != "resident"
         and w.can_layer
@@ -541,7 +540,7 @@ def _start(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn, where: Li
     hit = s.hits.get(w.request_id, _NO_HIT)
     turn.tokens -= _tokens_to_compute(s, w, hit, resident=where == "pool")
     if where == "zone":
-        host_blocks = _layered_blocks(s, w)
+        host_blocks = _layered_blocks(w)
         zone_blocks = host_blocks - hit.num_blocks
         draft.admit.append(Admission(w.request_id, layered=True, zone_blocks=zone_blocks, host_blocks=host_blocks))
         draft.zone -= zone_blocks
@@ -582,7 +581,7 @@ def _tokens_to_compute(s: Snapshot, w: WaitingRequest, hit: PrefixHit, *, reside
 
 def _why_not_layered(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn) -> Reason | None:
     """None if zone, host memory and this step's tokens have room for the prompt and that helps it; else why not."""
-    hit, num_blocks = s.hits.get(w.request_id, _NO_HIT), _layered_blocks(s, w)
+    hit, num_blocks = s.hits.get(w.request_id, _NO_HIT), _layered_blocks(w)
     if num_blocks > (draft.host if _outgrows_pool(s, w) else min(draft.host, draft.early_host)):
         return Reason.HOST_FULL
     if num_blocks - hit.num_blocks > draft.zone or hit.num_evictable > max(draft.pool, 0):
@@ -613,11 +612,10 @@ def _waiting_is_shorter(s: Snapshot, draft: _Draft, w: WaitingRequest, forecast:
 
 
 def _never_fits(s: Snapshot, w: WaitingRequest) -> str:
-    most = max(w.num_blocks, w.most_blocks)
     return (
-        f"the prompt's {w.num_tokens} tokens and its output may need {most} KV blocks; the pool has {s.pool_blocks}, "
-        f"the lane zone {s.zone_blocks}, host memory {s.host_blocks}: raise KV memory, or, with long_contexts, "
-        "zone_tokens and host_memory"
+        f"the prompt's {w.num_tokens} tokens and its output may need {_layered_blocks(w)} KV blocks; the pool has "
+        f"{s.pool_blocks}, the lane zone {s.zone_blocks}, host memory {s.host_blocks}: raise KV memory, or, with "
+        "long_contexts, zone_tokens and host_memory"
     )
 
 

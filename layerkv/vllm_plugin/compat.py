@@ -73,6 +73,9 @@ _SURFACES: tuple[Surface, ...] = (
     Surface("vllm.distributed.kv_transfer.kv_connector.v1.metrics", "KVConnectorPromMetrics"),
     Surface("vllm.v1.worker.cpu_worker", "CPUWorker.determine_available_memory"),
     Surface("vllm.v1.worker.gpu_worker", "Worker.get_kv_cache_spec"),
+    Surface("vllm.v1.worker.gpu_worker", "Worker.execute_model", ("scheduler_output",)),
+    Surface("vllm.v1.request", "Request.get_skip_reading_prefix_cache"),
+    Surface("vllm.config", "ParallelConfig.use_ubatching"),
 )
 
 

@@ -13,7 +13,7 @@ from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.device.allocation import ArenaAllocation
 from layerkv.device.base import COPY_TIMEOUT_S, Direction
-from layerkv.device.lane_schedule import LaneSchedule
+from layerkv.device.lane_schedule import LaneSchedule, shared_link_unit
 from layerkv.device.mechanism import make_mechanism
 from layerkv.errors import IncompatibleVLLMError, TransferError
 from layerkv.metrics import MetricSamples, Payload
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = init_logger(f"vllm.{__name__}")
-
-SHARED_LINK_UNIT_BYTES = 8 << 20
-"""Most bytes of one background copy under tensor parallelism: a third of a millisecond at 25 GB/s."""
 
 IDLE_WAIT_S = 0.005
 """A step without tokens waits this long for a fetch: without compute to overlap, polling would only spin."""
@@ -42,17 +39,17 @@ class WorkerSide:
         self._layer_index = {name: index for index, name in enumerate(layer_names)}
         self._geometry = geometry
         num_host_blocks = host_blocks_per_worker(vllm_config, config, geometry)
-        if vllm_config.device_config.device_type == "cuda":
+        device_type: str = vllm_config.device_config.device_type
+        if device_type == "cuda":
             logger.warning("layerkv's CUDA path has not been measured on a GPU yet: run benchmarks/gpu first")
         shares_link = vllm_config.parallel_config.tensor_parallel_size > 1
-        unit_blocks = max(SHARED_LINK_UNIT_BYTES // geometry.page_bytes, 1) if shares_link else None
-        mechanism = make_mechanism(vllm_config.device_config.device_type, geometry, num_host_blocks)
+        mechanism = make_mechanism(device_type, geometry, num_host_blocks)
         self._arena, self._engine = mechanism.arena, mechanism.engine
         self._lanes = LaneSchedule(
             self._engine,
             geometry.lane_layers(),
-            unit_blocks,
-            hooks_always_run=vllm_config.device_config.device_type == "cpu",
+            shared_link_unit(geometry.page_bytes) if shares_link else None,
+            hooks_always_run=device_type == "cpu",
         )
         self._is_idle_step = False
         self._failed_blocks: set[int] = set()

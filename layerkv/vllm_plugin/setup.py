@@ -84,17 +84,17 @@ def require_room_for_one(vllm_config: VllmConfig, config: EngineConfig, geometry
         f"max_model_len: found {max_model_len}, but the KV pool holds {pool_tokens} tokens beside a lane zone of "
         f"{zone_tokens} tokens"
     )
-    less = f"set max_model_len to {pool_tokens} or less, give more KV memory (--kv-cache-memory-bytes, "
+    less = f"max_model_len to {pool_tokens} or less, or give more KV memory (--kv-cache-memory-bytes or "
     less += "--gpu-memory-utilization)"
     if not config.long_contexts:
         raise ConfigError(
-            f"{found}; {less}, or a smaller zone_tokens; or set long_contexts to true in kv_connector_extra_config, to "
-            "serve requests that are longer than the pool from host memory, slowly"
+            f"{found}; set {less}, or a smaller zone_tokens; or set long_contexts to true in kv_connector_extra_config "
+            "to serve requests that are longer than the pool from host memory, slowly"
         )
     if zone_tokens < max_model_len:
         raise ConfigError(
             f"{found}, which must hold a request that is longer than the pool; set zone_tokens to {max_model_len} or "
-            f"more, fewer lanes, or {less.removeprefix('set ')}"
+            f"more, fewer lanes, or {less}"
         )
     host_tokens = host_blocks_per_worker(vllm_config, config, geometry) * geometry.block_tokens
     if host_tokens < max_model_len:
