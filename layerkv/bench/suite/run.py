@@ -341,8 +341,12 @@ class _CaseRun:
 
 
 def rotated(engines: Sequence[str], seed: int) -> list[str]:
-    """The engines in the order of this seed's round: each begins further on, and every other one goes backwards."""
-    start = seed % len(engines)
+    """The engines in the order of this seed's round.
+
+    Every second round is the one before it backwards, so that each engine comes before each other one as often as
+    after it; every two rounds begin with another engine.
+    """
+    start = seed // 2 % len(engines)
     order = [*engines[start:], *engines[:start]]
     return order if seed % 2 == 0 else order[::-1]
 
