@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -211,11 +211,12 @@ class Trace:
 def make_workload(spec: WorkloadSpec, *, rate_per_s: float, seed: int) -> list[SimRequest]:
     """The requests of a run in order of arrival.
 
-    The arrivals of a trace are stretched or squeezed to the rate; at the trace's own `rate_per_s` they are as recorded.
+    Of a trace, each seed replays the rows behind those of the seed before, as long as there are any, stretched or
+    squeezed to the rate; at the trace's own `rate_per_s` they come as recorded.
     """
-    arrivals_s = _arrivals_s(spec, rate_per_s, Random(f"{seed}: arrivals"))
+    rows = _trace_rows(spec.arrivals.trace, spec.num_requests, seed) if isinstance(spec.arrivals, TraceArrivals) else ()
+    arrivals_s = _arrivals_s(spec, rows, rate_per_s, Random(f"{seed}: arrivals"))
     num_requests = len(arrivals_s)
-    rows = spec.arrivals.trace.requests if isinstance(spec.arrivals, TraceArrivals) else ()
     shares = [mix.share for mix in spec.classes]
     mixes = Random(f"{seed}: classes").choices(spec.classes, shares, k=num_requests)
     rng = Random(f"{seed}: lengths")
@@ -235,12 +236,19 @@ def make_workload(spec: WorkloadSpec, *, rate_per_s: float, seed: int) -> list[S
     return requests
 
 
-def _arrivals_s(spec: WorkloadSpec, rate_per_s: float, rng: Random) -> list[float]:
+def _trace_rows(trace: Trace, count: int, seed: int) -> tuple[TraceRow, ...]:
+    start = seed * count % max(len(trace.requests) - count + 1, 1)
+    return trace.requests[start : start + count]
+
+
+def _arrivals_s(spec: WorkloadSpec, rows: Sequence[TraceRow], rate_per_s: float, rng: Random) -> list[float]:
     count = spec.num_requests
     match spec.arrivals:
         case TraceArrivals(trace):
-            stretch = trace.rate_per_s / rate_per_s
-            return [row.arrival_s * stretch for row in trace.requests[:count]]
+            first_s, last_s = rows[0].arrival_s, rows[-1].arrival_s
+            is_as_recorded = rate_per_s == trace.rate_per_s
+            stretch = 1.0 if is_as_recorded else len(rows) / (last_s - first_s or 1.0) / rate_per_s
+            return [(row.arrival_s - first_s) * stretch for row in rows]
         case UniformArrivals():
             return [i / rate_per_s for i in range(count)]
         case GammaArrivals(cv):

@@ -4,6 +4,7 @@ It gives a token every few milliseconds. BEHAVIOUR makes it do what real ones do
 
     broken   ends at once, with a traceback
     dies     ends without a word at its tenth request
+    fades    breaks its ninth answer off, as a front end does whose engine is gone, and ends a moment later
     stalls   takes requests and gives no token before it is asked for /release
     refuses  answers every other request with HTTP 429
     breaks   breaks off every stream after two tokens
@@ -70,6 +71,10 @@ class ToyServer:
         self.bodies.append(body)
         if self.behaviour == "dies" and len(self.arrivals_s) == 10:
             os._exit(7)
+        if self.behaviour == "fades" and len(self.arrivals_s) == 9:
+            asyncio.get_running_loop().call_later(0.5, os._exit, 7)
+            request.transport.close()
+            return web.Response()
         if self.behaviour == "refuses" and len(self.arrivals_s) % 2 == 0:
             return web.json_response({"error": {"message": "too busy"}}, status=429)
         if self.behaviour == "stalls":

@@ -96,6 +96,7 @@ class Case:
         axis: What `x` of its points is, for people.
         main_point: The point that the headline is about.
         num_seeds: How many seeds unless the command says otherwise.
+        expected_to_fail: Engines that cannot serve this load at all: the result is complete without them.
         can_compare_tokens: Whether equal tokens are to be expected: float32 and greedy.
         notes: What a reader of the result must know, such as broken rows of a trace.
     """
@@ -110,6 +111,7 @@ class Case:
     points: tuple[Point, ...]
     main_point: str
     num_seeds: int
+    expected_to_fail: tuple[str, ...]
     can_compare_tokens: bool
     notes: tuple[str, ...]
 
@@ -181,6 +183,7 @@ class _TopKeys(msgspec.Struct, frozen=True):
     sizes: _Mapping
     policy: _Policy = None
     engines: _Engines = None
+    expected_to_fail: _Engines = None
     main_point: _PointName = None
 
 
@@ -257,6 +260,7 @@ def load_case(path: Path, size: str = "full", *, trace_path: Path | None = None)
         points=kept,
         main_point=main_point if main_point in wanted else default_main,
         num_seeds=chosen.seeds,
+        expected_to_fail=tuple(_known(keys.expected_to_fail or (), ENGINE_NAMES, where=f"{top}.expected_to_fail")),
         can_compare_tokens=settings.dtype == "float32",
         notes=_trace_notes(kept),
     )
@@ -358,6 +362,8 @@ def _point(
 def _sessions(raw: Any, workload: WorkloadSpec, settings: EngineSettings, *, where: str) -> Sessions:
     keys = _read(raw, _SessionKeys, where=where)
     turns = read_lengths(keys.turns, where=f"{where}.turns")
+    if workload.max_tokens_factor != 1:
+        raise _wrong(where, "found sessions beside max_tokens_factor; expected one of them", "remove one of them")
     if isinstance(workload.arrivals, TraceArrivals):
         raise _wrong(where, "found sessions beside a trace; expected one of them", "remove sessions, or the trace")
     a_turn = max(mix.prompt_tokens.most + mix.output_tokens.most for mix in workload.classes)  # type: ignore[union-attr]
@@ -394,5 +400,7 @@ def _notes_of(trace: Trace) -> list[str]:
     if trace.num_failed:
         notes.append(f"{trace.num_failed} requests without output were left out.")
     if trace.num_too_long:
-        notes.append(f"{trace.num_too_long} requests longer than max_model_len were left out.")
+        notes.append(
+            f"{trace.num_too_long} requests longer than max_model_len, or than max_prompt_tokens, were left out."
+        )
     return notes

@@ -149,7 +149,7 @@ def is_ours(curve: Curve) -> bool:
 
 
 def _is_rate(points: Sequence[PointResult]) -> bool:
-    return all(point.x == point.rate_per_s for point in points)
+    return all(point.x == point.rate_per_s and not point.has_sessions for point in points)
 
 
 def _values(points: Sequence[PointResult], quantity: _Quantity) -> list[float]:

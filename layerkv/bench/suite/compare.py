@@ -2,12 +2,14 @@
 
 Times of different runs are not comparable where machines drift, so a figure is compared as its ratio to stock vLLM's
 in the same run and with the same seed (stock's own figures move with the machine and are left out); without stock in
-both, as it is, and the output says so. A difference counts
-if it is at least :data:`LEAST_CHANGE` and the seeds of the two results do not overlap; anything else is noise.
+both, as it is, and the output says so. Loads differ from seed to seed by more than most regressions, so each seed is
+compared with itself: a difference counts if every seed moved the same way by at least :data:`LEAST_CHANGE`; anything
+else is noise.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +26,10 @@ from layerkv.bench.suite.result import SCHEMA_VERSION, CaseResult, Figures, Poin
 from layerkv.bench.suite.titles import ENGINE_TITLES
 from layerkv.errors import ConfigError
 
-# Seeds of one result differ by about as much on the machines these cases were made on (benchmarks/README.md).
+# Three seeds that move by chance alone, with a deviation of a tenth, do so in the same direction once in 35 times.
 LEAST_CHANGE = 0.05
+# With one seed nothing is told from noise but a change by half.
+LEAST_CHANGE_OF_ONE = 0.5
 REFERENCE = "stock"
 
 Verdict: TypeAlias = Literal["worse", "better", "same"]
@@ -86,8 +90,11 @@ def compare(before: CaseResult, after: CaseResult) -> Comparison:
     """Every figure that both results have."""
     earlier = {point.name: point for point in before.points}
     later = {point.name: point for point in after.points}
-    changes = [change for name in earlier if name in later for change in _changes(earlier[name], later[name])]
-    missing = sorted(_rows(earlier) ^ _rows(later))
+    num_seeds = len(before.seeds) if before.seeds == after.seeds else 0
+    changes = [
+        change for name in earlier if name in later for change in _changes(earlier[name], later[name], num_seeds)
+    ]
+    missing = sorted(_rows(later) - _rows(earlier))
     return Comparison(
         case=before.case,
         same_machine=before.machine == after.machine,
@@ -105,8 +112,12 @@ def _broken(
         yield "layerkv's tokens differ from the oracle's"
     if before.complete and not after.complete:
         yield "the run is not complete"
+    for engine in sorted(after.failures.keys() - before.failures.keys()):
+        yield f"{ENGINE_TITLES.get(engine, engine)} {after.failures[engine].reason}"
+    for name, engine in sorted(_rows(earlier) - _rows(later)):
+        yield f"{ENGINE_TITLES.get(engine, engine)} at {name}: no figures any more"
     for name, engine in sorted(_rows(earlier) & _rows(later)):
-        old, new = (points[name].engines[engine].num_failed.median for points in (earlier, later))
+        old, new = (sum(points[name].engines[engine].num_failed.values) for points in (earlier, later))
         if new > old:
             yield f"{ENGINE_TITLES.get(engine, engine)} at {name}: {new:g} requests failed instead of {old:g}"
 
@@ -115,7 +126,7 @@ def _rows(points: dict[str, PointResult]) -> set[tuple[str, str]]:
     return {(name, engine) for name, point in points.items() for engine in point.engines}
 
 
-def _changes(before: PointResult, after: PointResult) -> Iterator[Change]:
+def _changes(before: PointResult, after: PointResult, num_seeds: int) -> Iterator[Change]:
     has_reference = REFERENCE in before.engines and REFERENCE in after.engines
     for engine in before.engines:
         if engine not in after.engines or (has_reference and engine == REFERENCE):
@@ -131,13 +142,18 @@ def _changes(before: PointResult, after: PointResult) -> Iterator[Change]:
                     before=median(old),
                     after=median(new),
                     relative_to=REFERENCE if has_reference else None,
-                    verdict=verdict(old, new, less_is_better=figure.less_is_better),
+                    verdict=verdict(
+                        old,
+                        new,
+                        less_is_better=figure.less_is_better,
+                        is_paired=len(old) == len(new) == num_seeds,
+                    ),
                 )
 
 
 def _values(point: PointResult, engine: str, pick: Callable[[Figures], Spread], *, relative: bool) -> list[float]:
     values = pick(point.engines[engine]).values
-    if point.engines[engine].num_failed.median:
+    if any(point.engines[engine].num_failed.values):
         return []  # what is missing would make latencies look better; `broken` says it
     if not relative:
         return values
@@ -146,17 +162,26 @@ def _values(point: PointResult, engine: str, pick: Callable[[Figures], Spread], 
     return [value / base for value, base in zip(values, reference, strict=False) if base]
 
 
-def verdict(before: list[float], after: list[float], *, less_is_better: bool) -> Verdict:
-    """Whether a figure's seeds moved by more than they differ among themselves.
+def verdict(before: list[float], after: list[float], *, less_is_better: bool, is_paired: bool) -> Verdict:
+    """Whether a figure moved by more than chance moves it.
 
-    With one seed on either side nothing can be told from noise but a change by half: then that is the bound.
+    `is_paired`: the two lists hold the same seeds in the same order. Otherwise the ranges of the two must be apart.
     """
-    old, new = median(before), median(after)
-    least = LEAST_CHANGE if min(len(before), len(after)) > 1 else 0.5
-    overlaps = min(before) <= max(after) and min(after) <= max(before)
-    if overlaps or abs(new - old) < least * abs(old):
-        return "same"
-    return "better" if (new < old) == less_is_better else "worse"
+    if is_paired:
+        changes = [
+            new / old - 1 if old else math.copysign(math.inf, new) if new else 0.0
+            for old, new in zip(before, after, strict=True)
+        ]
+    else:
+        old, new = median(before), median(after)
+        overlaps = min(before) <= max(after) and min(after) <= max(before)
+        changes = [0.0 if overlaps or not old else new / old - 1]
+    least = LEAST_CHANGE if min(len(before), len(after)) > 1 else LEAST_CHANGE_OF_ONE
+    if all(change >= least for change in changes):
+        return "worse" if less_is_better else "better"
+    if all(change <= -least for change in changes):
+        return "better" if less_is_better else "worse"
+    return "same"
 
 
 def run_compare(before_path: Path, after_path: Path, *, json_path: Path | None = None) -> int:
@@ -174,6 +199,11 @@ def run_compare(before_path: Path, after_path: Path, *, json_path: Path | None =
     if before.size != after.size:
         raise ConfigError(
             f"{after_path}: found size {after.size}; expected {before.size}, as {before_path} is: their loads differ"
+        )
+    if before.load and after.load and before.load != after.load:
+        raise ConfigError(
+            f"{after_path}: found load and settings {after.load}; expected {before.load}, as {before_path} has: the "
+            "case was changed between the two; run it again with one of its versions"
         )
     comparison = compare(before, after)
     if json_path is not None:
@@ -233,4 +263,4 @@ def _print(comparison: Comparison, console: Console) -> None:
     for what in comparison.broken:
         console.print(f"[red]Broken: {what}.[/]", highlight=False)
     for row in comparison.missing:
-        console.print(f"Only in one of them: {row}.", highlight=False)
+        console.print(f"New: {row}.", highlight=False)

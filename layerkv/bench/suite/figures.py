@@ -78,7 +78,7 @@ def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
         parks=counted(lambda c: c.parks),
         fetches=counted(lambda c: c.fetches),
         bytes_stored=_where_known([run.counters.bytes_stored for run in runs]),
-        bytes_loaded=counted(lambda c: c.bytes_loaded),
+        bytes_loaded=_where_known([run.counters.bytes_loaded for run in runs]),
         prompt_tokens=counted(lambda c: c.prompt_tokens),
         device_hit_tokens=counted(lambda c: c.device_hit_tokens),
         host_hit_tokens=counted(lambda c: c.host_hit_tokens),
@@ -120,6 +120,7 @@ def engine_ratios(runs: Mapping[str, Mapping[int, LoadRun]], policy: SloPolicy) 
         goodput_ratio=against("stock", lambda our, other: _ratio(our.goodput_rps, other.goodput_rps)),
         ttft_mean_speedup_over=all_against(_ttft_speedup),
         goodput_ratio_over=all_against(lambda our, other: _ratio(our.goodput_rps, other.goodput_rps)),
+        throughput_ratio_over=all_against(lambda our, other: _ratio(our.tokens_per_s, other.tokens_per_s)),
     )
 
 
@@ -162,8 +163,8 @@ def _digests(run: LoadRun) -> dict[str, str | None]:
 
 
 def _span_s(requests: Sequence[RequestRecord]) -> float:
-    """From the first arrival to the last token."""
-    last_s = max((r.token_times_s[-1] for r in requests if r.token_times_s), default=0.0)
+    """From the first arrival to the last token, or to the last arrival, if nothing came of that."""
+    last_s = max((r.token_times_s[-1] if r.token_times_s else r.arrival_s for r in requests), default=0.0)
     return last_s - min((r.arrival_s for r in requests), default=0.0)
 
 

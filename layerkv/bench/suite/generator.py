@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 
 import msgspec
@@ -70,6 +71,7 @@ class _Flight:
     sent_s: float | None = None
     token_times_s: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    status: int | None = None
     error: str | None = None
     is_done: bool = False
 
@@ -95,10 +97,12 @@ class Generator:
         """Warm up, send everything when it is due, and wait for the last token.
 
         Raises:
-            StreamError: the server is gone before the start.
+            StreamError: the server is gone, or fails a request, before the start.
         """
-        for request in self._plan.warm_up:
-            await self._finish(_Flight(request), self._target.begin(self._encoded(request, request.prompt)))
+        for flight in map(_Flight, self._plan.warm_up):
+            await self._finish(flight, self._target.begin(self._encoded(flight.request, flight.request.prompt)))
+            if flight.error is not None and flight.status != HTTPStatus.TOO_MANY_REQUESTS:
+                raise StreamError(f"{flight.request.request_id}: {flight.error}")
         before = await self._metrics()
         self._finished = asyncio.Event()
         self._start_clock()
@@ -186,14 +190,14 @@ class Generator:
         """The answer's stream, into `flight`; whatever goes wrong becomes its error."""
         answer = _Answer(flight)
         try:
-            status = await begun.finish(answer.take)
+            flight.status = await begun.finish(answer.take)
         except StreamError as error:
             flight.error = flight.error or str(error)[:ERROR_CHARS]
             return
         finally:
             flight.sent_s = begun.sent_s
-        if status != 200:
-            flight.error = f"HTTP {status}: {answer.rest.decode(errors='replace')}"[:ERROR_CHARS]
+        if flight.status != HTTPStatus.OK:
+            flight.error = f"HTTP {flight.status}: {answer.rest.decode(errors='replace')}"[:ERROR_CHARS]
         elif flight.error is None and len(flight.token_ids) != flight.request.output_tokens:
             got, asked = len(flight.token_ids), flight.request.output_tokens
             flight.error = f"the stream ended after {got} of {asked} tokens"
@@ -202,7 +206,7 @@ class Generator:
         body: dict[str, object] = {
             "model": self._plan.model,
             "prompt": list(prompt),
-            "max_tokens": request.output_tokens,
+            "max_tokens": request.max_tokens or request.output_tokens,
             "ignore_eos": True,
             "temperature": 0.0,
             "stream": True,
@@ -255,7 +259,8 @@ class _Answer:
         self._flight = flight
         self.rest = b""
 
-    def take(self, data: bytes) -> None:
+    def take(self, data: bytes) -> bool:
+        """Whether that is all the client wanted, though the server would go on."""
         now_s = time.monotonic()
         flight = self._flight
         *events, self.rest = (self.rest + data).split(b"\n\n")
@@ -273,6 +278,10 @@ class _Answer:
                 token_ids = choice.token_ids or []
                 flight.token_ids.extend(token_ids)
                 flight.token_times_s.extend([now_s] * len(token_ids))
+        if flight.request.max_tokens is None or len(flight.token_ids) < flight.request.output_tokens:
+            return False
+        del flight.token_ids[flight.request.output_tokens :], flight.token_times_s[flight.request.output_tokens :]
+        return True
 
 
 _DECODER = msgspec.json.Decoder(_Chunk)
@@ -281,12 +290,29 @@ _DECODER = msgspec.json.Decoder(_Chunk)
 def _sample(time_s: float, metrics: ServerMetrics, plan: LoadPlan) -> Sample:
     return Sample(
         time_s=time_s,
-        device_kv_bytes=int(metrics.device_usage * plan.kv_memory_bytes),
-        host_kv_bytes=metrics.host_blocks * plan.block_bytes if plan.tells_host_memory else None,
+        device_kv_bytes=_device_kv_bytes(metrics, plan),
+        host_kv_bytes=_host_kv_bytes(metrics, plan),
         running=metrics.running,
         waiting=metrics.waiting,
         parked=metrics.parked,
     )
+
+
+def _device_kv_bytes(metrics: ServerMetrics, plan: LoadPlan) -> int:
+    """KV in use; vLLM's share is one of the pool, which with layerkv is not all of the memory."""
+    if plan.block_bytes is None or not metrics.pool_blocks:
+        return int(metrics.device_usage * plan.kv_memory_bytes)
+    pool_bytes = metrics.pool_blocks * plan.block_bytes
+    zone_usage = metrics.zone_blocks_used / metrics.zone_blocks if metrics.zone_blocks else 0.0
+    return int(metrics.device_usage * pool_bytes + zone_usage * max(plan.kv_memory_bytes - pool_bytes, 0))
+
+
+def _host_kv_bytes(metrics: ServerMetrics, plan: LoadPlan) -> int | None:
+    if not plan.tells_host_memory:
+        return None
+    if plan.block_bytes is None:
+        return None if metrics.host_blocks else 0
+    return metrics.host_blocks * plan.block_bytes
 
 
 def main(argv: list[str]) -> int:

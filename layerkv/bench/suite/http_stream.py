@@ -71,8 +71,10 @@ class Begun:
         self._rest = rest
         self.sent_s = sent_s
 
-    async def finish(self, on_body: Callable[[bytes], None]) -> int:
+    async def finish(self, on_body: Callable[[bytes], bool | None]) -> int:
         """Reads the response to its end, giving `on_body` each piece as it arrives; returns the HTTP status.
+
+        Hangs up before the end when `on_body` returns True.
 
         Raises:
             StreamError: there was no whole response.
@@ -97,11 +99,11 @@ class Begun:
 
 
 class _Reader(asyncio.Protocol):
-    """Feeds the parser, which calls the methods below; `status` is set when the response is complete."""
+    """Feeds the parser, which calls the methods below; `status` is set when the response is complete, or enough."""
 
-    def __init__(self, on_body: Callable[[bytes], None]) -> None:
+    def __init__(self, take: Callable[[bytes], bool | None]) -> None:
         self.status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self.on_body = on_body  # before the parser, which looks for it once
+        self._take = take
         self._parser = httptools.HttpResponseParser(self)
 
     def data_received(self, data: bytes) -> None:
@@ -109,6 +111,10 @@ class _Reader(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._fail(StreamError(f"not HTTP ({error.__context__ or error})"))
+
+    def on_body(self, body: bytes) -> None:
+        if self._take(body):
+            self.on_message_complete()
 
     def on_message_complete(self) -> None:
         if not self.status.done():

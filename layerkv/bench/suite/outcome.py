@@ -5,9 +5,10 @@ Invariant: `case_result` may be asked at any time; what is missing is missing in
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.machine import Machine, installed_versions, source_commit, this_command, utc_now
 from layerkv.bench.metrics import EngineFailure
 from layerkv.bench.suite.case import Case, Point
 from layerkv.bench.suite.engines import kv_memory_bytes
@@ -37,7 +38,8 @@ def case_result(case: Case, outcome: Outcome) -> CaseResult:
     points = [_point_result(case, point, outcome) for point in case.points]
     main = next(point for point in points if point.name == case.main_point)
     checked = [point.tokens_equal for point in points if point.tokens_equal is not None]
-    num_expected = len(case.points) * case.num_seeds * len(case.engines)
+    required = set(case.engines) - set(case.expected_to_fail)
+    num_expected = len(case.points) * case.num_seeds * len(required)
     seeds = list(range(case.num_seeds))
     rates = [f"{point.rate_per_s:g}" for point in points]
     keys = rates if len(set(rates)) == len(rates) else [point.name for point in points]
@@ -46,7 +48,7 @@ def case_result(case: Case, outcome: Outcome) -> CaseResult:
         case=case.name,
         question=case.question,
         size=case.size,
-        complete=len(outcome.runs) == num_expected,
+        complete=sum(run.engine in required for run in outcome.runs) == num_expected,
         interrupted=outcome.interrupted,
         axis=case.axis,
         main_point=case.main_point,
@@ -68,9 +70,16 @@ def case_result(case: Case, outcome: Outcome) -> CaseResult:
         command=this_command(),
         machine=Machine.here(),
         versions=installed_versions(),
+        load=load_digest(case),
+        commit=source_commit(),
         seeds=seeds,
         date=utc_now(),
     )
+
+
+def load_digest(case: Case) -> str:
+    """The same for two cases that send the same requests, by the same policy, to engines with the same settings."""
+    return hashlib.sha256(repr((case.settings, case.policy, case.points)).encode()).hexdigest()[:16]
 
 
 def _point_result(case: Case, point: Point, outcome: Outcome) -> PointResult:
@@ -88,6 +97,7 @@ def _point_result(case: Case, point: Point, outcome: Outcome) -> PointResult:
         name=point.name,
         x=point.x,
         rate_per_s=point.rate_per_s,
+        has_sessions=point.sessions is not None,
         engines=figures,
         ratios=engine_ratios(runs, case.policy) if "layerkv" in runs else Ratios(),
         tokens_equal=tokens_equal,

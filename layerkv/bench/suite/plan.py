@@ -23,6 +23,8 @@ class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True):
         arrival_s: When it is due, in seconds after the start; for a later turn, after the end of the turn before.
         prompt: Token ids; those of a later turn follow all that was said before.
         output_tokens: Tokens to generate, whatever the model would rather do.
+        max_tokens: Tokens that its client asks for at most, if that is more: then the generator hangs up after
+            `output_tokens`, and no engine can know the length before.
         slo_class: Its SLO class; None is the policy's default.
         after: The request whose answer this one waits for.
     """
@@ -31,6 +33,7 @@ class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True):
     arrival_s: float
     prompt: list[int]
     output_tokens: int
+    max_tokens: int | None = None
     slo_class: str | None = None
     after: str | None = None
 
@@ -40,7 +43,8 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     `names_classes` says whether requests name their class to the server: only layerkv knows what that is.
     `warm_up` are sent one after the other before the start and are not recorded. `kv_memory_bytes` and `block_bytes`
-    turn the server's shares and blocks into bytes; `tells_host_memory` says whether it has metrics of the latter.
+    turn the server's shares and blocks into bytes (None where the size of a block is not known, as of a model that is
+    not ours); `tells_host_memory` says whether it has metrics of the latter.
     """
 
     url: str
@@ -50,7 +54,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     names_classes: bool
     sample_interval_s: float
     kv_memory_bytes: int
-    block_bytes: int
+    block_bytes: int | None
     tells_host_memory: bool = True
 
 
@@ -67,6 +71,7 @@ def plan_requests(case: Case, point: Point, seed: int) -> list[PlannedRequest]:
             arrival_s=request.arrival_s,
             prompt=rng.choices(ordinary, k=request.prompt_tokens),
             output_tokens=request.output_tokens,
+            max_tokens=request.max_tokens if request.max_tokens > request.output_tokens else None,
             slo_class=request.slo_class,
         )
         for request in drawn

@@ -39,9 +39,9 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
     """The server's state at one moment, read from ``/metrics``.
 
-    `device_kv_bytes` and `host_kv_bytes` are KV in each tier (None for the host memory of vLLM's offload, which does
-    not say); `waiting` counts requests before their first
-    compute or preempted, `parked` those whose KV is in host memory only.
+    `device_kv_bytes` and `host_kv_bytes` are KV in each tier, cached prefixes on the host included (None for the host
+    memory of vLLM's offload, which does not say, and where the size of a block is not known); `waiting` counts
+    requests before their first compute or preempted, `parked` those whose KV is in host memory only.
     """
 
     time_s: float
@@ -60,7 +60,7 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
         parks: Requests whose KV was moved to host memory.
         fetches: Parked requests moved back.
         bytes_stored: KV bytes copied from device to host memory; None for vLLM's offload, which does not count them.
-        bytes_loaded: KV bytes copied back.
+        bytes_loaded: KV bytes copied back; None where only blocks of an unknown size were counted.
         prompt_tokens: Prompt tokens of all requests taken up.
         device_hit_tokens: Of these, found in the device's prefix cache.
         host_hit_tokens: Of these, loaded from host memory.
@@ -78,7 +78,7 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
     parks: int = 0
     fetches: int = 0
     bytes_stored: int | None = 0
-    bytes_loaded: int = 0
+    bytes_loaded: int | None = 0
     prompt_tokens: int = 0
     device_hit_tokens: int = 0
     host_hit_tokens: int = 0

@@ -46,7 +46,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     `end_to_end_s`: to its last token. `queue_s` is what the server says (its percentiles are read off a histogram).
     `goodput_rps`: requests per second that met both the TTFT and the TPOT of their class; `slo_attainment`: their
     share of all requests, a failed request being one that missed. `arrival_error_s`: how late the generator sent.
-    Peaks are in bytes: KV in use at most on the device and on the host, and resident memory of all processes.
+    Peaks are in bytes: KV in use at most on the device, KV held at most on the host (cached prefixes included, which
+    give way to requests), and resident memory of all processes.
     `scheduler_s_per_step` is CPU time. What an engine does not tell is None: vLLM's offload neither counts what it
     stores nor says how much of its host memory is in use.
     """
@@ -70,7 +71,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     parks: Spread
     fetches: Spread
     bytes_stored: Spread | None
-    bytes_loaded: Spread
+    bytes_loaded: Spread | None
     prompt_tokens: Spread
     device_hit_tokens: Spread
     host_hit_tokens: Spread
@@ -86,7 +87,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 class Ratios(msgspec.Struct, frozen=True, kw_only=True):
     """layerkv beside the others, each ratio taken within a seed; None where an engine is missing.
 
-    Speed-ups are the other's time / layerkv's; `throughput_ratio` and `goodput_ratio` are layerkv's / stock's.
+    Speed-ups are the other's time / layerkv's; `throughput_ratio` and `goodput_ratio` are layerkv's / stock's, those
+    `_over` others layerkv's / theirs.
     `goodput_ratio` is None for a seed in which stock has no goodput at all.
     """
 
@@ -97,18 +99,21 @@ class Ratios(msgspec.Struct, frozen=True, kw_only=True):
     goodput_ratio: Spread | None = None
     ttft_mean_speedup_over: dict[str, Spread] = {}
     goodput_ratio_over: dict[str, Spread] = {}
+    throughput_ratio_over: dict[str, Spread] = {}
 
 
 class PointResult(msgspec.Struct, frozen=True, kw_only=True):
     """All engines at one point of the case's axis.
 
     `tokens_equal` compares greedy tokens of layerkv and the oracle, request by request; None where one is missing or
-    the case's outputs cannot be equal. An engine may have figures of some seeds and a failure in another.
+    the case's outputs cannot be equal. With `has_sessions`, `rate_per_s` is that of sessions. An engine may have
+    figures of some seeds and a failure in another.
     """
 
     name: str
     x: float
     rate_per_s: float
+    has_sessions: bool = False
     engines: dict[str, Figures]
     ratios: Ratios
     tokens_equal: bool | None
@@ -120,8 +125,9 @@ class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
 
     `engines`, `ratios` and `tokens_equal` are those of the case's main point, `main_point`; `tokens_equal` there is
     about all points. `failures` holds each engine's first failure anywhere. `complete` is False when an engine failed
-    or the run was interrupted. `goodput_rps` and `slo_attainment` are by engine, then by the point's rate per second
-    (by its name, where points have the same rate).
+    that the case does not expect to, or the run was interrupted. `goodput_rps` and `slo_attainment` are by engine, then
+    by the point's rate per second (by its name, where points have the same rate). `load` is a digest of requests,
+    policy and settings: two results are comparable where it is equal. `commit` is layerkv's, if it ran from a checkout.
     """
 
     schema: int = SCHEMA_VERSION
@@ -144,5 +150,7 @@ class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
     command: str
     machine: Machine
     versions: dict[str, str]
+    load: str = ""
+    commit: str | None = None
     seeds: list[int]
     date: str

@@ -43,6 +43,7 @@ EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 GENERATOR = (sys.executable, "-m", "layerkv.bench.suite.generator")
 # A server that gives no token for so long while requests wait is given up.
 STALL_LIMIT_S = 240.0
+DEATH_LIMIT_S = 10.0
 SAMPLE_INTERVAL_S = 0.5
 LEAST_FREE_BYTES = 256 << 20
 
@@ -75,7 +76,8 @@ class RunOptions:
 def run_suite(path: Path, options: RunOptions, *, serve: ServeCommand = serve_command) -> int:
     """Runs a case, or the cases of a suite one after the other; returns the exit status.
 
-    0: all engines finished and tokens were equal where they must be. 1: an engine failed or tokens differ.
+    0: all engines finished and tokens were equal where they must be. 1: an engine failed that the case does not expect
+    to, or a request to layerkv did, or tokens differ.
     130: interrupted; what was measured is kept. For a suite, `json_path` and `html_path` are folders. `serve` gives
     the command line of an engine's server.
 
@@ -145,7 +147,10 @@ def _run_case(case: Case, options: RunOptions, console: Console, serve: ServeCom
     console.print(f"\nresult  {files.json_path}\nreport  {files.html_path}\nlogs    {folder}", highlight=False)
     if outcome.interrupted:
         return EXIT_INTERRUPTED
-    return EXIT_OK if result.complete and result.tokens_equal is not False else EXIT_FAILED
+    has_failed = any(
+        request.error is not None for run in outcome.runs if is_layerkv(run.engine) for request in run.requests
+    )
+    return EXIT_OK if result.complete and result.tokens_equal is not False and not has_failed else EXIT_FAILED
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,14 +297,17 @@ class _CaseRun:
             stall_limit_s=STALL_LIMIT_S + _longest_pause_s(requests),
         )
         (cpu_after, peak_rss_bytes), times_after = server.observe(), read_scheduler_times(self._times_path())
-        died = server.failure()
+        run = read_json(run_path, GeneratorRun) if failure is None else None
+        # A front end notices only after some seconds that its engine is gone, and ends then.
+        is_suspect = run is None or any(request.error is not None for request in run.requests)
+        died = server.failure(within_s=DEATH_LIMIT_S if is_suspect else 0.0)
         if died is not None:
             return died
-        if failure is not None:
+        if run is None:
+            assert failure is not None
             return EngineFailure(
                 reason=f"had no answer: the load generator {failure.reason}", log_tail=failure.log_tail
             )
-        run = read_json(run_path, GeneratorRun)
         cpu_before, times_before = started[0]
         counters = _counters(engine, run, cpu_before, cpu_after, peak_rss_bytes, self._block_bytes())
         if times_before is not None and times_after is not None:
@@ -321,9 +329,9 @@ class _CaseRun:
     def _times_path(self) -> Path:
         return self._folder.resolve() / "scheduler-times"
 
-    def _block_bytes(self) -> int:
+    def _block_bytes(self) -> int | None:
         shape = self._case.settings.shape
-        return 0 if shape is None else shape.kv_bytes_per_token * self._case.settings.block_tokens
+        return None if shape is None else shape.kv_bytes_per_token * self._case.settings.block_tokens
 
     def _fail(self, engine: str, failure: EngineFailure, point: str | None, board: SuiteBoard) -> None:
         self._outcome.fail(engine, failure, point)
@@ -359,18 +367,24 @@ def _longest_pause_s(requests: Sequence[PlannedRequest]) -> float:
 
 
 def _counters(
-    engine: str, run: GeneratorRun, cpu_before: CpuTimes, cpu_after: CpuTimes, peak_rss_bytes: int, block_bytes: int
+    engine: str,
+    run: GeneratorRun,
+    cpu_before: CpuTimes,
+    cpu_after: CpuTimes,
+    peak_rss_bytes: int,
+    block_bytes: int | None,
 ) -> Counters:
     before, after = run.before, run.after
     buckets_before = dict(before.queue_buckets)
-    onloaded = (after.blocks_onloaded - before.blocks_onloaded) * block_bytes
+    num_onloaded = after.blocks_onloaded - before.blocks_onloaded
+    onloaded = None if num_onloaded and block_bytes is None else num_onloaded * (block_bytes or 0)
     preemptions, recomputes = after.preemptions - before.preemptions, after.recomputes - before.recomputes
     return Counters(
         preemptions=recomputes if is_layerkv(engine) else preemptions,
         parks=after.parks - before.parks,
         fetches=after.fetches - before.fetches,
         bytes_stored=None if engine == "vllm-cpu-offload" else after.bytes_stored - before.bytes_stored,
-        bytes_loaded=after.bytes_loaded - before.bytes_loaded + onloaded,
+        bytes_loaded=None if onloaded is None else after.bytes_loaded - before.bytes_loaded + onloaded,
         prompt_tokens=after.prompt_tokens - before.prompt_tokens,
         device_hit_tokens=after.device_hit_tokens - before.device_hit_tokens,
         host_hit_tokens=after.host_hit_tokens - before.host_hit_tokens,

@@ -69,10 +69,11 @@ class Server:
             time.sleep(POLL_S)
         return EngineFailure(reason=f"was not ready after {limit_s:g} s", log_tail=log_tail(self._log_path))
 
-    def failure(self) -> EngineFailure | None:
-        """Why the server's process has ended, or None while it runs."""
-        status = self._process.poll()
-        if status is None:
+    def failure(self, *, within_s: float = 0.0) -> EngineFailure | None:
+        """Why the server's process has ended, or ends within that time; None while it runs."""
+        try:
+            status = self._process.wait(within_s)
+        except subprocess.TimeoutExpired:
             return None
         reason = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
         return EngineFailure(reason=reason, log_tail=log_tail(self._log_path))

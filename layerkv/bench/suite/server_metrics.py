@@ -20,8 +20,9 @@ _QUEUE = "vllm:request_queue_time_seconds"
 class ServerMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """One reading, added up over engines. Counters count from the server's start; gauges are of this moment.
 
-    `device_usage` is the share of KV memory in use. `host_blocks` are layerkv's that hold KV. vLLM counts
-    parks among `preemptions`; `recomputes` are layerkv's own count of KV that was given up.
+    `device_usage` is the share of KV memory in use, with layerkv that of its pool. `host_blocks` are layerkv's that
+    hold KV, cached prefixes included. vLLM counts parks among `preemptions`; `recomputes` are layerkv's own count of KV
+    that was given up.
     """
 
     running: int = 0
@@ -29,6 +30,9 @@ class ServerMetrics(msgspec.Struct, frozen=True, kw_only=True):
     parked: int = 0
     device_usage: float = 0.0
     host_blocks: int = 0
+    pool_blocks: int = 0
+    zone_blocks: int = 0
+    zone_blocks_used: int = 0
     preemptions: int = 0
     recomputes: int = 0
     parks: int = 0
@@ -69,6 +73,9 @@ def read_metrics(text: str) -> ServerMetrics:
         parked=int(sums["layerkv_requests", "parked"]),
         device_usage=sums["vllm:kv_cache_usage_perc", ""],
         host_blocks=int(sums["layerkv_host_blocks_used", ""] + sums["layerkv_host_blocks_cached", ""]),
+        pool_blocks=int(sums["layerkv_pool_blocks", ""]),
+        zone_blocks=int(sums["layerkv_zone_blocks", ""]),
+        zone_blocks_used=int(sums["layerkv_zone_blocks_used", ""]),
         preemptions=int(sums["vllm:num_preemptions_total", ""]),
         recomputes=int(sums["layerkv_recomputes_total", ""]),
         parks=int(sums["layerkv_parks_total", ""]),

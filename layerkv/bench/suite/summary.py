@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeGuard
 
-from layerkv.bench.suite.result import CaseResult, Distribution, Figures, PointResult, Spread
+from layerkv.bench.suite.result import CaseResult, Distribution, Figures, PointResult, Ratios, Spread
 from layerkv.bench.suite.tables import POINT_COLUMNS, PointRow, figure_rows, point_rows
 from layerkv.bench.suite.titles import ENGINE_NOTES, ENGINE_TITLES, engine_order, has_first_tokens, point_label
 from layerkv.bench.summary import SAME_WITHIN, format_duration, format_ratio
@@ -70,7 +70,7 @@ def sentences(result: CaseResult) -> list[str]:
                 f"token followed after {_mean_and_p99(layerkv.second_token_s)} "
                 f"(stock: {_mean_and_p99(stock.second_token_s)})."
             )
-        losses = _losses(stock, layerkv)
+        losses = _losses(result.ratios, stock, layerkv)
         if losses:
             said.append(f"Worse than stock with layerkv: {', '.join(losses)}.")
     said.extend(_points_behind(result))
@@ -107,9 +107,9 @@ def _against_peer(result: CaseResult, name: str, layerkv: Figures) -> str:
     if _positive(speedup):
         times = f"{format_duration(layerkv.ttft_s.mean.median)} against {format_duration(peer.ttft_s.mean.median)}"
         parts.append(f"first tokens {_sooner(speedup)} on average ({times})")
-    if peer.output_tokens_per_s.median:
-        ratio = layerkv.output_tokens_per_s.median / peer.output_tokens_per_s.median
-        parts.append(f"{ratio * 100:.1f} % of its throughput")
+    throughput = result.ratios.throughput_ratio_over.get(name)
+    if throughput is not None:
+        parts.append(f"{_share(throughput)} of its throughput")
     rates = f"{layerkv.goodput_rps.median:.2f} against {peer.goodput_rps.median:.2f} requests per second"
     if _positive(goodput):
         same = _is_same(goodput.median)
@@ -127,13 +127,15 @@ _COSTS: tuple[tuple[str, Callable[[Figures], Spread], Callable[[float], str]], .
     ("end to end mean", lambda f: f.end_to_end_s.mean, format_duration),
     ("engine CPU", lambda f: f.engine_cpu_s, format_duration),
     ("peak resident memory", lambda f: f.peak_rss_bytes, format_bytes),
-    ("failed requests", lambda f: f.num_failed, lambda count: f"{count:g}"),
 )
 
 
-def _losses(stock: Figures, layerkv: Figures) -> list[str]:
-    """Costs that are higher with layerkv by more than repeated runs differ; throughput and TTFT stand elsewhere."""
+def _losses(ratios: Ratios, stock: Figures, layerkv: Figures) -> list[str]:
+    """Costs that are higher with layerkv by more than repeated runs differ; TTFT stands elsewhere."""
     found = []
+    throughput = ratios.throughput_ratio
+    if throughput is not None and throughput.median < 1 / (1 + SAME_WITHIN):
+        found.append(f"throughput ({_over_seeds(throughput)}{_share(throughput)} of stock's)")
     for label, pick, write in _COSTS:
         ours, theirs = pick(layerkv).median, pick(stock).median
         if ours > theirs * (1 + SAME_WITHIN):
@@ -179,10 +181,14 @@ def _checks(result: CaseResult) -> list[str]:
         said.append("Every request got exactly the same tokens from layerkv and the oracle.")
     elif result.tokens_equal is False:
         said.append("WRONG: layerkv and the oracle gave different tokens; these figures must not be used.")
-    for name, figures in result.engines.items():
-        if figures.num_failed.median:
-            of = f"{figures.num_failed.median:g} of {figures.num_requests.median:g}"
-            said.append(f"{ENGINE_TITLES[name]} failed {of} requests; its latencies are those of tokens that came.")
+    for point in result.points:
+        for name, figures in point.engines.items():
+            if any(figures.num_failed.values):
+                of = f"{sum(figures.num_failed.values):g} of {sum(figures.num_requests.values):g}"
+                said.append(
+                    f"{ENGINE_TITLES[name]} failed {of} requests at {point_label(result, point)}; "
+                    "its latencies there are those of tokens that came."
+                )
     for name, failure in result.failures.items():
         gap = "lacks some runs" if name in result.engines else "has no figures at the main point"
         said.append(f"{ENGINE_TITLES[name]} {gap}: it {failure.reason}.")

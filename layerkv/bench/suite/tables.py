@@ -159,9 +159,13 @@ _ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
     ("Stored", "copied from device to host memory", lambda f: size_cell(f.bytes_stored)),
     ("Loaded", "copied from host to device memory", lambda f: size_cell(f.bytes_loaded)),
     ("Peak device KV", "most in use at once", lambda f: size_cell(f.peak_device_kv_bytes)),
-    ("Peak host KV", "most in use at once", lambda f: size_cell(f.peak_host_kv_bytes)),
+    ("Peak host KV", "most held at once, cached prefixes included", lambda f: size_cell(f.peak_host_kv_bytes)),
     ("Peak resident memory", "all processes of the server", lambda f: size_cell(f.peak_rss_bytes)),
     ("Engine CPU", "CPU seconds of engine and workers", lambda f: duration_cell(f.engine_cpu_s)),
     ("Scheduler per step", "CPU time in the scheduler's schedule()", _scheduler_time),
-    ("Failed requests", "of all that were due", lambda f: f"{f.num_failed.median:g} of {f.num_requests.median:g}"),
+    (
+        "Failed requests",
+        "of all that were due",
+        lambda f: f"{sum(f.num_failed.values):g} of {sum(f.num_requests.values):g}",
+    ),
 )

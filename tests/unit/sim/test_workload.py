@@ -136,6 +136,23 @@ def test_a_trace_gives_arrivals_and_lengths_and_is_squeezed_to_the_rate() -> Non
     assert [request.arrival_s for request in make_workload(spec, rate_per_s=1.5, seed=0)] == [0, 1, 2]
 
 
+def test_each_seed_replays_other_rows_of_a_trace_and_at_the_rate() -> None:
+    arrivals_s = [0, 1, 2, 3, 100, 200, 300, 400, 401, 402]
+    trace = Trace("made", tuple(TraceRow(at_s, 10 + at_s, 5) for at_s in arrivals_s))
+    spec = WorkloadSpec(4, TraceArrivals(trace), (ClassMix("chat"),))
+    loads = [make_workload(spec, rate_per_s=2.0, seed=seed) for seed in range(3)]
+    assert [[request.prompt_tokens - 10 for request in load] for load in loads] == [
+        arrivals_s[0:4],
+        arrivals_s[4:8],
+        arrivals_s[1:5],
+    ]
+    for load in loads:
+        assert load[0].arrival_s == 0
+        assert load[-1].arrival_s == pytest.approx(4 / 2.0)
+    recorded = make_workload(spec, rate_per_s=trace.rate_per_s, seed=1)
+    assert [request.arrival_s for request in recorded] == [0, 100, 200, 300]
+
+
 def test_a_class_may_draw_lengths_of_its_own_at_the_arrivals_of_a_trace() -> None:
     trace = Trace("made", (TraceRow(0, 10, 5), TraceRow(3, 90, 6)))
     spec = WorkloadSpec(2, TraceArrivals(trace), (ClassMix(output_tokens=FixedLength(50)),), max_model_len=90)

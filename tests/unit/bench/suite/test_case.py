@@ -141,6 +141,11 @@ def set_key(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (set_key("workload", "clases", to=[]), ("$.workload.clases", "did you mean classes?")),
         (set_key("workload", "classes", 0, "slo_class", to="chta"), ("slo_class", "did you mean chat?")),
         (set_key("workload", "sessions", to={"turns": {"fixed": 99}}), ("sessions", "max_model_len, 2560")),
+        (
+            lambda document: document["workload"].update(max_tokens_factor=2, sessions={"turns": {"fixed": 2}}),
+            ("sessions", "found sessions beside max_tokens_factor"),
+        ),
+        (set_key("expected_to_fail", to=["stok"]), ("$.expected_to_fail[0]", "did you mean stock?")),
         (set_key("workload", "sessions", to={"turn": 1}), ("sessions.turn", "did you mean turns?")),
         (set_key("sizes", "big", to={"seeds": 1}), ("$.sizes", "ci or full")),
         (set_key("sizes", "ci", "points", to=["3"]), ("$.sizes.ci.points[0]", "expected one of 1, 2")),

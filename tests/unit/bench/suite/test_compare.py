@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from layerkv.bench.metrics import EngineFailure
 from layerkv.bench.records import write_json
 from layerkv.bench.suite.compare import compare, run_compare, verdict
 from layerkv.bench.suite.result import CaseResult, Spread
@@ -64,9 +65,9 @@ def test_stock_itself_is_not_judged() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
-        ([1.0, 1.1, 0.9], [1.05, 0.95, 1.2], "same"),  # seeds overlap
-        ([1.0, 1.01, 0.99], [1.03, 1.025, 1.02], "same"),  # they do not, but by 2 % only
-        ([1.0, 1.1, 0.9], [1.5, 1.4, 1.6], "worse"),
+        ([1.0, 1.1, 0.9], [1.05, 0.95, 1.2], "same"),  # not all the same way
+        ([1.0, 1.01, 0.99], [1.03, 1.035, 1.02], "same"),  # all the same way, but by 3 % only
+        ([1.0, 5.0, 20.0], [1.2, 6.0, 24.0], "worse"),  # seeds differ by more than that, and yet each got worse
         ([1.0, 1.1, 0.9], [0.5, 0.4, 0.6], "better"),
         ([1.0], [1.3], "same"),  # of one seed nothing is known
         ([1.0], [1.6], "worse"),
@@ -74,10 +75,24 @@ def test_stock_itself_is_not_judged() -> None:
         ([0.0, 0.0], [0.5, 0.4], "worse"),
     ],
 )
-def test_a_change_counts_if_seeds_do_not_overlap(before: list[float], after: list[float], expected: str) -> None:
-    assert verdict(before, after, less_is_better=True) == expected
-    opposite = {"worse": "better", "better": "worse", "same": "same"}[expected]
-    assert verdict(before, after, less_is_better=False) == opposite
+def test_a_change_counts_if_each_seed_moved_the_same_way(
+    before: list[float], after: list[float], expected: str
+) -> None:
+    assert verdict(before, after, less_is_better=True, is_paired=True) == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ([1.0, 5.0, 20.0], [1.2, 24.0], "same"),  # which seed is missing is not known
+        ([1.0, 1.1, 0.9], [1.5, 1.4], "worse"),
+        ([1.0, 1.1, 0.9], [0.5, 0.4], "better"),
+    ],
+)
+def test_seeds_that_are_not_the_same_count_if_they_do_not_overlap(
+    before: list[float], after: list[float], expected: str
+) -> None:
+    assert verdict(before, after, less_is_better=True, is_paired=False) == expected
 
 
 def test_the_command_fails_on_a_regression_and_says_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,7 +117,27 @@ def test_engines_that_are_in_one_result_only_are_named() -> None:
             for p in result.points
         ],
     )
-    assert len(compare(result, less).missing) == len(result.points)
+    assert compare(less, result).missing == [f"oracle at {point.name}" for point in result.points]
+    assert not compare(less, result).broken
+    assert len(compare(result, less).broken) == len(result.points)
+
+
+def test_an_engine_that_fails_anew_is_broken_though_the_run_before_was_not_complete_either() -> None:
+    result = msgspec.structs.replace(case_result(), complete=False)
+    failure = EngineFailure(reason="ended with exit status 7", log_tail=[])
+    assert compare(result, msgspec.structs.replace(result, failures={"layerkv": failure})).broken == [
+        "layerkv ended with exit status 7"
+    ]
+
+
+def test_results_of_a_case_that_was_changed_in_between_are_refused(tmp_path: Path) -> None:
+    before, after, older = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.json"
+    write_json(msgspec.structs.replace(case_result(), load="1"), before)
+    write_json(msgspec.structs.replace(case_result(), load="2"), after)
+    write_json(case_result(), older)
+    with pytest.raises(ConfigError, match=r"b\.json: found load and settings 2; expected 1"):
+        run_compare(before, after)
+    assert run_compare(older, after) == 0
 
 
 def test_files_that_are_no_results_are_refused(tmp_path: Path) -> None:
@@ -129,7 +164,7 @@ def test_what_broke_is_named_and_fails(tmp_path: Path, capsys: pytest.CaptureFix
     write_json(broken, after)
     assert run_compare(before, after) == 1
     out = capsys.readouterr().out
-    for words in ("3 requests failed instead of 0", "tokens differ", "not complete"):
+    for words in ("9 requests failed instead of 0", "tokens differ", "not complete"):
         assert words in " ".join(out.split())
     assert run_compare(after, before) == 0
 

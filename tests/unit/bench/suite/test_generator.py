@@ -9,9 +9,10 @@ import pytest
 from aiohttp import web
 
 from layerkv.bench.suite.generator import Generator, GeneratorRun
+from layerkv.bench.suite.http_stream import StreamError
 from layerkv.bench.suite.plan import LoadPlan, PlannedRequest
 from layerkv.bench.suite.records import RequestRecord
-from tests.fakes.toy_server import ToyServer
+from tests.fakes.toy_server import TOKEN_S, ToyServer
 
 
 def request(number: int, arrival_s: float = 0.0, **more: Any) -> PlannedRequest:
@@ -111,6 +112,20 @@ def test_a_refused_request_is_an_error_with_the_servers_words() -> None:
     errors = [record.error for record in run.requests if record.error is not None]
     assert len(errors) == 2
     assert all(error.startswith("HTTP 429") and "too busy" in error for error in errors)
+
+
+def test_a_client_that_asks_for_more_than_it_wants_hangs_up() -> None:
+    run, toy = drive([request(0, max_tokens=50), request(1)])
+    assert [body["max_tokens"] for body in toy.bodies] == [50, 4]
+    for record in run.requests:
+        assert record.error is None
+        assert len(record.token_times_s) == 4
+    assert run.wall_s < 50 * TOKEN_S  # or else it would have waited for all of them
+
+
+def test_a_warm_up_that_fails_is_no_start() -> None:
+    with pytest.raises(StreamError, match="r7: the connection ended"):
+        drive([request(0)], "breaks", warm_up=[request(7)])
 
 
 def test_a_stream_that_breaks_off_keeps_its_tokens_and_is_an_error() -> None:

@@ -113,6 +113,30 @@ def test_an_engine_that_dies_in_mid_run_says_where_and_the_others_finish(tmp_pat
     assert len(result.points[0].engines["layerkv"].ttft_s.mean.values) == 2
 
 
+def test_an_engine_that_dies_under_its_last_request_is_no_complete_run(tmp_path: Path) -> None:
+    path = case_file(tmp_path, points=[{"rate": 40, "requests": 6}])
+    assert run_suite(path, options(tmp_path, num_seeds=1), serve=toy(layerkv="fades")) == EXIT_FAILED
+    result = read(tmp_path)
+    assert not result.complete
+    assert result.failures["layerkv"].reason == "ended with exit status 7"
+    assert result.engines.keys() == {"stock", "oracle"}
+
+
+def test_an_engine_that_the_case_expects_to_fail_is_not_missed(tmp_path: Path) -> None:
+    path = case_file(tmp_path, expected_to_fail=["stock"])
+    assert run_suite(path, options(tmp_path), serve=toy(stock="broken")) == EXIT_OK
+    result = read(tmp_path)
+    assert result.complete
+    assert result.failures.keys() == {"stock"}
+
+
+def test_requests_that_layerkv_fails_fail_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite_run, "DEATH_LIMIT_S", 0.0)
+    path = case_file(tmp_path, engines=["stock", "layerkv"])
+    assert run_suite(path, options(tmp_path, num_seeds=1), serve=toy(layerkv="refuses")) == EXIT_FAILED
+    assert read(tmp_path).complete
+
+
 def test_a_server_that_stalls_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite_run, "STALL_LIMIT_S", 1.0)
     path = case_file(tmp_path, engines=["stock", "oracle"])
@@ -122,7 +146,10 @@ def test_a_server_that_stalls_is_given_up(tmp_path: Path, monkeypatch: pytest.Mo
     assert result.engines.keys() == {"oracle"}
 
 
-def test_refused_requests_are_counted_and_do_not_fail_the_engine(tmp_path: Path) -> None:
+def test_refused_requests_are_counted_and_do_not_fail_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite_run, "DEATH_LIMIT_S", 0.0)
     path = case_file(tmp_path, engines=["stock"])
     assert run_suite(path, options(tmp_path, num_seeds=1), serve=toy(stock="refuses")) == EXIT_OK
     assert read(tmp_path).engines["stock"].num_failed.median == 3
