@@ -19,6 +19,7 @@ NAMES = (
     "two_classes",
     "multi_turn",
     "plentiful",
+    "unknown_lengths",
     "beyond_memory",
     "trace",
     "soak",
