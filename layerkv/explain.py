@@ -38,6 +38,8 @@ SENTENCES = {
     Reason.MAKES_ROOM: "another request was about to be late for want of blocks, and it could afford to wait",
     Reason.STREAM_BUDGET: "streaming its KV in every step took more time than the objectives left",
     Reason.RECOMPUTE_CHEAPER: "computing its KV again costs less than copying it to host memory and back",
+    Reason.NO_ROOM_TO_PARK: "the pool was short, and host memory had no room for its KV either",
+    Reason.LONGER_THAN_POOL: "it grew longer than the pool, and comes back through the zone",
     Reason.NEVER_FITS: "it cannot run here at all",
     Reason.OVERLOAD: "its first token would have come late, and its class asks to be refused then",
 }

@@ -45,6 +45,12 @@ class ZoneLedger:
         if num_blocks:
             self._reserved[request_id] = self._reserved.get(request_id, 0) + num_blocks
 
+    def raise_reservation(self, request_id: str, num_blocks: int) -> None:
+        """Promise a request ``num_blocks`` in all, if it has been promised less and there is room for that."""
+        missing = num_blocks - self._reserved.get(request_id, 0)
+        if 0 < missing <= self.num_available:
+            self._reserved[request_id] = num_blocks
+
     def can_take(self, request_id: str, num_blocks: int) -> bool:
         """Whether :meth:`take` would succeed."""
         return num_blocks <= self._reserved.get(request_id, 0) + self.num_available

@@ -123,8 +123,8 @@ class CudaTransferEngine:
             _require_success(after, direction)
             if len(table := self._tables[direction].of(runs)):
                 self._enqueue(direction, layers, table, stream)
-        except TransferError as error:
-            failed = error
+        except (TransferError, RuntimeError) as error:  # torch's and Triton's: no memory, no launch
+            failed = error if isinstance(error, TransferError) else TransferError(f"{direction}: {error}")
         ended = CudaEvent(self._cuda.Event(enable_timing=True), stream)
         if failed is not None:
             ended.fail(failed)
@@ -154,9 +154,11 @@ class CudaTransferEngine:
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            for stream in self._streams.values():
-                stream.synchronize()
-            self._host.close()
+            try:
+                for stream in self._streams.values():
+                    stream.synchronize()
+            finally:
+                self._host.close()
 
     def _enqueue(self, direction: Direction, layers: Sequence[int], table: RunTable, stream: Any) -> None:
         is_pinned = self._host.is_layer_pinned(max(layers))

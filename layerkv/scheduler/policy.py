@@ -17,7 +17,7 @@ itself never stops for more than ``max_idle_steps`` steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -165,8 +165,12 @@ def _let_layered_leave(s: Snapshot, draft: _Draft) -> None:
         if r.prefill_done:
             stream_bytes -= r.num_zone_blocks * s.streamed_block_bytes
             is_wanted = draft.zone - zone_cost < wanted or draft.host < host_cost or r.num_blocks <= pool
-            if r.outgrows_pool or r.num_blocks > s.pool_blocks:
-                pass  # it could never be fetched
+            if r.outgrows_pool or r.num_blocks > s.pool_blocks:  # it could never be fetched
+                if (draft.zone < zone_cost or draft.host < host_cost) and not s.is_paused:
+                    draft.recompute.append(r.request_id)
+                    draft.reasons[r.request_id] = Reason.LONGER_THAN_POOL
+                    draft.slots += 1
+                    continue
             elif not s.streamed_decode or is_wanted:  # a first token matters more, and the pool is better
                 reason = Reason.FIRST_TOKEN_DONE
             elif stream_bytes < 0:
@@ -199,25 +203,38 @@ def _relieve_pool(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> None:
     deficit = s.growth_blocks - s.free_blocks
     if deficit <= 0:
         return
-    num_victims = 0
-    for r in _by_reluctance(s, limits, draft):
+    for num_victims, (r, reason) in enumerate(_leavers(s, limits, draft)):
         if deficit <= 0 or num_victims + 1 >= max(s.num_resident, 2):
-            break  # the last resident goes on: the pool holds any single request
-        needs_host = r.num_blocks - r.num_stored
-        if not s.is_paused and _recompute_is_cheaper(s, r):
-            draft.recompute.append(r.request_id)
-            draft.reasons[r.request_id] = Reason.RECOMPUTE_CHEAPER
-        elif needs_host <= draft.host:
+            break  # the last resident goes on, unless it fills the pool
+        if reason is Reason.POOL_SHORT:
             draft.park.append(r.request_id)
-            draft.reasons[r.request_id] = Reason.POOL_SHORT
-            draft.host -= needs_host
+            draft.host -= r.num_blocks - r.num_stored
         else:
-            continue  # no room in host memory: vLLM preempts by itself if it must
-        num_victims += 1
+            draft.recompute.append(r.request_id)
+        draft.reasons[r.request_id] = reason
         deficit -= r.num_blocks
         draft.pool += r.num_blocks
         draft.residents -= 1
         draft.slots += 1
+
+
+def _leavers(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> Iterator[tuple[ResidentRequest, Reason]]:
+    """Residents in the order in which they leave the pool, and why: parked if it is short, else computed again."""
+    without_room: list[ResidentRequest] = []
+    for r in _by_reluctance(s, limits, draft):
+        if r.num_blocks >= s.pool_blocks:  # with its next block it could never be fetched
+            if not s.is_paused:
+                yield r, Reason.LONGER_THAN_POOL
+        elif not s.is_paused and _recompute_is_cheaper(s, r):
+            yield r, Reason.RECOMPUTE_CHEAPER
+        elif r.num_blocks - r.num_stored <= draft.host:
+            yield r, Reason.POOL_SHORT
+        else:
+            without_room.append(r)
+    # Left to vLLM, layered prompts would be preempted first, which hold no pool blocks. While paused that must be: KV
+    # that is given up then could not be computed again.
+    if not s.is_paused:
+        yield from ((r, Reason.NO_ROOM_TO_PARK) for r in without_room)
 
 
 def _by_reluctance(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> list[ResidentRequest]:
@@ -380,7 +397,7 @@ def _who_can_wait(
         can_wait = r.deadline_s - s.now_s > stay_s + back_s or (r.deadline_s < s.now_s and r.weight < claim.weight)
         needs_host = r.num_blocks - r.num_stored
         may_wait = can_wait and r.rank >= claim.rank and r.steps_resident >= limits.min_resident_steps
-        if may_wait and needs_host <= host:
+        if may_wait and needs_host <= host and r.num_blocks < s.pool_blocks:
             chosen.append(r)
             missing -= r.num_blocks
             host -= needs_host

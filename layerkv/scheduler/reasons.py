@@ -50,6 +50,11 @@ class Reason(StrEnum):
     """Parked: streaming its KV in every step costs more than the objectives leave."""
     RECOMPUTE_CHEAPER = "recompute_cheaper"
     """Its KV is given up: computing it again costs less than copying it there and back."""
+    NO_ROOM_TO_PARK = "no_room_to_park"
+    """Its KV is given up: running requests need its blocks, and host memory has no room for it."""
+    LONGER_THAN_POOL = "longer_than_pool"
+    """Its KV is given up: it grows out of the pool, or of the room it has in zone and host memory, and comes back
+    with all the room it may need in both."""
     # it is refused
     NEVER_FITS = "never_fits"
     """Refused: it cannot run here at all."""

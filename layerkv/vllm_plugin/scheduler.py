@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import dropwhile
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -63,6 +64,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     running: list[Request]
     adaptive_long_prefill_threshold: bool
     max_num_scheduled_tokens: int
+    max_num_active_reqs: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -131,6 +133,9 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Note first tokens and step times, and send refusals out with the step's outputs."""
+        received = model_runner_output.kv_connector_output
+        if self._is_active and received is not None and received.invalid_block_ids:
+            self._distrust(received.invalid_block_ids)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self._is_active:
             return outputs
@@ -156,6 +161,10 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 raise RuntimeError(
                     f"cannot reset the prefix cache while {num_fetching} request(s) are being fetched from host "
                     "memory; nothing was changed, try again after the next step"
+                )
+            if self.defer_block_free and self.sched_step_seq > self.processed_step_seq:
+                raise RuntimeError(  # vLLM would raise after everybody's KV is gone: it frees blocks after the step
+                    "cannot reset the prefix cache while a step is under way; nothing was changed, pause first"
                 )
             for request_id in [r for r in self._ledger.residency if self._ledger.residency[r] is Residency.PARKED]:
                 self._ledger.drop(request_id)
@@ -215,6 +224,30 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
 
     # Carrying a decision out -----------------------------------------------------------------------------------
 
+    def _distrust(self, invalid_block_ids: set[int]) -> None:
+        """Start requests over whose cached prefix could not be loaded, with what was computed from it since.
+
+        vLLM's own way out fits a step that nothing overlaps: of the next step, scheduled before it knew, it would
+        deliver a token, and its prefix cache would go on finding the blocks.
+        """
+        now_s = time.monotonic()
+        wrong, affected = set(invalid_block_ids), list[Request]()
+        rest = {request: self.kv_cache_manager.get_block_ids(request.request_id)[0] for request in self.running}
+        while found := [request for request, block_ids in rest.items() if not wrong.isdisjoint(block_ids)]:
+            for request in found:
+                block_ids = rest.pop(request)
+                wrong.update(dropwhile(lambda block_id: block_id not in wrong, block_ids))
+            affected += found
+        for request in affected:
+            self.running.remove(request)
+            self._preempt_request(request, now_s, drop_stale_output=True)
+        for request_id, blocks in self._side.prefix_blocks.items():
+            is_parked = self._ledger.residency.get(request_id) is Residency.PARKED
+            if is_parked and not blocks.isdisjoint(invalid_block_ids):
+                self._ledger.drop(request_id)
+                self._recomputes(self.requests[request_id])
+        self.kv_cache_manager.evict_blocks(wrong)
+
     def _schedule_decided(self, now_s: float, throttle_prefills: bool) -> SchedulerOutput:  # noqa: FBT001
         reader = self._reader
         snapshot, decision = self._controller.decide(
@@ -234,10 +267,12 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             self.max_num_scheduled_tokens,
             self.scheduler_config.long_prefill_token_threshold,
             self.adaptive_long_prefill_threshold,
+            self.max_num_active_reqs,
         )
+        held: list[Request] = []
         self._side.metrics.add("layerkv_decide_seconds", time.monotonic() - now_s)
         try:
-            self._limit_prefill(snapshot, decision)
+            held = self._limit_prefill(snapshot, decision)
             if is_paused:
                 self._drain(chosen)
             else:
@@ -248,30 +283,42 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self.max_num_scheduled_tokens,
                 self.scheduler_config.long_prefill_token_threshold,
                 self.adaptive_long_prefill_threshold,
+                self.max_num_active_reqs,
             ) = saved
+            self.running += held
             self._queue.show(())
             if is_paused:
                 self._undrain(chosen)
         self._note_started(decision, now_s)
         return output
 
-    def _limit_prefill(self, snapshot: Snapshot, decision: Decision) -> None:
+    def _limit_prefill(self, snapshot: Snapshot, decision: Decision) -> list[Request]:
         """Hold prompts to the decided tokens, so that decodes and resuming requests get theirs.
 
         vLLM serves running requests in list order and a prompt takes all it can, so prompts go last and each is
         limited to its share. Starting a fetch costs no token, but vLLM's scan ends when none is left.
+
+        Returns:
+            Running prompts that vLLM must not see in this step. No limit is low enough for a share of nothing: a
+            single token of a layered prompt would load all its chunks again, and take the token a fetch needs.
         """
         spare = 1 if decision.fetch else 0
         budget = snapshot.decode_tokens + decision.prefill_tokens + spare
         self.max_num_scheduled_tokens = min(self.max_num_scheduled_tokens, max(budget, 1))
         prefilling = [request for request in self.running if request.is_prefill_chunk]
         if prefilling:
-            self.running = [request for request in self.running if not request.is_prefill_chunk] + prefilling
+            decoding = [request for request in self.running if not request.is_prefill_chunk]
+            if decision.prefill_tokens == 0 and decoding:
+                self.running = decoding
+                self.max_num_active_reqs -= len(prefilling)
+                return prefilling
+            self.running = decoding + prefilling
             room = self.max_num_scheduled_tokens - snapshot.decode_tokens - spare
             share = max(min(room, decision.prefill_tokens) // len(prefilling), 1)
             threshold = self.scheduler_config.long_prefill_token_threshold
             self.scheduler_config.long_prefill_token_threshold = min(share, threshold) if threshold else share
             self.adaptive_long_prefill_threshold = False  # it would raise the share again
+        return []
 
     def _drain(self, fetched: list[Request]) -> None:
         """While new requests are paused, vLLM looks only at those that hold KV; parked ones do, in host memory."""
@@ -395,8 +442,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     def _keep_from_pool(self, request: Request) -> None:
         """A request that decodes in the zone to its end would hold blocks of a cached prefix as long."""
         tracked = self._controller.tracked.get(request.request_id)
-        if tracked is not None and tracked.outgrows_pool:
-            request.skip_reading_prefix_cache = True
+        if tracked is not None and tracked.can_layer:  # others may have asked for it themselves
+            request.skip_reading_prefix_cache = tracked.outgrows_pool
 
     def _untrack(self, request: Request) -> None:
         request_id = request.request_id

@@ -137,7 +137,14 @@ def books(engine: Any, scheduler: Any) -> dict[str, Any]:
             "tracked": len(scheduler._controller.tracked),
             "moves": {
                 name: getattr(ledger.counters, name)
-                for name in ("parks", "fetches", "layered_admissions", "recomputes", "stored_ahead_blocks")
+                for name in (
+                    "parks",
+                    "fetches",
+                    "layered_admissions",
+                    "recomputes",
+                    "stored_ahead_blocks",
+                    "prefix_hit_blocks",
+                )
             },
         }
     return found

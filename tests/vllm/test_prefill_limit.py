@@ -20,13 +20,14 @@ def scheduler(*are_prompts: bool) -> Any:
         running=[SimpleNamespace(is_prefill_chunk=is_prompt) for is_prompt in are_prompts],
         scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
         adaptive_long_prefill_threshold=True,
+        max_num_active_reqs=16,
     )
 
 
-def limit(s: Any, **changes: Any) -> Any:
+def limit(s: Any, prefill_tokens: int = 512, **changes: Any) -> Any:
     from layerkv.vllm_plugin.scheduler import LayerKVSchedulerMixin
 
-    LayerKVSchedulerMixin._limit_prefill(s, snapshot(**changes), Decision(prefill_tokens=512))
+    s.held = LayerKVSchedulerMixin._limit_prefill(s, snapshot(**changes), Decision(prefill_tokens=prefill_tokens))
     return s
 
 
@@ -43,3 +44,13 @@ def test_tokens_of_requests_that_do_not_run_are_shared_among_nobody() -> None:
     s = limit(scheduler(False), decode_tokens=1, prefilling_tokens=1)
     assert s.scheduler_config.long_prefill_token_threshold == 0
     assert s.max_num_scheduled_tokens == 513
+
+
+def test_with_no_tokens_for_prompts_vllm_sees_none_of_them() -> None:
+    """A limit of one token each would make every layered prompt load all its chunks for it."""
+    s = limit(scheduler(True, False, True), 0, decode_tokens=1, prefilling_tokens=900)
+    assert [request.is_prefill_chunk for request in s.running] == [False]
+    assert [request.is_prefill_chunk for request in s.held] == [True, True]
+    assert s.max_num_active_reqs == 14, "they keep their places"
+    alone = limit(scheduler(True), 0, prefilling_tokens=900)
+    assert (len(alone.running), alone.held) == (1, []), "the engine never stands still"

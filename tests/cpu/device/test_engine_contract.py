@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import BlockRun
@@ -298,4 +299,24 @@ def test_an_event_can_be_waited_for_by_several_threads() -> None:
     for waiter in waiters:
         waiter.join()
     assert ended == [True] * 3
+    worker.engine.close()
+
+
+# CUDA's own errors ------------------------------------------------------------------------------------------------
+
+
+def test_what_torch_or_triton_raises_fails_the_copy_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = make_worker("cuda-0", small_geometry(2, 1), 2)
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.engine, "_enqueue", no_memory)
+        failed = worker.engine.submit(STORE, [0], [BlockRun(0, 0, 1)])
+    assert isinstance(failed.error, TransferError)
+    assert "out of memory" in str(failed.error)
+    stored = worker.engine.submit(STORE, [0], [BlockRun(0, 0, 1)])
+    finish(worker.engine, stored)
+    assert stored.error is None
     worker.engine.close()

@@ -46,6 +46,19 @@ def test_an_ended_reservation_gives_back_only_what_was_not_taken() -> None:
     assert zone.num_available == 8
 
 
+def test_a_promise_is_raised_where_there_is_room_and_never_lowered() -> None:
+    zone = ZoneLedger(0, 8)
+    zone.reserve("a", 2)
+    zone.reserve("b", 3)
+    zone.raise_reservation("a", 5)
+    assert zone.num_available == 0
+    zone.raise_reservation("a", 1)
+    zone.raise_reservation("b", 4)  # no room: nothing changes
+    assert zone.num_available == 0
+    assert len(zone.take("a", 5)) == 5
+    assert len(zone.take("b", 3)) == 3
+
+
 def test_a_promise_of_nothing_is_none() -> None:
     """A prompt whose blocks are all prefix-cache hits wants no zone block."""
     zone = ZoneLedger(0, 8)

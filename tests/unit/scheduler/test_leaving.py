@@ -42,6 +42,17 @@ def test_streamed_decode_leaves_when_the_zone_has_no_next_block() -> None:
     assert decide(replace(s, free_zone_blocks=0)).park == ("r",)
 
 
+def test_who_is_longer_than_the_pool_starts_over_once_zone_or_host_memory_has_no_next_block() -> None:
+    long = LayeredRequest("r", True, 101, num_zone_blocks=5, needs_zone_block=True, needs_host_block=True)
+    s = snapshot(streamed_decode=True, layered=[long], pool_blocks=100, num_resident=1, free_zone_blocks=1)
+    assert decide(s).recompute == ()
+    for short in (replace(s, free_zone_blocks=0), replace(s, free_host_blocks=0)):
+        assert decide(short).recompute == ("r",)
+        assert decide(short).reasons == {"r": Reason.LONGER_THAN_POOL}
+        assert decide(replace(short, is_paused=True)).recompute == ()
+        assert decide(replace(short, layered=[long._replace(outgrows_pool=True)])).recompute == (), "it has its room"
+
+
 def test_streamed_decode_takes_its_next_blocks_before_prompts_do() -> None:
     needy = [LayeredRequest(f"r{i}", True, 6, 5, needs_zone_block=True, needs_host_block=True) for i in range(2)]
     waiting = [prompt("first", 8), prompt("second", 3)]
@@ -108,9 +119,22 @@ def test_who_does_not_fit_host_memory_is_passed_over_for_one_who_does() -> None:
     residents = [resident("large", 109, num_blocks=30), resident("small", 101, num_blocks=4), resident("x", 100)]
     s = snapshot(free_blocks=0, growth_blocks=1, num_resident=3, resident=residents, free_host_blocks=8)
     assert decide(s).park == ("small",)
-    assert decide(replace(s, free_host_blocks=3)).park == ()
+    assert decide(replace(s, free_host_blocks=3)).reasons == {"large": Reason.NO_ROOM_TO_PARK}
+    assert decide(replace(s, free_host_blocks=3)).recompute == ("large",)
+    assert decide(replace(s, free_host_blocks=3, is_paused=True)).reasons == {}, "it could not come back"
     stored = [residents[0]._replace(num_stored=22), *residents[1:]]
     assert decide(replace(s, resident=stored)).park == ("large",), "only what is not stored yet takes room"
+
+
+def test_who_fills_the_pool_is_not_parked_for_it_could_never_be_fetched() -> None:
+    """The last resident goes on, whatever is short, but for one that needs a block more than there are."""
+    alone = snapshot(free_blocks=0, growth_blocks=1, num_resident=1, pool_blocks=40)
+    assert decide(replace(alone, resident=[resident("a", 101, num_blocks=40)])).reasons == {
+        "a": Reason.LONGER_THAN_POOL
+    }
+    assert decide(replace(alone, resident=[resident("a", 101, num_blocks=40)])).recompute == ("a",)
+    paused = replace(alone, resident=[resident("a", 101, num_blocks=40)], is_paused=True)
+    assert (decide(paused).park, decide(paused).recompute) == ((), ())
 
 
 def test_a_step_that_parks_for_want_of_blocks_lets_nobody_into_the_pool() -> None:
@@ -162,6 +186,12 @@ def test_room_is_made_for_a_claim_about_to_be_late_by_one_who_can_afford_it() ->
     assert decision.made_room
     assert decision.reasons == {"patient": Reason.MAKES_ROOM}
     assert decision.waits == {"claim": Reason.POOL_FULL}, "its blocks are free with the next step"
+
+
+def test_room_is_not_made_by_one_who_fills_the_pool() -> None:
+    fills = [resident("patient", 105.0, num_blocks=40), resident("other", 100.02)]
+    assert decide(snapshot(**{**ROOMY, "resident": fills, "pool_blocks": 41})).park == ("patient",)
+    assert decide(snapshot(**{**ROOMY, "resident": fills, "pool_blocks": 40})).park == ()
 
 
 def test_room_is_made_by_one_who_is_late_anyway_and_weighs_less() -> None:
