@@ -19,7 +19,7 @@ ENGINE_TITLES = {"stock": "stock vLLM", "layerkv": "layerkv", "oracle": "oracle"
 ENGINE_NOTES = {
     "stock": "unmodified vLLM",
     "layerkv": "same KV memory as stock",
-    "oracle": "stock with KV memory for every request: the floor",
+    "oracle": "stock with KV memory for every request: nobody waits for it",
 }
 
 

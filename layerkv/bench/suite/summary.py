@@ -27,7 +27,7 @@ __all__ = [
     "sentences",
 ]
 
-# The oracle has more KV memory than the others: it is a floor, not a rival.
+# The oracle has more KV memory than the others: it is a reference, not a rival.
 PEERS = ("stock-watermark", "vllm-cpu-offload", "layerkv-no-slo")
 RIVALS = ("stock", "stock-watermark", "vllm-cpu-offload")
 

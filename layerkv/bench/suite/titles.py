@@ -21,7 +21,7 @@ ENGINE_NOTES = {
     "vllm-cpu-offload": "stock that also keeps KV in host memory",
     "layerkv": "same KV memory as stock",
     "layerkv-no-slo": "layerkv without objectives",
-    "oracle": "stock with KV memory for everything: the floor",
+    "oracle": "stock with KV memory for everything: nobody waits for it",
 }
 
 
