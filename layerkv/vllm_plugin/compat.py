@@ -61,6 +61,9 @@ _SURFACES: tuple[Surface, ...] = (
     ),
     Surface("vllm.v1.core.sched.scheduler", "Scheduler._inflight_prefill_reserved_blocks"),
     Surface("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", ("request_ids", "finished_status")),
+    Surface("vllm.v1.core.sched.scheduler", "Scheduler._handle_blocked_waiting_request", ("request",)),
+    Surface("vllm.v1.core.kv_cache_manager", "KVCacheManager.evict_blocks", ("block_ids",)),
+    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.has_pending_push_work"),
     Surface(
         "vllm.v1.core.sched.scheduler", "Scheduler.reset_prefix_cache", ("reset_running_requests", "reset_connector")
     ),

@@ -157,7 +157,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:  # noqa: FBT001, FBT002
         """vLLM's reset; when running requests start over, so do parked ones: their KV may be of old weights."""
         if self._is_active and reset_running_requests:
-            if (num_fetching := len(self.kv_holding_waiting) - self.num_waiting_for_streaming_input) > 0:
+            arrived = [request for request in self.kv_holding_waiting if self._has_arrived(request)]
+            if (num_fetching := self._ledger.residency.counts[Residency.FETCHING]) > 0:
                 raise RuntimeError(
                     f"cannot reset the prefix cache while {num_fetching} request(s) are being fetched from host "
                     "memory; nothing was changed, try again after the next step"
@@ -166,6 +167,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 raise RuntimeError(  # vLLM would raise after everybody's KV is gone: it frees blocks after the step
                     "cannot reset the prefix cache while a step is under way; nothing was changed, pause first"
                 )
+            for request in arrived:
+                self._start_over(request)
             for request_id in [r for r in self._ledger.residency if self._ledger.residency[r] is Residency.PARKED]:
                 self._ledger.drop(request_id)
                 self._recomputes(self.requests[request_id])
@@ -176,6 +179,22 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if self._is_active:
             self._ledger.forget_prefixes()
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+    def _has_arrived(self, request: Request) -> bool:
+        """Whether its fetch is over, and it has not gone on yet."""
+        is_fetched = request.request_id in self.finished_recving_kv_req_ids
+        return is_fetched or request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+    def _start_over(self, request: Request) -> None:
+        """Give up the KV of a request that has just been fetched."""
+        self._handle_blocked_waiting_request(request)
+        self.kv_holding_waiting.remove_requests((request,))
+        self.deferred_waiting.discard(request)
+        self.kv_cache_manager.free(request)
+        request.num_computed_tokens = 0
+        self.waiting.add_request(request)
+        self._ledger.drop(request.request_id)
+        self._recomputes(request)
 
     def _num_with_kv_on_host(self) -> int:
         counts = self._ledger.residency.counts

@@ -2,6 +2,7 @@
 
 SPEC: engine_args, mixes (keyword arguments of make_mix), ahead (schedule one step before the last one's output is
 processed, as under asynchronous scheduling), fail_every (make fetches fail),
+reset_while_fetching (as soon as a fetch is under way, once in each mix: pause at once and give all KV up),
 pause_step (let what has begun come to its end before that step goes on).
 
 OUT: for each mix the tokens of each request, and what the books say after the mix: everything given back or not, and
@@ -86,7 +87,28 @@ def drain_paused(engine: Any) -> list[Any]:
     return outputs
 
 
-def run_mix(engine: Any, requests: list[MixRequest], pause_step: int | None) -> list[list[int]]:
+def reset_while_fetching(engine: Any) -> list[Any]:
+    """What `pause(mode="keep")` with new weights does; returns what the steps put out."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    core, outputs = engine.engine_core.engine_core, []
+    core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    for _ in range(5_000):
+        if not core.scheduler.has_requests() and not core.batch_queue:
+            break
+        outputs += engine.step()
+    assert core.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert core.scheduler.kv_cache_manager.usage == 0
+    core.scheduler.set_pause_state(PauseState.UNPAUSED)
+    return outputs
+
+
+def is_fetching(engine: Any) -> bool:
+    """Whether a fetch is under way, or over and its request not scheduled yet."""
+    return bool(engine.engine_core.engine_core.scheduler.kv_holding_waiting)
+
+
+def run_mix(engine: Any, requests: list[MixRequest], spec: dict[str, Any]) -> list[list[int]]:
     """Add and abort by step count; returns each request's tokens, up to its abort."""
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input
@@ -95,6 +117,7 @@ def run_mix(engine: Any, requests: list[MixRequest], pause_step: int | None) -> 
     tokens: dict[str, list[int]] = {str(i): [] for i in range(len(requests))}
     internal: dict[str, str] = {}
     todo = sorted(enumerate(requests), key=lambda pair: pair[1].arrive_step)
+    will_reset = spec.get("reset_while_fetching")
     step = 0
     while todo or engine.has_unfinished_requests():
         while todo and todo[0][1].arrive_step <= step:
@@ -111,7 +134,11 @@ def run_mix(engine: Any, requests: list[MixRequest], pause_step: int | None) -> 
         for index, request in enumerate(requests):
             if request.abort_step == step and str(index) in internal:
                 engine.abort_request([str(index)])
-        outputs = drain_paused(engine) if step == pause_step else engine.step()
+        if will_reset and is_fetching(engine):
+            will_reset = False
+            outputs = reset_while_fetching(engine)
+        else:
+            outputs = drain_paused(engine) if step == spec.get("pause_step") else engine.step()
         for output in outputs:
             tokens[output.request_id].extend(output.outputs[0].token_ids)
         step += 1
@@ -156,7 +183,7 @@ def main(spec_path: str, out_path: str) -> None:
     scheduler = engine.engine_core.engine_core.scheduler
     results = []
     for mix in spec["mixes"]:
-        tokens = run_mix(engine, make_mix(**mix), spec.get("pause_step"))
+        tokens = run_mix(engine, make_mix(**mix), spec)
         results.append({"tokens": tokens, "books": books(engine, scheduler)})
         Path(out_path).write_text(json.dumps(results))
         engine.reset_prefix_cache()

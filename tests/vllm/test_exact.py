@@ -43,6 +43,7 @@ class Setting:
     ahead: bool = False
     fail_every: int = 0
     pause_step: int | None = None
+    reset_while_fetching: bool = False
     must_move: tuple[str, ...] = ("parks", "fetches", "layered_admissions")
 
 
@@ -62,6 +63,16 @@ SETTINGS = [
         must_move=("recomputes",),
     ),
     Setting("paused-in-between", {"zone_tokens": 320}, pause_step=12),
+    *(
+        Setting(
+            f"{'ahead-' if ahead else ''}reset-while-fetching",
+            {"zone_tokens": 320},
+            ahead=ahead,
+            reset_while_fetching=True,
+            must_move=("fetches", "recomputes"),
+        )
+        for ahead in (False, True)
+    ),
     Setting("never-layered", {"mode": "resident"}, {"kv_cache_memory_bytes": 3 << 20}, must_move=("parks", "fetches")),
     Setting("always-layered", {"mode": "layered", "zone_tokens": 320}, {"max_num_batched_tokens": 96}),
     Setting("streamed-decode", {"zone_tokens": 640}, policy=STREAMED, must_move=("layered_admissions",)),
@@ -145,7 +156,7 @@ def test_tokens_are_stock_vllms_and_every_block_comes_back(
     connector = {"kv_connector": "LayerKVConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     args = {**engine_args(model), **setting.engine, "kv_transfer_config": connector}
     spec = {"engine_args": args, "mixes": MIXES, "ahead": setting.ahead, "fail_every": setting.fail_every}
-    spec["pause_step"] = setting.pause_step
+    spec |= {"pause_step": setting.pause_step, "reset_while_fetching": setting.reset_while_fetching}
     results = run_engine(tmp_path, spec, setting.env)
 
     assert len(results) == len(MIXES)
