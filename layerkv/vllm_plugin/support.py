@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 VLLM_WORKERS = {"cpu": "vllm.v1.worker.cpu_worker.CPUWorker", "cuda": "vllm.v1.worker.gpu_worker.Worker"}
 OUR_WORKERS = {
-    "cpu": "layerkv.vllm_plugin.worker.LayerKVCPUWorker",
-    "cuda": "layerkv.vllm_plugin.worker.LayerKVGPUWorker",
+    "cpu": "layerkv.vllm_plugin.cpu_worker.LayerKVCPUWorker",
+    "cuda": "layerkv.vllm_plugin.gpu_worker.LayerKVGPUWorker",
 }
 OUR_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVScheduler"
 OUR_ASYNC_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVAsyncScheduler"

@@ -1,4 +1,8 @@
-"""The worker class: tells vLLM how many block ids to hand out, so that pool and lane zone fit the memory there is."""
+"""What our workers have in common: they tell vLLM how many block ids to hand out, so that pool and zone fit memory.
+
+Each device's worker has a module of its own: vLLM's CPU worker puts CPU buffers in the place of the GPU's as soon as it
+is imported.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
-from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_worker import Worker
 
 from layerkv.core.geometry import geometry_for_memory
 from layerkv.errors import ConfigError
-from layerkv.vllm_plugin.connector import LayerKVMetadata
-from layerkv.vllm_plugin.graphs import without_graphs
 from layerkv.vllm_plugin.setup import engine_config, geometry_request, require_room_for_one
 from layerkv.vllm_plugin.slo_gate import without_gates
 from layerkv.vllm_plugin.spec import LayerKVSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.core.sched.output import SchedulerOutput
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -85,19 +84,3 @@ class LayerKVWorkerMixin(_VLLMWorker):
         if getattr(self.model_runner, "shared_kv_cache_layers", None):
             return "layers that share another layer's KV are not supported by layerkv yet: use another model"
         return None
-
-
-class LayerKVCPUWorker(LayerKVWorkerMixin, CPUWorker):
-    """vLLM's CPU worker with a lane zone."""
-
-
-class LayerKVGPUWorker(LayerKVWorkerMixin, Worker):
-    """vLLM's CUDA worker with a lane zone."""
-
-    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """vLLM's step; one that copies layer by layer runs without CUDA graphs."""
-        metadata = scheduler_output.kv_connector_metadata
-        if not isinstance(metadata, LayerKVMetadata) or not metadata.plan.needs_layer_hooks:
-            return super().execute_model(scheduler_output)
-        with without_graphs(self.model_runner):
-            return super().execute_model(scheduler_output)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.vllm
 
-OUR_WORKER = "layerkv.vllm_plugin.worker.LayerKVCPUWorker"
+OUR_WORKER = "layerkv.vllm_plugin.cpu_worker.LayerKVCPUWorker"
 OUR_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVScheduler"
 OUR_ASYNC_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVAsyncScheduler"
 DERIVED_SCHEDULER = "layerkv.bench.suite.layerkv_probe.ProbedLayerKVScheduler"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,7 +93,7 @@ def test_only_steps_that_copy_layer_by_layer_run_without_graphs(
     from vllm.v1.worker.gpu_worker import Worker
 
     from layerkv.vllm_plugin.connector import LayerKVMetadata
-    from layerkv.vllm_plugin.worker import LayerKVGPUWorker
+    from layerkv.vllm_plugin.gpu_worker import LayerKVGPUWorker
 
     worker = object.__new__(LayerKVGPUWorker)
     worker.model_runner = v2_runner()
@@ -115,3 +117,22 @@ def test_what_cuda_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "find_spec", lambda name: None if name == "cuda" else find_spec(name))
     [bindings] = support._cuda_problems(config)
     assert "layerkv[cuda]" in bindings.instead
+
+
+NO_CPU_WORKER = """
+import sys
+import vllm.platforms
+vllm.platforms.current_platform.is_cpu = lambda: False
+import layerkv.vllm_plugin.gpu_worker
+from layerkv.vllm_plugin.compat import check_surfaces
+print(check_surfaces(), [name for name in sys.modules if name.startswith("vllm.v1.worker.cpu")])
+"""
+
+
+def test_nothing_on_the_way_to_the_gpu_worker_imports_vllms_cpu_worker() -> None:
+    """It replaces the buffers that vLLM's GPU kernels read by CPU tensors, for the whole process."""
+    ran = subprocess.run(
+        [sys.executable, "-c", NO_CPU_WORKER], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.splitlines()[-1] == "[] []"

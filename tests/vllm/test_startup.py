@@ -45,7 +45,7 @@ def test_without_the_flag_the_installed_package_changes_nothing(model: Path) -> 
 
 def test_the_one_flag_selects_worker_scheduler_and_gate(model: Path) -> None:
     config = create_config(model)
-    assert config.parallel_config.worker_cls == "layerkv.vllm_plugin.worker.LayerKVCPUWorker"
+    assert config.parallel_config.worker_cls == "layerkv.vllm_plugin.cpu_worker.LayerKVCPUWorker"
     assert config.scheduler_config.scheduler_cls == "layerkv.vllm_plugin.scheduler.LayerKVScheduler"
     assert len(config.model_config.logits_processors) == 1
 
@@ -193,7 +193,7 @@ def test_explicit_class_flags_work_without_the_wrapper_and_an_unknown_class_ends
     body = """
 from layerkv.vllm_plugin.activate import register_connector
 register_connector()
-llm = start(kv_transfer_config=flag(host_memory="64MiB"), worker_cls="layerkv.vllm_plugin.worker.LayerKVCPUWorker",
+llm = start(kv_transfer_config=flag(host_memory="64MiB"), worker_cls="layerkv.vllm_plugin.cpu_worker.LayerKVCPUWorker",
             scheduler_cls="layerkv.vllm_plugin.scheduler.LayerKVScheduler")
 params = SamplingParams(extra_args={"slo_class": "nope"})
 output, = llm.generate([{"prompt_token_ids": [3, 4, 5]}], params, use_tqdm=False)
