@@ -1,5 +1,5 @@
-# Three commands: `make demo`, `make test` and `make bench`. Each sets up .venv by itself, once, and again only after a change of
-# requirements/ or pyproject.toml. Nothing outside this folder is written, except pip's own cache.
+# Three commands: `make demo`, `make test` and `make bench`. Each sets up .venv by itself, once, and again only after a
+# change of requirements/ or pyproject.toml. Nothing outside this folder is written, except pip's own cache.
 
 VENV  := .venv
 BIN   := $(VENV)/bin

@@ -165,15 +165,16 @@ def _let_layered_leave(s: Snapshot, draft: _Draft) -> None:
         if r.prefill_done:
             stream_bytes -= r.num_zone_blocks * s.streamed_block_bytes
             is_wanted = draft.zone - zone_cost < wanted or draft.host < host_cost or r.num_blocks <= pool
-            if r.outgrows_pool or r.num_blocks > s.pool_blocks:  # it could never be fetched
-                if (draft.zone < zone_cost or draft.host < host_cost) and not s.is_paused:
-                    draft.recompute.append(r.request_id)
-                    draft.reasons[r.request_id] = Reason.LONGER_THAN_POOL
-                    draft.slots += 1
-                    continue
-            elif not s.streamed_decode or is_wanted:  # a first token matters more, and the pool is better
+            could_be_fetched = not r.outgrows_pool and r.num_blocks <= s.pool_blocks
+            has_room = draft.zone >= zone_cost and draft.host >= host_cost
+            if not could_be_fetched and not has_room and not s.is_paused:
+                draft.recompute.append(r.request_id)
+                draft.reasons[r.request_id] = Reason.LONGER_THAN_POOL
+                draft.slots += 1
+                continue
+            if could_be_fetched and (not s.streamed_decode or is_wanted):  # a first token, or the pool, is better
                 reason = Reason.FIRST_TOKEN_DONE
-            elif stream_bytes < 0:
+            elif could_be_fetched and stream_bytes < 0:
                 reason = Reason.STREAM_BUDGET
         if reason is None:
             draft.zone -= zone_cost

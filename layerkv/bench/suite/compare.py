@@ -26,7 +26,7 @@ from layerkv.bench.suite.result import SCHEMA_VERSION, CaseResult, Figures, Poin
 from layerkv.bench.suite.titles import ENGINE_TITLES
 from layerkv.errors import ConfigError
 
-# Three seeds that move by chance alone, with a deviation of a tenth, do so in the same direction once in 35 times.
+# If chance alone moves a figure, with a deviation of a tenth, three seeds are all worse by so much once in 35 times.
 LEAST_CHANGE = 0.05
 # With one seed nothing is told from noise but a change by half.
 LEAST_CHANGE_OF_ONE = 0.5
