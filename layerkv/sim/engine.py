@@ -33,6 +33,7 @@ class SimRequest:
     max_tokens: int
     slo: SloClass
     can_layer: bool = True
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

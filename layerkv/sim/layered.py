@@ -78,6 +78,7 @@ class LayeredEngine(VirtualEngine):
             arrival_s=request.arrival_s,
             num_tokens=request.prompt_tokens,
             max_tokens=request.max_tokens,
+            rank=request.rank,
             can_layer=request.can_layer,
         )
 

@@ -94,7 +94,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._num_quiet_steps = 0
         self._last_output_s = self._last_backlog_s = 0.0
         self._reader = EngineReader(self, side, manager)
-        # The policy chooses who is found and in which order; under priority scheduling, priorities shift deadlines.
+        # The policy chooses who is found and in which order; under priority scheduling, priorities go before deadlines.
         self.waiting = self._queue = WaitingQueue()
         self.kv_cache_manager.watermark_blocks = 0  # the policy's headroom takes its place
         self._report_capacity()
