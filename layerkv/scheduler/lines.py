@@ -17,33 +17,48 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 from math import inf
+from typing import TypeVar
 
 from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
 
 Claim = ParkedRequest | WaitingRequest
 
+View = TypeVar("View", bound=Claim)
 
-def turn_of(claim: Claim, *, is_overdue: bool, is_late: bool) -> tuple[int, bool, bool, float]:
-    """The place of a request in its line: by rank; overdue ones first, in order of deadline; then those on time.
+
+def in_order(
+    line: Sequence[View], *, late: Collection[str], late_before_s: float, overdue: Collection[str]
+) -> list[View]:
+    """A line in order of turns: by rank; then who is overdue, by deadline; then who is on time; then the late.
 
     Args:
-        claim: The request.
-        is_overdue: Whether it was overtaken too often.
-        is_late: Whether it cannot keep its objective any more.
+        line: Who stands in it.
+        late: Those who cannot keep their objectives,
+        late_before_s: and whoever is due before that is late too.
+        overdue: Those who were overtaken too often.
     """
-    return claim.rank, not is_overdue, is_late and not is_overdue, claim.deadline_s
+
+    def turn(claim: View) -> tuple[int, bool, float]:
+        return claim.rank, claim.request_id in late or claim.deadline_s < late_before_s, claim.deadline_s
+
+    def turn_of_some(claim: View) -> tuple[int, bool, bool, float]:
+        request_id, deadline_s = claim.request_id, claim.deadline_s
+        if request_id in overdue:
+            return claim.rank, False, False, deadline_s
+        return claim.rank, True, request_id in late or deadline_s < late_before_s, deadline_s
+
+    return sorted(line, key=turn_of_some if overdue else turn)
 
 
 def by_rank(
     claims: Sequence[Claim], prompts: Sequence[WaitingRequest]
-) -> Iterator[tuple[Sequence[Claim], Sequence[WaitingRequest]]]:
+) -> list[tuple[Sequence[Claim], Sequence[WaitingRequest]]]:
     """Both lines cut into ranks, the best first. Both must be in order; nearly always there is one rank."""
     ends = [line[at].rank for line in (claims, prompts) if line for at in (0, -1)]
     if not ends:
-        return
+        return []
     if min(ends) == max(ends):
-        yield claims, prompts
-        return
+        return [(claims, prompts)]
     ranks: dict[int, tuple[list[Claim], list[WaitingRequest]]] = {
         rank: ([], []) for rank in sorted({view.rank for view in chain(claims, prompts)})
     }
@@ -51,7 +66,7 @@ def by_rank(
         ranks[claim.rank][0].append(claim)
     for prompt in prompts:
         ranks[prompt.rank][1].append(prompt)
-    yield from ranks.values()
+    return list(ranks.values())
 
 
 def overtaken_in(line: Sequence[Claim], started: Collection[str]) -> Iterator[str]:
@@ -63,18 +78,19 @@ def overtaken_in(line: Sequence[Claim], started: Collection[str]) -> Iterator[st
     """
     first: str | None = None
     first_is_passed = False
-    due: Claim | None = None
-    latest_s = -inf
+    due: str | None = None
+    due_s, latest_s = inf, -inf
     for claim in line:
-        if claim.request_id in started:
+        request_id, deadline_s = claim.request_id, claim.deadline_s
+        if request_id in started:
             first_is_passed |= first is not None
-            latest_s = max(latest_s, claim.deadline_s)
+            latest_s = max(latest_s, deadline_s)
             continue
         if first is None:
-            first = claim.request_id
-        if due is None or (claim.deadline_s, claim.request_id) < (due.deadline_s, due.request_id):
-            due = claim
+            first = request_id
+        if deadline_s < due_s:
+            due, due_s = request_id, deadline_s
     if first is not None and first_is_passed:
         yield first
-    if due is not None and due.deadline_s < latest_s and not (first_is_passed and due.request_id == first):
-        yield due.request_id
+    if due is not None and due_s < latest_s and not (first_is_passed and due == first):
+        yield due

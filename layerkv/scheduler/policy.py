@@ -24,7 +24,7 @@ from typing import Literal
 
 from layerkv.core.cost import StepWork
 from layerkv.scheduler.forecast import Forecast
-from layerkv.scheduler.lines import Claim, by_rank, overtaken_in, turn_of
+from layerkv.scheduler.lines import Claim, by_rank, in_order, overtaken_in
 from layerkv.scheduler.prefill import late_prompts, prefill_budget
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import (
@@ -130,8 +130,12 @@ def decide(snapshot: Snapshot, limits: PolicyLimits | None = None) -> Decision:
         forecast=forecast,
         is_relieving=is_relieving,
     )
-    for claims, prompts in by_rank(_claims(s, limits, waiting, late), _by_turn(s, limits, waiting, late)):
+    overdue = {r for r, num in s.overtaken.items() if num >= limits.max_overtakes}
+    ranks = by_rank(_claims(s, limits, waiting, late, overdue), _by_turn(s, waiting, late, overdue))
+    for claims, prompts in ranks:
         _serve_rank(s, limits, draft, claims, prompts, turn)
+        if len(ranks) > 1:
+            _close_to_worse_ranks(s, draft, claims, prompts, turn)
     _store_ahead(s, limits, draft, forecast)
     return Decision(
         park=tuple(draft.park),
@@ -183,18 +187,20 @@ def _serve_rank(
         _make_room(s, limits, draft)
     _admit(s, limits, draft, prompts, turn)
     _note_overtaken(draft, claims, prompts)
-    _close_to_worse_ranks(s, draft, claims, prompts, turn)
 
 
 def _note_overtaken(draft: _Draft, claims: Sequence[Claim], prompts: Sequence[WaitingRequest]) -> None:
     admitted = {admission.request_id for admission in draft.admit}
     if draft.fetch or draft.resident_prompts:
         # whoever was granted blocks but no tokens neither was left behind in this line nor has started
-        line = [c for c in claims if c.request_id not in draft.resident_prompts or c.request_id in admitted]
-        draft.overtaken += overtaken_in(line, admitted.union(draft.fetch))
+        if draft.resident_prompts:
+            claims = [c for c in claims if c.request_id not in draft.resident_prompts or c.request_id in admitted]
+        draft.overtaken += overtaken_in(claims, admitted.union(draft.fetch))
     if admitted:
-        left = [w for w in prompts if not _is_refused(draft, w)]
-        draft.overtaken += [r for r in overtaken_in(left, admitted) if r not in draft.overtaken]
+        if draft.refuse:
+            refused = {refusal.request_id for refusal in draft.refuse}
+            prompts = [w for w in prompts if w.request_id not in refused]
+        draft.overtaken += [r for r in overtaken_in(prompts, admitted) if r not in draft.overtaken]
 
 
 def _close_to_worse_ranks(
@@ -360,20 +366,18 @@ def _fits_pool(s: Snapshot, limits: PolicyLimits, draft: _Draft, claim: Claim, f
     return draft.residents == 0 or forecast.fits(need, claim.tokens_left)
 
 
-def _is_late(s: Snapshot, claim: Claim, late: set[str]) -> bool:
-    return s.slo_scheduling and (claim.request_id in late or claim.deadline_s < s.now_s)
-
-
-def _claims(s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest], late: set[str]) -> list[Claim]:
+def _claims(
+    s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest], late: set[str], overdue: set[str]
+) -> list[Claim]:
     """Everybody who can only go on in the pool, in order; whoever was overtaken too often stands first.
 
     So does a prompt that was overtaken too often in the line for compute, though it may still run layered: else those
     who stand in line here would take each slot, and hold the host memory, that it waits for.
     """
-    most = limits.max_overtakes
-    overdue = {r for r, num in s.overtaken.items() if num >= most} if s.overtaken else set()
     prompts = [
-        w for w in waiting if not _outgrows_pool(s, w) and (w.request_id in overdue or not _can_ever_layer(s, w))
+        w
+        for w in waiting
+        if not _outgrows_pool(s, w) and ((overdue and w.request_id in overdue) or not _can_ever_layer(s, w))
     ]
     for first in waiting if overdue else ():
         if first.request_id in overdue and _outgrows_pool(s, first):  # it does not stand here, and nobody passes it
@@ -382,9 +386,9 @@ def _claims(s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest]
                 for w in prompts
                 if w.rank != first.rank or (w.request_id in overdue and w.deadline_s <= first.deadline_s)
             ]
+    late_before_s = s.now_s if s.slo_scheduling else -math.inf
     claims: list[Claim] = [*s.parked[: limits.scan_parked], *prompts]
-    claims.sort(key=lambda c: turn_of(c, is_overdue=c.request_id in overdue, is_late=_is_late(s, c, late)))
-    return claims
+    return in_order(claims, late=late, late_before_s=late_before_s, overdue=overdue)
 
 
 def _grant_claims(
@@ -515,17 +519,12 @@ def _can_ever_layer(s: Snapshot, w: WaitingRequest) -> bool:
 
 
 def _by_turn(
-    s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest], late: set[str]
-) -> list[WaitingRequest]:
+    s: Snapshot, waiting: Sequence[WaitingRequest], late: set[str], overdue: set[str]
+) -> Sequence[WaitingRequest]:
     """Prompts in the order in which they get compute."""
-    overtaken, most = s.overtaken, limits.max_overtakes
-    if not late and not overtaken:
-        return list(waiting)  # they come by rank and deadline
-
-    def turn(w: WaitingRequest) -> tuple[int, bool, bool, float]:
-        return turn_of(w, is_overdue=overtaken.get(w.request_id, 0) >= most, is_late=w.request_id in late)
-
-    return sorted(waiting, key=turn)
+    if not late and not overdue:
+        return waiting  # they come by rank and deadline
+    return in_order(waiting, late=late, late_before_s=-math.inf, overdue=overdue)
 
 
 def _admit(s: Snapshot, limits: PolicyLimits, draft: _Draft, waiting: Sequence[WaitingRequest], turn: _Turn) -> None:
@@ -543,10 +542,9 @@ def _admit(s: Snapshot, limits: PolicyLimits, draft: _Draft, waiting: Sequence[W
             continue
         where, reason = _where_to_start(s, limits, draft, w, turn)
         if where is None:
-            if _can_ever_layer(s, w):
-                draft.waits[w.request_id] = reason  # it may stand in line for the pool too, but does not need it
-            else:
-                draft.waits.setdefault(w.request_id, reason)
+            # an overdue one that may run layered stands in line for the pool too, but does not need it
+            if w.request_id not in draft.waits or _can_ever_layer(s, w):
+                draft.waits[w.request_id] = reason
             if s.overtaken.get(w.request_id, 0) >= limits.max_overtakes:
                 closed, draft.is_closed = Reason.BEHIND_OVERDUE, True
             continue
@@ -617,10 +615,6 @@ def _start(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn, where: Li
         draft.residents += 1
         draft.slots -= 1
         turn.forecast.add(need, w.tokens_left)
-
-
-def _is_refused(draft: _Draft, w: WaitingRequest) -> bool:
-    return draft.reasons.get(w.request_id) in (Reason.OVERLOAD, Reason.NEVER_FITS)
 
 
 def _tokens_to_compute(s: Snapshot, w: WaitingRequest, hit: PrefixHit, *, resident: bool = False) -> int:
