@@ -1,4 +1,4 @@
-"""How often a request is overtaken in either line, over whole random loads: the bound that the documentation states."""
+"""Who is overtaken in either line, and by whom, over whole random loads: the bound that the documentation states."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ class WatchedScheduler(TinyScheduler):
     A request is overtaken in a step that starts another of its line and rank, or of a worse one, with a later
     deadline, and not itself. Each such step has a culprit: somebody who stood no later than it and was left behind
     too. So there are no more of them than ``MOST`` for each that stood there during its wait, itself included.
+
+    And a prompt never starts while one of better rank is left behind, nor is a parked request of worse rank fetched
+    while one of better rank stays parked.
     """
 
     def __init__(self, jobs: Iterable[SimRequest], **engine: Any) -> None:
@@ -41,6 +44,9 @@ class WatchedScheduler(TinyScheduler):
         self._watch("compute", waiting, waiting, admitted)
         claims = [*parked, *(w for w in waiting if not self._can_layer(w))]
         self._watch("pool", claims, [*parked, *waiting], admitted | set(decision.fetch))
+        for views, started in ((waiting, admitted), (parked, set(decision.fetch))):
+            worst = max((view.rank for view in views if view.request_id in started), default=-10)
+            assert not [v for v in views if v.rank < worst and v.request_id not in started], "a better rank is passed"
         return decision
 
     def _can_layer(self, w: WaitingRequest) -> bool:
@@ -66,7 +72,7 @@ class WatchedScheduler(TinyScheduler):
 @st.composite
 def loads(draw: st.DrawFn) -> list[SimRequest]:
     """Requests that come close together, of two ranks or one, some of which only the pool can hold."""
-    ranks = draw(st.sampled_from(((0,), (0,), (0, 7))))
+    ranks = draw(st.sampled_from(((0,), (0,), (0, 7), (-3, 0, 7))))
     jobs = []
     for i in range(draw(st.integers(2, 25))):
         num_prompt = draw(st.sampled_from((8, 30, 60, 120, 260)))
@@ -102,7 +108,7 @@ engines = st.fixed_dictionaries(
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(loads(), engines)
-def test_in_either_line_nobody_is_overtaken_more_often_than_documented(
+def test_nobody_is_overtaken_more_often_than_documented_and_never_by_a_worse_rank(
     jobs: list[SimRequest], engine: dict[str, Any]
 ) -> None:
     scheduler = WatchedScheduler(jobs, pool_blocks=POOL, **engine)
