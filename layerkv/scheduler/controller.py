@@ -25,7 +25,8 @@ from layerkv.scheduler.lengths import (
     MaxTokens,
     QuantileLengths,
 )
-from layerkv.scheduler.policy import PolicyLimits, decide
+from layerkv.scheduler.limits import PolicyLimits
+from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Event, LogEntry, Reason
 from layerkv.scheduler.snapshot import (
     Decision,

@@ -240,13 +240,11 @@ class Refusal(NamedTuple):
 
     Attributes:
         request_id: The request.
-        reason: Why, in a word.
-        text: Why, for its user.
+        reason: Why.
     """
 
     request_id: str
     reason: Reason
-    text: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.scheduler.controller import Controller, EngineShape, EngineState, Running
 from layerkv.scheduler.lengths import LengthPredictor
-from layerkv.scheduler.policy import PolicyLimits
-from layerkv.scheduler.snapshot import Decision, Mode
+from layerkv.scheduler.limits import PolicyLimits
+from layerkv.scheduler.refusals import refusal_text
+from layerkv.scheduler.snapshot import Decision, Mode, Snapshot
 from layerkv.sim.engine import EngineSetup, Live, Scheduled, SimRequest, VirtualEngine
 from layerkv.sim.outcome import SimOutcome
 
@@ -91,8 +92,8 @@ class LayeredEngine(VirtualEngine):
             self._plan = StepPlan()
             self.decision = Decision(prefill_tokens=self.setup.max_num_batched_tokens)
             return self._compute([])
-        self.decision = self._decide()
-        self._apply(self.decision)
+        snapshot, self.decision = self._decide()
+        self._apply(snapshot, self.decision)
         scheduled = self._compute([self.lives[admission.request_id] for admission in self.decision.admit])
         self._plan = self.ledger.take_plan(sum(num_tokens for _, num_tokens in scheduled))
         return scheduled
@@ -151,7 +152,7 @@ class LayeredEngine(VirtualEngine):
 
     # Deciding -----------------------------------------------------------------------------------------------------
 
-    def _decide(self) -> Decision:
+    def _decide(self) -> tuple[Snapshot, Decision]:
         running = [self._seen(live) for live in self.running]
         reserved = sum(
             max(self.blocks(r.num_tokens) - r.num_blocks, 0) for r in running if r.is_prefilling and not r.is_layered
@@ -168,8 +169,7 @@ class LayeredEngine(VirtualEngine):
             budget_tokens=self.setup.max_num_batched_tokens,
             steps_ahead=1 if self.setup.frees_are_deferred else 0,
         )
-        _, decision = self.controller.decide(state, self.now_s)
-        return decision
+        return self.controller.decide(state, self.now_s)
 
     def _seen(self, live: Live) -> Running:
         request_id, made, computed = live.request_id, live.num_made, live.num_computed
@@ -184,10 +184,10 @@ class LayeredEngine(VirtualEngine):
 
     # Carrying a decision out --------------------------------------------------------------------------------------
 
-    def _apply(self, decision: Decision) -> None:
+    def _apply(self, snapshot: Snapshot, decision: Decision) -> None:
         for refusal in decision.refuse:
             self._refuse(refusal.request_id)
-            self.controller.refused(refusal.request_id, refusal.reason, refusal.text, self.now_s)
+            self.controller.refused(refusal.request_id, refusal.reason, refusal_text(snapshot, refusal), self.now_s)
             self.controller.leave(refusal.request_id, num_output=0, has_finished=False, now_s=self.now_s)
         for request_id in decision.park:
             self._park(self.lives[request_id])

@@ -28,6 +28,7 @@ from layerkv.errors import CapacityError, ConfigError
 from layerkv.scheduler.controller import Controller, EngineShape
 from layerkv.scheduler.decision_log import DecisionLog
 from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import Decision, Snapshot
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.connector import LayerKVConnector
@@ -273,7 +274,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             reader.state(), now_s, is_startable=reader.is_startable, is_fetchable=reader.is_fetchable, hits=reader.hits
         )
         for refusal in decision.refuse:
-            self._refuse(refusal.request_id, refusal.text, refusal.reason)
+            self._refuse(refusal.request_id, refusal_text(snapshot, refusal), refusal.reason)
         for request_id in decision.store_ahead:
             self._store_ahead(request_id, now_s)
         if decision.park:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from layerkv.scheduler.policy import PolicyLimits
+from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.reasons import Event, Reason
 from layerkv.sim.engine import SimRequest
 from tests.fakes.tiny_scheduler import BLOCK_TOKENS, TinyScheduler, TinyStock, job, policy, profile

@@ -11,7 +11,8 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerkv.scheduler.policy import PolicyLimits, decide
+from layerkv.scheduler.limits import PolicyLimits
+from layerkv.scheduler.policy import decide
 from layerkv.scheduler.prefill import late_prompts
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import LayeredRequest, PrefixHit, Snapshot

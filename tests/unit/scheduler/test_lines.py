@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerkv.scheduler.policy import PolicyLimits, decide
+from layerkv.scheduler.limits import PolicyLimits
+from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import LayeredRequest, ParkedRequest, WaitingRequest
 from layerkv.scheduler.tracker import DeadlineQueue

@@ -9,8 +9,8 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from layerkv.scheduler.policy import PolicyLimits
-from layerkv.scheduler.snapshot import Decision, ParkedRequest, WaitingRequest
+from layerkv.scheduler.limits import PolicyLimits
+from layerkv.scheduler.snapshot import Decision, ParkedRequest, Snapshot, WaitingRequest
 from layerkv.sim.engine import SimRequest
 from tests.fakes.tiny_scheduler import BLOCK_TOKENS, TinyScheduler, job, policy
 
@@ -37,9 +37,9 @@ class WatchedScheduler(TinyScheduler):
         self.num_overtakes: dict[tuple[str, str], int] = defaultdict(int)
         self._before: dict[tuple[str, str], set[str]] = defaultdict(set)
 
-    def _decide(self) -> Decision:
+    def _decide(self) -> tuple[Snapshot, Decision]:
         waiting, parked = list(self.controller.waiting.views), list(self.controller.parked.views)
-        decision = super()._decide()
+        snapshot, decision = super()._decide()
         admitted = {admission.request_id for admission in decision.admit}
         self._watch("compute", waiting, waiting, admitted)
         claims = [*parked, *(w for w in waiting if not self._can_layer(w))]
@@ -47,7 +47,7 @@ class WatchedScheduler(TinyScheduler):
         for views, started in ((waiting, admitted), (parked, set(decision.fetch))):
             worst = max((view.rank for view in views if view.request_id in started), default=-10)
             assert not [v for v in views if v.rank < worst and v.request_id not in started], "a better rank is passed"
-        return decision
+        return snapshot, decision
 
     def _can_layer(self, w: WaitingRequest) -> bool:
         fits = w.num_blocks <= min(self.ledger.zone.num_blocks, self.setup.num_host_blocks)

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerkv.core.cost import StepWork
-from layerkv.scheduler.policy import PolicyLimits, decide
+from layerkv.scheduler.limits import PolicyLimits
+from layerkv.scheduler.policy import decide
 from layerkv.scheduler.prefill import ROUND_TOKENS, late_prompts, prefill_budget, step_seconds
 from layerkv.scheduler.snapshot import Snapshot, WaitingRequest
 from tests.fakes.snapshots import NOW_S, admitted, cost, prompt, snapshot

@@ -9,6 +9,7 @@ import pytest
 
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import LayeredRequest, PrefixHit, Snapshot
 from tests.fakes.snapshots import POOL, admitted, cost, crowd, parked, prompt, resident, snapshot
 
@@ -156,12 +157,13 @@ def refused(s: Snapshot) -> dict[str, Reason]:
 
 
 def test_a_prompt_that_can_never_run_is_refused_and_told_why_and_what_to_raise() -> None:
-    decision = decide(snapshot(waiting=[prompt("a", 101)]))
+    s = snapshot(waiting=[prompt("a", 101)])
+    decision = decide(s)
     assert decision.admit == ()
     [refusal] = decision.refuse
-    assert refusal[:2] == ("a", Reason.NEVER_FITS)
-    assert "101 KV blocks" in refusal.text
-    assert "host_memory" in refusal.text
+    assert refusal == ("a", Reason.NEVER_FITS)
+    assert "101 KV blocks" in refusal_text(s, refusal)
+    assert "host_memory" in refusal_text(s, refusal)
 
 
 def test_a_prompt_too_long_for_the_pool_is_refused_in_resident_mode_and_if_it_cannot_be_layered() -> None:
@@ -189,7 +191,7 @@ def test_a_late_prompt_is_refused_only_where_its_class_asks_for_that() -> None:
     late = prompt("late", deadline_s=97.5)
     s = snapshot(waiting=[late._replace(may_refuse=True)])
     assert refused(s) == {"late": Reason.OVERLOAD}
-    assert "2.5 s late already" in decide(s).refuse[0].text
+    assert "2.5 s late already" in refusal_text(s, decide(s).refuse[0])
     assert refused(snapshot(waiting=[late])) == {}
     assert refused(snapshot(waiting=[prompt("on time", may_refuse=True)])) == {}
     assert refused(replace(s, slo_scheduling=False)) == {}
@@ -199,7 +201,7 @@ def test_a_prompt_that_is_going_to_be_late_is_refused_before_it_is() -> None:
     late = prompt("late", deadline_s=101.0, prefill_cost_s=2.0, may_refuse=True)
     s = snapshot(waiting=[late], cost=cost(step_s=0.0))
     assert refused(s) == {"late": Reason.OVERLOAD}
-    assert "late already" not in decide(s).refuse[0].text
+    assert "late already" not in refusal_text(s, decide(s).refuse[0])
     assert refused(replace(s, waiting=[late._replace(deadline_s=103.0)])) == {}
 
 
@@ -235,9 +237,10 @@ def test_what_may_outgrow_the_pool_waits_for_zone_and_host_memory_and_never_goes
 
 def test_what_may_outgrow_the_pool_is_refused_where_nothing_could_ever_hold_it() -> None:
     for changes in ({"long_contexts": False}, {"zone_blocks": BIG - 1}, {"host_blocks": BIG - 1}):
-        [refusal] = decide(streaming(waiting=[prompt("a", 10, most_blocks=BIG)], **changes)).refuse
+        s = streaming(waiting=[prompt("a", 10, most_blocks=BIG)], **changes)
+        [refusal] = decide(s).refuse
         assert refusal.reason is Reason.NEVER_FITS
-        assert f"may need {BIG} KV blocks" in refusal.text
+        assert f"may need {BIG} KV blocks" in refusal_text(s, refusal)
 
 
 def test_who_may_outgrow_the_pool_decodes_in_the_zone_whatever_happens() -> None:

@@ -1,0 +1,247 @@
+"""A decision while it is put together: the room that is left, and the verdicts so far.
+
+The only place where either changes. Rules ask, and speak in verbs; each verb takes what its verdict costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from layerkv.scheduler.forecast import Forecast
+from layerkv.scheduler.lines import Claim
+from layerkv.scheduler.needs import (
+    headroom_blocks,
+    hit_of,
+    layered_blocks,
+    pool_blocks,
+    tokens_to_compute,
+)
+from layerkv.scheduler.outlook import Outlook
+from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.snapshot import (
+    Admission,
+    Decision,
+    LayeredRequest,
+    ParkedRequest,
+    Refusal,
+    ResidentRequest,
+    WaitingRequest,
+)
+from layerkv.scheduler.victims import blocks_to_store
+
+
+@dataclass(slots=True)
+class Draft:
+    """See the module.
+
+    Attributes:
+        pool: Pool blocks left, what running requests need in this step deducted.
+        zone: Zone blocks left.
+        host: Host blocks left,
+        early_host: and those of them that prompts which start layered may take.
+        slots: Requests that may still start.
+        tokens: Prompt tokens of this step that are left for prompts that start.
+        residents: Requests in the pool, those let in so far included.
+        forecast: The pool's future with them.
+        blocked: The first claim that the pool has no room for; None while there is none.
+        is_relieving: Residents leave for want of blocks.
+        is_closed: The room is left to drain for a prompt that was overtaken too often.
+        zone_is_promised: A prompt waits for the zone: it is next there.
+        pool_is_closed: A request of better rank waits for the pool,
+        compute_is_closed: or for compute.
+    """
+
+    now: Outlook
+    pool: int = field(init=False)
+    zone: int = field(init=False)
+    host: int = field(init=False)
+    early_host: int = field(init=False)
+    slots: int = field(init=False)
+    tokens: int = field(init=False)
+    residents: int = field(init=False)
+    forecast: Forecast = field(init=False)
+    blocked: Claim | None = None
+    is_relieving: bool = False
+    is_closed: bool = False
+    zone_is_promised: bool = False
+    pool_is_closed: bool = False
+    compute_is_closed: bool = False
+    park: list[str] = field(default_factory=list)
+    recompute: list[str] = field(default_factory=list)
+    stored_ahead: list[str] = field(default_factory=list)
+    fetch: list[str] = field(default_factory=list)
+    granted: set[str] = field(default_factory=set)
+    admit: list[Admission] = field(default_factory=list)
+    refuse: list[Refusal] = field(default_factory=list)
+    overtaken: list[str] = field(default_factory=list)
+    reasons: dict[str, Reason] = field(default_factory=dict)
+    waits: dict[str, Reason] = field(default_factory=dict)
+    made_room: bool = False
+
+    def __post_init__(self) -> None:
+        s = self.now.s
+        self.pool = s.free_blocks - s.reserved_blocks - s.growth_blocks
+        self.zone = s.free_zone_blocks
+        self.host = s.free_host_blocks
+        self.early_host = s.free_host_blocks if s.early_host_blocks is None else s.early_host_blocks
+        self.slots = s.free_slots
+        self.tokens = max(self.now.prefill_tokens - s.prefilling_tokens, 0)
+        self.residents = s.num_resident
+        held = [(r.tokens_left, r.num_blocks) for r in s.resident]
+        usable = s.free_blocks - s.reserved_blocks + sum([num_blocks for _, num_blocks in held])
+        self.forecast = Forecast(int(usable * self.now.limits.overcommit), s.block_tokens, held)
+
+    # Leaving ------------------------------------------------------------------------------------------------------
+
+    def stay_in_zone(self, r: LayeredRequest) -> None:
+        """A layered request goes on, and takes what its next token needs."""
+        if not r.outgrows_pool:  # all its room is reserved
+            self.zone -= int(r.needs_zone_block)
+            self.host -= int(r.needs_host_block)
+
+    def park_layered(self, r: LayeredRequest, reason: Reason) -> None:
+        """Its KV is in host memory already."""
+        if not self.now.s.frees_are_deferred:
+            self.zone += r.num_zone_blocks
+        self.slots += 1
+        self.park.append(r.request_id)
+        self.reasons[r.request_id] = reason
+
+    def give_up_layered(self, r: LayeredRequest, reason: Reason) -> None:
+        """It leaves the zone, and is computed again."""
+        self.slots += 1
+        self._give_up(r.request_id, reason)
+
+    def park_resident(self, r: ResidentRequest, reason: Reason) -> None:
+        """It leaves the pool, and takes host blocks. Its pool blocks are there for this step only if it must leave."""
+        if reason is Reason.POOL_SHORT:
+            self.is_relieving = True
+            self.pool += r.num_blocks
+        else:
+            self.made_room = True
+        self.host -= blocks_to_store(r)
+        self._leave_pool()
+        self.park.append(r.request_id)
+        self.reasons[r.request_id] = reason
+
+    def give_up_resident(self, r: ResidentRequest, reason: Reason) -> None:
+        """It leaves the pool, and is computed again."""
+        self.pool += r.num_blocks
+        self._leave_pool()
+        self._give_up(r.request_id, reason)
+
+    def store_ahead(self, r: ResidentRequest, num_blocks: int) -> None:
+        """So many of its blocks are copied in the background."""
+        self.host -= num_blocks
+        self.stored_ahead.append(r.request_id)
+
+    # Coming in ----------------------------------------------------------------------------------------------------
+
+    def fits_pool(self, claim: Claim) -> bool:
+        """Whether there are blocks for it now, and by the forecast will be until it ends."""
+        need = pool_blocks(self.now.s, claim)
+        if need + self.headroom > self.pool:
+            return False
+        return self.residents == 0 or self.forecast.fits(need, claim.tokens_left)
+
+    @property
+    def headroom(self) -> int:
+        """Blocks that stay free when one more comes in."""
+        return headroom_blocks(self.now.s, self.residents, self.now.limits.headroom_tokens)
+
+    def grant(self, claim: Claim) -> None:
+        """Give a claim its slot and pool blocks: a parked request is fetched, a prompt may start if tokens are left."""
+        self._enter_pool(claim)
+        if isinstance(claim, ParkedRequest):
+            self.fetch.append(claim.request_id)
+            self.reasons[claim.request_id] = Reason.ITS_TURN
+        else:
+            self.granted.add(claim.request_id)
+
+    def start_resident(self, w: WaitingRequest, reason: Reason) -> None:
+        """A prompt starts in the pool."""
+        self.tokens -= tokens_to_compute(self.now.s, w, resident=True)
+        if w.request_id not in self.granted:
+            self._enter_pool(w)
+        self._admit(Admission(w.request_id, layered=False), reason)
+
+    def start_layered(self, w: WaitingRequest, reason: Reason) -> None:
+        """A prompt starts in the zone, with room for all of it there and in host memory."""
+        hit, host_blocks = hit_of(self.now.s, w), layered_blocks(w)
+        zone_blocks = host_blocks - hit.num_blocks
+        self.tokens -= tokens_to_compute(self.now.s, w)
+        self.zone -= zone_blocks
+        self.host -= host_blocks
+        self.early_host -= host_blocks
+        self.pool -= hit.num_evictable
+        self.slots -= 1
+        self._admit(Admission(w.request_id, layered=True, zone_blocks=zone_blocks, host_blocks=host_blocks), reason)
+
+    def turn_away(self, w: WaitingRequest, reason: Reason) -> None:
+        """A prompt is not served."""
+        self.refuse.append(Refusal(w.request_id, reason))
+        self.reasons[w.request_id] = reason
+        self.waits.pop(w.request_id, None)
+
+    # Waiting ------------------------------------------------------------------------------------------------------
+
+    def wait(self, claim: Claim, reason: Reason) -> None:
+        """It waits, and for this, whatever else it waits for."""
+        self.waits[claim.request_id] = reason
+
+    def wait_too(self, claim: Claim, reason: Reason) -> None:
+        """It waits for this, if nothing else has been said."""
+        self.waits.setdefault(claim.request_id, reason)
+
+    def block(self, claim: Claim) -> bool:
+        """The pool has no room for it; whether it is the first such claim, for which room may be made."""
+        if self.blocked is not None:
+            return False
+        self.blocked = claim
+        return True
+
+    def keep_slots(self, num_slots: int) -> None:
+        """So many are kept for requests that wait for blocks."""
+        self.slots -= num_slots
+
+    def overtake(self, request_ids: Sequence[str]) -> None:
+        """Others started that stand behind these."""
+        self.overtaken += [r for r in request_ids if r not in self.overtaken]
+
+    def decision(self) -> Decision:
+        """All verdicts."""
+        return Decision(
+            park=tuple(self.park),
+            recompute=tuple(self.recompute),
+            store_ahead=tuple(self.stored_ahead),
+            fetch=tuple(self.fetch),
+            admit=tuple(self.admit),
+            prefill_tokens=self.now.prefill_tokens,
+            refuse=tuple(self.refuse),
+            overtaken=tuple(self.overtaken),
+            made_room=self.made_room,
+            reasons=self.reasons,
+            waits=self.waits,
+        )
+
+    def _give_up(self, request_id: str, reason: Reason) -> None:
+        self.is_relieving = True
+        self.recompute.append(request_id)
+        self.reasons[request_id] = reason
+
+    def _leave_pool(self) -> None:
+        self.residents -= 1
+        self.slots += 1
+
+    def _enter_pool(self, claim: Claim) -> None:
+        need = pool_blocks(self.now.s, claim)
+        self.pool -= need
+        self.slots -= 1
+        self.residents += 1
+        self.forecast.add(need, claim.tokens_left)
+
+    def _admit(self, admission: Admission, reason: Reason) -> None:
+        self.admit.append(admission)
+        self.reasons[admission.request_id] = reason
+        self.waits.pop(admission.request_id, None)

@@ -1,0 +1,38 @@
+"""The constants of the policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLimits:
+    """Constants of the policy.
+
+    Attributes:
+        headroom_tokens: Tokens that every resident request can still make before the pool runs short, kept free
+            when one more is let in, whatever the forecast says. Hysteresis: a fetch that would be parked again at
+            once is not worth its copies.
+        min_resident_steps: A request fetched or admitted less long ago is parked only if no other of its rank, or
+            of a worse one, can be.
+        max_overtakes: In how many steps one of those left behind may be overtaken.
+        min_prefill_tokens: Prompt tokens computed although decodes have no slack,
+        max_idle_steps: after this many steps without any.
+        scan: How many waiting prompts are looked at in one step,
+        scan_parked: and how many parked requests.
+        ahead_steps: The forecast's horizon: shortages that near are prepared for by storing ahead.
+        overcommit: How many times the pool the forecast may fill it. A wrong guess costs a park, which was stored
+            ahead; a tenth of the pool kept empty costs throughput in every step.
+        rescue_steps: A request whose latest time to go on is nearer than so many steps may have room made for it.
+    """
+
+    headroom_tokens: int = 16
+    min_resident_steps: int = 32
+    max_overtakes: int = 64
+    min_prefill_tokens: int = 256
+    max_idle_steps: int = 8
+    scan: int = 64
+    scan_parked: int = 32
+    ahead_steps: int = 64
+    rescue_steps: int = 4
+    overcommit: float = 1.1

@@ -1,0 +1,55 @@
+"""Block arithmetic: what a request needs of the pool, the zone, host memory and a step's tokens to go on."""
+
+from __future__ import annotations
+
+from layerkv.scheduler.lines import Claim
+from layerkv.scheduler.snapshot import PrefixHit, Snapshot, WaitingRequest
+
+_NO_HIT = PrefixHit()
+
+
+def hit_of(s: Snapshot, claim: Claim) -> PrefixHit:
+    """What the prefix caches hold of it."""
+    return s.hits.get(claim.request_id, _NO_HIT)
+
+
+def pool_blocks(s: Snapshot, claim: Claim) -> int:
+    """Free pool blocks that it takes: its own, and cached ones that nobody uses now."""
+    hit = hit_of(s, claim)
+    return claim.num_blocks - hit.num_blocks + hit.num_evictable
+
+
+def layered_blocks(w: WaitingRequest) -> int:
+    """Blocks that a prompt needs room for, in the zone (less its hits) and in host memory, to start layered."""
+    return max(w.num_blocks, w.most_blocks)
+
+
+def outgrows_pool(s: Snapshot, w: WaitingRequest) -> bool:
+    """Whether it is expected to become longer than the pool: then it decodes in the zone, to its end."""
+    return layered_blocks(w) > s.pool_blocks
+
+
+def can_ever_layer(s: Snapshot, w: WaitingRequest) -> bool:
+    """Whether an empty zone and empty host memory would take it."""
+    num_blocks = layered_blocks(w)
+    return (
+        s.mode != "resident"
+        and w.can_layer
+        and num_blocks - hit_of(s, w).num_blocks <= s.zone_blocks
+        and num_blocks <= s.host_blocks
+        and (s.long_contexts or not outgrows_pool(s, w))
+    )
+
+
+def tokens_to_compute(s: Snapshot, w: WaitingRequest, *, resident: bool = False) -> int:
+    """Prompt tokens that neither the device's cache nor, for one that runs resident, the host's has."""
+    hit = hit_of(s, w)
+    num_hits = hit.num_blocks + (hit.num_host_blocks if resident else 0)
+    return max(w.num_tokens - num_hits * s.block_tokens, 1)
+
+
+def headroom_blocks(s: Snapshot, residents: int, tokens_each: int) -> int:
+    """Blocks kept free when one more is let in beside so many residents: room for each to make a few tokens."""
+    if residents == 0:
+        return 0  # a request that comes into an empty pool fits: progress is certain
+    return -(-(residents + 1) * tokens_each // s.block_tokens)

@@ -1,0 +1,90 @@
+"""What follows from a snapshot alone, before anything is decided: asked by every rule, worked out once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from layerkv.core.cost import StepWork
+from layerkv.scheduler.limits import PolicyLimits
+from layerkv.scheduler.lines import Claim, by_rank, in_order
+from layerkv.scheduler.needs import can_ever_layer, outgrows_pool
+from layerkv.scheduler.prefill import late_prompts, prefill_budget
+from layerkv.scheduler.snapshot import ResidentRequest, Snapshot, WaitingRequest
+from layerkv.scheduler.victims import by_reluctance
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A snapshot and what it comes to. Immutable: what takes time is worked out when it is first asked for."""
+
+    s: Snapshot
+    limits: PolicyLimits
+
+    @cached_property
+    def prefill_tokens(self) -> int:
+        """Most prompt tokens of this step."""
+        limits = self.limits
+        return prefill_budget(self.s, min_tokens=limits.min_prefill_tokens, max_idle_steps=limits.max_idle_steps)
+
+    @cached_property
+    def late(self) -> set[str]:
+        """Prompts that cannot have their first token in time."""
+        return late_prompts(self.s, self.s.waiting, self.prefill_tokens)
+
+    @cached_property
+    def overdue(self) -> frozenset[str]:
+        """Requests that were overtaken so often that nobody of their rank passes them any more."""
+        return frozenset(r for r, num in self.s.overtaken.items() if num >= self.limits.max_overtakes)
+
+    @cached_property
+    def ranks(self) -> Sequence[tuple[Sequence[Claim], Sequence[WaitingRequest]]]:
+        """The line for pool blocks and the line for compute, each in order of turns, for each rank, best first."""
+        waiting = self.s.waiting[: self.limits.scan]
+        return by_rank(self._claims(waiting), self._prompts(waiting))
+
+    @cached_property
+    def victims(self) -> Sequence[ResidentRequest]:
+        """Residents that may be parked, most readily first."""
+        return by_reluctance(self.s, recent_steps=self.limits.min_resident_steps)
+
+    @cached_property
+    def step_s(self) -> float:
+        """Seconds of a step that decodes and computes no prompt. Only with a cost model."""
+        assert self.s.cost is not None
+        return self.s.cost.step_s(StepWork(num_decodes=self.s.decode_tokens, decode_context=self.s.decode_context))
+
+    def fetch_s(self, num_blocks: int) -> float:
+        """Seconds until a parked request of so many blocks decodes again. Only with a cost model."""
+        assert self.s.cost is not None
+        return self.s.cost.load_s(num_blocks * self.s.block_bytes) + self.step_s
+
+    def _claims(self, waiting: Sequence[WaitingRequest]) -> list[Claim]:
+        """Parked requests and prompts that can only go on in the pool; a request overtaken too often stands first.
+
+        So does a prompt that was overtaken too often in the line for compute, though it may still run layered: else
+        claims would take each slot, and hold the host memory, that it waits for.
+        """
+        s, overdue = self.s, self.overdue
+        prompts = [
+            w
+            for w in waiting
+            if not outgrows_pool(s, w) and ((overdue and w.request_id in overdue) or not can_ever_layer(s, w))
+        ]
+        for first in waiting if overdue else ():
+            if first.request_id in overdue and outgrows_pool(s, first):  # not in this line, and nobody passes it
+                prompts = [
+                    w
+                    for w in prompts
+                    if w.rank != first.rank or (w.request_id in overdue and w.deadline_s <= first.deadline_s)
+                ]
+        late_before_s = s.now_s if s.slo_scheduling else -math.inf
+        claims: list[Claim] = [*s.parked[: self.limits.scan_parked], *prompts]
+        return in_order(claims, late=self.late, late_before_s=late_before_s, overdue=overdue)
+
+    def _prompts(self, waiting: Sequence[WaitingRequest]) -> Sequence[WaitingRequest]:
+        if not self.late and not self.overdue:
+            return waiting  # they come by rank and deadline
+        return in_order(waiting, late=self.late, late_before_s=-math.inf, overdue=self.overdue)

@@ -1,0 +1,36 @@
+"""Rule: requests that can only go on in the pool get blocks there, in order of their turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from layerkv.scheduler.draft import Draft
+from layerkv.scheduler.lines import Claim
+from layerkv.scheduler.outlook import Outlook
+from layerkv.scheduler.reasons import Reason
+
+
+def grant_claims(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
+    """Give pool blocks to the claims of one rank in order, past those that do not fit now.
+
+    Nobody comes in through the door by which others must leave (hysteresis), and nobody of a worse rank while a better
+    one waits for the pool.
+    """
+    if draft.is_relieving:
+        for claim in claims:
+            draft.block(claim)
+            draft.wait(claim, Reason.VICTIMS_LEAVE)
+        return
+    if draft.pool_is_closed:
+        for claim in claims:
+            draft.wait(claim, Reason.BEHIND_RANK)
+        return
+    for i, claim in enumerate(claims):
+        if draft.slots > 0 and draft.fits_pool(claim):
+            draft.grant(claim)
+            continue
+        draft.wait(claim, Reason.NO_SLOT if draft.slots <= 0 else Reason.POOL_FULL)
+        if draft.block(claim) and claim.request_id in now.overdue:
+            for behind in claims[i + 1 :]:
+                draft.wait(behind, Reason.BEHIND_OVERDUE)
+            return
