@@ -16,7 +16,7 @@ from rich.table import Table
 
 from layerkv.errors import LayerKVError
 from layerkv.scheduler.decision_log import read_log
-from layerkv.scheduler.reasons import Event, LogEntry, Reason
+from layerkv.scheduler.reasons import End, Event, LogEntry, Reason
 
 SENTENCES = {
     Reason.FITS: "the pool had room for all of it",
@@ -56,6 +56,13 @@ ACTIONS = {
     Event.STORED_AHEAD: "its KV began to be copied to host memory in the background, in case it must be parked",
     Event.REFUSED: "refused",
     Event.FINISHED: "finished",
+}
+
+ENDS = {
+    End.FINISHED: "finished",
+    End.LEFT: "ended by a stop string, or by its client hanging up,",
+    End.CUT_OFF: "aborted with all others",
+    End.REFUSED: "refused",
 }
 
 MOST_SHOWN = 20
@@ -165,8 +172,7 @@ def _sentence(entry: LogEntry, until_s: float | None) -> str:
         on_time = {True: ", on time", False: ", late"}.get(facts.get("on_time", ""), "")
         return f"first token after {_seconds(facts.get('ttft_s'))}{on_time}"
     if entry.event is Event.FINISHED:
-        ended = "aborted" if facts.get("aborted") else "finished"
-        return f"{ended} with {facts.get('output_tokens')} output tokens"
+        return f"{ENDS[End(facts.get('end', End.FINISHED))]} with {facts.get('output_tokens')} output tokens"
     if entry.event is Event.REFUSED:
         return f"refused: {facts.get('text') or why}"
     return f"{ACTIONS[entry.event]}{': ' + why if why else ''}"

@@ -26,7 +26,7 @@ from layerkv.scheduler.lengths import (
     QuantileLengths,
 )
 from layerkv.scheduler.policy import PolicyLimits, decide
-from layerkv.scheduler.reasons import Event, LogEntry, Reason
+from layerkv.scheduler.reasons import End, Event, LogEntry, Reason
 from layerkv.scheduler.snapshot import (
     Decision,
     LayeredRequest,
@@ -218,7 +218,6 @@ class Controller:
         """A request has come in and waits."""
         tracked = TrackedRequest(slo=slo, arrival_s=arrival_s, max_tokens=max_tokens, rank=rank, can_layer=can_layer)
         self.tracked[request_id] = tracked
-        self._predict(tracked, 0)
         self.enqueue(request_id, num_tokens, 0)
         if self._keeps_log:
             facts = {"slo_class": slo.name, "ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "prompt_tokens": num_tokens}
@@ -232,6 +231,7 @@ class Controller:
         self.waiting.discard(request_id)
         self.parked.discard(request_id)
         self._stored_blocks.pop(request_id, None)
+        self._refresh(tracked, num_output)
         if not self.policy.slo_scheduling:
             deadline_s = tracked.arrival_s
         elif tracked.first_token_s is None:
@@ -324,19 +324,21 @@ class Controller:
             self._log.append(LogEntry(now_s, request_id, Event.FIRST_TOKEN, None, facts))
         return tracked.slo, on_time
 
-    def leave(self, request_id: str, *, num_output: int, has_finished: bool, now_s: float) -> None:
-        """A request is gone; ``has_finished`` if it made all its tokens, and so says something about lengths."""
+    def leave(self, request_id: str, *, num_output: int, end: End, now_s: float) -> None:
+        """A request is gone, after ``num_output`` tokens: what that says about lengths is learned."""
         tracked = self.tracked.pop(request_id, None)
+        makes_tokens = request_id not in self.parked and request_id not in self.waiting
         self.waiting.discard(request_id)
         self.parked.discard(request_id)
         self._overtaken.pop(request_id, None)
         self._stored_blocks.pop(request_id, None)
         if tracked is None:
             return
-        if has_finished:
-            self.lengths.observe(tracked.slo.name, num_output)
+        if num_output and end is not End.REFUSED:
+            is_bound = end is End.CUT_OFF or not makes_tokens
+            self.lengths.observe(tracked.slo.name, num_output, is_bound=is_bound)
         if self._keeps_log:
-            facts = {"output_tokens": num_output, "aborted": not has_finished}
+            facts = {"output_tokens": num_output, "end": end.value}
             self._log.append(LogEntry(now_s, request_id, Event.FINISHED, None, facts))
 
     def refused(self, request_id: str, reason: Reason, text: str, now_s: float) -> None:

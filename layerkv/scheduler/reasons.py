@@ -78,6 +78,20 @@ class Event(StrEnum):
     FINISHED = "finished"
 
 
+class End(StrEnum):
+    """How a request came to its end."""
+
+    FINISHED = "finished"
+    """It made all its tokens, by the engine's own account."""
+    LEFT = "left"
+    """Its client's side ended it: a stop string was found in its text, which the engine does not see, or somebody hung
+    up. vLLM calls both an abort."""
+    CUT_OFF = "cut_off"
+    """It was ended with all others, in mid-output."""
+    REFUSED = "refused"
+    """It was not served."""
+
+
 class LogEntry(NamedTuple):
     """One line of the decision log: a change in what happens to one request.
 

@@ -17,6 +17,7 @@ from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.scheduler.controller import Controller, EngineShape, EngineState, Running
 from layerkv.scheduler.lengths import LengthPredictor
 from layerkv.scheduler.policy import PolicyLimits
+from layerkv.scheduler.reasons import End
 from layerkv.scheduler.snapshot import Decision, Mode
 from layerkv.sim.engine import EngineSetup, Live, Scheduled, SimRequest, VirtualEngine
 from layerkv.sim.outcome import SimOutcome
@@ -101,7 +102,7 @@ class LayeredEngine(VirtualEngine):
         self.free(live)
         self.ledger.finish(request_id)
         del self.lives[request_id]
-        self.controller.leave(request_id, num_output=live.num_made, has_finished=True, now_s=self.now_s)
+        self.controller.leave(request_id, num_output=live.num_made, end=live.request.end, now_s=self.now_s)
 
     def copies(self) -> tuple[int, int, int, bool]:
         size = self.geometry.block_bytes
@@ -187,7 +188,7 @@ class LayeredEngine(VirtualEngine):
         for refusal in decision.refuse:
             self._refuse(refusal.request_id)
             self.controller.refused(refusal.request_id, refusal.reason, refusal.text, self.now_s)
-            self.controller.leave(refusal.request_id, num_output=0, has_finished=False, now_s=self.now_s)
+            self.controller.leave(refusal.request_id, num_output=0, end=End.REFUSED, now_s=self.now_s)
         for request_id in decision.park:
             self._park(self.lives[request_id])
         for request_id in decision.recompute:

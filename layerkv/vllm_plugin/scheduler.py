@@ -27,7 +27,7 @@ from layerkv.core.residency import Residency
 from layerkv.errors import CapacityError, ConfigError
 from layerkv.scheduler.controller import Controller, EngineShape
 from layerkv.scheduler.decision_log import DecisionLog
-from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.reasons import End, Reason
 from layerkv.scheduler.snapshot import Decision, Snapshot
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.connector import LayerKVConnector
@@ -48,6 +48,14 @@ MAX_CLOCK_SKEW_S = 3600.0
 QUIET_STEPS_PER_SAMPLE = 4
 """Steps without a decision are timed for the cost model once in so many: they are all alike."""
 
+ENDS = {
+    RequestStatus.FINISHED_STOPPED: End.FINISHED,
+    RequestStatus.FINISHED_LENGTH_CAPPED: End.FINISHED,
+    RequestStatus.FINISHED_REPETITION: End.FINISHED,
+    RequestStatus.FINISHED_ABORTED: End.LEFT,
+}
+"""What vLLM's ends mean here; all others were not served."""
+
 BACKLOG_INTERVAL_S = 0.05
 """How often the front end is told how much prefill waits, if its policy refuses under overload."""
 
@@ -62,6 +70,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     """Over either of vLLM's schedulers. Without our spec (passthrough) it adds nothing."""
 
     running: list[Request]
+    _ends_all = False
     adaptive_long_prefill_threshold: bool
     max_num_scheduled_tokens: int
     max_num_active_reqs: int
@@ -234,6 +243,15 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if self._is_active and self._ledger.residency.get(request.request_id) is not Residency.PARKED:
             self._ledger.drop(request.request_id)
             self._recomputes(request)
+
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        """vLLM's; a request that is ended with all others says little about how long requests become."""
+        self._ends_all = request_ids is None
+        try:
+            ended: list[Request] = super().finish_requests(request_ids, finished_status)
+        finally:
+            self._ends_all = False
+        return ended
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:  # noqa: FBT001, FBT002
         """Every way out passes here: finished, aborted, refused."""
@@ -469,10 +487,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if request.num_output_tokens and request_id in self._no_first_token:  # it ends with its first token
             self._note_first_token(request_id, time.monotonic())
         self._no_first_token.discard(request_id)
-        has_finished = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
-        self._controller.leave(
-            request_id, num_output=request.num_output_tokens, has_finished=has_finished, now_s=time.monotonic()
-        )
+        end = End.CUT_OFF if self._ends_all else ENDS.get(request.status, End.REFUSED)
+        self._controller.leave(request_id, num_output=request.num_output_tokens, end=end, now_s=time.monotonic())
         self._refused.pop(request_id, None)
 
     def _refuse(self, request_id: str, text: str, reason: Reason) -> None:

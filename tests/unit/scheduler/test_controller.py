@@ -10,7 +10,7 @@ from layerkv.config import SloClass
 from layerkv.core.cost import StepWork
 from layerkv.scheduler.controller import EXCHANGE_STEPS, Controller, EngineShape, EngineState, Running
 from layerkv.scheduler.lengths import MIN_SAMPLES, UNKNOWN_TOKENS, MaxTokens, QuantileLengths
-from layerkv.scheduler.reasons import Event, LogEntry, Reason
+from layerkv.scheduler.reasons import End, Event, LogEntry, Reason
 from tests.fakes.tiny_scheduler import BLOCK_BYTES, BLOCK_TOKENS, policy, profile
 
 CHAT = SloClass(name="chat", ttft_s=1.0, tpot_s=0.05)
@@ -57,7 +57,7 @@ def test_a_whole_life_leaves_nothing_behind() -> None:
     c.fetched("a", step=2, now_s=10.6)
     assert "a" not in c.parked
     c.stored_ahead("a", 10, 10.7)
-    c.leave("a", num_output=50, has_finished=True, now_s=11.0)
+    c.leave("a", num_output=50, end=End.FINISHED, now_s=11.0)
     assert not any((c.tracked, c.waiting.views, c.parked.views, c._overtaken, c._stored_blocks))
     assert names(c.take_log()) == [
         ("a", Event.ARRIVED, None),
@@ -84,7 +84,7 @@ def test_a_request_may_leave_from_anywhere(state: str) -> None:
         c.fetched("a", step=2, now_s=10.6)
     if state == "stored ahead":
         c.stored_ahead("a", 4, 10.5)
-    c.leave("a", num_output=0, has_finished=False, now_s=11.0)
+    c.leave("a", num_output=0, end=End.LEFT, now_s=11.0)
     assert not any((c.tracked, c.waiting.views, c.parked.views, c._overtaken, c._stored_blocks))
 
 
@@ -105,7 +105,7 @@ def test_a_prompt_is_due_by_its_class_and_after_its_first_token_by_its_slack() -
     c.first_token("a", 10.5)
     c.recomputes("a", 170, 10, 11.0)
     assert c.waiting.views[0].deadline_s == pytest.approx(10.5 + 50 * 0.05), "all 50 tokens, in steps of no time yet"
-    assert c.waiting.views[0].tokens_left == 40
+    assert c.waiting.views[0].tokens_left == UNKNOWN_TOKENS - 10, "nothing is known: memory for a while ahead"
     assert c.waiting.views[0].num_blocks == 11
 
 
@@ -186,7 +186,7 @@ def test_steps_without_prefill_are_counted_while_somebody_wants_some() -> None:
         snapshot, decision = c.decide(busy._replace(step=step), now_s)
         seen.append((snapshot.steps_without_prefill, decision.prefill_tokens))
     assert seen == [*((n, 0) for n in range(8)), (8, 256), (0, 0)]
-    c.leave("a", num_output=0, has_finished=False, now_s=now_s)
+    c.leave("a", num_output=0, end=End.LEFT, now_s=now_s)
     c.decide(busy, now_s)
     assert c.snapshot(busy, now_s).steps_without_prefill == 0, "nobody wants any"
 
@@ -242,7 +242,7 @@ def test_the_snapshot_has_the_running_as_they_are() -> None:
     s = c.snapshot(state, 10.5)
     d, p, f = s.resident
     assert (d.request_id, d.num_blocks, d.steps_resident, d.num_stored, d.can_park) == ("d", 12, 10, 7, True)
-    assert (d.num_tokens, d.tokens_left) == (176, 34)
+    assert (d.num_tokens, d.tokens_left) == (176, UNKNOWN_TOKENS - 16)
     assert (p.request_id, p.num_blocks, p.can_park) == ("p", 10, False)
     assert (f.request_id, f.num_blocks, f.can_park) == ("f", 11, False)
     [z] = s.layered
@@ -323,13 +323,42 @@ def test_a_new_policy_is_for_those_who_come_from_now_on() -> None:
     assert isinstance(c.lengths, QuantileLengths)
 
 
-def test_lengths_are_learned_from_those_who_finished_by_themselves() -> None:
+@pytest.mark.parametrize("end", [End.FINISHED, End.LEFT])
+def test_lengths_are_learned_from_requests_that_ended_whoever_ended_them(end: End) -> None:
     c = controller()
     for i in range(2 * MIN_SAMPLES):
         arrive(c, f"r{i}")
-        c.leave(f"r{i}", num_output=7 if i % 2 else 3, has_finished=bool(i % 2), now_s=11.0)
+        c.leave(f"r{i}", num_output=3, end=End.REFUSED, now_s=11.0)
+        arrive(c, f"s{i}")
+        c.admitted(f"s{i}", layered=False, step=0, now_s=10.0)
+        c.leave(f"s{i}", num_output=7, end=end, now_s=11.0)
     arrive(c, "new")
     assert c.tracked["new"].middle_tokens == 7
+
+
+def test_a_request_that_left_before_it_made_a_token_says_nothing_of_lengths() -> None:
+    c = controller()
+    for i in range(2 * MIN_SAMPLES):
+        arrive(c, f"r{i}")
+        c.leave(f"r{i}", num_output=0, end=End.LEFT, now_s=11.0)
+    arrive(c, "new")
+    assert c.tracked["new"].middle_tokens == UNKNOWN_TOKENS
+
+
+@pytest.mark.parametrize("how", ["parked", "with all others"])
+def test_a_request_that_is_cut_off_would_have_become_longer(how: str) -> None:
+    c = controller()
+    for i in range(MIN_SAMPLES):
+        arrive(c, f"long{i}")
+        c.admitted(f"long{i}", layered=False, step=0, now_s=10.0)
+        c.leave(f"long{i}", num_output=40, end=End.FINISHED, now_s=11.0)
+        arrive(c, f"cut{i}")
+        c.admitted(f"cut{i}", layered=False, step=0, now_s=10.0)
+        if how == "parked":
+            c.park(f"cut{i}", num_computed=160, num_tokens=161, num_output=1, now_s=10.5)
+        c.leave(f"cut{i}", num_output=1, end=End.LEFT if how == "parked" else End.CUT_OFF, now_s=11.0)
+    arrive(c, "new")
+    assert c.tracked["new"].middle_tokens == 40
 
 
 def test_the_share_of_host_memory_shrinks_when_decodes_are_late_and_the_policy_says_so() -> None:
