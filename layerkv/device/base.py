@@ -108,5 +108,8 @@ class TransferEngine(Protocol):
     def take_seconds(self) -> dict[Direction, float]:
         """Seconds spent copying, by direction, since the last call."""
 
+    def take_waited_s(self) -> float | None:
+        """Seconds that compute has waited for copies since the last call; None where the device does not tell."""
+
     def close(self) -> None:
         """Finish what is under way and stop. Idempotent."""

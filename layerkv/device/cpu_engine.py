@@ -152,6 +152,7 @@ class CPUTransferEngine:
 
     def __init__(self, arena: MmapArena, host: MmapHostMemory) -> None:
         self._threads = {direction: _CopyThread(direction, arena, host) for direction in Direction}
+        self._waited_s = 0.0
 
     def record_compute(self) -> Event:
         return _COMPUTE_DONE
@@ -171,7 +172,11 @@ class CPUTransferEngine:
 
     def wait_compute(self, event: Event) -> None:
         assert isinstance(event, CopyEvent)
-        if not event.wait(COPY_TIMEOUT_S):
+        if not event.is_done():
+            started = time.perf_counter()
+            event.wait(COPY_TIMEOUT_S)
+            self._waited_s += time.perf_counter() - started
+        if not event.is_done():
             raise TransferError(f"a copy did not end in {COPY_TIMEOUT_S:.0f} s")
         if event.error is not None:
             raise TransferError(f"a copy failed: {event.error}") from event.error
@@ -182,6 +187,10 @@ class CPUTransferEngine:
 
     def take_seconds(self) -> dict[Direction, float]:
         return {direction: thread.take_seconds() for direction, thread in self._threads.items()}
+
+    def take_waited_s(self) -> float | None:
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
 
     def close(self) -> None:
         for thread in self._threads.values():

@@ -151,6 +151,9 @@ class CudaTransferEngine:
         seconds, self._seconds = self._seconds, dict.fromkeys(Direction, 0.0)
         return seconds
 
+    def take_waited_s(self) -> float | None:
+        return None  # a stream waits, and no thread here
+
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True

@@ -348,9 +348,18 @@ class Controller:
         if self._keeps_log:
             self._log.append(LogEntry(now_s, request_id, Event.REFUSED, reason, {"text": text}))
 
-    def step_done(self, work: StepWork, seconds: float, *, firsts_late: bool | None = None) -> None:
-        """A step has ended: correct the costs, and eLLM's share of host memory."""
-        self._is_cost_known |= self.cost.observe(work, seconds)
+    def step_done(
+        self, work: StepWork, seconds: float, *, waited_s: float | None = None, firsts_late: bool | None = None
+    ) -> None:
+        """A step has ended: correct the costs, and eLLM's share of host memory.
+
+        Args:
+            work: What it did.
+            seconds: How long it took.
+            waited_s: How much of that it waited for copies; None if nobody knows.
+            firsts_late: Whether any first token of it was late; None if there was none.
+        """
+        self._is_cost_known |= self.cost.observe(work, seconds, waited_s)
         if self.policy.adapt_host_share and (self._most_are_late is not None or firsts_late is not None):
             self.host_share.observe(decodes_are_late=self._most_are_late, first_was_late=firsts_late)
         self._most_are_late = None

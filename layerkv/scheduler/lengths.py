@@ -58,8 +58,8 @@ class _Survival(NamedTuple):
 
     Attributes:
         ends: The lengths, each once.
-        beyond: Requests that made more than each, as a share of all. A lower bound counts among those that got as far as
-            it did, and what it then weighs goes to those that got further (Kaplan and Meier 1958, product limit).
+        beyond: Requests that made more than each, as a share of all. A lower bound counts among those that got as far
+            as it did; its weight then goes to those that got further (Kaplan and Meier 1958, product limit).
         samples: All ends, each as often as it was seen.
     """
 

@@ -16,7 +16,7 @@ from layerkv.device.base import COPY_TIMEOUT_S, Direction
 from layerkv.device.lane_schedule import LaneSchedule, shared_link_unit
 from layerkv.device.mechanism import make_mechanism
 from layerkv.errors import IncompatibleVLLMError, TransferError
-from layerkv.metrics import MetricSamples, Payload
+from layerkv.metrics import COPY_WAIT, MetricSamples, Payload
 from layerkv.vllm_plugin.setup import host_blocks_per_worker
 
 if TYPE_CHECKING:
@@ -123,6 +123,8 @@ class WorkerSide:
         for direction, seconds in self._engine.take_seconds().items():
             if seconds:
                 self._metrics.add("layerkv_copy_seconds", seconds, direction)
+        if waited_s := self._engine.take_waited_s():
+            self._metrics.add(COPY_WAIT, waited_s)
         self._has_copied = self._lanes.has_fetches
         return self._metrics.take() if self._metrics else None
 

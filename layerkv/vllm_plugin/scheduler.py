@@ -25,6 +25,7 @@ from layerkv.config import slo_class_of
 from layerkv.core.cost import StepWork, generic_profile, load_profile
 from layerkv.core.residency import Residency
 from layerkv.errors import CapacityError, ConfigError
+from layerkv.metrics import COPY_WAIT
 from layerkv.scheduler.controller import Controller, EngineShape
 from layerkv.scheduler.decision_log import DecisionLog
 from layerkv.scheduler.reasons import End, Reason
@@ -38,7 +39,7 @@ from layerkv.vllm_plugin.waiting_queue import WaitingQueue
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -102,6 +103,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._steps_in_flight: deque[tuple[float, StepWork | None]] = deque()  # (start, work if sampled), oldest first
         self._num_quiet_steps = 0
         self._last_output_s = self._last_backlog_s = 0.0
+        self._tells_waits = self.vllm_config.device_config.device_type == "cpu"
         self._reader = EngineReader(self, side, manager)
         # The policy chooses who is found and in which order; under priority scheduling, priorities shift deadlines.
         self.waiting = self._queue = WaitingQueue()
@@ -131,10 +133,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         else:
             output = self._schedule_decided(started_s, throttle_prefills)
         if output.total_num_scheduled_tokens:
-            plan = self._side.last_plan
-            # A step that waits for copies of whole blocks tells nothing about what its compute costs.
-            waits = plan is not None and (plan.parks or plan.hits)
-            work = self._reader.work(output, plan) if is_sampled and not waits else None
+            work = self._reader.work(output, self._side.last_plan) if is_sampled else None
             self._steps_in_flight.append((started_s, work))
         return output
 
@@ -145,6 +144,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         received = model_runner_output.kv_connector_output
         if self._is_active and received is not None and received.invalid_block_ids:
             self._distrust(received.invalid_block_ids)
+        waited_s = self._waited_s(received)  # before vLLM adds the scheduler's own figures to it
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self._is_active:
             return outputs
@@ -153,7 +153,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if scheduler_output.total_num_scheduled_tokens and self._steps_in_flight:
             started_s, work = self._steps_in_flight.popleft()
             if work is not None:
-                self._controller.step_done(work, now_s - max(started_s, self._last_output_s), firsts_late=firsts_late)
+                seconds = now_s - max(started_s, self._last_output_s)
+                self._controller.step_done(work, seconds, waited_s=waited_s, firsts_late=firsts_late)
         self._last_output_s = now_s
         self._report_reasons()
         self._report_backlog(now_s)
@@ -162,6 +163,15 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if self._refused:
             self._send_refusals(outputs)
         return outputs
+
+    def _waited_s(self, received: KVConnectorOutput | None) -> float | None:
+        """Seconds that the step waited for copies, as its workers saw it; None where devices do not tell."""
+        if not self._tells_waits:
+            return None
+        stats = None if received is None else received.kv_connector_stats
+        counters = {} if stats is None else stats.data.get("counters", {})
+        waited_s: float = counters.get(COPY_WAIT, 0.0)
+        return waited_s / self.vllm_config.parallel_config.tensor_parallel_size
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:  # noqa: FBT001, FBT002
         """vLLM's reset; when running requests start over, so do parked ones: their KV may be of old weights."""

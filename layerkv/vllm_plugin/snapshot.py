@@ -80,10 +80,13 @@ class EngineReader:
                 prefill += num_tokens
                 num_prefills += 1
                 pairs += chunk_pairs(num_tokens, num_after - num_tokens)
-        stored = num_blocks(plan.stores) * self._geometry.block_bytes if plan else 0
+        block_bytes = self._geometry.block_bytes
+        stored = num_blocks(plan.stores) * block_bytes if plan else 0
         loaded = num_blocks(plan.loads) * self._geometry.streamed_block_bytes if plan else 0
         is_layered = plan is not None and plan.is_layered
-        return StepWork(num_decodes, context, prefill, pairs, num_prefills, stored, loaded, is_layered)
+        parked = num_blocks(plan.parks) * block_bytes if plan else 0
+        hits = num_blocks(plan.hits) * block_bytes if plan else 0
+        return StepWork(num_decodes, context, prefill, pairs, num_prefills, stored, loaded, is_layered, parked, hits)
 
     def is_startable(self, view: WaitingRequest) -> bool:
         """vLLM would try to start it now: its grammar, if it has one, is compiled, and its adapter has a place."""

@@ -23,6 +23,19 @@ llm = LLM(**spec["engine"], disable_log_stats=False)
 core = llm.llm_engine.engine_core.engine_core
 params = SamplingParams(max_tokens=20, min_tokens=20, ignore_eos=True, temperature=0)
 answers = []
+learned = []
+
+def listen(controller):
+    step_done = controller.step_done
+    def listening(work, seconds, **kwargs):
+        before = controller.cost.view
+        step_done(work, seconds, **kwargs)
+        copies = work.parked_bytes + work.hit_bytes > 0
+        learned.append((work.prefill_tokens, copies, seconds, kwargs["waited_s"], controller.cost.view != before))
+    controller.step_done = listening
+
+if spec["engine"].get("kv_transfer_config"):
+    listen(core.scheduler._controller)
 
 def generate(prompts):
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
@@ -59,6 +72,7 @@ if spec["engine"].get("kv_transfer_config"):
     ledger = scheduler.connector.scheduler_side.ledger
     ledger.check()
     result["held"] = ledger.num_host_blocks_used
+    result["learned"] = learned
 core.shutdown()
 print(json.dumps(result))
 """
@@ -120,6 +134,15 @@ def test_cached_prefixes_are_nobodys_and_every_block_is_given_back(ours: dict[st
     assert ours["held"] == 0
     assert ours["usage"] == 0
     assert ours["readings"][-1]["cached"] > 0
+
+
+def test_steps_that_store_a_finished_prefix_teach_what_prompts_cost(ours: dict[str, Any]) -> None:
+    """In steady load that is every step with a prompt."""
+    beside_copies = [entry for entry in ours["learned"] if entry[0] and entry[1]]
+    assert len(beside_copies) >= 3
+    assert all(0 <= waited_s < seconds for _, _, seconds, waited_s, _ in ours["learned"])
+    assert any(waited_s > 0 for _, _, _, waited_s, _ in beside_copies), "the worker tells what it waited for"
+    assert any(has_taught for *_, has_taught in beside_copies)
 
 
 def test_a_small_host_memory_serves_requests_first_and_tokens_are_stocks(
