@@ -42,6 +42,9 @@ SENTENCES = {
     Reason.RECOMPUTE_CHEAPER: "computing its KV again costs less than copying it to host memory and back",
     Reason.NO_ROOM_TO_PARK: "the pool was short, and host memory had no room for its KV either",
     Reason.LONGER_THAN_POOL: "it grew longer than the pool, and comes back through the zone",
+    Reason.PREEMPTED: "a running request found no block, and vLLM preempted this one",
+    Reason.CACHE_RESET: "the prefix cache was reset, and running requests were to start over",
+    Reason.LOAD_FAILED: "a load from host memory that it depended on had failed",
     Reason.NEVER_FITS: "it cannot run here at all",
     Reason.OVERLOAD: "its first token would have come late, and its class asks to be refused then",
 }

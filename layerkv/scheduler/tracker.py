@@ -110,7 +110,6 @@ class TrackedRequest:
         middle_tokens: and middle quantile (for memory).
         predict_again_at: Output tokens at which the prediction is made anew.
         said: The last thing said of it in the decision log: the same is not said twice.
-        said_reason: Why the last decision about it was taken.
         tpot_s: Its class's TPOT objective,
         weight: weight,
         max_stall_s: and longest stall (infinite if it has none), at hand for the pass over running requests.
@@ -129,7 +128,6 @@ class TrackedRequest:
     middle_tokens: int = 1
     predict_again_at: int = 0
     said: Event | Reason | None = None
-    said_reason: Reason | None = None
     tpot_s: float = field(init=False)
     weight: float = field(init=False)
     max_stall_s: float = field(init=False)
