@@ -30,6 +30,8 @@ SENTENCES = {
     Reason.HOST_FULL: "host memory had no room for it",
     Reason.SMALL_REST: "only a small rest of the step's tokens was left, not worth beginning a layered prompt with",
     Reason.BEHIND: "another prompt stood before it in line for the lane zone",
+    Reason.BEHIND_OVERDUE: "another had been overtaken so often that nobody was to pass it any more",
+    Reason.BEHIND_RANK: "a request of better priority was waiting",
     Reason.LATE: "it could not have its first token in time any more, so those that could went first",
     Reason.WAIT_IS_SHORTER: "pool blocks were about to come free, sooner than the lane zone would pay off",
     Reason.VICTIMS_LEAVE: "running requests were being parked for want of blocks, so nobody came in",
@@ -40,6 +42,9 @@ SENTENCES = {
     Reason.RECOMPUTE_CHEAPER: "computing its KV again costs less than copying it to host memory and back",
     Reason.NO_ROOM_TO_PARK: "the pool was short, and host memory had no room for its KV either",
     Reason.LONGER_THAN_POOL: "it grew longer than the pool, and comes back through the zone",
+    Reason.PREEMPTED: "a running request found no block, and vLLM preempted this one",
+    Reason.CACHE_RESET: "the prefix cache was reset, and running requests were to start over",
+    Reason.LOAD_FAILED: "a load from host memory that it depended on had failed",
     Reason.NEVER_FITS: "it cannot run here at all",
     Reason.OVERLOAD: "its first token would have come late, and its class asks to be refused then",
 }

@@ -256,20 +256,22 @@ class Controller:
             )
         )
 
-    def admitted(self, request_id: str, *, layered: bool, step: int, now_s: float) -> float | None:
+    def admitted(self, request_id: str, *, layered: bool, reason: Reason, step: int, now_s: float) -> float | None:
         """A waiting request has been given compute; returns how long it waited if that was the first time."""
         tracked = self.tracked[request_id]
         self.waiting.discard(request_id)
         self._overtaken.pop(request_id, None)
         tracked.resident_since_step = step
         event = Event.ADMITTED_LAYERED if layered else Event.ADMITTED_RESIDENT
-        self._say(now_s, request_id, tracked, event, tracked.said_reason)
+        self._say(now_s, request_id, tracked, event, reason)
         if tracked.admitted_s is not None:
             return None
         tracked.admitted_s = now_s
         return max(now_s - tracked.arrival_s, 0.0)
 
-    def park(self, request_id: str, *, num_computed: int, num_tokens: int, num_output: int, now_s: float) -> None:
+    def park(
+        self, request_id: str, *, num_computed: int, num_tokens: int, num_output: int, reason: Reason, now_s: float
+    ) -> None:
         """A request has been parked: its KV of ``num_computed`` tokens is in host memory."""
         tracked = self.tracked[request_id]
         self._refresh(tracked, num_output)
@@ -290,7 +292,7 @@ class Controller:
                 tokens_left=max(tracked.middle_tokens - num_output, 1),
             )
         )
-        self._say(now_s, request_id, tracked, Event.PARKED, tracked.said_reason)
+        self._say(now_s, request_id, tracked, Event.PARKED, reason)
 
     def fetched(self, request_id: str, *, step: int, now_s: float) -> None:
         """A parked request is on its way back into the pool."""
@@ -300,12 +302,12 @@ class Controller:
         tracked.resident_since_step = step
         self._say(now_s, request_id, tracked, Event.FETCHED, Reason.ITS_TURN)
 
-    def recomputes(self, request_id: str, num_tokens: int, num_output: int, now_s: float) -> None:
+    def recomputes(self, request_id: str, num_tokens: int, num_output: int, reason: Reason, now_s: float) -> None:
         """A request's KV has been given up: it waits to be computed again."""
         self.enqueue(request_id, num_tokens, num_output)
         tracked = self.tracked.get(request_id)
         if tracked is not None:
-            self._say(now_s, request_id, tracked, Event.RECOMPUTES, tracked.said_reason)
+            self._say(now_s, request_id, tracked, Event.RECOMPUTES, reason)
 
     def stored_ahead(self, request_id: str, num_blocks: int, now_s: float) -> None:
         """So many leading blocks of a resident request are (or are being) copied to host memory."""
@@ -595,11 +597,8 @@ class Controller:
         self._steps_without_prefill = (
             self._steps_without_prefill + 1 if wants_prefill and decision.prefill_tokens == 0 else 0
         )
-        for request_id, reason in decision.reasons.items():
+        for reason in decision.reasons.values():
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
-            tracked = self.tracked.get(request_id)
-            if tracked is not None:
-                tracked.said_reason = reason
         for request_id, reason in decision.waits.items():
             tracked = self.tracked.get(request_id)
             if tracked is not None and tracked.said is not reason:

@@ -3,15 +3,16 @@
 :func:`decide` is pure: same snapshot, same decision. It looks at the heads of the queues only, so its cost does not
 grow with the number of waiting requests.
 
-Two lines form. Prompts stand in line for *compute*, by TTFT deadline; those that cannot be on time (Moore-Hodgson)
-behind those that can. Whoever can only go on in the pool, that is parked requests and prompts that cannot run layered,
-stands in line for *pool blocks*, by the latest time to go on; those too late for their objectives behind those that
-are not.
+Two lines form (:mod:`layerkv.scheduler.lines`). Prompts stand in line for *compute*, by TTFT deadline; those that
+cannot be on time (Moore-Hodgson) behind those that can. Whoever can only go on in the pool, that is parked requests and
+prompts that cannot run layered, stands in line for *pool blocks*, by the latest time to go on; those too late for their
+objectives behind those that are not.
 
-Nobody starves. In either line, the first of those left behind may be overtaken ``max_overtakes`` times; then nobody
+Ranks (vLLM's request priorities) are served one after the other: while a request of better rank waits for room, worse
+ranks get none of it, as in vLLM. They starve as long as better ones take everything; within a rank nobody does. There,
+of those left behind in a line, the first and the one due first may be overtaken in ``max_overtakes`` steps; then nobody
 passes it any more, and the room is left to drain for it: any single request fits an empty pool and an empty zone.
-Deadlines never move, so the ``k``-th left behind starts after at most ``k * (max_overtakes + 1)`` others. Prefill
-itself never stops for more than ``max_idle_steps`` steps.
+Prefill itself never stops for more than ``max_idle_steps`` steps.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Literal
 
 from layerkv.core.cost import StepWork
 from layerkv.scheduler.forecast import Forecast
+from layerkv.scheduler.lines import Claim, by_rank, in_order, overtaken_in
 from layerkv.scheduler.prefill import late_prompts, prefill_budget
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import (
@@ -37,8 +39,10 @@ from layerkv.scheduler.snapshot import (
 )
 
 _NO_HIT = PrefixHit()
-
-Claim = ParkedRequest | WaitingRequest
+_WAITS_FOR_ROOM = frozenset(
+    {Reason.NO_SLOT, Reason.POOL_FULL, Reason.ZONE_FULL, Reason.HOST_FULL, Reason.WAIT_IS_SHORTER}
+)
+"""And not for a step's tokens, of which the next step has more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +53,9 @@ class PolicyLimits:
         headroom_tokens: Tokens that every resident request can still make before the pool runs short, kept free
             when one more is let in, whatever the forecast says. Hysteresis: a fetch that would be parked again at
             once is not worth its copies.
-        min_resident_steps: A request fetched or admitted less long ago is parked only if nobody else can be.
-        max_overtakes: How often the first of those left behind may be overtaken.
+        min_resident_steps: A request fetched or admitted less long ago is parked only if nobody else of its rank, or
+            of a worse one, can be.
+        max_overtakes: In how many steps one of those left behind may be overtaken.
         min_prefill_tokens: Prompt tokens computed although decodes have no slack,
         max_idle_steps: after this many steps without any.
         scan: How many waiting prompts are looked at in one step,
@@ -118,21 +123,19 @@ def decide(snapshot: Snapshot, limits: PolicyLimits | None = None) -> Decision:
     waiting = s.waiting[: limits.scan]
     late = late_prompts(s, s.waiting, prefill_tokens)
     is_relieving = bool(draft.recompute) or Reason.POOL_SHORT in draft.reasons.values()
-    claims = _claims(s, limits, waiting, late)
-    if is_relieving:  # hysteresis: nobody comes in through the door by which others must leave
-        draft.blocked = claims[0] if claims else None
-        draft.waits.update((claim.request_id, Reason.VICTIMS_LEAVE) for claim in claims)
-    else:
-        _grant_claims(s, limits, draft, claims, forecast)
-        _make_room(s, limits, draft)
     turn = _Turn(
         tokens=max(prefill_tokens - s.prefilling_tokens, 0),
         prefill_tokens=prefill_tokens,
         late=late,
         forecast=forecast,
-        pool_is_contended=draft.blocked is not None or is_relieving,
+        is_relieving=is_relieving,
     )
-    _admit(s, limits, draft, _by_turn(s, limits, waiting, late), turn)
+    overdue = {r for r, num in s.overtaken.items() if num >= limits.max_overtakes}
+    ranks = by_rank(_claims(s, limits, waiting, late, overdue), _by_turn(s, waiting, late, overdue))
+    for claims, prompts in ranks:
+        _serve_rank(s, limits, draft, claims, prompts, turn)
+        if len(ranks) > 1:
+            _close_to_worse_ranks(s, draft, claims, prompts, turn)
     _store_ahead(s, limits, draft, forecast)
     return Decision(
         park=tuple(draft.park),
@@ -147,6 +150,77 @@ def decide(snapshot: Snapshot, limits: PolicyLimits | None = None) -> Decision:
         reasons=draft.reasons,
         waits=draft.waits,
     )
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What serving one leaves for the next; the last two what a rank leaves for worse ones."""
+
+    tokens: int
+    prefill_tokens: int
+    late: set[str]
+    forecast: Forecast
+    is_relieving: bool
+    zone_is_promised: bool = False
+    pool_is_closed: bool = False
+    compute_is_closed: bool = False
+
+
+def _serve_rank(
+    s: Snapshot,
+    limits: PolicyLimits,
+    draft: _Draft,
+    claims: Sequence[Claim],
+    prompts: Sequence[WaitingRequest],
+    turn: _Turn,
+) -> None:
+    """Give those of one rank what better ones have left: pool blocks, then compute."""
+    if turn.is_relieving:  # hysteresis: nobody comes in through the door by which others must leave
+        draft.blocked = draft.blocked or (claims[0] if claims else None)
+        draft.waits.update((claim.request_id, Reason.VICTIMS_LEAVE) for claim in claims)
+    elif turn.pool_is_closed:
+        draft.waits.update((claim.request_id, Reason.BEHIND_RANK) for claim in claims)
+    else:
+        if turn.compute_is_closed:  # a prompt would take blocks that it could not use
+            claims = [claim for claim in claims if isinstance(claim, ParkedRequest)]
+        _grant_claims(s, limits, draft, claims, turn.forecast)
+        _make_room(s, limits, draft)
+    _admit(s, limits, draft, prompts, turn)
+    _note_overtaken(draft, claims, prompts)
+
+
+def _note_overtaken(draft: _Draft, claims: Sequence[Claim], prompts: Sequence[WaitingRequest]) -> None:
+    admitted = {admission.request_id for admission in draft.admit}
+    if draft.fetch or draft.resident_prompts:
+        # whoever was granted blocks but no tokens neither was left behind in this line nor has started
+        if draft.resident_prompts:
+            claims = [c for c in claims if c.request_id not in draft.resident_prompts or c.request_id in admitted]
+        draft.overtaken += overtaken_in(claims, admitted.union(draft.fetch))
+    if admitted:
+        if draft.refuse:
+            refused = {refusal.request_id for refusal in draft.refuse}
+            prompts = [w for w in prompts if w.request_id not in refused]
+        draft.overtaken += [r for r in overtaken_in(prompts, admitted) if r not in draft.overtaken]
+
+
+def _close_to_worse_ranks(
+    s: Snapshot, draft: _Draft, claims: Sequence[Claim], prompts: Sequence[WaitingRequest], turn: _Turn
+) -> None:
+    """Keep the room that somebody of this rank waits for.
+
+    One who waits for tokens needs no room yet; one who outgrows the pool needs none of the pool's, but host memory
+    that parked requests have.
+    """
+    num_blocked = sum(claim.request_id in draft.waits for claim in claims)
+    if num_blocked:
+        turn.pool_is_closed = True
+        draft.slots -= num_blocked
+        turn.compute_is_closed |= draft.slots <= 0
+    for w in prompts:
+        reason = draft.waits.get(w.request_id)
+        if reason is not None:
+            turn.compute_is_closed = True
+            turn.pool_is_closed |= reason in _WAITS_FOR_ROOM and not _outgrows_pool(s, w)
 
 
 # Leaving --------------------------------------------------------------------------------------------------------------
@@ -241,13 +315,13 @@ def _leavers(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> Iterator[tuple
 def _by_reluctance(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> list[ResidentRequest]:
     """Who may be parked, most readily first.
 
-    Spared are those that came a moment ago, then those of better rank, those that can be on time, the weighty, and
+    Spared are those of better rank, then those that came a moment ago, those that can be on time, the weighty, and
     the urgent.
     """
     if draft.by_reluctance is None:
         now_s, recent = s.now_s if s.slo_scheduling else math.inf, limits.min_resident_steps
         keyed = [
-            (r.steps_resident < recent, -r.rank, r.deadline_s >= now_s, r.weight, -r.deadline_s, r.request_id, r)
+            (-r.rank, r.steps_resident < recent, r.deadline_s >= now_s, r.weight, -r.deadline_s, r.request_id, r)
             for r in s.resident
             if r.can_park
         ]
@@ -292,54 +366,44 @@ def _fits_pool(s: Snapshot, limits: PolicyLimits, draft: _Draft, claim: Claim, f
     return draft.residents == 0 or forecast.fits(need, claim.tokens_left)
 
 
-def _is_late(s: Snapshot, claim: Claim, late: set[str]) -> bool:
-    return s.slo_scheduling and (claim.request_id in late or claim.deadline_s < s.now_s)
-
-
-def _claims(s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest], late: set[str]) -> list[Claim]:
+def _claims(
+    s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest], late: set[str], overdue: set[str]
+) -> list[Claim]:
     """Everybody who can only go on in the pool, in order; whoever was overtaken too often stands first.
 
     So does a prompt that was overtaken too often in the line for compute, though it may still run layered: else those
     who stand in line here would take each slot, and hold the host memory, that it waits for.
     """
-    overtaken, most = s.overtaken, limits.max_overtakes
-    claims: list[Claim] = [
-        *s.parked[: limits.scan_parked],
-        *(
-            w
-            for w in waiting
-            if not _outgrows_pool(s, w) and (not _can_ever_layer(s, w) or overtaken.get(w.request_id, 0) >= most)
-        ),
+    prompts = [
+        w
+        for w in waiting
+        if not _outgrows_pool(s, w) and ((overdue and w.request_id in overdue) or not _can_ever_layer(s, w))
     ]
-
-    def turn(claim: Claim) -> tuple[bool, int, bool, float]:
-        is_overdue = overtaken.get(claim.request_id, 0) >= most
-        return (not is_overdue, claim.rank, _is_late(s, claim, late), claim.deadline_s)
-
-    claims.sort(key=turn)
-    return claims
+    for first in waiting if overdue else ():
+        if first.request_id in overdue and _outgrows_pool(s, first):  # it does not stand here, and nobody passes it
+            prompts = [
+                w
+                for w in prompts
+                if w.rank != first.rank or (w.request_id in overdue and w.deadline_s <= first.deadline_s)
+            ]
+    late_before_s = s.now_s if s.slo_scheduling else -math.inf
+    claims: list[Claim] = [*s.parked[: limits.scan_parked], *prompts]
+    return in_order(claims, late=late, late_before_s=late_before_s, overdue=overdue)
 
 
 def _grant_claims(
     s: Snapshot, limits: PolicyLimits, draft: _Draft, claims: Sequence[Claim], forecast: Forecast
 ) -> None:
     """Give pool blocks to claims in order, past those that do not fit now."""
-    was_served = False
-    first_late: Claim | None = None
     for i, claim in enumerate(claims):
-        if first_late is None and s.slo_scheduling and claim.deadline_s < s.now_s:
-            first_late = claim
         if draft.slots <= 0 or not _fits_pool(s, limits, draft, claim, forecast):
             draft.waits[claim.request_id] = Reason.NO_SLOT if draft.slots <= 0 else Reason.POOL_FULL
             if draft.blocked is None:
                 draft.blocked = claim
                 if s.overtaken.get(claim.request_id, 0) >= limits.max_overtakes:
-                    draft.waits.update((behind.request_id, Reason.BEHIND) for behind in claims[i + 1 :])
+                    draft.waits.update((behind.request_id, Reason.BEHIND_OVERDUE) for behind in claims[i + 1 :])
                     break
             continue
-        if draft.blocked is not None and draft.blocked.request_id not in draft.overtaken:
-            draft.overtaken.append(draft.blocked.request_id)
-        was_served = True
         need = _need(s, claim)
         draft.pool -= need
         draft.slots -= 1
@@ -350,13 +414,6 @@ def _grant_claims(
             draft.reasons[claim.request_id] = Reason.ITS_TURN
         else:
             draft.resident_prompts.add(claim.request_id)
-    if first_late is not None and was_served and _is_left_behind(draft, first_late):
-        draft.overtaken.append(first_late.request_id)
-
-
-def _is_left_behind(draft: _Draft, claim: Claim) -> bool:
-    served = claim.request_id in draft.fetch or claim.request_id in draft.resident_prompts
-    return not served and claim.request_id not in draft.overtaken
 
 
 def _make_room(s: Snapshot, limits: PolicyLimits, draft: _Draft) -> None:
@@ -462,35 +519,17 @@ def _can_ever_layer(s: Snapshot, w: WaitingRequest) -> bool:
 
 
 def _by_turn(
-    s: Snapshot, limits: PolicyLimits, waiting: Sequence[WaitingRequest], late: set[str]
-) -> list[WaitingRequest]:
-    """Prompts in the order in which they get compute; whoever was overtaken too often first."""
-    if not late:
-        return list(waiting)
-    overtaken, most = s.overtaken, limits.max_overtakes
-
-    def turn(w: WaitingRequest) -> tuple[bool, int, bool, float]:
-        is_overdue = overtaken.get(w.request_id, 0) >= most
-        return (not is_overdue, w.rank, w.request_id in late, w.deadline_s)
-
-    return sorted(waiting, key=turn)
-
-
-@dataclass(slots=True)
-class _Turn:
-    """What starting one prompt leaves for the next."""
-
-    tokens: int
-    prefill_tokens: int
-    late: set[str]
-    forecast: Forecast
-    pool_is_contended: bool
-    zone_is_promised: bool = False
+    s: Snapshot, waiting: Sequence[WaitingRequest], late: set[str], overdue: set[str]
+) -> Sequence[WaitingRequest]:
+    """Prompts in the order in which they get compute."""
+    if not late and not overdue:
+        return waiting  # they come by rank and deadline
+    return in_order(waiting, late=late, late_before_s=-math.inf, overdue=overdue)
 
 
 def _admit(s: Snapshot, limits: PolicyLimits, draft: _Draft, waiting: Sequence[WaitingRequest], turn: _Turn) -> None:
     """Start prompts in order, each RESIDENT if that hurts nobody, else LAYERED if that helps somebody."""
-    is_closed = False
+    closed = Reason.BEHIND_RANK if turn.compute_is_closed else None
     for w in waiting:
         refusal = _refusal(s, draft, w, turn.late)
         if refusal is not None:
@@ -498,19 +537,20 @@ def _admit(s: Snapshot, limits: PolicyLimits, draft: _Draft, waiting: Sequence[W
             draft.reasons[w.request_id] = refusal.reason
             draft.waits.pop(w.request_id, None)
             continue
-        if is_closed and w.request_id not in draft.resident_prompts:  # those have their blocks and slot already
-            draft.waits.setdefault(w.request_id, Reason.BEHIND)
+        if closed is not None and w.request_id not in draft.resident_prompts:  # they have their blocks and slot already
+            draft.waits.setdefault(w.request_id, closed)
             continue
         where, reason = _where_to_start(s, limits, draft, w, turn)
         if where is None:
-            draft.waits.setdefault(w.request_id, reason)
-            is_closed |= s.overtaken.get(w.request_id, 0) >= limits.max_overtakes
+            # an overdue one that may run layered stands in line for the pool too, but does not need it
+            if w.request_id not in draft.waits or _can_ever_layer(s, w):
+                draft.waits[w.request_id] = reason
+            if s.overtaken.get(w.request_id, 0) >= limits.max_overtakes:
+                closed, draft.is_closed = Reason.BEHIND_OVERDUE, True
             continue
         _start(s, draft, w, turn, where)
         draft.reasons[w.request_id] = reason
         draft.waits.pop(w.request_id, None)
-    draft.is_closed = is_closed
-    _note_overtaken(s, draft, waiting, turn.late)
 
 
 def _refusal(s: Snapshot, draft: _Draft, w: WaitingRequest, late: set[str]) -> Refusal | None:
@@ -538,7 +578,8 @@ def _where_to_start(
         return None, Reason.POOL_FULL
     if draft.slots <= 0:
         return None, Reason.NO_SLOT  # not an end: one further on may have been granted the slot
-    is_free = not turn.pool_is_contended and not _outgrows_pool(s, w)
+    is_contended = draft.blocked is not None or turn.is_relieving
+    is_free = not is_contended and not _outgrows_pool(s, w)
     fits = is_free and _fits_pool(s, limits, draft, w, turn.forecast)
     if fits and s.mode == "auto":
         return "pool", Reason.FITS
@@ -574,22 +615,6 @@ def _start(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn, where: Li
         draft.residents += 1
         draft.slots -= 1
         turn.forecast.add(need, w.tokens_left)
-
-
-def _note_overtaken(s: Snapshot, draft: _Draft, waiting: Sequence[WaitingRequest], late: set[str]) -> None:
-    """Of the prompts left behind that are late, or longer than the pool, the first was overtaken if any other started.
-
-    The latter can start nowhere but in the zone, and need much of it.
-    """
-    started = {admission.request_id for admission in draft.admit}
-    if not started:
-        return
-    for w in waiting:
-        is_left_behind = w.request_id not in started and draft.reasons.get(w.request_id) is None
-        if is_left_behind and (w.request_id in late or _outgrows_pool(s, w)):
-            if w.request_id not in draft.overtaken:
-                draft.overtaken.append(w.request_id)
-            return
 
 
 def _tokens_to_compute(s: Snapshot, w: WaitingRequest, hit: PrefixHit, *, resident: bool = False) -> int:

@@ -66,9 +66,9 @@ def step_seconds(s: Snapshot, cost: CostView, prefill_tokens: int) -> float:
 def late_prompts(s: Snapshot, waiting: Sequence[WaitingRequest], prefill_tokens: int) -> set[str]:
     """Prompts that cannot all have their first token in time: the fewest, by weight (Moore-Hodgson).
 
-    In order of deadline, each takes the engine for its prefill; when the sum passes the newest deadline, the prompt
-    is left out that frees most time per weight. Maximises the number on time for equal weights (Moore 1968; Prism
-    uses it per GPU). Those whose deadline has passed are late anyway.
+    Rank by rank, and in order of deadline, each takes the engine for its prefill; when the sum passes the newest
+    deadline, the prompt of that rank is left out that frees most time per weight. Within a rank of equal weights that
+    maximises the number on time (Moore 1968; Prism uses it per GPU). Those whose deadline has passed are late anyway.
     """
     if not s.slo_scheduling:
         return set()
@@ -82,7 +82,10 @@ def late_prompts(s: Snapshot, waiting: Sequence[WaitingRequest], prefill_tokens:
         # prompts under way, as so many steps of the full budget
         end_s += step_seconds(s, s.cost, tokens) * s.prefilling_tokens / tokens
     on_time: list[tuple[float, str, float]] = []
+    rank = waiting[0].rank if waiting else 0
     for w in waiting:
+        if w.rank != rank:  # nobody of better rank is put behind for it
+            on_time, rank = [], w.rank
         if w.deadline_s < s.now_s:
             late.add(w.request_id)
             continue

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 
 class Reason(StrEnum):
-    """Why the scheduler did what it did with a request in a step. The value is the label in ``/metrics``."""
+    """Why the scheduler did what it did with a request in a step, or why that happened to it.
+
+    The value is the word in the decision log, and for what was decided the label in ``/metrics``.
+    """
 
     # it starts, or goes on
     FITS = "fits"
@@ -32,7 +35,11 @@ class Reason(StrEnum):
     SMALL_REST = "small_rest"
     """A layered prompt is not begun with a small rest of the step's tokens: every chunk re-loads the earlier ones."""
     BEHIND = "behind"
-    """Another stands before it in line for the same room."""
+    """Another prompt that is to run layered, and cannot just now, stands before it in line for the zone."""
+    BEHIND_OVERDUE = "behind_overdue"
+    """One who has been overtaken too often stands before it in line, for compute or for the pool: nobody passes it."""
+    BEHIND_RANK = "behind_rank"
+    """One of better priority waits: what there is of room is kept for it."""
     LATE = "late"
     """It cannot have its first token in time, so those that can go first (bounded)."""
     WAIT_IS_SHORTER = "wait_is_shorter"
@@ -55,6 +62,13 @@ class Reason(StrEnum):
     LONGER_THAN_POOL = "longer_than_pool"
     """Its KV is given up: it grows out of the pool, or of the room it has in zone and host memory, and comes back
     with all the room it may need in both."""
+    # it gives its KV up, and nobody decided that
+    PREEMPTED = "preempted"
+    """Its KV is given up: vLLM itself preempted it, because a running request found no block."""
+    CACHE_RESET = "cache_reset"
+    """Its KV is given up: the prefix cache was reset, and running requests were to start over."""
+    LOAD_FAILED = "load_failed"
+    """Its KV is given up: it was read, or computed from what was read, from host memory by a load that failed."""
     # it is refused
     NEVER_FITS = "never_fits"
     """Refused: it cannot run here at all."""

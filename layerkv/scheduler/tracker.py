@@ -9,7 +9,6 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Generic, TypeVar
 
 from layerkv.config import SloClass
@@ -57,25 +56,29 @@ class DeadlineQueue(Generic[View]):
             del self._keys[at], self._views[at]
 
     def head(self, most: int, now_s: float, is_ready: Callable[[View], bool] | None = None) -> list[View]:
-        """The first ``most`` views: of each rank those whose deadline is to come, then those whose has passed.
+        """The first ``most`` views: rank by rank, those whose deadline is to come before those whose has passed.
+
+        Costs a few binary searches for each rank that it shows, however many there are.
 
         Args:
-            most: How many; one in :data:`LATE_SHARE` of them are late ones if there are any.
+            most: How many; of each rank one in :data:`LATE_SHARE`, and one at least, is a late one if there are any.
             now_s: Current time.
-            is_ready: Leaves out those it says False of.
+            is_ready: Leaves out those it says False of: each of them before the last one shown is asked about.
         """
-        late: list[View] = []
-        on_time: list[View] = []
+        found: list[View] = []
         start = 0
-        while start < len(self._keys) and len(on_time) < most:  # one round per rank: nearly always one
+        while start < len(self._keys) and len(found) < most:  # one round per rank: nearly always one
+            room = most - len(found)
             rank = self._keys[start][0]
             split = bisect_left(self._keys, (rank, now_s, ""), start)
             end = bisect_left(self._keys, (rank + 1, float("-inf"), ""), split)
-            late += self._ready(start, split, most - len(late), is_ready)
-            on_time += self._ready(split, end, most - len(on_time), is_ready)
+            late = self._ready(start, split, room, is_ready)
+            on_time = self._ready(split, end, room, is_ready)
+            num_late = min(len(late), max(room - len(on_time), room // LATE_SHARE, 1))
+            found += on_time[: room - num_late]
+            found += late[:num_late]
             start = end
-        num_late = min(len(late), max(most - len(on_time), most // LATE_SHARE))
-        return list(chain(on_time[: most - num_late], late[:num_late]))
+        return found
 
     def _ready(self, start: int, end: int, most: int, is_ready: Callable[[View], bool] | None) -> list[View]:
         if is_ready is None:
@@ -107,7 +110,6 @@ class TrackedRequest:
         middle_tokens: and middle quantile (for memory).
         predict_again_at: Output tokens at which the prediction is made anew.
         said: The last thing said of it in the decision log: the same is not said twice.
-        said_reason: Why the last decision about it was taken.
         tpot_s: Its class's TPOT objective,
         weight: weight,
         max_stall_s: and longest stall (infinite if it has none), at hand for the pass over running requests.
@@ -126,7 +128,6 @@ class TrackedRequest:
     middle_tokens: int = 1
     predict_again_at: int = 0
     said: Event | Reason | None = None
-    said_reason: Reason | None = None
     tpot_s: float = field(init=False)
     weight: float = field(init=False)
     max_stall_s: float = field(init=False)

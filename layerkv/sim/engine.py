@@ -38,6 +38,7 @@ class SimRequest:
     slo: SloClass
     can_layer: bool = True
     end: End = End.FINISHED
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

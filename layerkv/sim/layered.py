@@ -17,7 +17,7 @@ from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.scheduler.controller import Controller, EngineShape, EngineState, Running
 from layerkv.scheduler.lengths import LengthPredictor
 from layerkv.scheduler.policy import PolicyLimits
-from layerkv.scheduler.reasons import End
+from layerkv.scheduler.reasons import End, Reason
 from layerkv.scheduler.snapshot import Decision, Mode
 from layerkv.sim.engine import EngineSetup, Live, Scheduled, SimRequest, VirtualEngine
 from layerkv.sim.outcome import SimOutcome
@@ -79,6 +79,7 @@ class LayeredEngine(VirtualEngine):
             arrival_s=request.arrival_s,
             num_tokens=request.prompt_tokens,
             max_tokens=request.max_tokens,
+            rank=request.rank,
             can_layer=request.can_layer,
         )
 
@@ -192,7 +193,7 @@ class LayeredEngine(VirtualEngine):
         for request_id in decision.park:
             self._park(self.lives[request_id])
         for request_id in decision.recompute:
-            self._give_up(self.lives[request_id])
+            self._give_up(self.lives[request_id], decision.reasons[request_id])
         for request_id in decision.store_ahead:
             live = self.lives[request_id]
             num_stored = self.ledger.store_ahead(request_id, live.block_ids, live.num_computed)
@@ -221,17 +222,18 @@ class LayeredEngine(VirtualEngine):
             num_computed=live.num_computed,
             num_tokens=live.num_tokens,
             num_output=live.num_made,
+            reason=self.decision.reasons[live.request_id],
             now_s=self.now_s,
         )
 
-    def _give_up(self, live: Live) -> None:
+    def _give_up(self, live: Live, reason: Reason = Reason.PREEMPTED) -> None:
         """Stock vLLM's preemption: the KV is computed again."""
         self.running.remove(live)
         self.free(live)
         self.ledger.drop(live.request_id)
         live.num_computed = 0
         live.num_recomputes += 1
-        self.controller.recomputes(live.request_id, live.num_tokens, live.num_made, self.now_s)
+        self.controller.recomputes(live.request_id, live.num_tokens, live.num_made, reason, self.now_s)
 
     def _fetch(self, live: Live) -> None:
         num_tokens = max(live.num_computed + 1, live.num_tokens)
@@ -281,7 +283,10 @@ class LayeredEngine(VirtualEngine):
             if is_new:
                 self.running.append(live)
                 layered = self.ledger.is_layered(live.request_id)
-                self.controller.admitted(live.request_id, layered=layered, step=self.step, now_s=self.now_s)
+                reason = self.decision.reasons[live.request_id]
+                self.controller.admitted(
+                    live.request_id, layered=layered, reason=reason, step=self.step, now_s=self.now_s
+                )
             left -= num_tokens
             scheduled.append((live, num_tokens))
         return [entry for entry in scheduled if entry[0].request_id not in gone] if gone else scheduled

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import dropwhile
 from typing import TYPE_CHECKING, Any
 
@@ -100,12 +101,13 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._log = DecisionLog(path, on_error=logger.error) if path is not None else None
         self._refused: dict[str, str] = {}
         self._no_first_token: set[str] = set()
+        self._gives_up_for = Reason.PREEMPTED  # why KV is given up just now; vLLM's own preemptions say nothing
         self._steps_in_flight: deque[tuple[float, StepWork | None]] = deque()  # (start, work if sampled), oldest first
         self._num_quiet_steps = 0
         self._last_output_s = self._last_backlog_s = 0.0
         self._tells_waits = self.vllm_config.device_config.device_type == "cpu"
         self._reader = EngineReader(self, side, manager)
-        # The policy chooses who is found and in which order; under priority scheduling, priorities shift deadlines.
+        # The policy chooses who is found and in which order; under priority scheduling, priorities go before deadlines.
         self.waiting = self._queue = WaitingQueue()
         self.kv_cache_manager.watermark_blocks = 0  # the policy's headroom takes its place
         self._report_capacity()
@@ -143,7 +145,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         """Note first tokens and step times, and send refusals out with the step's outputs."""
         received = model_runner_output.kv_connector_output
         if self._is_active and received is not None and received.invalid_block_ids:
-            self._distrust(received.invalid_block_ids)
+            with self._giving_up_for(Reason.LOAD_FAILED):
+                self._distrust(received.invalid_block_ids)
         waited_s = self._waited_s(received)  # before vLLM adds the scheduler's own figures to it
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self._is_active:
@@ -175,7 +178,13 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:  # noqa: FBT001, FBT002
         """vLLM's reset; when running requests start over, so do parked ones: their KV may be of old weights."""
-        if self._is_active and reset_running_requests:
+        if not self._is_active:
+            return super().reset_prefix_cache(reset_running_requests, reset_connector)
+        with self._giving_up_for(Reason.CACHE_RESET):
+            return self._reset_prefix_cache(reset_running_requests, reset_connector)
+
+    def _reset_prefix_cache(self, reset_running_requests: bool, reset_connector: bool) -> bool:  # noqa: FBT001
+        if reset_running_requests:
             arrived = [request for request in self.kv_holding_waiting if self._has_arrived(request)]
             if (num_fetching := self._ledger.residency.counts[Residency.FETCHING]) > 0:
                 raise RuntimeError(
@@ -191,12 +200,11 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             for request_id in [r for r in self._ledger.residency if self._ledger.residency[r] is Residency.PARKED]:
                 self._ledger.drop(request_id)
                 self._recomputes(self.requests[request_id])
-        elif self._is_active and (num_moved := self._num_with_kv_on_host()):
+        elif num_moved := self._num_with_kv_on_host():
             # vLLM refuses while blocks are in use; KV in host memory is in use just as well
             logger.warning("the prefix cache is not reset: %d request(s) have KV in host memory", num_moved)
             return False
-        if self._is_active:
-            self._ledger.forget_prefixes()
+        self._ledger.forget_prefixes()
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
 
     def _has_arrived(self, request: Request) -> bool:
@@ -263,6 +271,15 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             self._ends_all = False
         return ended
 
+    @contextmanager
+    def _giving_up_for(self, reason: Reason) -> Iterator[None]:
+        """Whoever gives KV up inside does so for this reason."""
+        before, self._gives_up_for = self._gives_up_for, reason
+        try:
+            yield
+        finally:
+            self._gives_up_for = before
+
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:  # noqa: FBT001, FBT002
         """Every way out passes here: finished, aborted, refused."""
         if self._is_active:
@@ -305,9 +322,10 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         for request_id in decision.store_ahead:
             self._store_ahead(request_id, now_s)
         if decision.park:
-            self._park(decision.park, now_s)
+            self._park(decision, now_s)
         for request_id in decision.recompute:
-            self._give_up(self.requests[request_id], now_s)
+            with self._giving_up_for(decision.reasons[request_id]):
+                self._give_up(self.requests[request_id], now_s)
         chosen = self._chosen(decision)
         is_paused = self._pause_state is not PauseState.UNPAUSED
         saved = (
@@ -379,8 +397,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self.kv_holding_waiting.remove_requests((request,))  # vLLM may have moved it back already
                 self._queue.add_request(request)
 
-    def _park(self, request_ids: Iterable[str], now_s: float) -> None:
-        parked = [self.requests[request_id] for request_id in request_ids]
+    def _park(self, decision: Decision, now_s: float) -> None:
+        parked = [self.requests[request_id] for request_id in decision.park]
         leaving = set(parked)
         self.running = [request for request in self.running if request not in leaving]
         for request in parked:
@@ -394,6 +412,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 num_computed=num_computed,
                 num_tokens=request.num_tokens,
                 num_output=request.num_output_tokens,
+                reason=decision.reasons[request_id],
                 now_s=now_s,
             )
 
@@ -445,7 +464,11 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 continue
             if request.status is RequestStatus.RUNNING:
                 waited_s = self._controller.admitted(
-                    admission.request_id, layered=admission.layered, step=step, now_s=now_s
+                    admission.request_id,
+                    layered=admission.layered,
+                    reason=decision.reasons[admission.request_id],
+                    step=step,
+                    now_s=now_s,
                 )
                 if waited_s is not None:
                     metrics.observe("layerkv_admission_wait_seconds", waited_s)
@@ -483,7 +506,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     def _recomputes(self, request: Request) -> None:
         """The request's KV is given up: it waits for compute again, with the token that is still on its way."""
         num_tokens = request.num_tokens + (1 if request.num_stale_output_tokens else 0)
-        self._controller.recomputes(request.request_id, num_tokens, request.num_output_tokens, time.monotonic())
+        num_output, reason = request.num_output_tokens, self._gives_up_for
+        self._controller.recomputes(request.request_id, num_tokens, num_output, reason, time.monotonic())
         self._keep_from_pool(request)
 
     def _keep_from_pool(self, request: Request) -> None:

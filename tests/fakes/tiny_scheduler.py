@@ -76,12 +76,21 @@ def job(
     max_tokens: int | None = None,
     can_layer: bool = True,
     end: End = End.FINISHED,
+    rank: int = 0,
     **slo: Any,
 ) -> SimRequest:
     """A request to serve; `slo` are its class's objectives."""
     objectives = {"name": "chat", "ttft_s": 1.0, "tpot_s": 0.05, **slo}
     return SimRequest(
-        name, arrival_s, num_prompt, num_output, max_tokens or num_output, SloClass(**objectives), can_layer, end
+        name,
+        arrival_s,
+        num_prompt,
+        num_output,
+        max_tokens or num_output,
+        SloClass(**objectives),
+        can_layer,
+        end,
+        rank,
     )
 
 

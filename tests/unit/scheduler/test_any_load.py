@@ -25,6 +25,7 @@ LONGEST = POOL * BLOCK_TOKENS
 @st.composite
 def loads(draw: st.DrawFn) -> list[SimRequest]:
     jobs = []
+    ranks = draw(st.sampled_from(((0,), (0,), (0, 1, 100))))
     for i in range(draw(st.integers(1, 9))):
         num_prompt = draw(st.integers(1, 260))
         max_tokens = draw(st.integers(1, min(60, LONGEST - num_prompt)))
@@ -36,6 +37,7 @@ def loads(draw: st.DrawFn) -> list[SimRequest]:
                 draw(st.integers(0, 30)) * 0.01,
                 max_tokens=max_tokens,
                 can_layer=draw(st.integers(0, 4)) > 0,
+                rank=draw(st.sampled_from(ranks)),
                 name=draw(st.sampled_from(("chat", "batch"))),
                 ttft_s=draw(st.sampled_from((0.05, 1.0, 20.0))),
                 tpot_s=draw(st.sampled_from((0.005, 0.05))),

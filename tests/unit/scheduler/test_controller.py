@@ -48,10 +48,10 @@ def test_a_whole_life_leaves_nothing_behind() -> None:
     arrive(c, "a")
     assert "a" in c.waiting
     c.decide(engine(), 10.0)
-    assert c.admitted("a", layered=True, step=1, now_s=10.25) == pytest.approx(0.25)
+    assert c.admitted("a", layered=True, reason=Reason.FITS, step=1, now_s=10.25) == pytest.approx(0.25)
     assert "a" not in c.waiting
     assert c.first_token("a", 10.5) == (CHAT, True)
-    c.park("a", num_computed=160, num_tokens=161, num_output=1, now_s=10.5)
+    c.park("a", num_computed=160, num_tokens=161, num_output=1, reason=Reason.FIRST_TOKEN_DONE, now_s=10.5)
     assert [(p.request_id, p.num_blocks) for p in c.parked.views] == [("a", 11)]
     c.decide(engine(step=2), 10.5)
     c.fetched("a", step=2, now_s=10.6)
@@ -63,7 +63,7 @@ def test_a_whole_life_leaves_nothing_behind() -> None:
         ("a", Event.ARRIVED, None),
         ("a", Event.ADMITTED_LAYERED, Reason.FITS),
         ("a", Event.FIRST_TOKEN, None),
-        ("a", Event.PARKED, Reason.FITS),
+        ("a", Event.PARKED, Reason.FIRST_TOKEN_DONE),
         ("a", Event.FETCHED, Reason.ITS_TURN),
         ("a", Event.STORED_AHEAD, None),
         ("a", Event.FINISHED, None),
@@ -77,9 +77,9 @@ def test_a_request_may_leave_from_anywhere(state: str) -> None:
     if state != "unknown":
         arrive(c, "a")
     if state in ("running", "parked", "fetching", "stored ahead"):
-        c.admitted("a", layered=False, step=1, now_s=10.0)
+        c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     if state in ("parked", "fetching"):
-        c.park("a", num_computed=160, num_tokens=161, num_output=1, now_s=10.5)
+        c.park("a", num_computed=160, num_tokens=161, num_output=1, reason=Reason.FIRST_TOKEN_DONE, now_s=10.5)
     if state == "fetching":
         c.fetched("a", step=2, now_s=10.6)
     if state == "stored ahead":
@@ -91,19 +91,19 @@ def test_a_request_may_leave_from_anywhere(state: str) -> None:
 def test_a_wait_is_counted_only_until_the_first_admission() -> None:
     c = controller()
     arrive(c, "a")
-    assert c.admitted("a", layered=False, step=1, now_s=12.0) == 2.0
-    c.recomputes("a", 161, 1, 13.0)
+    assert c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=12.0) == 2.0
+    c.recomputes("a", 161, 1, Reason.PREEMPTED, 13.0)
     assert "a" in c.waiting
-    assert c.admitted("a", layered=False, step=2, now_s=14.0) is None
+    assert c.admitted("a", layered=False, reason=Reason.FITS, step=2, now_s=14.0) is None
 
 
 def test_a_prompt_is_due_by_its_class_and_after_its_first_token_by_its_slack() -> None:
     c = controller(length_prediction="none")
     arrive(c, "a")
     assert c.waiting.views[0].deadline_s == 11.0
-    c.admitted("a", layered=False, step=1, now_s=10.0)
+    c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     c.first_token("a", 10.5)
-    c.recomputes("a", 170, 10, 11.0)
+    c.recomputes("a", 170, 10, Reason.PREEMPTED, 11.0)
     assert c.waiting.views[0].deadline_s == pytest.approx(10.5 + 50 * 0.05), "all 50 tokens, in steps of no time yet"
     assert c.waiting.views[0].tokens_left == UNKNOWN_TOKENS - 10, "nothing is known: memory for a while ahead"
     assert c.waiting.views[0].num_blocks == 11
@@ -112,9 +112,9 @@ def test_a_prompt_is_due_by_its_class_and_after_its_first_token_by_its_slack() -
 def test_a_parked_request_has_to_go_on_earlier_by_the_time_its_fetch_takes() -> None:
     c = controller(length_prediction="none")
     arrive(c, "a")
-    c.admitted("a", layered=False, step=1, now_s=10.0)
+    c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     c.first_token("a", 10.5)
-    c.park("a", num_computed=169, num_tokens=170, num_output=10, now_s=11.0)
+    c.park("a", num_computed=169, num_tokens=170, num_output=10, reason=Reason.FIRST_TOKEN_DONE, now_s=11.0)
     assert c.parked.views[0].deadline_s == pytest.approx(10.5 + 50 * 0.05 - 11 * 5e-4)
 
 
@@ -123,8 +123,8 @@ def test_without_objectives_everybody_stands_in_line_by_arrival() -> None:
     arrive(c, "a", at_s=10.0)
     arrive(c, "b", at_s=9.0)
     assert [w.request_id for w in c.waiting.views] == ["b", "a"]
-    c.admitted("b", layered=False, step=1, now_s=12.0)
-    c.park("b", num_computed=160, num_tokens=161, num_output=1, now_s=13.0)
+    c.admitted("b", layered=False, reason=Reason.FITS, step=1, now_s=12.0)
+    c.park("b", num_computed=160, num_tokens=161, num_output=1, reason=Reason.FIRST_TOKEN_DONE, now_s=13.0)
     assert c.parked.views[0].deadline_s == 9.0
     assert c.snapshot(engine(), 13.0).cost is None
 
@@ -162,6 +162,17 @@ def test_the_log_says_a_wait_once_until_its_reason_changes() -> None:
     assert c.reasons == {Reason.NO_SLOT: 2, Reason.NO_TOKENS_LEFT: 1}
 
 
+@pytest.mark.parametrize("reason", [Reason.PREEMPTED, Reason.CACHE_RESET, Reason.LOAD_FAILED])
+def test_kv_that_is_given_up_without_a_decision_is_not_told_with_the_reason_of_an_earlier_one(reason: Reason) -> None:
+    """Regression: a request that vLLM preempted was told that the pool had room for all of it."""
+    c = controller(keep_log=True)
+    arrive(c, "a")
+    _, decision = c.decide(engine(), 10.0)
+    c.admitted("a", layered=False, reason=decision.reasons["a"], step=1, now_s=10.0)
+    c.recomputes("a", 161, 1, reason, 11.0)
+    assert names(c.take_log())[1:] == [("a", Event.ADMITTED_RESIDENT, Reason.FITS), ("a", Event.RECOMPUTES, reason)]
+
+
 def test_without_a_log_nothing_is_kept_of_it_but_reasons_are_counted() -> None:
     c = controller()
     arrive(c, "a")
@@ -176,7 +187,7 @@ def test_without_a_log_nothing_is_kept_of_it_but_reasons_are_counted() -> None:
 def test_steps_without_prefill_are_counted_while_somebody_wants_some() -> None:
     c = controller()
     arrive(c, "a", "d")
-    c.admitted("d", layered=False, step=1, now_s=10.0)
+    c.admitted("d", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     c.first_token("d", 10.0)
     c.tracked["d"].low_tokens = 1
     busy = engine(decoding("d"))
@@ -197,9 +208,9 @@ def test_after_an_exchange_the_next_has_to_wait_until_its_blocks_are_free() -> N
     arrive(c, "claim", "other")
     arrive(c, "patient", slo=patient)
     for name in ("claim", "patient", "other"):
-        c.admitted(name, layered=False, step=0, now_s=10.0)
+        c.admitted(name, layered=False, reason=Reason.FITS, step=0, now_s=10.0)
         c.first_token(name, 10.0)
-    c.park("claim", num_computed=160, num_tokens=161, num_output=49, now_s=10.0)
+    c.park("claim", num_computed=160, num_tokens=161, num_output=49, reason=Reason.FIRST_TOKEN_DONE, now_s=10.0)
     full = engine(decoding("patient"), decoding("other"), free_blocks=4, step=100)
     now_s = c.parked.views[0].deadline_s - 0.01
     snapshot, decision = c.decide(full, now_s)
@@ -218,7 +229,7 @@ def test_overtakes_are_remembered_until_it_is_ones_turn() -> None:
     assert c.snapshot(small, 10.0).overtaken == {"late": 1}
     c.decide(small, 10.0)
     assert c.snapshot(small, 10.0).overtaken == {"late": 2}
-    c.admitted("late", layered=False, step=1, now_s=10.0)
+    c.admitted("late", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     assert c.snapshot(small, 10.0).overtaken == {}
 
 
@@ -226,7 +237,7 @@ def test_the_snapshot_has_the_running_as_they_are() -> None:
     c = controller(length_prediction="none")
     arrive(c, "d", "p", "z", "f")
     for name in ("d", "p", "z", "f"):
-        c.admitted(name, layered=name == "z", step=3, now_s=10.0)
+        c.admitted(name, layered=name == "z", reason=Reason.FITS, step=3, now_s=10.0)
     c.first_token("d", 10.2)
     c.stored_ahead("d", 7, 10.2)
     state = engine(
@@ -257,7 +268,7 @@ def test_the_snapshot_has_the_running_as_they_are() -> None:
 def test_who_is_late_holds_prefill_back_no_more() -> None:
     c = controller(length_prediction="none")
     arrive(c, "d")
-    c.admitted("d", layered=False, step=0, now_s=10.0)
+    c.admitted("d", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
     c.first_token("d", 10.2)
     assert c.snapshot(engine(decoding("d")), 10.5).decode_slack_s < 10
     assert c.snapshot(engine(decoding("d")), 99.0).decode_slack_s == float("inf")
@@ -273,8 +284,8 @@ def test_a_paused_engine_starts_nobody() -> None:
 def test_the_engine_may_say_who_cannot_start_or_be_fetched_now() -> None:
     c = controller()
     arrive(c, "a", "b", "p")
-    c.admitted("p", layered=True, step=0, now_s=10.0)
-    c.park("p", num_computed=160, num_tokens=161, num_output=1, now_s=10.0)
+    c.admitted("p", layered=True, reason=Reason.FITS, step=0, now_s=10.0)
+    c.park("p", num_computed=160, num_tokens=161, num_output=1, reason=Reason.FIRST_TOKEN_DONE, now_s=10.0)
     _, decision = c.decide(
         engine(), 10.0, is_startable=lambda w: w.request_id != "a", is_fetchable=lambda p: p.request_id != "p"
     )
@@ -330,7 +341,7 @@ def test_lengths_are_learned_from_requests_that_ended_whoever_ended_them(end: En
         arrive(c, f"r{i}")
         c.leave(f"r{i}", num_output=3, end=End.REFUSED, now_s=11.0)
         arrive(c, f"s{i}")
-        c.admitted(f"s{i}", layered=False, step=0, now_s=10.0)
+        c.admitted(f"s{i}", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
         c.leave(f"s{i}", num_output=7, end=end, now_s=11.0)
     arrive(c, "new")
     assert c.tracked["new"].middle_tokens == 7
@@ -350,12 +361,12 @@ def test_a_request_that_is_cut_off_would_have_become_longer(how: str) -> None:
     c = controller()
     for i in range(MIN_SAMPLES):
         arrive(c, f"long{i}")
-        c.admitted(f"long{i}", layered=False, step=0, now_s=10.0)
+        c.admitted(f"long{i}", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
         c.leave(f"long{i}", num_output=40, end=End.FINISHED, now_s=11.0)
         arrive(c, f"cut{i}")
-        c.admitted(f"cut{i}", layered=False, step=0, now_s=10.0)
+        c.admitted(f"cut{i}", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
         if how == "parked":
-            c.park(f"cut{i}", num_computed=160, num_tokens=161, num_output=1, now_s=10.5)
+            c.park(f"cut{i}", num_computed=160, num_tokens=161, num_output=1, reason=Reason.POOL_SHORT, now_s=10.5)
         c.leave(f"cut{i}", num_output=1, end=End.LEFT if how == "parked" else End.CUT_OFF, now_s=11.0)
     arrive(c, "new")
     assert c.tracked["new"].middle_tokens == 40
@@ -365,7 +376,7 @@ def test_the_share_of_host_memory_shrinks_when_decodes_are_late_and_the_policy_s
     for adapts, expected in ((True, 60), (False, 120)):
         c = controller(adapt_host_share=adapts)
         arrive(c, "d")
-        c.admitted("d", layered=False, step=0, now_s=10.0)
+        c.admitted("d", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
         c.first_token("d", 10.2)
         for _ in range(3):
             c.decide(engine(decoding("d")), 99.0)

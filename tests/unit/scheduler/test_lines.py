@@ -102,7 +102,7 @@ def test_a_smaller_claim_overtakes_only_so_often() -> None:
     assert decide(replace(s, overtaken={"large": MOST - 1})).fetch == ("small",)
     stopped = decide(replace(s, overtaken={"large": MOST}))
     assert (stopped.fetch, stopped.overtaken) == ((), ())
-    assert stopped.waits == {"large": Reason.POOL_FULL, "small": Reason.BEHIND}
+    assert stopped.waits == {"large": Reason.POOL_FULL, "small": Reason.BEHIND_OVERDUE}
 
 
 def test_a_late_claim_is_overtaken_only_so_often() -> None:
@@ -181,7 +181,47 @@ def test_nobody_passes_a_prompt_that_was_overtaken_too_often() -> None:
     assert admitted(decide(s)) == [("small", True)]
     stopped = decide(replace(s, overtaken={"late": MOST}))
     assert admitted(stopped) == []
-    assert stopped.waits == {"late": Reason.POOL_FULL, "small": Reason.BEHIND}, "it stands in both lines by now"
+    assert stopped.waits == {"late": Reason.ZONE_FULL, "small": Reason.BEHIND_OVERDUE}
+
+
+def test_a_prompt_that_waits_for_the_zone_while_others_pass_into_the_pool_is_overtaken_though_nobody_is_late() -> None:
+    """Regression: it was counted only once its own deadline had passed."""
+    waiting = [prompt("large", 35, 101.0), prompt("small", 2, 102.0)]
+    s = snapshot(waiting=waiting, free_blocks=20, free_zone_blocks=30, **crowd(3))
+    assert (admitted(decide(s)), decide(s).overtaken) == ([("small", False)], ("large",))
+    assert admitted(decide(replace(s, overtaken={"large": MOST - 1}))) == [("small", False)]
+    stopped = decide(replace(s, overtaken={"large": MOST}))
+    assert admitted(stopped) == []
+    assert stopped.waits == {"large": Reason.ZONE_FULL, "small": Reason.BEHIND_OVERDUE}
+
+
+def test_who_was_overtaken_too_often_comes_first_though_nobody_is_late() -> None:
+    """Regression: those due earlier kept passing it for as long as all of them were on time."""
+    long = prompt("long", 30, 130.0, most_blocks=120, can_layer=True)
+    waiting = [prompt("a", 10, 101.0), prompt("b", 10, 102.0), long]
+    s = snapshot(waiting=waiting, long_contexts=True, zone_blocks=200, free_zone_blocks=130, host_blocks=200)
+    s = replace(s, free_host_blocks=130, free_blocks=0, **crowd(3))
+    assert [name for name, _ in admitted(decide(s))] == ["a", "b"]
+    assert admitted(decide(replace(s, overtaken={"long": MOST})))[0] == ("long", True)
+
+
+def test_those_overtaken_too_often_come_in_order_of_their_deadlines() -> None:
+    waiting = [prompt("on time", 10, 101.0), prompt("late", 10, 99.0)]
+    s = snapshot(waiting=waiting, budget_tokens=160, overtaken={"on time": MOST, "late": MOST})
+    assert admitted(decide(s)) == [("late", False)]
+
+
+def test_nobody_passes_into_the_pool_before_a_prompt_longer_than_it_that_was_overtaken_too_often() -> None:
+    """It stands only in the line for compute, and waits for host memory; fetches free that."""
+    long = prompt("long", 30, 101.0, most_blocks=120)
+    waiting = [long, prompt("pool only", 10, 102.0, can_layer=False)]
+    s = snapshot(waiting=waiting, parked=[parked("p")], long_contexts=True, zone_blocks=200, free_zone_blocks=200)
+    s = replace(s, host_blocks=200, free_host_blocks=100, **crowd(2))
+    passing = decide(s)
+    assert (passing.fetch, admitted(passing), passing.overtaken) == (("p",), [("pool only", False)], ("long",))
+    stopped = decide(replace(s, overtaken={"long": MOST}))
+    assert (stopped.fetch, admitted(stopped)) == (("p",), [])
+    assert stopped.waits == {"long": Reason.HOST_FULL, "pool only": Reason.BEHIND_OVERDUE}
 
 
 @given(late_blocks=st.integers(1, 40), sizes=st.lists(st.integers(1, 10), min_size=1, max_size=5))
@@ -224,6 +264,77 @@ def test_host_memory_is_given_to_prompts_in_order_and_to_none_beyond() -> None:
     s = snapshot(waiting=waiting, free_blocks=0, free_host_blocks=19, **crowd(3))
     assert admitted(decide(s)) == [("a", True)], "c would fit, but b is next"
     assert decide(s).waits == {"b": Reason.HOST_FULL, "c": Reason.BEHIND}
+
+
+# Ranks ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_goes_before_having_been_overtaken_too_often() -> None:
+    """Regression: an overdue prompt of the worst priority went before all others."""
+    waiting = [prompt("first", 10, 101.0), prompt("overdue", 10, 99.0, rank=100)]
+    s = snapshot(waiting=waiting, budget_tokens=160, overtaken={"overdue": MOST})
+    assert admitted(decide(s)) == [("first", False)]
+    in_host = [parked("first", 101.0), parked("overdue", 99.0, rank=100)]
+    s = snapshot(parked=in_host, free_blocks=14, overtaken={"overdue": MOST}, **crowd(2))
+    assert decide(s).fetch == ("first",)
+
+
+def test_to_be_passed_by_a_better_rank_is_not_to_be_overtaken() -> None:
+    waiting = [prompt("first", 10, 101.0), prompt("worse", 10, 99.0, rank=1), prompt("worst", 10, 98.0, rank=2)]
+    decision = decide(snapshot(waiting=waiting, budget_tokens=160))
+    assert (admitted(decision), decision.overtaken) == ([("first", False)], ())
+    parks = [parked("first", 101.0), parked("worse", 99.0, rank=1)]
+    decision = decide(snapshot(parked=parks, free_blocks=14, **crowd(2)))
+    assert (decision.fetch, decision.overtaken) == (("first",), ())
+
+
+def test_while_a_claim_of_better_rank_waits_for_the_pool_worse_ones_take_none_of_it() -> None:
+    """The worse prompt gets its first token through the zone, which the claim does not want."""
+    in_host = [parked("large", 101.0, 60), parked("small", 102.0, 10, rank=1)]
+    waiting = [prompt("w", 4, rank=1)]
+    decision = decide(snapshot(parked=in_host, waiting=waiting, free_blocks=40, **crowd(3)))
+    assert (decision.fetch, admitted(decision)) == ((), [("w", True)])
+    assert decision.waits == {"large": Reason.POOL_FULL, "small": Reason.BEHIND_RANK}
+    kept = decide(snapshot(parked=in_host, waiting=waiting, free_blocks=40, free_slots=1, **crowd(3)))
+    assert kept.waits == {"large": Reason.POOL_FULL, "small": Reason.BEHIND_RANK, "w": Reason.BEHIND_RANK}
+
+
+def test_while_a_prompt_of_better_rank_waits_for_room_worse_ones_take_none() -> None:
+    waiting = [prompt("large", 35, 102.0), prompt("small", 2, 101.0, rank=1)]
+    s = snapshot(waiting=waiting, parked=[parked("p", rank=1)], free_blocks=20, free_zone_blocks=30, **crowd(3))
+    decision = decide(s)
+    assert (admitted(decision), decision.fetch) == ([], ())
+    assert decision.waits == {"large": Reason.ZONE_FULL, "small": Reason.BEHIND_RANK, "p": Reason.BEHIND_RANK}
+
+
+def test_a_prompt_of_better_rank_that_waits_for_tokens_only_keeps_nobody_out_of_the_pool() -> None:
+    s = snapshot(waiting=[prompt("w")], parked=[parked("p", rank=1)], prefilling_tokens=2048, **crowd(1))
+    assert (decide(s).fetch, decide(s).waits) == (("p",), {"w": Reason.NO_TOKENS_LEFT})
+
+
+def test_a_prompt_longer_than_the_pool_waits_for_host_memory_that_worse_ranks_may_leave() -> None:
+    """Else neither would ever go on."""
+    long = prompt("long", 30, 101.0, most_blocks=120)
+    s = snapshot(waiting=[long], parked=[parked("p", rank=1)], long_contexts=True, host_blocks=200)
+    s = replace(s, zone_blocks=200, free_zone_blocks=200, free_host_blocks=100, **crowd(1))
+    assert decide(s).waits == {"long": Reason.HOST_FULL}
+    assert decide(s).fetch == ("p",)
+
+
+def test_nobody_is_late_for_the_sake_of_a_worse_rank() -> None:
+    """The first takes 0.9 of the second that all have; without it two others could be on time."""
+    long = prompt("long", 10, 101.0, prefill_cost_s=0.9)
+    others = [prompt(name, 10, 101.0, rank=1, prefill_cost_s=0.3) for name in ("a", "b")]
+    s = snapshot(waiting=[long, *others], budget_tokens=160, cost=cost(step_s=0.0), prefilling_tokens=160)
+    assert decide(s).waits == {"long": Reason.NO_TOKENS_LEFT, "a": Reason.BEHIND_RANK, "b": Reason.BEHIND_RANK}
+    same = [w._replace(rank=0) for w in (long, *others)]
+    assert decide(replace(s, waiting=same)).waits["long"] is Reason.LATE
+
+
+def test_of_residents_those_of_worst_rank_are_parked_first() -> None:
+    residents = [resident("recent", steps_resident=1, rank=1), resident("old"), resident("other")]
+    s = snapshot(resident=residents, num_resident=3, growth_blocks=5, free_blocks=0)
+    assert decide(s).park == ("recent",)
 
 
 # Slots ----------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from bisect import bisect_left
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from layerkv.config import SloClass
+from layerkv.scheduler import tracker
 from layerkv.scheduler.snapshot import ParkedRequest
 from layerkv.scheduler.tracker import LATE_SHARE, DeadlineQueue, TrackedRequest
 
@@ -48,19 +52,21 @@ class Queue(RuleBasedStateMachine):
         ready=st.sets(st.sampled_from("abcdefghij")),
     )
     def show_its_head(self, most: int, now_s: float, ready: set[str]) -> None:
-        """Of those that are ready: by rank, first who is on time, by deadline; then late ones, so many that all fit."""
+        """Of those that are ready: rank by rank, first who is on time, by deadline; then late ones, at least one."""
         here = [view for view in self.queue.views if view.request_id in ready]
-        late = [view for view in here if view.deadline_s < now_s]
-        on_time = [view for view in here if view.deadline_s >= now_s]
         head = self.queue.head(most, now_s, lambda view: view.request_id in ready)
-        num_late = sum(view.deadline_s < now_s for view in head)
-        num_on_time = len(head) - num_late
-        assert head[:num_on_time] == on_time[:num_on_time], "on time first, each kind in its order"
-        assert head[num_on_time:] == late[:num_late]
-        assert num_on_time >= min(len(on_time), most - most // LATE_SHARE)
-        assert len(head) <= most
-        if on_time[num_on_time:]:
-            assert len(head) == most, "nobody is left out while there is room"
+        assert len(head) == min(most, len(here)), "nobody is left out while there is room"
+        assert [view.rank for view in head] == [view.rank for view in here][: len(head)], "the best ranks"
+        for rank in {view.rank for view in head}:
+            shown = [view for view in head if view.rank == rank]
+            late = [view for view in here if view.rank == rank and view.deadline_s < now_s]
+            on_time = [view for view in here if view.rank == rank and view.deadline_s >= now_s]
+            num_late = sum(view.deadline_s < now_s for view in shown)
+            num_on_time = len(shown) - num_late
+            assert shown == on_time[:num_on_time] + late[:num_late], "on time first, each kind in its order"
+            assert num_late > 0 or not late, "late ones are seen at all"
+            room = most - sum(view.rank < rank for view in head)
+            assert num_on_time >= min(len(on_time), room - max(room // LATE_SHARE, 1))
 
     @invariant()
     def is_sorted_and_complete(self) -> None:
@@ -101,7 +107,7 @@ def test_the_head_shows_who_is_on_time_first_and_a_few_of_the_late() -> None:
     assert ids(queue.head(20, now_s=4.0)) == "efghijklmnopqrst" + "abcd"
     assert ids(queue.head(8, now_s=4.0)) == "efghijk" + "a", "one in eight"
     assert ids(queue.head(16, now_s=4.0)) == "efghijklmnopqr" + "ab"
-    assert ids(queue.head(4, now_s=4.0)) == "efgh"
+    assert ids(queue.head(4, now_s=4.0)) == "efg" + "a", "but one at least"
     assert ids(queue.head(4, now_s=18.0)) == "st" + "ab"
     assert ids(queue.head(4, now_s=0.0)) == "abcd", "due now is not late"
 
@@ -111,6 +117,28 @@ def test_a_lower_rank_is_shown_first() -> None:
     assert ids(queue.head(3, now_s=0.0)) == "cba"
     assert ids(queue.head(2, now_s=0.0)) == "cb"
     assert ids(list(queue.views)) == "cba"
+
+
+def test_a_late_request_of_better_rank_is_shown_before_any_of_worse_rank() -> None:
+    queue = queue_of(ParkedRequest("late", 1.0, 1), ParkedRequest("x", 9.0, 1, rank=1), ParkedRequest("y", 8.0, 1))
+    assert [view.request_id for view in queue.head(3, now_s=5.0)] == ["y", "late", "x"]
+
+
+@pytest.mark.parametrize("now_s", [0.0, 1e6])
+def test_however_many_ranks_wait_only_those_that_are_shown_are_looked_for(
+    now_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether all are on time or none is."""
+    queue = queue_of(*(ParkedRequest(f"r{rank:04d}", 10.0 + rank, 1, rank=rank) for rank in range(1000)))
+    searches = []
+
+    def counted(*args: Any) -> int:
+        searches.append(args)
+        return bisect_left(*args)
+
+    monkeypatch.setattr(tracker, "bisect_left", counted)
+    assert [view.request_id for view in queue.head(10, now_s)] == [f"r{rank:04d}" for rank in range(10)]
+    assert len(searches) <= 2 * 10
 
 
 def test_who_is_not_ready_takes_no_place_in_the_head() -> None:
@@ -137,7 +165,7 @@ def test_while_the_first_token_is_on_its_way_now_stands_for_it() -> None:
     assert tracked.next_token_deadline_s(1, now_s=50.0) == pytest.approx(50.1)
 
 
-def tracked(low_tokens: int = 1, **slo: float) -> TrackedRequest:
+def tracked_with(low_tokens: int = 1, **slo: float) -> TrackedRequest:
     objectives = SloClass(name="chat", ttft_s=2.0, tpot_s=0.1, **slo)
     return TrackedRequest(objectives, arrival_s=10.0, first_token_s=11.0, low_tokens=low_tokens)
 
@@ -146,15 +174,15 @@ def test_the_latest_time_to_go_on_is_layerkvs_equation_1() -> None:
     """20 tokens made, 30 to come at 40 ms each, 100 ms allowed: now + 0.1 * (20 + 30) - (now - 11) - 30 * 0.04."""
     now_s = 12.5
     slack_s = 0.1 * (20 + 30) - ((now_s - 11.0) + 30 * 0.04)
-    assert tracked(50).start_by_s(20, now_s, 0.04) == pytest.approx(now_s + slack_s)
+    assert tracked_with(50).start_by_s(20, now_s, 0.04) == pytest.approx(now_s + slack_s)
 
 
 def test_tokens_to_come_earn_nothing_where_decoding_is_slower_than_the_objective() -> None:
-    assert tracked(50).start_by_s(20, 12.5, 0.2) == pytest.approx(13.0)
-    assert tracked(10).start_by_s(20, 12.5, 0.04) == pytest.approx(13.0), "nor where it has outrun its prediction"
+    assert tracked_with(50).start_by_s(20, 12.5, 0.2) == pytest.approx(13.0)
+    assert tracked_with(10).start_by_s(20, 12.5, 0.04) == pytest.approx(13.0), "nor where it has outrun its prediction"
 
 
 def test_the_longest_stall_bounds_the_time_away() -> None:
-    assert tracked(50, max_stall_s=0.5).start_by_s(20, 12.5, 0.04) == pytest.approx(13.0)
-    assert tracked(50, max_stall_s=0.2).start_by_s(20, 12.5, 0.04) == pytest.approx(12.7)
-    assert tracked(50, max_stall_s=9.0).start_by_s(20, 12.5, 0.04) == tracked(50).start_by_s(20, 12.5, 0.04)
+    assert tracked_with(50, max_stall_s=0.5).start_by_s(20, 12.5, 0.04) == pytest.approx(13.0)
+    assert tracked_with(50, max_stall_s=0.2).start_by_s(20, 12.5, 0.04) == pytest.approx(12.7)
+    assert tracked_with(50, max_stall_s=9.0).start_by_s(20, 12.5, 0.04) == tracked_with(50).start_by_s(20, 12.5, 0.04)
