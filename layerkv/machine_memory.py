@@ -1,7 +1,8 @@
 """How much memory this process may use, and how much of it it has already.
 
-The machine's memory is an upper bound. Below it stand the limits of control groups: the group that this process is in,
-and every one above it, may have one, and exceeding the smallest ends processes. Reads ``/proc`` and ``/sys`` when asked.
+The machine's memory is an upper bound. Below it stand the limits of control groups: the group that this process is in
+and every one above it may have one, and exceeding the smallest ends processes.
+Reads ``/proc`` and ``/sys`` when asked.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _hierarchies(root: Path) -> Iterator[_Hierarchy]:
     for line in groups:
         number, controllers, group = line.split(":", 2)
         if number == "0":
-            limit_files = _V2_LIMITS
+            limit_files: tuple[str, ...] = _V2_LIMITS
         elif "memory" in controllers.split(","):
             limit_files = _V1_LIMITS
         else:

@@ -63,14 +63,15 @@ def _activate(vllm_config: VllmConfig) -> None:
     """
     from layerkv.runtime import announce
     from layerkv.vllm_plugin.compat import require_compatible
+    from layerkv.vllm_plugin.host_memory import require_host_memory
     from layerkv.vllm_plugin.reload import follow_policy, is_listening
-    from layerkv.vllm_plugin.setup import engine_config, require_host_memory
+    from layerkv.vllm_plugin.setup import engine_config
     from layerkv.vllm_plugin.slo_gate import add_gate
 
     transfer = vllm_config.kv_transfer_config
     assert transfer is not None
     config = engine_config(vllm_config)
-    require_host_memory(config)
+    require_host_memory(vllm_config, config)
     try:
         require_compatible()
         require_supported(vllm_config)

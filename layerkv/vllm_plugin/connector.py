@@ -28,7 +28,7 @@ from layerkv.vllm_plugin.compat import require_compatible
 from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
 from layerkv.vllm_plugin.connector_worker import WorkerSide
 from layerkv.vllm_plugin.prom import LayerKVPromMetrics, LayerKVStats
-from layerkv.vllm_plugin.setup import engine_config, geometry_of
+from layerkv.vllm_plugin.setup import engine_config, setup_of
 from layerkv.vllm_plugin.support import require_supported
 
 if TYPE_CHECKING:
@@ -60,23 +60,22 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         require_compatible()
         require_supported(vllm_config)
         config = engine_config(vllm_config)
-        geometry = geometry_of(vllm_config, config, kv_cache_config)
+        setup = setup_of(vllm_config, config, kv_cache_config)
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
         self._has_layer_work = False
-        if geometry is None:
+        if setup is None:
             return
         if role is KVConnectorRole.SCHEDULER:
             self.scheduler_side = SchedulerSide(
-                vllm_config,
                 config,
-                geometry,
+                setup,
                 caches_prefixes=config.host_prefix_cache
                 and vllm_config.cache_config.enable_prefix_caching
-                and resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1] == geometry.block_tokens,
+                and resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1] == setup.geometry.block_tokens,
             )
         else:
-            self.worker_side = WorkerSide(vllm_config, config, geometry, kv_cache_config)
+            self.worker_side = WorkerSide(vllm_config, setup, kv_cache_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
