@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layerkv.config import EngineConfig
-from layerkv.core.geometry import GeometryRequest, KVGeometry, geometry_for_blocks
+from layerkv.core.cost import load_profile
+from layerkv.core.geometry import (
+    GeometryRequest,
+    KVGeometry,
+    geometry_for_blocks,
+    require_retained_layers,
+    require_zone_tokens,
+)
 from layerkv.device.mechanism import ALIGNMENT_BYTES
 from layerkv.errors import ConfigError
+from layerkv.scheduler.decision_log import require_writable
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
 from layerkv.vllm_plugin.spec import LayerKVSpec
@@ -29,6 +37,22 @@ def engine_config(vllm_config: VllmConfig) -> EngineConfig:
     """
     assert vllm_config.kv_transfer_config is not None
     return EngineConfig.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+
+
+def require_usable(vllm_config: VllmConfig, config: EngineConfig) -> None:
+    """Check what engine core and workers would find out once they have started, as far as it is known before.
+
+    Raises:
+        ConfigError: a file that cannot be read or written, or a size that no engine of this model can have.
+    """
+    if config.cost_profile is not None:
+        load_profile(config.cost_profile)
+    if config.decision_log is not None:
+        require_writable(config.decision_log)
+    num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    require_retained_layers(config.retained_layers, num_layers)
+    if config.zone_tokens is not None and vllm_config.cache_config.user_specified_block_size:  # else not known yet
+        require_zone_tokens(config.zone_tokens, vllm_config.cache_config.block_size)
 
 
 def geometry_request(
