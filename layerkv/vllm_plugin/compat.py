@@ -78,6 +78,11 @@ _SURFACES: tuple[Surface, ...] = (
     Surface("vllm.v1.worker.gpu_worker", "Worker.execute_model", ("scheduler_output",)),
     Surface("vllm.v1.request", "Request.get_skip_reading_prefix_cache"),
     Surface("vllm.config", "ParallelConfig.use_ubatching"),
+    Surface("vllm.config", "ParallelConfig.nnodes_within_dp"),
+    Surface("vllm.config", "ModelConfig.get_num_layers", ("parallel_config",)),
+    Surface("vllm.config", "AuxOutputConfig.enabled"),
+    Surface("vllm.usage.usage_lib", "UsageContext.LLM_CLASS"),
+    Surface("vllm.v1.kv_cache_interface", "FullAttentionSpec.merge", ("specs",)),
 )
 
 

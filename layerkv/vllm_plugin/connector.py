@@ -24,12 +24,15 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan
+from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.compat import require_compatible
 from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
 from layerkv.vllm_plugin.connector_worker import WorkerSide
+from layerkv.vllm_plugin.our_classes import is_our_scheduler
 from layerkv.vllm_plugin.prom import LayerKVPromMetrics, LayerKVStats
-from layerkv.vllm_plugin.setup import engine_config, geometry_of
+from layerkv.vllm_plugin.setup import engine_config, setup_of
 from layerkv.vllm_plugin.support import require_supported
+from layerkv.vllm_plugin.transfer import always_recompute
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,6 +55,13 @@ class LayerKVMetadata(KVConnectorMetadata):
 _NOTHING_TO_DO = LayerKVMetadata(StepPlan())
 
 
+def _half_on(flag: str, found: object) -> str:
+    return (
+        f"{flag}: found {found!r}, but LayerKVConnector works with layerkv's worker and scheduler only; let vLLM load "
+        "the plugin layerkv, which sets both (see VLLM_PLUGINS), or set --worker-cls and --scheduler-cls to layerkv's"
+    )
+
+
 class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module. Without our spec (``on_unsupported: passthrough``) both sides are None and nothing is done."""
 
@@ -60,23 +70,27 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         require_compatible()
         require_supported(vllm_config)
         config = engine_config(vllm_config)
-        geometry = geometry_of(vllm_config, config, kv_cache_config)
+        setup = setup_of(vllm_config, config, kv_cache_config)
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
         self._has_layer_work = False
-        if geometry is None:
+        if setup is None:
+            if config.on_unsupported == "error":
+                raise ConfigError(_half_on("worker_cls", vllm_config.parallel_config.worker_cls))
             return
+        if not is_our_scheduler(vllm_config.scheduler_config.scheduler_cls):  # it would give zone blocks to anybody
+            raise ConfigError(_half_on("scheduler_cls", vllm_config.scheduler_config.scheduler_cls))
         if role is KVConnectorRole.SCHEDULER:
+            always_recompute(vllm_config.kv_transfer_config)  # vLLM's scheduler reads it next
             self.scheduler_side = SchedulerSide(
-                vllm_config,
                 config,
-                geometry,
+                setup,
                 caches_prefixes=config.host_prefix_cache
                 and vllm_config.cache_config.enable_prefix_caching
-                and resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1] == geometry.block_tokens,
+                and resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1] == setup.geometry.block_tokens,
             )
         else:
-            self.worker_side = WorkerSide(vllm_config, config, geometry, kv_cache_config)
+            self.worker_side = WorkerSide(vllm_config, setup, kv_cache_config)
 
     @property
     def requires_kv_delivery(self) -> bool:

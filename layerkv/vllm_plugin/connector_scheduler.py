@@ -6,17 +6,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from layerkv.config import EngineConfig
-from layerkv.core.geometry import KVGeometry
 from layerkv.core.ledger import KVLedger, LedgerCounters
 from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan
 from layerkv.errors import IncompatibleVLLMError
 from layerkv.metrics import MetricSamples, Payload
-from layerkv.vllm_plugin.setup import host_blocks_per_worker
+from layerkv.vllm_plugin.setup import Setup
 from layerkv.vllm_plugin.spec import LayerKVManager
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -35,14 +33,12 @@ _COUNTED = {
 class SchedulerSide:
     """Owns the ledger. The scheduler reads and changes it directly; vLLM's own events come through here."""
 
-    def __init__(
-        self, vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry, *, caches_prefixes: bool = False
-    ) -> None:
+    def __init__(self, config: EngineConfig, setup: Setup, *, caches_prefixes: bool = False) -> None:
         self.config = config
-        self.geometry = geometry
+        self.geometry = setup.geometry
         self._caches_prefixes = caches_prefixes
         self._num_local_blocks = 0  # of the request that vLLM looked up last
-        self.ledger = KVLedger(geometry, host_blocks_per_worker(vllm_config, config, geometry))
+        self.ledger = KVLedger(setup.geometry, setup.host_blocks)
         self.metrics = MetricSamples()
         self.last_plan: StepPlan | None = None
         self.prefix_blocks: dict[str, frozenset[int]] = {}

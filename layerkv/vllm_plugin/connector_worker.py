@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 
-from layerkv.config import EngineConfig
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.device.allocation import ArenaAllocation
@@ -17,7 +16,7 @@ from layerkv.device.lane_schedule import LaneSchedule, shared_link_unit
 from layerkv.device.mechanism import make_mechanism
 from layerkv.errors import IncompatibleVLLMError, TransferError
 from layerkv.metrics import COPY_WAIT, MetricSamples, Payload
-from layerkv.vllm_plugin.setup import host_blocks_per_worker
+from layerkv.vllm_plugin.setup import Setup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,18 +31,16 @@ IDLE_WAIT_S = 0.005
 class WorkerSide:
     """One worker's memory and copies. Called by the thread that runs the model."""
 
-    def __init__(
-        self, vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry, kv_cache_config: KVCacheConfig
-    ) -> None:
+    def __init__(self, vllm_config: VllmConfig, setup: Setup, kv_cache_config: KVCacheConfig) -> None:
+        geometry = setup.geometry
         layer_names = _layers_in_order(kv_cache_config, geometry)
         self._layer_index = {name: index for index, name in enumerate(layer_names)}
         self._geometry = geometry
-        num_host_blocks = host_blocks_per_worker(vllm_config, config, geometry)
         device_type: str = vllm_config.device_config.device_type
         if device_type == "cuda":
             logger.warning("layerkv's CUDA path has not been measured on a GPU yet: run benchmarks/gpu first")
         shares_link = vllm_config.parallel_config.tensor_parallel_size > 1
-        mechanism = make_mechanism(device_type, geometry, num_host_blocks)
+        mechanism = make_mechanism(device_type, geometry, setup.host_blocks)
         self._arena, self._engine = mechanism.arena, mechanism.engine
         self._lanes = LaneSchedule(
             self._engine,

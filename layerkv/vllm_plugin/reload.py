@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -33,6 +34,8 @@ class PolicySource:
     def __init__(self, path: str | None, policy: SloPolicy) -> None:
         self.path = path
         self.policy = policy
+        self.require: Callable[[SloPolicy], None] = lambda _: None
+        """What a new policy must pass besides: it raises ConfigError where this engine could not keep it."""
 
     def reload(self) -> bool:
         """Read the file again; False, and nothing changes, if it is invalid or there is none."""
@@ -40,6 +43,7 @@ class PolicySource:
             return False
         try:
             policy = load_policy(self.path)
+            self.require(policy)
         except ConfigError as error:
             logger.error("the policy is not reloaded, the one in force stays: %s", error)
             return False

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import dropwhile
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from layerkv.vllm_plugin.connector import LayerKVConnector
 from layerkv.vllm_plugin.reload import follow_policy
 from layerkv.vllm_plugin.snapshot import EngineReader
 from layerkv.vllm_plugin.spec import LayerKVManager
+from layerkv.vllm_plugin.support import require_heard
 from layerkv.vllm_plugin.waiting_queue import WaitingQueue
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     adaptive_long_prefill_threshold: bool
     max_num_scheduled_tokens: int
     max_num_active_reqs: int
+    log_stats: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -94,6 +97,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         manager = self.kv_cache_manager.coordinator.single_type_managers[0]
         assert isinstance(manager, LayerKVManager)
         self._policy_source = follow_policy(side.config.policy_path, side.config.policy)
+        self._policy_source.require = partial(require_heard, has_metrics=self.log_stats)
         self._controller = self._make_controller()
         path, rank = side.config.decision_log, self.vllm_config.parallel_config.data_parallel_index
         if path is not None and rank > 0:
