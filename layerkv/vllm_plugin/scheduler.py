@@ -155,7 +155,10 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         return outputs
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:  # noqa: FBT001, FBT002
-        """vLLM's reset; when running requests start over, so do parked ones: their KV may be of old weights."""
+        """vLLM's reset. Cached prefixes in host memory outlive it unless the connector is reset too.
+
+        When running requests start over, so do parked ones, and nothing is kept: all KV may be of old weights.
+        """
         if self._is_active and reset_running_requests:
             arrived = [request for request in self.kv_holding_waiting if self._has_arrived(request)]
             if (num_fetching := self._ledger.residency.counts[Residency.FETCHING]) > 0:
@@ -172,13 +175,27 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             for request_id in [r for r in self._ledger.residency if self._ledger.residency[r] is Residency.PARKED]:
                 self._ledger.drop(request_id)
                 self._recomputes(self.requests[request_id])
+            self._ledger.forget_prefixes()
         elif self._is_active and (num_moved := self._num_with_kv_on_host()):
             # vLLM refuses while blocks are in use; KV in host memory is in use just as well
             logger.warning("the prefix cache is not reset: %d request(s) have KV in host memory", num_moved)
+            if reset_connector:  # as vLLM does, whatever became of its own
+                self.reset_connector_cache()
             return False
-        if self._is_active:
-            self._ledger.forget_prefixes()
-        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+        has_reset: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        if self._is_active and has_reset:
+            self._tell_what_is_kept()
+        return has_reset
+
+    def _tell_what_is_kept(self) -> None:
+        """After a reset of the device's prefix cache, whose event makes routers forget the whole engine."""
+        self._ledger.host.tell_again()
+        if (num_kept := self._ledger.host.num_cached) > 0:
+            logger.info(
+                "the prefix cache is reset; host memory keeps %d cached blocks, which reset_connector=True "
+                "(reset_external=true over HTTP) forgets as well, as after a change of weights",
+                num_kept,
+            )
 
     def _has_arrived(self, request: Request) -> bool:
         """Whether its fetch is over, and it has not gone on yet."""
