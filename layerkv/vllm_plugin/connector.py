@@ -7,6 +7,7 @@ translation: books are kept by :class:`~layerkv.core.ledger.KVLedger`, copies ar
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from layerkv.vllm_plugin.transfer import always_recompute
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -193,6 +195,17 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self.scheduler_side is not None:
             self.scheduler_side.finished(request, block_ids[0])
         return False, None
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """What host memory caches since the last call, and what no more; empty unless vLLM publishes KV events."""
+        side = self.scheduler_side
+        return () if side is None or side.events is None else side.events.take()
+
+    def reset_cache(self) -> bool:
+        """Forget the cached prefixes in host memory. What requests have there is theirs."""
+        if self.scheduler_side is not None:
+            self.scheduler_side.ledger.forget_prefixes()
+        return True
 
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
         return {CacheHitSource.HOST: num_external_tokens} if num_external_tokens else {}

@@ -11,6 +11,7 @@ from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan
 from layerkv.errors import IncompatibleVLLMError
 from layerkv.metrics import MetricSamples, Payload
+from layerkv.vllm_plugin.kv_events import HostPrefixEvents
 from layerkv.vllm_plugin.setup import Setup
 from layerkv.vllm_plugin.spec import LayerKVManager
 
@@ -29,6 +30,9 @@ _COUNTED = {
     "prefix_hit_blocks": "layerkv_prefix_hit_blocks",
 }
 
+_LEAVES_KV = (Residency.RESIDENT, Residency.PARKED, Residency.FETCHING)
+"""What a request of these leaves behind is kept as a cached prefix."""
+
 
 class SchedulerSide:
     """Owns the ledger. The scheduler reads and changes it directly; vLLM's own events come through here."""
@@ -43,13 +47,15 @@ class SchedulerSide:
         self.last_plan: StepPlan | None = None
         self.prefix_blocks: dict[str, frozenset[int]] = {}
         """Device blocks that a request's cached prefix was last loaded into."""
+        self.events: HostPrefixEvents | None = None
+        """Of the host prefix cache, where vLLM publishes KV events."""
         self._requests: Mapping[str, Request] = {}
         self._reported = LedgerCounters()
         self._reported_version: tuple[int, ...] | None = None
         self._reported_gauges: dict[tuple[str, str | None], float] = {}
 
     def attach(self, kv_cache_manager: KVCacheManager) -> None:
-        """Take the zone's blocks out of vLLM's pool.
+        """Take the zone's blocks out of vLLM's pool, and keep events if vLLM does.
 
         Raises:
             IncompatibleVLLMError: vLLM did not build our manager for our spec.
@@ -61,6 +67,9 @@ class SchedulerSide:
                 "LayerKVManager was registered; use the vLLM version that layerkv supports"
             )
         managers[0].attach(self.ledger)
+        if self._caches_prefixes and kv_cache_manager.enable_kv_cache_events:
+            kind, window = kv_cache_manager.kv_cache_event_metadata[0]
+            self.events = HostPrefixEvents(self.ledger.host, self.geometry.block_tokens, kind, window)
 
     def follow(self, requests: Mapping[str, Request]) -> None:
         """The scheduler's table of requests, for their token counts."""
@@ -106,7 +115,7 @@ class SchedulerSide:
 
     def fetched(self, request_id: str) -> None:
         """All workers have reported a fetch complete."""
-        self.ledger.complete_fetch(request_id, self._hashes(self._requests.get(request_id)))
+        self.ledger.complete_fetch(request_id, self._hashes_to_keep(self._requests.get(request_id)))
 
     def finished(self, request: Request, block_ids: Sequence[int]) -> None:
         """The request leaves; vLLM frees its blocks next."""
@@ -114,11 +123,18 @@ class SchedulerSide:
         # Of a step still under way, only the token that it computes last is not there yet.
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
         self.ledger.finish(
-            request.request_id, hashes=self._hashes(request), block_ids=block_ids, num_computed=num_computed
+            request.request_id, hashes=self._hashes_to_keep(request), block_ids=block_ids, num_computed=num_computed
         )
 
     def _hashes(self, request: Request | None) -> Sequence[Hashable]:
         return request.block_hashes if self._caches_prefixes and request is not None else ()
+
+    def _hashes_to_keep(self, request: Request | None) -> Sequence[Hashable]:
+        """Hashes for what may become a cached prefix now."""
+        if self.events is None or request is None:
+            return self._hashes(request)
+        keeps_kv = self.ledger.residency.get(request.request_id) in _LEAVES_KV
+        return self.events.describe(request) if keeps_kv else ()
 
     def plan(self, output: SchedulerOutput) -> StepPlan | None:
         """This step's copies; None if there are none."""

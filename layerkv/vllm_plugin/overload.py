@@ -19,6 +19,7 @@ from typing import Any
 from vllm.exceptions import GracefulHTTPError
 
 from layerkv.config import SloClass
+from layerkv.vllm_plugin.stray_class import StrayClassWatch
 
 GAUGE = "layerkv_prefill_backlog_seconds"
 STALE_S = 5.0
@@ -99,11 +100,13 @@ class RetryAfter:
     """ASGI middleware: adds ``Retry-After`` to our 429 responses, from the seconds that their body names.
 
     vLLM answers a streaming request 200 before it looks at it, and refuses it in the first event. Such a head is held
-    back until the first event is there, and the answer becomes a 429 like any other.
+    back until the first event is there, and the answer becomes a 429 like any other. It also warns of a class that a
+    request names where vLLM does not look.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
+        self._stray_class = StrayClassWatch()
 
     async def __call__(
         self,
@@ -133,7 +136,7 @@ class RetryAfter:
                 await send(head)
             await send(message)
 
-        await self._app(scope, receive, send_on)
+        await self._app(scope, self._stray_class.watched(scope, receive), send_on)
 
 
 def _may_be_refusal(head: Message) -> bool:

@@ -181,7 +181,10 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         return waited_s / self.vllm_config.parallel_config.tensor_parallel_size
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:  # noqa: FBT001, FBT002
-        """vLLM's reset; when running requests start over, so do parked ones: their KV may be of old weights."""
+        """vLLM's reset. Cached prefixes in host memory outlive it unless the connector is reset too.
+
+        When running requests start over, so do parked ones, and nothing is kept: all KV may be of old weights.
+        """
         if not self._is_active:
             return super().reset_prefix_cache(reset_running_requests, reset_connector)
         with self._giving_up_for(Reason.CACHE_RESET):
@@ -204,12 +207,27 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             for request_id in [r for r in self._ledger.residency if self._ledger.residency[r] is Residency.PARKED]:
                 self._ledger.drop(request_id)
                 self._recomputes(self.requests[request_id])
+            self._ledger.forget_prefixes()
         elif num_moved := self._num_with_kv_on_host():
             # vLLM refuses while blocks are in use; KV in host memory is in use just as well
             logger.warning("the prefix cache is not reset: %d request(s) have KV in host memory", num_moved)
+            if reset_connector:  # as vLLM does, whatever became of its own
+                self.reset_connector_cache()
             return False
-        self._ledger.forget_prefixes()
-        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+        has_reset: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        if has_reset:
+            self._tell_what_is_kept()
+        return has_reset
+
+    def _tell_what_is_kept(self) -> None:
+        """After a reset of the device's prefix cache, whose event makes routers forget the whole engine."""
+        self._ledger.host.tell_again()
+        if (num_kept := self._ledger.host.num_cached) > 0:
+            logger.info(
+                "the prefix cache is reset; host memory keeps %d cached blocks, which reset_connector=True "
+                "(reset_external=true over HTTP) forgets as well, as after a change of weights",
+                num_kept,
+            )
 
     def _has_arrived(self, request: Request) -> bool:
         """Whether its fetch is over, and it has not gone on yet."""

@@ -15,6 +15,7 @@ from layerkv.scheduler.controller import EngineState, Running
 from layerkv.scheduler.snapshot import ParkedRequest, PrefixHit, WaitingRequest
 
 if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
@@ -106,12 +107,17 @@ class EngineReader:
     def hits(self, waiting: Sequence[WaitingRequest]) -> dict[str, PrefixHit]:
         """What the prefix cache holds of the first waiting prompts."""
         s = self._scheduler
-        if not s.kv_cache_manager.enable_caching or s.enable_kv_cache_events:
-            return {}  # a look-up may publish events
+        manager = s.kv_cache_manager
+        if not manager.enable_caching:
+            return {}
         hits: dict[str, PrefixHit] = {}
         for view in waiting[:HIT_LOOKUPS]:
             request_id = view.request_id
-            found = s.kv_cache_manager.get_computed_blocks(s.requests[request_id])[0].blocks[0]
+            request = s.requests[request_id]
+            found: Sequence[KVCacheBlock] = ()
+            if manager.prefix_cache_lookup_enabled(request):
+                # not `get_computed_blocks`: it publishes the blocks of a request that asks for that, at each look
+                found = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)[0][0]
             num_on_host = self._side.num_prefix_blocks(request_id, len(found))
             if found or num_on_host:
                 num_evictable = sum(block.ref_cnt == 0 for block in found)

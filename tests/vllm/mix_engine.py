@@ -186,7 +186,7 @@ def main(spec_path: str, out_path: str) -> None:
         tokens = run_mix(engine, make_mix(**mix), spec)
         results.append({"tokens": tokens, "books": books(engine, scheduler)})
         Path(out_path).write_text(json.dumps(results))
-        engine.reset_prefix_cache()
+        engine.reset_prefix_cache(reset_connector=True)
     engine.engine_core.shutdown()
 
 
