@@ -61,9 +61,8 @@ def _activate(vllm_config: VllmConfig) -> None:
     Raises:
         LayerKVError: the configuration is wrong, or cannot be served.
     """
-    from layerkv.runtime import announce
     from layerkv.vllm_plugin.compat import require_compatible
-    from layerkv.vllm_plugin.reload import follow_policy, is_listening
+    from layerkv.vllm_plugin.reload import follow_policy
     from layerkv.vllm_plugin.setup import engine_config, require_host_memory
     from layerkv.vllm_plugin.slo_gate import add_gate
 
@@ -91,6 +90,4 @@ def _activate(vllm_config: VllmConfig) -> None:
         scheduler_config.scheduler_cls = OUR_ASYNC_SCHEDULER if use_async else OUR_SCHEDULER
     transfer.kv_load_failure_policy = "recompute"  # a parked request can always be computed again
     add_gate(vllm_config, config.policy, config.policy_path)
-    follow_policy(config.policy_path, config.policy).policy = config.policy  # the file as it is now
-    if config.policy_path is not None and is_listening():  # else SIGHUP would end this process
-        announce(config.policy_path)
+    follow_policy(config.policy_path, config.policy).put(config.policy)  # the file as it is now

@@ -21,7 +21,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from layerkv.config import slo_class_of
+from layerkv.config import SloClass, slo_class_of
 from layerkv.core.cost import StepWork, generic_profile, load_profile
 from layerkv.core.residency import Residency
 from layerkv.errors import CapacityError, ConfigError
@@ -112,8 +112,9 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if not self._is_active or self._pause_state is PauseState.PAUSED_ALL:
             return super().schedule(throttle_prefills)
         started_s = time.monotonic()
-        if self._policy_source.policy is not self._controller.policy:
-            self._controller.set_policy(self._policy_source.policy)
+        policy = self._policy_source.policy
+        if policy is not self._controller.policy:
+            self._controller.set_policy(policy)
         is_sampled = True
         if self._reader.is_quiet():
             output = super().schedule(throttle_prefills)
@@ -429,13 +430,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     # Requests coming and going ---------------------------------------------------------------------------------
 
     def _track(self, request: Request) -> None:
-        params = request.sampling_params
-        try:
-            # Not the controller's, which changes with the next step: the gate has let this request in by the new one.
-            slo = slo_class_of(params.extra_args if params is not None else None, self._policy_source.policy)
-        except ConfigError as error:  # only without our front-end gate, that is with explicit class flags
-            self._refuse(request.request_id, str(error), Reason.NEVER_FITS)
-            return
+        slo = self._slo_class_of(request)
         now_s = time.monotonic()
         waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_CLOCK_SKEW_S)
         self._controller.arrive(
@@ -451,6 +446,23 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         )
         self._keep_from_pool(request)
         self._no_first_token.add(request.request_id)
+
+    def _slo_class_of(self, request: Request) -> SloClass:
+        """Its class. Who has passed the gate is served, though the policy in force here may not have its class.
+
+        The class may have gone since, or have come to a front end on another machine only. With explicit class flags
+        there need not be a gate.
+        """
+        policy, params = self._policy_source.policy, request.sampling_params
+        extra_args = (params.extra_args if params is not None else None) or {}
+        try:
+            return slo_class_of(extra_args, policy)
+        except ConfigError as error:
+            name = extra_args.get("slo_class")
+            if (past := self._policy_source.past_class(name)) is not None:
+                return past
+            logger.warning_once("a request is served as of class %s: %s", policy.default_class, str(error))
+            return policy.classes[policy.default_class]
 
     def _recomputes(self, request: Request) -> None:
         """The request's KV is given up: it waits for compute again, with the token that is still on its way."""
