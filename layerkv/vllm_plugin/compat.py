@@ -78,6 +78,8 @@ _SURFACES: tuple[Surface, ...] = (
     Surface("vllm.v1.worker.gpu_worker", "Worker.execute_model", ("scheduler_output",)),
     Surface("vllm.v1.request", "Request.get_skip_reading_prefix_cache"),
     Surface("vllm.config", "ParallelConfig.use_ubatching"),
+    Surface("vllm.config", "ParallelConfig._api_process_count"),
+    Surface("vllm.v1.metrics.stats", "SchedulerStats", ("prefix_cache_stats", "kv_connector_stats")),
 )
 
 

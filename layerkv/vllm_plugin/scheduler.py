@@ -35,6 +35,7 @@ from layerkv.vllm_plugin.reload import follow_policy
 from layerkv.vllm_plugin.snapshot import EngineReader
 from layerkv.vllm_plugin.spec import LayerKVManager
 from layerkv.vllm_plugin.waiting_queue import WaitingQueue
+from layerkv.vllm_plugin.words import tell
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -49,7 +50,7 @@ QUIET_STEPS_PER_SAMPLE = 4
 """Steps without a decision are timed for the cost model once in so many: they are all alike."""
 
 BACKLOG_INTERVAL_S = 0.05
-"""How often the front end is told how much prefill waits, if its policy refuses under overload."""
+"""How often the front ends are told what a new request would meet, if their policy refuses under overload."""
 
 
 if TYPE_CHECKING:
@@ -92,7 +93,10 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._no_first_token: set[str] = set()
         self._steps_in_flight: deque[tuple[float, StepWork | None]] = deque()  # (start, work if sampled), oldest first
         self._num_quiet_steps = 0
-        self._last_output_s = self._last_backlog_s = 0.0
+        self._last_output_s = self._last_word_s = self._taken_in_s = 0.0
+        self._owes_word = False
+        # Of a server on another node, an engine learns how many there are from its requests only.
+        self._front_ends = set(range(self.vllm_config.parallel_config._api_process_count))
         self._reader = EngineReader(self, side, manager)
         # The policy chooses who is found and in which order; under priority scheduling, priorities shift deadlines.
         self.waiting = self._queue = WaitingQueue()
@@ -111,7 +115,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         """Decide, carry the decision out, and let vLLM schedule what is left visible."""
         if not self._is_active or self._pause_state is PauseState.PAUSED_ALL:
             return super().schedule(throttle_prefills)
-        started_s = time.monotonic()
+        started_s = self._taken_in_s = time.monotonic()
         policy = self._policy_source.policy
         if policy is not self._controller.policy:
             self._controller.set_policy(policy)
@@ -148,7 +152,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self._controller.step_done(work, now_s - max(started_s, self._last_output_s), firsts_late=firsts_late)
         self._last_output_s = now_s
         self._report_reasons()
-        self._report_backlog(now_s)
+        self._report_backlog(outputs, now_s)
         if self._log is not None:
             self._log.write(self._controller.take_log(), now_s)
         if self._refused:
@@ -446,6 +450,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         )
         self._keep_from_pool(request)
         self._no_first_token.add(request.request_id)
+        self._front_ends.add(request.client_index)
+        self._owes_word = True
 
     def _slo_class_of(self, request: Request) -> SloClass:
         """Its class. Who has passed the gate is served, though the policy in force here may not have its class.
@@ -566,16 +572,23 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self._side.metrics.add("layerkv_decisions", count, reason)
             reasons.clear()
 
-    def _report_backlog(self, now_s: float) -> None:
-        """Tell the front end what a new request would wait behind, for classes that are refused under overload."""
-        has_emptied = self._last_backlog_s > 0 and not self._controller.waiting
-        if not has_emptied and (now_s - self._last_backlog_s < BACKLOG_INTERVAL_S or not self._controller.waiting):
+    def _report_backlog(self, outputs: dict[int, EngineCoreOutputs], now_s: float) -> None:
+        """Tell the front ends what a new request would meet, if the policy refuses any under overload.
+
+        As long as there are prompts, and once after the last: nothing waits, and all that came is counted.
+        """
+        controller = self._controller
+        rejecting = [slo.name for slo in controller.policy.classes.values() if slo.overload == "reject"]
+        is_due = now_s - self._last_word_s >= BACKLOG_INTERVAL_S
+        if not rejecting or not self._owes_word or not (is_due or not controller.has_prompts()):
             return
-        self._last_backlog_s = 0.0 if has_emptied else now_s  # 0: the front end knows that nothing waits
-        for slo in self._controller.policy.classes.values():
-            if slo.overload == "reject":
-                backlog_s = self._controller.backlog_s(slo, now_s)
-                self._side.metrics.set("layerkv_prefill_backlog_seconds", backlog_s, slo.name)
+        word = controller.word(self._taken_in_s, now_s)
+        if word is None:
+            return
+        self._last_word_s, self._owes_word = now_s, controller.has_prompts()
+        for name in rejecting:
+            self._side.metrics.set("layerkv_prefill_backlog_seconds", word.classes[name].wait_s, name)
+        tell(outputs, word, self._front_ends)
 
     def _report_capacity(self) -> None:
         """Tell what is active, and correct what vLLM counted as capacity."""
