@@ -79,7 +79,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "layerkv_prefill_backlog_seconds",
         "gauge",
-        "Predicted prefill before a new request, for classes that are refused under overload.",
+        "Predicted wait of a new request until its prefill begins, for classes refused under overload.",
         "slo_class",
     ),
     MetricSpec("layerkv_ttft_slo_met", "counter", "First tokens on time, by SLO class.", "slo_class"),

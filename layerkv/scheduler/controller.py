@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile, StepWork
+from layerkv.scheduler.backlog import PrefillLine, Word
 from layerkv.scheduler.costs import OnlineCost
 from layerkv.scheduler.host_share import HostShare
 from layerkv.scheduler.lengths import (
@@ -26,6 +27,7 @@ from layerkv.scheduler.lengths import (
     QuantileLengths,
 )
 from layerkv.scheduler.policy import PolicyLimits, decide
+from layerkv.scheduler.prefill import late_prompts, step_seconds
 from layerkv.scheduler.reasons import End, Event, LogEntry, Reason
 from layerkv.scheduler.snapshot import (
     Decision,
@@ -148,6 +150,7 @@ class _Seen(NamedTuple):
     num_decodes: int
     decode_context: int
     prefilling_tokens: int
+    under_way_s: float
     num_late: int
     decode_slack_s: float
     tightest_tpot_s: float
@@ -195,6 +198,8 @@ class Controller:
         self._steps_without_prefill = 0
         self._last_exchange_step = -EXCHANGE_STEPS
         self._step_s = 0.0
+        self._line = PrefillLine()
+        self._last_decided: tuple[Snapshot, int] | None = None
         self._most_are_late: bool | None = None
         self._keeps_log = keep_log
         self._refuses_late = refuses_late
@@ -219,6 +224,7 @@ class Controller:
         tracked = TrackedRequest(slo=slo, arrival_s=arrival_s, max_tokens=max_tokens, rank=rank, can_layer=can_layer)
         self.tracked[request_id] = tracked
         self.enqueue(request_id, num_tokens, 0)
+        self._line.came(slo, tracked.prefill_cost_s, now_s)
         if self._keeps_log:
             facts = {"slo_class": slo.name, "ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "prompt_tokens": num_tokens}
             self._log.append(LogEntry(now_s, request_id, Event.ARRIVED, None, facts))
@@ -240,6 +246,7 @@ class Controller:
             deadline_s = tracked.start_by_s(num_output, tracked.first_token_s, self._step_s)
         most_blocks = self._blocks_if_it_outgrows_pool(tracked, num_tokens, num_output)
         tracked.outgrows_pool = most_blocks > 0
+        tracked.prefill_cost_s = self._nominal_s(num_tokens)
         self.waiting.add(
             WaitingRequest(
                 request_id=request_id,
@@ -249,7 +256,7 @@ class Controller:
                 can_layer=tracked.can_layer,
                 weight=tracked.slo.weight,
                 rank=tracked.rank,
-                prefill_cost_s=self.cost.view._replace(prefill_factor=1.0).prefill_s(num_tokens),
+                prefill_cost_s=tracked.prefill_cost_s,
                 tokens_left=max(tracked.middle_tokens - num_output, 1),
                 may_refuse=self._refuses_late and tracked.slo.overload == "reject" and tracked.first_token_s is None,
                 most_blocks=most_blocks,
@@ -261,6 +268,7 @@ class Controller:
         tracked = self.tracked[request_id]
         self.waiting.discard(request_id)
         self._overtaken.pop(request_id, None)
+        self._line.started(tracked.prefill_cost_s, was_last=not self.waiting)
         tracked.resident_since_step = step
         event = Event.ADMITTED_LAYERED if layered else Event.ADMITTED_RESIDENT
         self._say(now_s, request_id, tracked, event, reason)
@@ -394,6 +402,7 @@ class Controller:
         """
         snapshot = self.snapshot(engine, now_s, is_startable, is_fetchable, hits)
         decision = decide(snapshot, self._limits)
+        self._last_decided = snapshot, decision.prefill_tokens
         self._note(decision, snapshot, engine.step)
         return snapshot, decision
 
@@ -409,6 +418,7 @@ class Controller:
         shape, policy = self.shape, self.policy
         waiting = [] if engine.is_paused else self.waiting.head(self._limits.scan, now_s, is_startable)
         seen = self._look(engine, now_s)
+        self._line.look(now_s, seen.under_way_s)
         self._most_are_late = 2 * seen.num_late > seen.num_decodes if seen.num_decodes else None
         cost = self.cost.view if self._is_cost_known and policy.slo_scheduling else None
         num_decodes = seen.num_decodes + engine.resuming
@@ -462,16 +472,39 @@ class Controller:
         """
         if self.waiting or self.parked:
             return False
+        self._line.rest()
         per_request = 1 + steps_ahead + self._limits.ahead_steps // self.shape.block_tokens
         return free_blocks >= num_running * per_request
 
-    def backlog_s(self, slo: SloClass, now_s: float) -> float:
-        """Predicted seconds of prefill before a request of that class which came now: of those due before it."""
-        if not self._is_cost_known:
-            return 0.0
-        due_s = now_s + slo.ttft_s
-        ahead = sum(w.prefill_cost_s for w in self.waiting.views if now_s <= w.deadline_s <= due_s)
-        return ahead * self.cost.view.prefill_factor
+    def has_prompts(self) -> bool:
+        """Whether any prompt waits, or was under way when it was last decided."""
+        return bool(self.waiting) or self._line.is_busy
+
+    def word(self, taken_in_s: float, now_s: float) -> Word | None:
+        """What to tell front ends whose policy refuses under overload; None while nothing is known of costs,
+        or nothing was decided.
+
+        Args:
+            taken_in_s: When the engine last took requests in.
+            now_s: Current time.
+        """
+        if not self._is_cost_known or self._last_decided is None:
+            return None
+        snapshot, prefill_tokens = self._last_decided
+        tokens = max(prefill_tokens, self._limits.min_prefill_tokens)
+        step_s = step_seconds(snapshot, self.cost.view, tokens)
+        return self._line.word(
+            self.policy,
+            self.waiting,
+            lambda request_id: self.tracked[request_id].slo,
+            late_prompts(snapshot, snapshot.waiting, prefill_tokens),
+            now_s=now_s,
+            age_s=max(now_s - taken_in_s, 0.0),
+            expected_pace=self._nominal_s(tokens) / step_s if step_s > 0 else 1.0,
+        )
+
+    def _nominal_s(self, num_tokens: int) -> float:
+        return self.cost.view._replace(prefill_factor=1.0).prefill_s(num_tokens)
 
     def take_log(self) -> list[LogEntry]:
         """Entries since the last call."""
@@ -486,6 +519,7 @@ class Controller:
         resident: list[ResidentRequest] = []
         layered: list[LayeredRequest] = []
         growth = num_decodes = num_late = context = prefilling = num_resident = 0
+        under_way_s = 0.0
         slack_s = tpot_s = math.inf
         for r in engine.running:
             tracked = tracked_of.get(r.request_id)
@@ -513,6 +547,8 @@ class Controller:
                         tpot_s = tpot
             if r.is_prefilling:
                 prefilling += remaining
+                if tracked is not None:
+                    under_way_s += tracked.prefill_cost_s * remaining / r.num_tokens
                 new_tokens = min(remaining, budget)
             else:
                 num_decodes += 1
@@ -557,7 +593,17 @@ class Controller:
             left = 1 if tracked is None else max(tracked.middle_tokens - num_output, 1)
             resident.append(ResidentRequest(request_id, math.inf, num_blocks, 0, can_park=False, tokens_left=left))
         return _Seen(
-            resident, layered, num_resident, growth, num_decodes, context, prefilling, num_late, slack_s, tpot_s
+            resident,
+            layered,
+            num_resident,
+            growth,
+            num_decodes,
+            context,
+            prefilling,
+            under_way_s,
+            num_late,
+            slack_s,
+            tpot_s,
         )
 
     def _blocks_if_it_outgrows_pool(self, tracked: TrackedRequest, num_tokens: int, num_output: int) -> int:

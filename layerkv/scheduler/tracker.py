@@ -35,6 +35,11 @@ class DeadlineQueue(Generic[View]):
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._key_of
 
+    def view(self, request_id: str) -> View | None:
+        """A request's view, if it is here."""
+        key = self._key_of.get(request_id)
+        return None if key is None else self._views[bisect_left(self._keys, key)]
+
     @property
     def views(self) -> Sequence[View]:
         """All views in order. The list lives on: do not keep it across steps, do not change it."""
@@ -54,6 +59,24 @@ class DeadlineQueue(Generic[View]):
         if key is not None:
             at = bisect_left(self._keys, key)
             del self._keys[at], self._views[at]
+
+    def due_before(self, now_s: float, due_s: float) -> list[View]:
+        """Whom a newcomer of rank 0 stands behind that is due at ``due_s`` and can be on time.
+
+        Those of better rank, and of its own those that are due no later and not late yet.
+        """
+        start = self._start_of_rank_0()
+        on_time = bisect_left(self._keys, (0, now_s, ""), start)
+        end = bisect_left(self._keys, (0, math.nextafter(due_s, math.inf), ""), on_time)
+        return self._views[:start] + self._views[on_time:end]
+
+    def late(self, now_s: float, most: int) -> list[View]:
+        """The first ``most`` of rank 0 whose deadline has passed."""
+        start = self._start_of_rank_0()
+        return self._views[start : min(bisect_left(self._keys, (0, now_s, ""), start), start + most)]
+
+    def _start_of_rank_0(self) -> int:
+        return bisect_left(self._keys, (0, float("-inf"), ""))
 
     def head(self, most: int, now_s: float, is_ready: Callable[[View], bool] | None = None) -> list[View]:
         """The first ``most`` views: rank by rank, those whose deadline is to come before those whose has passed.
@@ -108,6 +131,7 @@ class TrackedRequest:
         resident_since_step: Step of its last admission or fetch.
         low_tokens: Output tokens it is predicted to make in all, low quantile (for slack),
         middle_tokens: and middle quantile (for memory).
+        prefill_cost_s: Seconds of its prefill by the profile, not corrected online, as of when it last had no KV.
         predict_again_at: Output tokens at which the prediction is made anew.
         said: The last thing said of it in the decision log: the same is not said twice.
         tpot_s: Its class's TPOT objective,
@@ -126,6 +150,7 @@ class TrackedRequest:
     resident_since_step: int = 0
     low_tokens: int = 1
     middle_tokens: int = 1
+    prefill_cost_s: float = 0.0
     predict_again_at: int = 0
     said: Event | Reason | None = None
     tpot_s: float = field(init=False)

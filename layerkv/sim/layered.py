@@ -37,6 +37,7 @@ class LayeredEngine(VirtualEngine):
         lengths: LengthPredictor | None = None,
         is_measured: bool = True,
         keep_log: bool = False,
+        refuses_late: bool = True,
     ) -> None:
         super().__init__(setup, requests)
         geometry = setup.geometry
@@ -57,6 +58,7 @@ class LayeredEngine(VirtualEngine):
             limits=limits,
             lengths=lengths,
             keep_log=keep_log,
+            refuses_late=refuses_late,
         )
         self.lives: dict[str, Live] = {}
         self.refused: list[str] = []

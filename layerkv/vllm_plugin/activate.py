@@ -66,10 +66,9 @@ def _activate(vllm_config: VllmConfig, extra_config: Mapping[str, Any], *, has_m
     Raises:
         LayerKVError: the configuration is wrong, or cannot be served.
     """
-    from layerkv.runtime import announce
     from layerkv.vllm_plugin.compat import require_compatible
     from layerkv.vllm_plugin.host_memory import require_host_memory
-    from layerkv.vllm_plugin.reload import follow_policy, is_listening
+    from layerkv.vllm_plugin.reload import follow_policy
     from layerkv.vllm_plugin.setup import require_usable
     from layerkv.vllm_plugin.slo_gate import add_gate
 
@@ -102,10 +101,8 @@ def _activate(vllm_config: VllmConfig, extra_config: Mapping[str, Any], *, has_m
         )
     add_gate(vllm_config, config.policy, config.policy_path)
     source = follow_policy(config.policy_path, config.policy)
-    source.policy = config.policy  # the file as it is now
+    source.put(config.policy)  # the file as it is now
     source.require = functools.partial(require_heard, has_metrics=has_metrics)
-    if config.policy_path is not None and is_listening():  # else SIGHUP would end this process
-        announce(config.policy_path)
 
 
 def _pass_through(vllm_config: VllmConfig) -> None:

@@ -23,7 +23,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from layerkv.config import slo_class_of
+from layerkv.config import SloClass, slo_class_of
 from layerkv.core.cost import StepWork, generic_profile, load_profile
 from layerkv.core.residency import Residency
 from layerkv.errors import CapacityError, ConfigError
@@ -39,6 +39,7 @@ from layerkv.vllm_plugin.snapshot import EngineReader
 from layerkv.vllm_plugin.spec import LayerKVManager
 from layerkv.vllm_plugin.support import require_heard
 from layerkv.vllm_plugin.waiting_queue import WaitingQueue
+from layerkv.vllm_plugin.words import tell
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -61,7 +62,7 @@ ENDS = {
 """What vLLM's ends mean here; all others were not served."""
 
 BACKLOG_INTERVAL_S = 0.05
-"""How often the front end is told how much prefill waits, if its policy refuses under overload."""
+"""How often the front ends are told what a new request would meet, if their policy refuses under overload."""
 
 
 if TYPE_CHECKING:
@@ -108,8 +109,11 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._gives_up_for = Reason.PREEMPTED  # why KV is given up just now; vLLM's own preemptions say nothing
         self._steps_in_flight: deque[tuple[float, StepWork | None]] = deque()  # (start, work if sampled), oldest first
         self._num_quiet_steps = 0
-        self._last_output_s = self._last_backlog_s = 0.0
+        self._last_output_s = self._last_word_s = self._taken_in_s = 0.0
+        self._owes_word = False
         self._tells_waits = self.vllm_config.device_config.device_type == "cpu"
+        # Of a server on another node, an engine learns how many there are from its requests only.
+        self._front_ends = set(range(self.vllm_config.parallel_config._api_process_count))
         self._reader = EngineReader(self, side, manager)
         # The policy chooses who is found and in which order; under priority scheduling, priorities go before deadlines.
         self.waiting = self._queue = WaitingQueue()
@@ -128,9 +132,10 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         """Decide, carry the decision out, and let vLLM schedule what is left visible."""
         if not self._is_active or self._pause_state is PauseState.PAUSED_ALL:
             return super().schedule(throttle_prefills)
-        started_s = time.monotonic()
-        if self._policy_source.policy is not self._controller.policy:
-            self._controller.set_policy(self._policy_source.policy)
+        started_s = self._taken_in_s = time.monotonic()
+        policy = self._policy_source.policy
+        if policy is not self._controller.policy:
+            self._controller.set_policy(policy)
         is_sampled = True
         if self._reader.is_quiet():
             output = super().schedule(throttle_prefills)
@@ -164,7 +169,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self._controller.step_done(work, seconds, waited_s=waited_s, firsts_late=firsts_late)
         self._last_output_s = now_s
         self._report_reasons()
-        self._report_backlog(now_s)
+        self._report_backlog(outputs, now_s)
         if self._log is not None:
             self._log.write(self._controller.take_log(), now_s)
         if self._refused:
@@ -502,13 +507,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     # Requests coming and going ---------------------------------------------------------------------------------
 
     def _track(self, request: Request) -> None:
-        params = request.sampling_params
-        try:
-            # Not the controller's, which changes with the next step: the gate has let this request in by the new one.
-            slo = slo_class_of(params.extra_args if params is not None else None, self._policy_source.policy)
-        except ConfigError as error:  # only without our front-end gate, that is with explicit class flags
-            self._refuse(request.request_id, str(error), Reason.NEVER_FITS)
-            return
+        slo = self._slo_class_of(request)
         now_s = time.monotonic()
         waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_CLOCK_SKEW_S)
         self._controller.arrive(
@@ -524,6 +523,25 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         )
         self._keep_from_pool(request)
         self._no_first_token.add(request.request_id)
+        self._front_ends.add(request.client_index)
+        self._owes_word = True
+
+    def _slo_class_of(self, request: Request) -> SloClass:
+        """Its class. Who has passed the gate is served, though the policy in force here may not have its class.
+
+        The class may have gone since, or have come to a front end on another machine only. With explicit class flags
+        there need not be a gate.
+        """
+        policy, params = self._policy_source.policy, request.sampling_params
+        extra_args = (params.extra_args if params is not None else None) or {}
+        try:
+            return slo_class_of(extra_args, policy)
+        except ConfigError as error:
+            name = extra_args.get("slo_class")
+            if (past := self._policy_source.past_class(name)) is not None:
+                return past
+            logger.warning_once("a request is served as of class %s: %s", policy.default_class, str(error))
+            return policy.classes[policy.default_class]
 
     def _recomputes(self, request: Request) -> None:
         """The request's KV is given up: it waits for compute again, with the token that is still on its way."""
@@ -626,16 +644,23 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self._side.metrics.add("layerkv_decisions", count, reason)
             reasons.clear()
 
-    def _report_backlog(self, now_s: float) -> None:
-        """Tell the front end what a new request would wait behind, for classes that are refused under overload."""
-        has_emptied = self._last_backlog_s > 0 and not self._controller.waiting
-        if not has_emptied and (now_s - self._last_backlog_s < BACKLOG_INTERVAL_S or not self._controller.waiting):
+    def _report_backlog(self, outputs: dict[int, EngineCoreOutputs], now_s: float) -> None:
+        """Tell the front ends what a new request would meet, if the policy refuses any under overload.
+
+        As long as there are prompts, and once after the last: nothing waits, and all that came is counted.
+        """
+        controller = self._controller
+        rejecting = [slo.name for slo in controller.policy.classes.values() if slo.overload == "reject"]
+        is_due = now_s - self._last_word_s >= BACKLOG_INTERVAL_S
+        if not rejecting or not self._owes_word or not (is_due or not controller.has_prompts()):
             return
-        self._last_backlog_s = 0.0 if has_emptied else now_s  # 0: the front end knows that nothing waits
-        for slo in self._controller.policy.classes.values():
-            if slo.overload == "reject":
-                backlog_s = self._controller.backlog_s(slo, now_s)
-                self._side.metrics.set("layerkv_prefill_backlog_seconds", backlog_s, slo.name)
+        word = controller.word(self._taken_in_s, now_s)
+        if word is None:
+            return
+        self._last_word_s, self._owes_word = now_s, controller.has_prompts()
+        for name in rejecting:
+            self._side.metrics.set("layerkv_prefill_backlog_seconds", word.classes[name].wait_s, name)
+        tell(outputs, word, self._front_ends)
 
     def _report_capacity(self) -> None:
         """Tell what is active, and correct what vLLM counted as capacity."""

@@ -296,28 +296,36 @@ def test_the_engine_may_say_who_cannot_start_or_be_fetched_now() -> None:
 # Costs, backlog, policies ---------------------------------------------------------------------------------------------
 
 
-def test_the_backlog_is_the_prefill_of_those_due_before_a_newcomer() -> None:
-    c = controller()
-    batch = SloClass(name="batch", ttft_s=30.0, tpot_s=1.0)
-    arrive(c, "a", "b", num_tokens=1000)
-    arrive(c, "patient", num_tokens=5000, slo=batch)
-    arrive(c, "late", num_tokens=5000, at_s=5.0)
-    assert c.backlog_s(CHAT, 10.0) == pytest.approx(0.2)
-    assert c.backlog_s(batch, 10.0) == pytest.approx(0.7)
-    slow = StepWork(prefill_tokens=1000, num_prefills=1)
-    for _ in range(200):
-        c.step_done(slow, 0.01 + 2 * 0.1)
-    assert c.backlog_s(CHAT, 10.0) == pytest.approx(0.4, rel=0.01), "as it is corrected online"
-
-
-def test_before_anything_is_known_of_costs_none_is_reckoned_with() -> None:
+def test_before_anything_is_known_of_costs_the_front_ends_are_told_nothing() -> None:
     c = controller(is_measured=False)
     arrive(c, "a")
-    assert c.backlog_s(CHAT, 10.0) == 0.0
+    assert c.word(10.0, 10.0) is None
     assert c.snapshot(engine(), 10.0).cost is None
     c.step_done(StepWork(prefill_tokens=100, num_prefills=1), 0.5)
-    assert c.backlog_s(CHAT, 10.0) > 0.0
+    c.decide(engine(), 10.0)
+    assert c.word(10.0, 10.0) is not None
     assert c.snapshot(engine(), 10.0).cost is not None
+
+
+def test_a_word_says_how_old_its_view_of_the_requests_is() -> None:
+    c = controller()
+    assert c.word(10.0, 10.25) is None, "nothing was decided, so nothing waits"
+    c.decide(engine(), 10.0)
+    word = c.word(10.0, 10.25)
+    assert word is not None
+    assert word.age_s == pytest.approx(0.25)
+
+
+def test_prompts_count_until_their_prefill_is_over() -> None:
+    c = controller()
+    assert not c.has_prompts()
+    arrive(c, "a", num_tokens=1000)
+    assert c.has_prompts()
+    c.admitted("a", layered=False, step=1, now_s=10.0)
+    c.decide(engine(Running("a", 1000, 400, 0, True, 63)), 10.1)
+    assert c.has_prompts()
+    c.decide(engine(Running("a", 1001, 1000, 1, False, 63)), 10.2)
+    assert not c.has_prompts()
 
 
 def test_a_new_policy_is_for_those_who_come_from_now_on() -> None:
