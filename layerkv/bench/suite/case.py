@@ -7,15 +7,17 @@ one `ConfigError` of one line that says where it is, what was found, what was ex
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
-# One way of reading YAML and of writing refusals for all of layerkv: these helpers are private to the package.
+from layerkv.bench.suite.ends import Ends, read_ends
 from layerkv.bench.tiny_model import SHAPES, ModelShape
+
+# One way of reading YAML and of writing refusals for all of layerkv: these helpers are private to the package.
 from layerkv.config import SloPolicy, _above_zero, _did_you_mean, _read, _show, _wrong
 from layerkv.sim.workload import Lengths, Trace, TraceArrivals, WorkloadSpec
 from layerkv.sim.workload_config import (
@@ -79,13 +81,17 @@ class Sessions:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One load of the case. With `sessions`, `workload` says how sessions begin and what each turn adds."""
+    """One load of the case. With `sessions`, `workload` says how sessions begin and what each turn adds.
+
+    With `ends`, its `output_tokens` are the patience of those who hang up.
+    """
 
     name: str
     x: float
     rate_per_s: float
     workload: WorkloadSpec
-    sessions: Sessions | None
+    sessions: Sessions | None = None
+    ends: Ends | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +347,7 @@ def _point(
         if key in merged:
             problem = f"found {key} among the requests; expected it in points"
             raise _wrong(f"{where_workload}.{key}", problem, f"set {key.removesuffix('s')} of each point instead")
-    sessions = merged.pop("sessions", None)
+    sessions, ends = merged.pop("sessions", None), merged.pop("ends", None)
     arrivals = merged.get("arrivals")
     if trace_path is not None and isinstance(arrivals, dict) and isinstance(arrivals.get("trace"), dict):
         merged["arrivals"] = {"trace": {**arrivals["trace"], "path": str(trace_path.resolve())}}
@@ -351,12 +357,23 @@ def _point(
         merged, policy, max_model_len=settings.max_model_len, where=where_workload, folder=folder
     )
     name = keys.name if keys.name is not None else f"{rate:g}"
-    point = Point(name, rate if keys.x is None else keys.x, rate, workload, None)
-    if sessions is None:
-        return point
-    return Point(
-        name, point.x, rate, workload, _sessions(sessions, workload, settings, where=f"{where_workload}.sessions")
-    )
+    point = Point(name, rate if keys.x is None else keys.x, rate, workload)
+    if sessions is not None and ends is not None:
+        problem = "found ends beside sessions; expected one of them"
+        raise _wrong(f"{where_workload}.ends", problem, "remove one of them")
+    if sessions is not None:
+        return replace(point, sessions=_sessions(sessions, workload, settings, where=f"{where_workload}.sessions"))
+    if ends is not None:
+        return replace(point, ends=_ends(ends, workload, where=f"{where_workload}.ends"))
+    return point
+
+
+def _ends(raw: Any, workload: WorkloadSpec, *, where: str) -> Ends:
+    ends = read_ends(raw, where=where)
+    if workload.max_tokens_factor != 1:
+        problem = "found ends beside max_tokens_factor; expected one of them, for with ends max_tokens is left out"
+        raise _wrong(where, problem, "remove one of them")
+    return ends
 
 
 def _sessions(raw: Any, workload: WorkloadSpec, settings: EngineSettings, *, where: str) -> Sessions:

@@ -39,6 +39,15 @@ def cells(result: CaseResult, label: str) -> dict[str, str]:
     return dict(zip(summary.engine_order(result), row.cells, strict=True))
 
 
+def test_how_requests_ended_is_said_where_they_did_not_name_a_length() -> None:
+    ends = {"hang_up": Spread.of([20.0]), "stop": Spread.of([59.0]), "length": Spread.of([1.0])}
+    result = with_figures(case(), "layerkv", ends=ends, output_tokens=Spread.of([71.4]))
+    ended = "Of 80 requests to layerkv, 59 ended by a stop string and 20 when their client hung up"
+    assert f"{ended}; answers had 71 tokens on average." in said(result)
+    only_lengths = with_figures(case(), "layerkv", ends={"length": Spread.of([80.0])})
+    assert "stop string" not in said(only_lengths) + said(case())
+
+
 @pytest.mark.parametrize(
     ("ratio", "words"),
     [
