@@ -13,7 +13,8 @@ import msgspec
 from msgspec import Meta
 
 # One way of writing refusals for all of layerkv: these helpers are private to the package.
-from layerkv.config import _read
+from layerkv.config import _read, _wrong
+from layerkv.sim.workload import WorkloadSpec
 from layerkv.sim.workload_config import check_distinct
 
 __all__ = ["Ends", "read_ends"]
@@ -48,12 +49,15 @@ class _EndsKeys(msgspec.Struct, frozen=True):
     hang_up: _Share = 0.0
 
 
-def read_ends(raw: Any, *, where: str) -> Ends:
-    """Ends such as ``{stop: [">"], hang_up: 0.2}``.
+def read_ends(raw: Any, workload: WorkloadSpec, *, where: str) -> Ends:
+    """Ends such as ``{stop: ["END"], hang_up: 0.2}`` of requests such as those of `workload`.
 
     Raises:
-        ConfigError: the mapping does not say what it should.
+        ConfigError: the mapping does not say what it should, or not together with the workload.
     """
     keys = _read(raw, _EndsKeys, where=where)
     check_distinct(keys.stop, where=f"{where}.stop")
+    if workload.max_tokens_factor != 1:
+        problem = "found ends beside max_tokens_factor; expected one of them, for with ends max_tokens is left out"
+        raise _wrong(where, problem, "remove one of them")
     return Ends(tuple(keys.stop), keys.hang_up)

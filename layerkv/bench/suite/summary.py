@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 # The oracle has more KV memory than the others: it is a reference, not a rival.
-PEERS = ("stock-watermark", "vllm-cpu-offload", "layerkv-no-slo")
-RIVALS = ("stock", "stock-watermark", "vllm-cpu-offload")
+PEERS = ("stock-watermark", "vllm-cpu-offload", "lmcache", "layerkv-no-slo")
+RIVALS = ("stock", "stock-watermark", "vllm-cpu-offload", "lmcache")
 
 
 def headline(result: CaseResult) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from layerkv.bench.suite.case import Case, load_case
+from layerkv.bench.suite.case import ENGINE_NAMES, Case, load_case
 from layerkv.bench.suite.engines import is_layerkv, kv_memory_bytes, serve_command
 from layerkv.bench.suite.plan import plan_requests, total_tokens, warm_up_requests
 from layerkv.bench.suite.run import rotated
@@ -121,8 +121,7 @@ def test_without_objectives_the_policy_is_the_same_but_for_the_switch(tmp_path: 
 
 
 def test_only_layerkv_is_told_classes() -> None:
-    engines = ("stock", "stock-watermark", "vllm-cpu-offload", "layerkv", "layerkv-no-slo", "oracle")
-    assert [engine for engine in engines if is_layerkv(engine)] == ["layerkv", "layerkv-no-slo"]
+    assert [engine for engine in ENGINE_NAMES if is_layerkv(engine)] == ["layerkv", "layerkv-no-slo"]
 
 
 @pytest.mark.parametrize("engines", [["a", "b"], ["a", "b", "c"], list("abcdef")])

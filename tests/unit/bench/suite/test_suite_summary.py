@@ -115,7 +115,7 @@ def test_points_at_which_a_rival_is_ahead_are_named() -> None:
         f"Behind vLLM CPU offload at 1 of 5 points: 6 requests per second (goodput {layerkv} against 9.00 per second)"
     )
     assert expected in said(result)
-    assert "At no point was layerkv more than 5 % behind stock vLLM or stock + watermark" in said(result)
+    assert "At no point was layerkv more than 5 % behind stock vLLM, stock + watermark or LMCache" in said(result)
 
 
 def test_failed_requests_are_said_beside_the_latencies_that_leave_them_out() -> None:
