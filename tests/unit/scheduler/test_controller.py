@@ -321,7 +321,7 @@ def test_prompts_count_until_their_prefill_is_over() -> None:
     assert not c.has_prompts()
     arrive(c, "a", num_tokens=1000)
     assert c.has_prompts()
-    c.admitted("a", layered=False, step=1, now_s=10.0)
+    c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     c.decide(engine(Running("a", 1000, 400, 0, True, 63)), 10.1)
     assert c.has_prompts()
     c.decide(engine(Running("a", 1001, 1000, 1, False, 63)), 10.2)
