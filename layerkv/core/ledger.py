@@ -405,9 +405,13 @@ class KVLedger:
     def is_idle(self) -> bool:
         """Nothing planned, nobody layered and no fetch under way: this step needs no plan."""
         draft = self._draft
-        is_fetching = self.residency.counts[Residency.FETCHING] or self._orphans
         has_copies = draft.parks or draft.hits or draft.ahead or draft.settle or draft.fetches
-        return not (self._layered or has_copies or is_fetching)
+        return not (self._layered or has_copies or self.num_fetching)
+
+    @property
+    def num_fetching(self) -> int:
+        """Fetches under way, those of requests that have left since among them."""
+        return self.residency.counts[Residency.FETCHING] + len(self._orphans)
 
     @property
     def num_host_blocks_used(self) -> int:

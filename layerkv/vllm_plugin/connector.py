@@ -23,7 +23,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan
 from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.compat import require_compatible
@@ -179,14 +178,12 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self.scheduler_side is not None:
-            if connector_output.invalid_block_ids:  # something in host memory cannot be read: trust no prefix there
-                self.scheduler_side.ledger.forget_prefixes()
             for request_id in connector_output.finished_recving or ():
                 self.scheduler_side.fetched(request_id)
 
     def has_pending_push_work(self) -> bool:
         """Fetches land in the engine's steps: it goes on stepping until they have, though it is paused."""
-        return self.scheduler_side is not None and self.scheduler_side.ledger.residency.counts[Residency.FETCHING] > 0
+        return self.scheduler_side is not None and self.scheduler_side.ledger.num_fetching > 0
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

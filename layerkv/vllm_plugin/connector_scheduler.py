@@ -45,8 +45,6 @@ class SchedulerSide:
         self.ledger = KVLedger(setup.geometry, setup.host_blocks)
         self.metrics = MetricSamples()
         self.last_plan: StepPlan | None = None
-        self.prefix_blocks: dict[str, frozenset[int]] = {}
-        """Device blocks that a request's cached prefix was last loaded into."""
         self.events: HostPrefixEvents | None = None
         """Of the host prefix cache, where vLLM publishes KV events."""
         self._requests: Mapping[str, Request] = {}
@@ -93,7 +91,6 @@ class SchedulerSide:
             first = self._num_local_blocks
             blocks = range(first, first + num_external_tokens // self.geometry.block_tokens)
             self.ledger.load_prefix(request_id, block_ids, self._hashes(self._requests[request_id]), blocks)
-            self.prefix_blocks[request_id] = frozenset(block_ids[blocks.start : blocks.stop])
         elif num_external_tokens > 0:
             num_local_tokens = self.ledger.parked_tokens(request_id) - num_external_tokens
             self.ledger.fetch(request_id, block_ids, num_local_tokens)
@@ -119,7 +116,6 @@ class SchedulerSide:
 
     def finished(self, request: Request, block_ids: Sequence[int]) -> None:
         """The request leaves; vLLM frees its blocks next."""
-        self.prefix_blocks.pop(request.request_id, None)
         # Of a step still under way, only the token that it computes last is not there yet.
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
         self.ledger.finish(

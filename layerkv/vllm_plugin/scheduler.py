@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import dropwhile
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -34,6 +33,7 @@ from layerkv.scheduler.reasons import End, Reason
 from layerkv.scheduler.snapshot import Decision, Snapshot
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.connector import LayerKVConnector
+from layerkv.vllm_plugin.recovery import Recovery
 from layerkv.vllm_plugin.reload import follow_policy
 from layerkv.vllm_plugin.snapshot import EngineReader
 from layerkv.vllm_plugin.spec import LayerKVManager
@@ -115,6 +115,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         # Of a server on another node, an engine learns how many there are from its requests only.
         self._front_ends = set(range(self.vllm_config.parallel_config._api_process_count))
         self._reader = EngineReader(self, side, manager)
+        self._recovery = Recovery(self, side)
         # The policy chooses who is found and in which order; under priority scheduling, priorities go before deadlines.
         self.waiting = self._queue = WaitingQueue()
         self.kv_cache_manager.watermark_blocks = 0  # the policy's headroom takes its place
@@ -130,8 +131,12 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:  # noqa: FBT001, FBT002 (vLLM's signature)
         """Decide, carry the decision out, and let vLLM schedule what is left visible."""
-        if not self._is_active or self._pause_state is PauseState.PAUSED_ALL:
+        if not self._is_active:
             return super().schedule(throttle_prefills)
+        if self._pause_state is PauseState.PAUSED_ALL:
+            output = super().schedule(throttle_prefills)
+            self._recovery.scheduled()
+            return output
         started_s = self._taken_in_s = time.monotonic()
         policy = self._policy_source.policy
         if policy is not self._controller.policy:
@@ -143,6 +148,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             is_sampled = self._num_quiet_steps % QUIET_STEPS_PER_SAMPLE == 0
         else:
             output = self._schedule_decided(started_s, throttle_prefills)
+        self._recovery.scheduled()
         if output.total_num_scheduled_tokens:
             work = self._reader.work(output, self._side.last_plan) if is_sampled else None
             self._steps_in_flight.append((started_s, work))
@@ -155,11 +161,12 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         received = model_runner_output.kv_connector_output
         if self._is_active and received is not None and received.invalid_block_ids:
             with self._giving_up_for(Reason.LOAD_FAILED):
-                self._distrust(received.invalid_block_ids)
+                self._recovery.distrust(received.invalid_block_ids)
         waited_s = self._waited_s(received)  # before vLLM adds the scheduler's own figures to it
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self._is_active:
             return outputs
+        self._recovery.processed()
         now_s = time.monotonic()
         firsts_late = self._note_first_tokens(outputs.values(), now_s) if self._no_first_token else None
         if scheduler_output.total_num_scheduled_tokens and self._steps_in_flight:
@@ -193,66 +200,14 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if not self._is_active:
             return super().reset_prefix_cache(reset_running_requests, reset_connector)
         with self._giving_up_for(Reason.CACHE_RESET):
-            return self._reset_prefix_cache(reset_running_requests, reset_connector)
-
-    def _reset_prefix_cache(self, reset_running_requests: bool, reset_connector: bool) -> bool:  # noqa: FBT001
-        if reset_running_requests:
-            arrived = [request for request in self.kv_holding_waiting if self._has_arrived(request)]
-            if (num_fetching := self._ledger.residency.counts[Residency.FETCHING]) > 0:
-                raise RuntimeError(
-                    f"cannot reset the prefix cache while {num_fetching} request(s) are being fetched from host "
-                    "memory; nothing was changed, try again after the next step"
-                )
-            if self.defer_block_free and self.sched_step_seq > self.processed_step_seq:
-                raise RuntimeError(  # vLLM would raise after everybody's KV is gone: it frees blocks after the step
-                    "cannot reset the prefix cache while a step is under way; nothing was changed, pause first"
-                )
-            for request in arrived:
-                self._start_over(request)
-            for request_id in [r for r in self._ledger.residency if self._ledger.residency[r] is Residency.PARKED]:
-                self._ledger.drop(request_id)
-                self._recomputes(self.requests[request_id])
-            self._ledger.forget_prefixes()
-        elif num_moved := self._num_with_kv_on_host():
-            # vLLM refuses while blocks are in use; KV in host memory is in use just as well
-            logger.warning("the prefix cache is not reset: %d request(s) have KV in host memory", num_moved)
-            if reset_connector:  # as vLLM does, whatever became of its own
-                self.reset_connector_cache()
-            return False
-        has_reset: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
+            if not self._recovery.prepare_reset(reset_running_requests=reset_running_requests):
+                if reset_connector:  # as vLLM does, whatever became of its own
+                    self.reset_connector_cache()
+                return False
+            has_reset: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
         if has_reset:
-            self._tell_what_is_kept()
+            self._recovery.tell_what_is_kept()
         return has_reset
-
-    def _tell_what_is_kept(self) -> None:
-        """After a reset of the device's prefix cache, whose event makes routers forget the whole engine."""
-        self._ledger.host.tell_again()
-        if (num_kept := self._ledger.host.num_cached) > 0:
-            logger.info(
-                "the prefix cache is reset; host memory keeps %d cached blocks, which reset_connector=True "
-                "(reset_external=true over HTTP) forgets as well, as after a change of weights",
-                num_kept,
-            )
-
-    def _has_arrived(self, request: Request) -> bool:
-        """Whether its fetch is over, and it has not gone on yet."""
-        is_fetched = request.request_id in self.finished_recving_kv_req_ids
-        return is_fetched or request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-
-    def _start_over(self, request: Request) -> None:
-        """Give up the KV of a request that has just been fetched."""
-        self._handle_blocked_waiting_request(request)
-        self.kv_holding_waiting.remove_requests((request,))
-        self.deferred_waiting.discard(request)
-        self.kv_cache_manager.free(request)
-        request.num_computed_tokens = 0
-        self.waiting.add_request(request)
-        self._ledger.drop(request.request_id)
-        self._recomputes(request)
-
-    def _num_with_kv_on_host(self) -> int:
-        counts = self._ledger.residency.counts
-        return counts[Residency.LAYERED] + counts[Residency.PARKED] + counts[Residency.FETCHING]
 
     def get_num_unfinished_requests(self) -> int:
         """Parked requests are in mid-output: a pause that waits for running requests waits for them too."""
@@ -284,6 +239,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:  # noqa: FBT001, FBT002
         """A preemption that is not a park gives the request's KV up."""
+        if self._is_active:
+            self._recovery.leaves(request)
         super()._preempt_request(request, timestamp, drop_stale_output)
         if self._is_active and self._ledger.residency.get(request.request_id) is not Residency.PARKED:
             self._ledger.drop(request.request_id)
@@ -310,34 +267,11 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:  # noqa: FBT001, FBT002
         """Every way out passes here: finished, aborted, refused."""
         if self._is_active:
+            self._recovery.leaves(request)
             self._untrack(request)
         return super()._free_request(request, delay_free_blocks)
 
     # Carrying a decision out -----------------------------------------------------------------------------------
-
-    def _distrust(self, invalid_block_ids: set[int]) -> None:
-        """Start requests over whose cached prefix could not be loaded, with what was computed from it since.
-
-        vLLM's own way out fits a step that nothing overlaps: of the next step, scheduled before it knew, it would
-        deliver a token, and its prefix cache would go on finding the blocks.
-        """
-        now_s = time.monotonic()
-        wrong, affected = set(invalid_block_ids), list[Request]()
-        rest = {request: self.kv_cache_manager.get_block_ids(request.request_id)[0] for request in self.running}
-        while found := [request for request, block_ids in rest.items() if not wrong.isdisjoint(block_ids)]:
-            for request in found:
-                block_ids = rest.pop(request)
-                wrong.update(dropwhile(lambda block_id: block_id not in wrong, block_ids))
-            affected += found
-        for request in affected:
-            self.running.remove(request)
-            self._preempt_request(request, now_s, drop_stale_output=True)
-        for request_id, blocks in self._side.prefix_blocks.items():
-            is_parked = self._ledger.residency.get(request_id) is Residency.PARKED
-            if is_parked and not blocks.isdisjoint(invalid_block_ids):
-                self._ledger.drop(request_id)
-                self._recomputes(self.requests[request_id])
-        self.kv_cache_manager.evict_blocks(wrong)
 
     def _schedule_decided(self, now_s: float, throttle_prefills: bool) -> SchedulerOutput:  # noqa: FBT001
         reader = self._reader
@@ -545,7 +479,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
 
     def _recomputes(self, request: Request) -> None:
         """The request's KV is given up: it waits for compute again, with the token that is still on its way."""
-        num_tokens = request.num_tokens + (1 if request.num_stale_output_tokens else 0)
+        is_token_coming = request.num_stale_output_tokens > 0 and not request.drop_stale_output
+        num_tokens = request.num_tokens + (1 if is_token_coming else 0)
         num_output, reason = request.num_output_tokens, self._gives_up_for
         self._controller.recomputes(request.request_id, num_tokens, num_output, reason, time.monotonic())
         self._keep_from_pool(request)
