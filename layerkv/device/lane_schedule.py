@@ -169,6 +169,10 @@ class LaneSchedule:
                 "replayed a full CUDA graph, or the model's attention does not call them"
             )
 
+    def abandon_step(self) -> None:
+        """An exception has ended the forward pass of the step that was begun: no further layer will say anything."""
+        self._next_layer = self._num_layers
+
     @property
     def has_layer_work(self) -> bool:
         """Whether :meth:`layer_done` is to be called for the layers of the step that was begun."""

@@ -26,7 +26,7 @@ from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan
 from layerkv.vllm_plugin.compat import require_compatible
 from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
-from layerkv.vllm_plugin.connector_worker import WorkerSide
+from layerkv.vllm_plugin.connector_worker import WorkerSide, make_worker_side
 from layerkv.vllm_plugin.prom import LayerKVPromMetrics, LayerKVStats
 from layerkv.vllm_plugin.setup import engine_config, geometry_of
 from layerkv.vllm_plugin.support import require_supported
@@ -76,7 +76,7 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
                 and resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1] == geometry.block_tokens,
             )
         else:
-            self.worker_side = WorkerSide(vllm_config, config, geometry, kv_cache_config)
+            self.worker_side = make_worker_side(vllm_config, config, geometry, kv_cache_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
