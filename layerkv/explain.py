@@ -41,6 +41,7 @@ SENTENCES = {
     Reason.NO_ROOM_TO_PARK: "the pool was short, and host memory had no room for its KV either",
     Reason.LONGER_THAN_POOL: "it grew longer than the pool, and comes back through the zone",
     Reason.NEVER_FITS: "it cannot run here at all",
+    Reason.COPIES_FAIL: "copying its KV failed again and again, and it got no further in between",
     Reason.OVERLOAD: "its first token would have come late, and its class asks to be refused then",
 }
 

@@ -307,6 +307,15 @@ class Controller:
         if tracked is not None:
             self._say(now_s, request_id, tracked, Event.RECOMPUTES, tracked.said_reason)
 
+    def copy_failed(self, request_id: str, num_output: int) -> bool:
+        """A request's KV is lost to a failed copy; whether it is to be ended, and not to be computed again."""
+        tracked = self.tracked.get(request_id)
+        return tracked is not None and tracked.copy_failed(num_output)
+
+    def dropped_ahead(self, request_id: str) -> None:
+        """Nothing of a resident request is in host memory any more."""
+        self._stored_blocks.pop(request_id, None)
+
     def stored_ahead(self, request_id: str, num_blocks: int, now_s: float) -> None:
         """So many leading blocks of a resident request are (or are being) copied to host memory."""
         self._stored_blocks[request_id] = num_blocks

@@ -18,6 +18,9 @@ from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
 
 View = TypeVar("View", WaitingRequest, ParkedRequest)
 
+MOST_FAILURES = 3
+"""So many times a request's KV may be lost to failed copies before it makes a token; then it is ended with an error."""
+
 LATE_SHARE = 8
 """One in so many of a queue's head is kept for requests that are late already, so that they are seen at all."""
 
@@ -106,6 +109,8 @@ class TrackedRequest:
         low_tokens: Output tokens it is predicted to make in all, low quantile (for slack),
         middle_tokens: and middle quantile (for memory).
         predict_again_at: Output tokens at which the prediction is made anew.
+        num_failures: How often its KV was lost to a failed copy since it last made a token,
+        failed_at: and how many output tokens it had then.
         said: The last thing said of it in the decision log: the same is not said twice.
         said_reason: Why the last decision about it was taken.
         tpot_s: Its class's TPOT objective,
@@ -125,6 +130,8 @@ class TrackedRequest:
     low_tokens: int = 1
     middle_tokens: int = 1
     predict_again_at: int = 0
+    num_failures: int = 0
+    failed_at: int = 0
     said: Event | Reason | None = None
     said_reason: Reason | None = None
     tpot_s: float = field(init=False)
@@ -139,6 +146,12 @@ class TrackedRequest:
     def ttft_deadline_s(self) -> float:
         """When the first token is due."""
         return self.arrival_s + self.slo.ttft_s
+
+    def copy_failed(self, num_output_tokens: int) -> bool:
+        """Its KV is lost to a failed copy; whether it has been often enough for one that gets no further."""
+        self.num_failures = self.num_failures + 1 if num_output_tokens <= self.failed_at else 1
+        self.failed_at = num_output_tokens
+        return self.num_failures >= MOST_FAILURES
 
     def next_token_deadline_s(self, num_output_tokens: int, now_s: float) -> float:
         """When token ``num_output_tokens + 1`` is due so that the average keeps the TPOT objective.

@@ -27,6 +27,7 @@ from layerkv.core.transfer import StepPlan
 from layerkv.vllm_plugin.compat import require_compatible
 from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
 from layerkv.vllm_plugin.connector_worker import WorkerSide, make_worker_side
+from layerkv.vllm_plugin.failed_copies import FailedCopies
 from layerkv.vllm_plugin.prom import LayerKVPromMetrics, LayerKVStats
 from layerkv.vllm_plugin.setup import engine_config, geometry_of
 from layerkv.vllm_plugin.support import require_supported
@@ -131,6 +132,10 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return set() if self.worker_side is None else self.worker_side.take_failed_blocks()
+
+    def build_connector_worker_meta(self) -> FailedCopies | None:
+        """Copies that failed and are no loads of vLLM's; the scheduler looks at it with the step's output."""
+        return None if self.worker_side is None else self.worker_side.take_failed_copies()
 
     def shutdown(self) -> None:
         if self.worker_side is not None:

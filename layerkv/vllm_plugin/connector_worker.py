@@ -15,10 +15,12 @@ from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.device.allocation import ArenaAllocation
 from layerkv.device.base import COPY_TIMEOUT_S, Direction
-from layerkv.device.lane_schedule import LaneSchedule, shared_link_unit
+from layerkv.device.lane_schedule import LaneSchedule, device_blocks, shared_link_unit
 from layerkv.device.mechanism import Mechanism, make_mechanism
+from layerkv.device.store_watch import host_blocks
 from layerkv.errors import IncompatibleVLLMError, TransferError
 from layerkv.metrics import MetricSamples, Payload
+from layerkv.vllm_plugin.failed_copies import FailedCopies
 from layerkv.vllm_plugin.setup import host_blocks_per_worker
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ class WorkerSide:
         self._is_idle_step = False
         self._raised_before: BaseException | None = None
         self._failed_blocks: set[int] = set()
+        self._failed_copies = FailedCopies()
         self._metrics = MetricSamples()
         self._has_copied = False
 
@@ -108,9 +111,14 @@ class WorkerSide:
             self._lanes.abandon_step()
             return
         self._lanes.end_step()
-        if (failed := self._lanes.take_failed_hits()) is not None:
-            logger.error("loading a cached prefix failed, its KV is computed again: %s", failed.error)
-            self._failed_blocks.update(failed.device_blocks)
+        if (hits := self._lanes.take_failed_hits()) is not None:
+            logger.error("loading a cached prefix failed, its KV is computed again: %s", hits.error)
+            self._failed_blocks.update(device_blocks(hits.runs))
+        if (loads := self._lanes.take_failed_loads()) is not None:
+            logger.error("loading a layer failed, its requests' KV is computed again: %s", loads.error)
+            self._failed_copies = self._failed_copies.aggregate(
+                FailedCopies(unloaded=frozenset(host_blocks(loads.runs)))
+            )
 
     @property
     def has_layer_work(self) -> bool:
@@ -124,12 +132,20 @@ class WorkerSide:
             if fetch.error is not None:
                 logger.error("fetching %s failed, its KV is computed again: %s", fetch.request_id, fetch.error)
                 self._failed_blocks.update(fetch.device_blocks)
+        if (stores := self._lanes.take_failed_stores()) is not None:
+            logger.error("storing KV failed, it is computed again: %s", stores.error)
+            self._failed_copies = self._failed_copies.aggregate(FailedCopies(unstored=stores.host_blocks))
         return {fetch.request_id for fetch in finished} or None
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks that should have been loaded and were not."""
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
+
+    def take_failed_copies(self) -> FailedCopies | None:
+        """What else has failed since the last call; None if nothing has."""
+        failed, self._failed_copies = self._failed_copies, FailedCopies()
+        return failed or None
 
     def take_metrics(self) -> Payload | None:
         """Bytes and seconds since the last call; None if nothing was copied."""

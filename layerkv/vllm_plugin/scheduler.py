@@ -31,6 +31,7 @@ from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import Decision, Snapshot
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.connector import LayerKVConnector
+from layerkv.vllm_plugin.failed_copies import FailedCopiesMixin
 from layerkv.vllm_plugin.reload import follow_policy
 from layerkv.vllm_plugin.snapshot import EngineReader
 from layerkv.vllm_plugin.spec import LayerKVManager
@@ -58,7 +59,7 @@ else:
     _VLLMScheduler = object
 
 
-class LayerKVSchedulerMixin(_VLLMScheduler):
+class LayerKVSchedulerMixin(FailedCopiesMixin, _VLLMScheduler):
     """Over either of vLLM's schedulers. Without our spec (passthrough) it adds nothing."""
 
     running: list[Request]
@@ -134,8 +135,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """Note first tokens and step times, and send refusals out with the step's outputs."""
         received = model_runner_output.kv_connector_output
-        if self._is_active and received is not None and received.invalid_block_ids:
-            self._distrust(received.invalid_block_ids)
+        if self._is_active and received is not None:
+            self._copies_failed(received)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self._is_active:
             return outputs
@@ -454,7 +455,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
 
     def _recomputes(self, request: Request) -> None:
         """The request's KV is given up: it waits for compute again, with the token that is still on its way."""
-        num_tokens = request.num_tokens + (1 if request.num_stale_output_tokens else 0)
+        is_coming = request.num_stale_output_tokens and not request.drop_stale_output
+        num_tokens = request.num_tokens + (1 if is_coming else 0)
         self._controller.recomputes(request.request_id, num_tokens, request.num_output_tokens, time.monotonic())
         self._keep_from_pool(request)
 

@@ -1,7 +1,8 @@
 """Runs mixes through one engine in this process: `python -m tests.vllm.mix_engine SPEC.json OUT.json`.
 
 SPEC: engine_args, mixes (keyword arguments of make_mix), ahead (schedule one step before the last one's output is
-processed, as under asynchronous scheduling), fail_every (make fetches fail),
+processed, as under asynchronous scheduling), fail_every (make fetches fail), fail_copies_every (make copies of a
+layer fail: stores and loads of layered prefill, parks, stores ahead, fetches and prefixes alike),
 reset_while_fetching (as soon as a fetch is under way, once in each mix: pause at once and give all KV up),
 pause_step (let what has begun come to its end before that step goes on).
 
@@ -11,6 +12,7 @@ how often each move was made.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections import deque
@@ -35,7 +37,28 @@ def build(spec: dict[str, Any]) -> Any:
         schedule_ahead(engine.engine_core.engine_core)
     if spec.get("fail_every"):
         fail_fetches(spec["fail_every"])
+    if spec.get("fail_copies_every"):
+        fail_copies(spec["fail_copies_every"])
     return engine
+
+
+def fail_copies(every: int) -> None:
+    """Every n-th copy that a copy thread makes, of each direction, ends with an error and has copied only a part."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    def or_fail(copy: Any) -> Any:
+        count = itertools.count(1)
+
+        def copy_or_fail(layers: Any, runs: Any) -> None:
+            if next(count) % every == 0:
+                copy(layers, runs[:-1])
+                raise OSError("made to fail by the test")
+            copy(layers, runs)
+
+        return copy_or_fail
+
+    for thread in get_kv_transfer_group().worker_side._engine._threads.values():
+        thread._copy = or_fail(thread._copy)
 
 
 def fail_fetches(every: int) -> None:
