@@ -214,9 +214,17 @@ class Controller:
         max_tokens: int,
         rank: int = 0,
         can_layer: bool = True,
+        in_one_step: bool = False,
     ) -> None:
         """A request has come in and waits."""
-        tracked = TrackedRequest(slo=slo, arrival_s=arrival_s, max_tokens=max_tokens, rank=rank, can_layer=can_layer)
+        tracked = TrackedRequest(
+            slo=slo,
+            arrival_s=arrival_s,
+            max_tokens=max_tokens,
+            rank=rank,
+            can_layer=can_layer,
+            in_one_step=in_one_step,
+        )
         self.tracked[request_id] = tracked
         self._predict(tracked, 0)
         self.enqueue(request_id, num_tokens, 0)
@@ -253,6 +261,7 @@ class Controller:
                 tokens_left=max(tracked.middle_tokens - num_output, 1),
                 may_refuse=self._refuses_late and tracked.slo.overload == "reject" and tracked.first_token_s is None,
                 most_blocks=most_blocks,
+                in_one_step=tracked.in_one_step,
             )
         )
 

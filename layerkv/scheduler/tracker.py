@@ -102,6 +102,7 @@ class TrackedRequest:
         max_tokens: Output tokens that it may make.
         rank: vLLM's request priority under ``--scheduling-policy priority``, else 0. Lower goes first.
         can_layer: Whether it may be parked and fetched.
+        in_one_step: Whether its prompt must not be computed in chunks.
         outgrows_pool: Whether it may become larger than the pool.
         first_token_s: When its first token came out; None before.
         admitted_s: When it was first given compute; None before.
@@ -123,6 +124,7 @@ class TrackedRequest:
     max_tokens: int = 1
     rank: int = 0
     can_layer: bool = True
+    in_one_step: bool = False
     outgrows_pool: bool = False
     first_token_s: float | None = None
     admitted_s: float | None = None

@@ -33,6 +33,7 @@ from layerkv.units import format_bytes
 from layerkv.vllm_plugin.connector import LayerKVConnector
 from layerkv.vllm_plugin.failed_copies import FailedCopiesMixin
 from layerkv.vllm_plugin.reload import follow_policy
+from layerkv.vllm_plugin.seeded import cannot_cut_seeded, is_seeded
 from layerkv.vllm_plugin.snapshot import EngineReader
 from layerkv.vllm_plugin.spec import LayerKVManager
 from layerkv.vllm_plugin.waiting_queue import WaitingQueue
@@ -89,6 +90,7 @@ class LayerKVSchedulerMixin(FailedCopiesMixin, _VLLMScheduler):
         if path is not None and rank > 0:
             path = f"{path}.rank{rank}"  # each engine writes a log of its own
         self._log = DecisionLog(path, on_error=logger.error) if path is not None else None
+        self._cannot_cut_seeded = cannot_cut_seeded(self.vllm_config)
         self._refused: dict[str, str] = {}
         self._no_first_token: set[str] = set()
         self._steps_in_flight: deque[tuple[float, StepWork | None]] = deque()  # (start, work if sampled), oldest first
@@ -325,6 +327,8 @@ class LayerKVSchedulerMixin(FailedCopiesMixin, _VLLMScheduler):
         spare = 1 if decision.fetch else 0
         budget = snapshot.decode_tokens + decision.prefill_tokens + spare
         self.max_num_scheduled_tokens = min(self.max_num_scheduled_tokens, max(budget, 1))
+        if decision.has_whole_prompt:
+            self.scheduler_config.long_prefill_token_threshold = 0
         prefilling = [request for request in self.running if request.is_prefill_chunk]
         if prefilling:
             decoding = [request for request in self.running if not request.is_prefill_chunk]
@@ -449,6 +453,7 @@ class LayerKVSchedulerMixin(FailedCopiesMixin, _VLLMScheduler):
             rank=request.priority if self.policy is SchedulingPolicy.PRIORITY else 0,
             # vLLM does not load external KV for these, or keeps their KV between turns
             can_layer=not request.skip_reading_prefix_cache and not request.resumable,
+            in_one_step=self._cannot_cut_seeded and is_seeded(params),
         )
         self._keep_from_pool(request)
         self._no_first_token.add(request.request_id)

@@ -4,6 +4,7 @@ SPEC: engine_args, mixes (keyword arguments of make_mix), ahead (schedule one st
 processed, as under asynchronous scheduling), fail_every (make fetches fail), fail_copies_every (make copies of a
 layer fail: stores and loads of layered prefill, parks, stores ahead, fetches and prefixes alike),
 reset_while_fetching (as soon as a fetch is under way, once in each mix: pause at once and give all KV up),
+seed_every (each n-th request is sampled, with a seed of its own),
 pause_step (let what has begun come to its end before that step goes on).
 
 OUT: for each mix the tokens of each request, and what the books say after the mix: everything given back or not, and
@@ -141,13 +142,16 @@ def run_mix(engine: Any, requests: list[MixRequest], spec: dict[str, Any]) -> li
     internal: dict[str, str] = {}
     todo = sorted(enumerate(requests), key=lambda pair: pair[1].arrive_step)
     will_reset = spec.get("reset_while_fetching")
+    seed_every = spec.get("seed_every")
     step = 0
     while todo or engine.has_unfinished_requests():
         while todo and todo[0][1].arrive_step <= step:
             index, request = todo.pop(0)
+            seed = index if seed_every and index % seed_every == 0 else None
             params = SamplingParams(
                 max_tokens=request.max_tokens,
-                temperature=0,
+                temperature=1.0 if seed is not None else 0.0,
+                seed=seed,
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
