@@ -46,6 +46,7 @@ SENTENCES = {
     Reason.CACHE_RESET: "the prefix cache was reset, and running requests were to start over",
     Reason.LOAD_FAILED: "a load from host memory that it depended on had failed",
     Reason.NEVER_FITS: "it cannot run here at all",
+    Reason.COPIES_FAIL: "copying its KV failed again and again, and it got no further in between",
     Reason.OVERLOAD: "its first token would have come late, and its class asks to be refused then",
 }
 

@@ -8,7 +8,7 @@ happens as a whole or raises :class:`CapacityError` and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -170,6 +170,15 @@ class KVLedger:
         for request_id, copy in self._copies.items():
             if self.residency[request_id] is Residency.FETCHING:
                 copy.is_trusted = False
+
+    def holders(self, host_blocks: Set[int]) -> list[str]:
+        """Requests whose copy has any of these host blocks."""
+        return [r for r, copy in self._copies.items() if not host_blocks.isdisjoint(copy.blocks)]
+
+    def drop_ahead(self, request_id: str) -> None:
+        """What was stored ahead of a resident request is of no use; it goes on."""
+        assert self.residency[request_id] is Residency.RESIDENT
+        self._release_host(request_id)
 
     # Each step -----------------------------------------------------------------------------------------------
 

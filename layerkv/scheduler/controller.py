@@ -219,9 +219,17 @@ class Controller:
         max_tokens: int,
         rank: int = 0,
         can_layer: bool = True,
+        in_one_step: bool = False,
     ) -> None:
         """A request has come in and waits."""
-        tracked = TrackedRequest(slo=slo, arrival_s=arrival_s, max_tokens=max_tokens, rank=rank, can_layer=can_layer)
+        tracked = TrackedRequest(
+            slo=slo,
+            arrival_s=arrival_s,
+            max_tokens=max_tokens,
+            rank=rank,
+            can_layer=can_layer,
+            in_one_step=in_one_step,
+        )
         self.tracked[request_id] = tracked
         self.enqueue(request_id, num_tokens, 0)
         self._line.came(slo, tracked.prefill_cost_s, now_s)
@@ -260,6 +268,7 @@ class Controller:
                 tokens_left=max(tracked.middle_tokens - num_output, 1),
                 may_refuse=self._refuses_late and tracked.slo.overload == "reject" and tracked.first_token_s is None,
                 most_blocks=most_blocks,
+                in_one_step=tracked.in_one_step,
             )
         )
 
@@ -316,6 +325,15 @@ class Controller:
         tracked = self.tracked.get(request_id)
         if tracked is not None:
             self._say(now_s, request_id, tracked, Event.RECOMPUTES, reason)
+
+    def copy_failed(self, request_id: str, num_output: int) -> bool:
+        """A request's KV is lost to a failed copy; whether it is to be ended, and not to be computed again."""
+        tracked = self.tracked.get(request_id)
+        return tracked is not None and tracked.copy_failed(num_output)
+
+    def dropped_ahead(self, request_id: str) -> None:
+        """Nothing of a resident request is in host memory any more."""
+        self._stored_blocks.pop(request_id, None)
 
     def stored_ahead(self, request_id: str, num_blocks: int, now_s: float) -> None:
         """So many leading blocks of a resident request are (or are being) copied to host memory."""

@@ -72,6 +72,8 @@ class Reason(StrEnum):
     # it is refused
     NEVER_FITS = "never_fits"
     """Refused: it cannot run here at all."""
+    COPIES_FAIL = "copies_fail"
+    """Ended with an error: copies of its KV failed again and again, and it has got no further in between."""
     OVERLOAD = "overload"
     """Refused: its first token would be late, and its class asks to be refused then."""
 

@@ -32,6 +32,7 @@ class WaitingRequest(NamedTuple):
         tokens_left: Output tokens that it is predicted to make.
         may_refuse: Whether its class asks to be refused rather than served late.
         most_blocks: Blocks of all tokens that it may ever have; 0 unless it is expected to become longer than the pool.
+        in_one_step: It cannot be computed in chunks: it needs a step that has tokens for all of it.
     """
 
     request_id: str
@@ -45,6 +46,7 @@ class WaitingRequest(NamedTuple):
     tokens_left: int = 1
     may_refuse: bool = False
     most_blocks: int = 0
+    in_one_step: bool = False
 
 
 class PrefixHit(NamedTuple):
@@ -261,6 +263,8 @@ class Decision:
         fetch: Parked requests to fetch into the pool.
         admit: Waiting requests to start.
         prefill_tokens: Most prompt tokens to compute in this step.
+        has_whole_prompt: Whether the first of those to start must be given all its tokens, whatever limit a single
+            prompt has in a step.
         refuse: Requests not to be served.
         overtaken: Requests at the head of a line that others just overtook.
         made_room: Whether requests are parked to make room for another.
@@ -274,6 +278,7 @@ class Decision:
     fetch: tuple[str, ...] = ()
     admit: tuple[Admission, ...] = ()
     prefill_tokens: int = 0
+    has_whole_prompt: bool = False
     refuse: tuple[Refusal, ...] = ()
     overtaken: tuple[str, ...] = ()
     made_room: bool = False

@@ -17,6 +17,9 @@ from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
 
 View = TypeVar("View", WaitingRequest, ParkedRequest)
 
+MOST_FAILURES = 3
+"""So many times a request's KV may be lost to failed copies before it makes a token; then it is ended with an error."""
+
 LATE_SHARE = 8
 """One in so many of a queue's head is kept for requests that are late already, so that they are seen at all."""
 
@@ -125,6 +128,7 @@ class TrackedRequest:
         max_tokens: Output tokens that it may make.
         rank: vLLM's request priority under ``--scheduling-policy priority``, else 0. Lower goes first.
         can_layer: Whether it may be parked and fetched.
+        in_one_step: Whether its prompt must not be computed in chunks.
         outgrows_pool: Whether it may become larger than the pool.
         first_token_s: When its first token came out; None before.
         admitted_s: When it was first given compute; None before.
@@ -133,6 +137,8 @@ class TrackedRequest:
         middle_tokens: and middle quantile (for memory).
         prefill_cost_s: Seconds of its prefill by the profile, not corrected online, as of when it last had no KV.
         predict_again_at: Output tokens at which the prediction is made anew.
+        num_failures: How often its KV was lost to a failed copy since it last made a token,
+        failed_at: and how many output tokens it had then.
         said: The last thing said of it in the decision log: the same is not said twice.
         tpot_s: Its class's TPOT objective,
         weight: weight,
@@ -144,6 +150,7 @@ class TrackedRequest:
     max_tokens: int = 1
     rank: int = 0
     can_layer: bool = True
+    in_one_step: bool = False
     outgrows_pool: bool = False
     first_token_s: float | None = None
     admitted_s: float | None = None
@@ -152,6 +159,8 @@ class TrackedRequest:
     middle_tokens: int = 1
     prefill_cost_s: float = 0.0
     predict_again_at: int = 0
+    num_failures: int = 0
+    failed_at: int = 0
     said: Event | Reason | None = None
     tpot_s: float = field(init=False)
     weight: float = field(init=False)
@@ -165,6 +174,12 @@ class TrackedRequest:
     def ttft_deadline_s(self) -> float:
         """When the first token is due."""
         return self.arrival_s + self.slo.ttft_s
+
+    def copy_failed(self, num_output_tokens: int) -> bool:
+        """Its KV is lost to a failed copy; whether it has been often enough for one that gets no further."""
+        self.num_failures = self.num_failures + 1 if num_output_tokens <= self.failed_at else 1
+        self.failed_at = num_output_tokens
+        return self.num_failures >= MOST_FAILURES
 
     def next_token_deadline_s(self, num_output_tokens: int, now_s: float) -> float:
         """When token ``num_output_tokens + 1`` is due so that the average keeps the TPOT objective.

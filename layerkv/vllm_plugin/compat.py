@@ -103,6 +103,8 @@ _SURFACES: tuple[Surface, ...] = (
     Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.bind_kv_cache_manager"),
     Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.get_mem_pool_context"),
     Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.has_connector_metadata"),
+    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.build_connector_worker_meta"),
+    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorWorkerMetadata.aggregate", ("other",)),
     Surface("vllm.distributed.kv_transfer.kv_connector.v1.metrics", "KVConnectorPromMetrics"),
     Surface("vllm.v1.worker.gpu_worker", "Worker.get_kv_cache_spec"),
     Surface("vllm.v1.worker.gpu_worker", "Worker.execute_model", ("scheduler_output",)),

@@ -27,7 +27,8 @@ from layerkv.core.transfer import StepPlan
 from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.compat import require_compatible
 from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
-from layerkv.vllm_plugin.connector_worker import WorkerSide
+from layerkv.vllm_plugin.connector_worker import WorkerSide, make_worker_side
+from layerkv.vllm_plugin.failed_copies import FailedCopies
 from layerkv.vllm_plugin.our_classes import is_our_scheduler
 from layerkv.vllm_plugin.prom import LayerKVPromMetrics, LayerKVStats
 from layerkv.vllm_plugin.setup import engine_config, setup_of
@@ -91,7 +92,7 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
                 and resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1] == setup.geometry.block_tokens,
             )
         else:
-            self.worker_side = WorkerSide(vllm_config, setup, kv_cache_config)
+            self.worker_side = make_worker_side(vllm_config, setup, kv_cache_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -146,6 +147,10 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return set() if self.worker_side is None else self.worker_side.take_failed_blocks()
+
+    def build_connector_worker_meta(self) -> FailedCopies | None:
+        """Copies that failed and are no loads of vLLM's; the scheduler looks at it with the step's output."""
+        return None if self.worker_side is None else self.worker_side.take_failed_copies()
 
     def shutdown(self) -> None:
         if self.worker_side is not None:

@@ -6,6 +6,7 @@ Beside the scheduler; changes vLLM's queues and the ledger between steps only.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -14,8 +15,12 @@ from vllm.v1.request import Request, RequestStatus
 from layerkv.core.residency import Residency
 from layerkv.core.suspects import StepsInFlight, Table, follow
 from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.tracker import MOST_FAILURES
+from layerkv.vllm_plugin.failed_copies import FailedCopies
 
 if TYPE_CHECKING:
+    from vllm.v1.outputs import KVConnectorOutput
+
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
     from layerkv.vllm_plugin.scheduler import LayerKVSchedulerMixin
 
@@ -54,9 +59,63 @@ class Recovery:
                 for request_id in failed:
                     self._start_over(s.requests[request_id])  # vLLM would try at once, before everybody who waits
 
-    # Loads that failed ---------------------------------------------------------------------------------------
+    # Copies that failed --------------------------------------------------------------------------------------
 
-    def distrust(self, invalid_block_ids: set[int]) -> None:
+    def copies_failed(self, received: KVConnectorOutput) -> None:
+        """Before vLLM processes a step's output: those whose KV copies of it, or of earlier ones, lost start over."""
+        s = self._scheduler
+        failed = received.kv_connector_worker_meta
+        if not received.invalid_block_ids and not isinstance(failed, FailedCopies):
+            return
+        with s._giving_up_for(Reason.LOAD_FAILED):
+            if invalid := received.invalid_block_ids:
+                tables = [self._table(request) for request in (*s.running, *s.kv_holding_waiting)]
+                readers = [table.request_id for table in tables if not invalid.isdisjoint(table.block_ids)]
+                self._distrust(invalid)
+                self._end_hopeless(readers)
+            if isinstance(failed, FailedCopies):
+                self._end_hopeless(self._start_holders_over(failed))
+
+    def _start_holders_over(self, failed: FailedCopies) -> list[str]:
+        """Start requests over whose copies in host memory are not what they should be; which lost KV by it."""
+        s, ledger, now_s = self._scheduler, self._ledger, time.monotonic()
+        ledger.forget_prefixes()
+        computed_wrong = set(ledger.holders(failed.unloaded))
+        lost: list[str] = []
+        for request_id in ledger.holders(failed.unstored | failed.unloaded):
+            request: Request = s.requests[request_id]
+            match ledger.residency[request_id]:
+                case Residency.RESIDENT:
+                    ledger.drop_ahead(request_id)
+                    s._controller.dropped_ahead(request_id)
+                case Residency.LAYERED:
+                    s.running.remove(request)
+                    s._preempt_request(request, now_s, drop_stale_output=True)
+                    lost.append(request_id)
+                case Residency.PARKED:
+                    if request_id in computed_wrong:  # by the step scheduled ahead of this output
+                        request.drop_stale_output = True
+                    ledger.drop(request_id)
+                    s._recomputes(request)
+                    lost.append(request_id)
+                case _:  # its fetch comes after the store and fails with it, or has the KV from the device's own cache
+                    pass
+        return lost
+
+    def _end_hopeless(self, request_ids: Iterable[str]) -> None:
+        """End those that lose their KV again and again and get no further."""
+        s = self._scheduler
+        for request_id in request_ids:
+            request = s.requests.get(request_id)
+            if request is not None and s._controller.copy_failed(request_id, request.num_output_tokens):
+                s._refuse(
+                    request_id,
+                    f"its KV was lost to a failed copy between device and host memory {MOST_FAILURES} times before it "
+                    "made another token; the worker's log says why the copies failed",
+                    Reason.COPIES_FAIL,
+                )
+
+    def _distrust(self, invalid_block_ids: set[int]) -> None:
         """Start everybody over who holds or held blocks that could not be loaded, or what was computed from them.
 
         Before vLLM processes the step's output: nothing of it is delivered that was computed from them. vLLM's own

@@ -35,6 +35,7 @@ from layerkv.units import format_bytes
 from layerkv.vllm_plugin.connector import LayerKVConnector
 from layerkv.vllm_plugin.recovery import Recovery
 from layerkv.vllm_plugin.reload import follow_policy
+from layerkv.vllm_plugin.seeded import cannot_cut_seeded, is_seeded
 from layerkv.vllm_plugin.snapshot import EngineReader
 from layerkv.vllm_plugin.spec import LayerKVManager
 from layerkv.vllm_plugin.support import require_heard
@@ -104,6 +105,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if path is not None and rank > 0:
             path = f"{path}.rank{rank}"  # each engine writes a log of its own
         self._log = DecisionLog(path, on_error=logger.error) if path is not None else None
+        self._cannot_cut_seeded = cannot_cut_seeded(self.vllm_config)
         self._refused: dict[str, str] = {}
         self._no_first_token: set[str] = set()
         self._gives_up_for = Reason.PREEMPTED  # why KV is given up just now; vLLM's own preemptions say nothing
@@ -159,9 +161,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """Note first tokens and step times, and send refusals out with the step's outputs."""
         received = model_runner_output.kv_connector_output
-        if self._is_active and received is not None and received.invalid_block_ids:
-            with self._giving_up_for(Reason.LOAD_FAILED):
-                self._recovery.distrust(received.invalid_block_ids)
+        if self._is_active and received is not None:
+            self._recovery.copies_failed(received)
         waited_s = self._waited_s(received)  # before vLLM adds the scheduler's own figures to it
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self._is_active:
@@ -331,6 +332,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         spare = 1 if decision.fetch else 0
         budget = snapshot.decode_tokens + decision.prefill_tokens + spare
         self.max_num_scheduled_tokens = min(self.max_num_scheduled_tokens, max(budget, 1))
+        if decision.has_whole_prompt:
+            self.scheduler_config.long_prefill_token_threshold = 0
         prefilling = [request for request in self.running if request.is_prefill_chunk]
         if prefilling:
             decoding = [request for request in self.running if not request.is_prefill_chunk]
@@ -454,6 +457,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             rank=request.priority if self.policy is SchedulingPolicy.PRIORITY else 0,
             # vLLM does not load external KV for these, or keeps their KV between turns
             can_layer=not request.skip_reading_prefix_cache and not request.resumable,
+            in_one_step=self._cannot_cut_seeded and is_seeded(request.sampling_params),
         )
         self._keep_from_pool(request)
         self._no_first_token.add(request.request_id)

@@ -104,7 +104,7 @@ def require_room_for_one(
 
     Raises:
         ConfigError: a request of ``max_model_len`` tokens fits neither into the pool nor, with ``long_contexts``, into
-            lane zone and host memory.
+            lane zone and host memory, or would not run there.
     """
     pool_tokens = (geometry.pool_blocks - 1) * geometry.block_tokens  # vLLM keeps one block as its null block
     zone_tokens = geometry.zone_blocks * geometry.block_tokens
@@ -121,6 +121,11 @@ def require_room_for_one(
         raise ConfigError(
             f"{found}; set {less}, or a smaller zone_tokens; or set long_contexts to true in kv_connector_extra_config "
             "to serve requests that are longer than the pool from host memory, slowly"
+        )
+    if config.mode == "resident":
+        raise ConfigError(
+            f"{found}, and mode: resident runs nothing in the zone, where a request that is longer than the pool must "
+            f"run; set mode to auto, or {less}"
         )
     if zone_tokens < max_model_len:
         raise ConfigError(
