@@ -129,7 +129,6 @@ class Recovery:
         for request in [s.requests[request_id] for request_id in affected if request_id in s.requests]:
             if request.status is RequestStatus.RUNNING:
                 s.running.remove(request)
-                s.prev_step_scheduled_req_ids.discard(request.request_id)  # as in a reset: it may resume at once
                 s._preempt_request(request, now_s, drop_stale_output=True)
             elif not request.is_finished():
                 self._give_up(request)
@@ -147,8 +146,7 @@ class Recovery:
             self._ledger.drop(request_id)
             s._recomputes(request)
         elif request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
-            request.num_computed_tokens = 0  # vLLM keeps nothing of it, and `processed` sees it arrive
-            s.failed_recving_kv_req_ids.add(request_id)
+            s.failed_recving_kv_req_ids.add(request_id)  # `processed` sees it arrive
 
     def _table(self, request: Request) -> Table:
         return Table(request.request_id, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)[0])

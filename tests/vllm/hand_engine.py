@@ -146,11 +146,11 @@ class HandEngine:
         fetch = tuple(request_id for request_id in decision.fetch if request_id not in self.held)
         running = {request.request_id for request in self.scheduler.running}
         forced = {name: tuple(r for r in more if r in running) for name, more in forced.items()}
-        moves = {name: (*getattr(decision, name), *more) for name, more in forced.items()}
-        for name in moves.keys() & {"park", "recompute"}:  # once each, whatever the policy wants
-            other = {"park": "recompute", "recompute": "park"}[name]
-            moves[other] = tuple(r for r in getattr(decision, other) if r not in forced[name])
-            moves[name] = tuple(dict.fromkeys(moves[name]))
+        taken = {request_id for more in forced.values() for request_id in more}
+        moves = {
+            name: (*(r for r in getattr(decision, name) if r not in taken), *forced.get(name, ()))
+            for name in ("park", "recompute", "store_ahead")
+        }
         return snapshot, replace(decision, admit=admit, fetch=fetch, **moves)
 
     def _layered_room(self, name: str) -> tuple[int, int]:

@@ -159,6 +159,26 @@ def test_a_fetch_into_blocks_beside_failed_ones_is_given_up(tiny_model: Path, ah
     engine.run()
 
 
+def test_a_fetch_beside_what_was_computed_from_failed_blocks_is_given_up(tiny_model: Path) -> None:
+    """It finds the beginning of its prompt in good blocks, which another one brought back, and the rest in bad ones."""
+    more = [*range(300, 340)]
+    parked = [("brings", [*PREFIX, 1, 2]), ("follows", [*PREFIX, *more, 3])]
+    engine = with_host_prefix(tiny_model, ahead=True, others=parked)
+    engine.held.remove("brings")
+    engine.schedule()
+    assert engine.residency("brings") is Residency.FETCHING
+    engine.add("loads", [*PREFIX, *more])
+    fail_load_of(engine, "loads")
+    engine.process()
+    loaded = engine.scheduler.kv_cache_manager.get_block_ids("loads")[0][: len(PREFIX) // BLOCK_TOKENS]
+    engine.scheduler.kv_cache_manager.evict_blocks(set(loaded))  # so that those of "brings" are found
+    engine.held.clear()
+    engine.schedule()
+    assert engine.residency("follows") is Residency.FETCHING
+    assert set(loaded).isdisjoint(engine.scheduler.kv_cache_manager.get_block_ids("follows")[0])
+    engine.run()
+
+
 def test_a_fetch_that_fails_is_computed_again_by_its_turn(tiny_model: Path, ahead: bool) -> None:
     engine = with_host_prefix(tiny_model, ahead=ahead, others=[("parked", [*range(70)])])
     engine.held.clear()
