@@ -363,7 +363,11 @@ class Controller:
         self._most_are_late = None
 
     def set_policy(self, policy: SloPolicy) -> None:
-        """New objectives, for requests that come from now on; those here keep the ones they came under."""
+        """New objectives, for requests that come from now on; those here keep the ones they came under.
+
+        What a policy says beside its classes (its switches) holds for all at once, but who waits or is parked keeps
+        its place in line.
+        """
         if policy.length_prediction != self.policy.length_prediction:
             self.lengths = QuantileLengths() if policy.length_prediction == "quantile" else MaxTokens()
         self.policy = policy
