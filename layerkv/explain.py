@@ -22,7 +22,7 @@ SENTENCES = {
     Reason.FITS: "the pool had room for all of it",
     Reason.POOL_CONTENDED: "the pool had no room, or others stood in line for it, so it went through the lane zone",
     Reason.HOST_FULL_RESIDENT: "host memory was too full to run it layered, so it went into the pool",
-    Reason.ITS_TURN: "pool blocks for it were free and nobody stood before it",
+    Reason.ITS_TURN: "pool blocks for it were free",
     Reason.NO_TOKENS_LEFT: "the step's prefill budget was spent on prompts before it, or decodes had no time to spare",
     Reason.NO_SLOT: "max_num_seqs requests were running",
     Reason.POOL_FULL: "it can only go on in the pool, and the pool had no room for it",

@@ -156,6 +156,13 @@ class _Seen(NamedTuple):
     tightest_tpot_s: float
 
 
+def _may_start(engine: EngineState, seen: _Seen) -> bool:
+    """Whether a waiting prompt could start at all: there are tokens for it, and a slot, or somebody may leave one."""
+    has_tokens = seen.prefilling_tokens + engine.held_tokens + seen.num_decodes < engine.budget_tokens
+    somebody_leaves = any(r.prefill_done for r in seen.layered) or seen.growth_blocks > engine.free_blocks
+    return has_tokens and (engine.free_slots > 0 or somebody_leaves)
+
+
 class Controller:
     """See the module. One per engine; not thread-safe."""
 
@@ -393,7 +400,11 @@ class Controller:
         self._most_are_late = None
 
     def set_policy(self, policy: SloPolicy) -> None:
-        """New objectives, for requests that come from now on; those here keep the ones they came under."""
+        """New objectives, for requests that come from now on; those here keep the ones they came under.
+
+        What a policy says beside its classes (its switches) holds for all at once, but who waits or is parked keeps
+        its place in line.
+        """
         if policy.length_prediction != self.policy.length_prediction:
             self.lengths = QuantileLengths() if policy.length_prediction == "quantile" else MaxTokens()
         self.policy = policy
@@ -416,7 +427,7 @@ class Controller:
             now_s: Current time.
             is_startable: Whether the engine could start a waiting request now.
             is_fetchable: Whether it could resume a parked one.
-            hits: Looks up prefix-cache hits of the first waiting requests.
+            hits: Looks up prefix-cache hits of the first waiting requests. Not asked while none of them could start.
         """
         snapshot = self.snapshot(engine, now_s, is_startable, is_fetchable, hits)
         decision = decide(snapshot, self._limits)
@@ -432,7 +443,11 @@ class Controller:
         is_fetchable: Callable[[ParkedRequest], bool] | None = None,
         hits: Callable[[Sequence[WaitingRequest]], Mapping[str, PrefixHit]] | None = None,
     ) -> Snapshot:
-        """The engine before a step, as the policy sees it. Changes nothing but predictions."""
+        """The engine before a step, as the policy sees it; arguments as for :meth:`decide`.
+
+        Renews predictions of lengths that are due, and remembers for later calls how long a bare step takes now and
+        whether most requests that decode are late.
+        """
         shape, policy = self.shape, self.policy
         waiting = [] if engine.is_paused else self.waiting.head(self._limits.scan, now_s, is_startable)
         seen = self._look(engine, now_s)
@@ -479,7 +494,7 @@ class Controller:
             parked=self.parked.head(self._limits.scan_parked, now_s, is_fetchable),
             resident=seen.resident,
             layered=seen.layered,
-            hits=hits(waiting) if hits is not None and waiting else {},
+            hits=hits(waiting) if hits is not None and waiting and _may_start(engine, seen) else {},
             overtaken=self._overtaken,
         )
 

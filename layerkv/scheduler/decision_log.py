@@ -1,6 +1,7 @@
 """The decision log: one JSON line for each change in what happens to a request, for ``layerkv explain``.
 
-The first line is a header. Lines are buffered and written about once per second. Writing must never disturb the
+The first line is a header. Lines are buffered and written about once per second while the engine steps; what it
+wrote last before it fell idle stays in the buffer until its next step. Writing must never disturb the
 scheduler: what the disk refuses ends the log, with one message.
 """
 
@@ -46,7 +47,11 @@ class DecisionLog:
             raise _unwritable(self._path, error) from None
 
     def write(self, entries: Iterable[LogEntry], now_s: float | None = None) -> None:
-        """Append entries; they reach the disk within a second of ``now_s``, or at once without it."""
+        """Append entries, if there are any.
+
+        What is buffered reaches the disk with the first call a second or more after the last time, or at once without
+        ``now_s``.
+        """
         if self._file is None:
             return
         try:

@@ -20,7 +20,7 @@ class Reason(StrEnum):
     HOST_FULL_RESIDENT = "host_full_resident"
     """Admitted to the pool although others stand in line: host memory is too full to run it layered."""
     ITS_TURN = "its_turn"
-    """Fetched: pool blocks for it are free and nobody stands before it."""
+    """Fetched: pool blocks for it are free, and whoever stands before it may be passed."""
     # it waits
     NO_TOKENS_LEFT = "no_tokens_left"
     """The step's prefill budget is spent: decodes need the rest, or prompts before it took it."""
@@ -119,8 +119,9 @@ class LogEntry(NamedTuple):
         request_id: The request.
         event: What happened.
         reason: Why, if there was a choice.
-        facts: Figures behind it, such as ``{"slo_class": "chat", "ttft_s": 0.5, "prompt_tokens": 900}`` on arrival,
-            ``{"late_by_s": 0.2}`` with a first token, ``{"free_blocks": 3, "need_blocks": 40}`` with a wait.
+        facts: Figures behind it. On arrival ``slo_class``, ``ttft_s``, ``tpot_s``, ``prompt_tokens``; with a wait
+            ``free_blocks``, ``free_zone_blocks``, ``free_host_blocks``, ``prefill_tokens`` of the step; with the first
+            token ``ttft_s``, ``on_time``; at the end ``output_tokens``, ``aborted``; with a refusal its ``text``.
     """
 
     time_s: float

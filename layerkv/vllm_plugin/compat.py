@@ -52,6 +52,7 @@ _SURFACES: tuple[Surface, ...] = (
         "vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.cache_blocks", ("request", "num_tokens")
     ),
     Surface("vllm.v1.core.block_pool", "BlockPool.free_blocks", ("ordered_blocks",)),
+    Surface("vllm.v1.core.block_pool", "BlockPool.get_cached_block", ("block_hash", "kv_cache_group_ids")),
     Surface("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.remove"),
     Surface("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_block_ids", ("request_id",)),
     Surface("vllm.v1.core.kv_cache_manager", "KVCacheManager.prefix_cache_lookup_enabled", ("request",)),

@@ -102,12 +102,17 @@ class SchedulerSide:
                 num_blocks = -(-self._requests[request_id].num_tokens // self.geometry.block_tokens)
                 self.ledger.zone.raise_reservation(request_id, num_blocks - len(block_ids))
 
-    def num_prefix_blocks(self, request_id: str, num_local_blocks: int) -> int:
-        """Blocks that a waiting request would load from host memory, after those that the device has."""
+    def num_prefix_blocks(self, request_id: str, num_local_blocks: int, *, most: int | None = None) -> int:
+        """Blocks that a waiting request would load from host memory, after those that the device has.
+
+        With ``most``, no further ones are looked for.
+        """
         request = self._requests[request_id]
         if request.skip_reading_prefix_cache:  # vLLM would ignore them
             return 0
         last = (request.num_tokens - 1) // self.geometry.block_tokens  # of one token at least, KV is computed
+        if most is not None:
+            last = min(last, num_local_blocks + most)
         return self.ledger.num_prefix_blocks(request_id, self._hashes(request), range(num_local_blocks, last))
 
     def fetched(self, request_id: str) -> None:

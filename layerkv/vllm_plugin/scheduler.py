@@ -277,7 +277,11 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     def _schedule_decided(self, now_s: float, throttle_prefills: bool) -> SchedulerOutput:  # noqa: FBT001
         reader = self._reader
         snapshot, decision = self._controller.decide(
-            reader.state(), now_s, is_startable=reader.is_startable, is_fetchable=reader.is_fetchable, hits=reader.hits
+            reader.state(),
+            now_s,
+            is_startable=reader.is_startable,
+            is_fetchable=reader.is_fetchable,
+            hits=reader.prefix_hits.of,
         )
         for refusal in decision.refuse:
             self._refuse(refusal.request_id, refusal.text, refusal.reason)
@@ -438,6 +442,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                     metrics.observe("layerkv_admission_wait_seconds", waited_s)
                 continue
             metrics.add("layerkv_declined", 1)
+            self._reader.prefix_hits.forget(admission.request_id)
             if self._ledger.is_layered(admission.request_id):
                 self._ledger.cancel_layered(admission.request_id)
 

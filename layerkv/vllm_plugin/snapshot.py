@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.interface import PauseState
@@ -12,18 +12,15 @@ from layerkv.core.cost import StepWork, chunk_pairs
 from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.scheduler.controller import EngineState, Running
-from layerkv.scheduler.snapshot import ParkedRequest, PrefixHit, WaitingRequest
+from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
+from layerkv.vllm_plugin.prefix_hits import PrefixHits
 
 if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
     from layerkv.vllm_plugin.scheduler import LayerKVSchedulerMixin
     from layerkv.vllm_plugin.spec import LayerKVManager
-
-HIT_LOOKUPS = 4
-"""Waiting prompts whose prefix-cache hits are looked up per step: a lookup costs time for every block it finds."""
 
 
 class EngineReader:
@@ -35,6 +32,7 @@ class EngineReader:
         self._ledger = side.ledger
         self._geometry = side.geometry
         self._manager = manager
+        self.prefix_hits = PrefixHits(scheduler, side)
         self._active_loras: set[int] | None = None
 
     def is_quiet(self) -> bool:
@@ -103,26 +101,6 @@ class EngineReader:
         """Its last token has been delivered; before that vLLM would not resume it."""
         request: Request = self._scheduler.requests[view.request_id]
         return request.num_stale_output_tokens == 0 and not self._lacks_lora(request)
-
-    def hits(self, waiting: Sequence[WaitingRequest]) -> dict[str, PrefixHit]:
-        """What the prefix cache holds of the first waiting prompts."""
-        s = self._scheduler
-        manager = s.kv_cache_manager
-        if not manager.enable_caching:
-            return {}
-        hits: dict[str, PrefixHit] = {}
-        for view in waiting[:HIT_LOOKUPS]:
-            request_id = view.request_id
-            request = s.requests[request_id]
-            found: Sequence[KVCacheBlock] = ()
-            if manager.prefix_cache_lookup_enabled(request):
-                # not `get_computed_blocks`: it publishes the blocks of a request that asks for that, at each look
-                found = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)[0][0]
-            num_on_host = self._side.num_prefix_blocks(request_id, len(found))
-            if found or num_on_host:
-                num_evictable = sum(block.ref_cnt == 0 for block in found)
-                hits[request_id] = PrefixHit(len(found), num_evictable, num_on_host)
-        return hits
 
     def _running(self) -> Iterator[Running]:
         ledger, req_to_blocks = self._ledger, self._manager.req_to_blocks

@@ -22,6 +22,7 @@ from unittest import mock
 import numpy as np
 
 from layerkv.core.residency import Residency
+from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import Admission
 from tests.vllm.checked_model import CheckedWorker, answer, truth
 
@@ -151,7 +152,8 @@ class HandEngine:
             name: (*(r for r in getattr(decision, name) if r not in taken), *forced.get(name, ()))
             for name in ("park", "recompute", "store_ahead")
         }
-        return snapshot, replace(decision, admit=admit, fetch=fetch, **moves)
+        reasons = {**dict.fromkeys(taken, Reason.MAKES_ROOM), **decision.reasons}
+        return snapshot, replace(decision, admit=admit, fetch=fetch, reasons=reasons, **moves)
 
     def _layered_room(self, name: str) -> tuple[int, int]:
         """Blocks in the zone and in host memory for a whole prompt."""
@@ -261,6 +263,7 @@ def _configs(
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
+    from layerkv.vllm_plugin.host_memory import WorkerMemory
     from layerkv.vllm_plugin.spec import LayerKVSpec
     from tests.vllm.engines_in_turn import flag
 
@@ -278,4 +281,4 @@ def _configs(
         **{**defaults, **engine_args},
     ).create_engine_config()
     config.cache_config.num_gpu_blocks = num_blocks = pool_blocks + 1 + ZONE_BLOCKS  # with vLLM's null block
-    return config, KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(layers, LayerKVSpec.of(full))])
+    return config, KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(layers, LayerKVSpec.of(full, WorkerMemory.here()))])

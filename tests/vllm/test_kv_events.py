@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from layerkv.core.host_tier import HostTier
+from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.snapshot import Decision
 from tests.vllm.engines_in_turn import flag, prompt
 
 pytestmark = pytest.mark.vllm
@@ -125,6 +127,9 @@ class Driver:
     def add(self, name: str, tokens: list[int], max_tokens: int = 2, **extra_args: Any) -> None:
         self.scheduler.add_request(self.request(name, tokens, max_tokens, **extra_args))
 
+    def park(self, name: str) -> None:
+        self.scheduler._park(Decision(park=(name,), reasons={name: Reason.MAKES_ROOM}), 0.0)
+
     def step(self) -> Any:
         """One step; what vLLM's scheduler scheduled."""
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
@@ -168,11 +173,12 @@ def configs(model: Path, pool_blocks: int, host_blocks: int, *, publishes: bool)
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     from layerkv.core.geometry import geometry_for_memory
+    from layerkv.vllm_plugin.host_memory import WorkerMemory
     from layerkv.vllm_plugin.setup import engine_config, geometry_request
     from layerkv.vllm_plugin.spec import LayerKVSpec
 
     full = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=2, head_size=64, dtype=torch.float32)
-    spec = LayerKVSpec.of(full)
+    spec = LayerKVSpec.of(full, WorkerMemory.here())
     block_bytes = spec.page_size_bytes * NUM_LAYERS
     config = EngineArgs(
         model=str(model),
@@ -222,7 +228,7 @@ def test_routers_know_after_every_step_what_host_memory_caches_and_by_which_hash
             driver.step()
         running = driver.scheduler.running
         if turn % 3 == 0 and running and driver.ledger.can_park(-(-running[-1].num_tokens // BLOCK_TOKENS)):
-            driver.scheduler._park([running[-1].request_id], 0.0)
+            driver.park(running[-1].request_id)
     driver.run()
     assert driver.ledger.counters.parks > 3
     assert driver.ledger.counters.prefix_hit_blocks > 0
@@ -362,7 +368,7 @@ def test_a_reset_that_fails_forgets_nothing_in_host_memory_unless_asked_to(tiny_
     driver.step()
     assert not driver.scheduler.reset_prefix_cache()
     assert driver.tier.num_cached == 4
-    driver.scheduler._park(["running"], 0.0)
+    driver.park("running")
     assert not driver.scheduler.reset_prefix_cache()
     assert driver.tier.num_cached == 4
     assert not driver.scheduler.reset_prefix_cache(reset_connector=True)
@@ -383,12 +389,12 @@ def test_hits_of_waiting_prompts_are_known_with_events_on_and_looking_publishes_
     reader, manager = driver.scheduler._reader, driver.scheduler.kv_cache_manager
     manager.take_events()
     [view] = driver.scheduler._controller.waiting.views
-    hits = reader.hits([view])
+    hits = reader.prefix_hits.of([view])
     assert hits["waiting"].num_blocks == 4
     assert manager.take_events() == []
     for block in manager.block_pool.blocks:  # what is not on the device is in host memory
         manager.evict_blocks({block.block_id})
-    hits = reader.hits([view])
+    hits = reader.prefix_hits.of([view])
     assert (hits["waiting"].num_blocks, hits["waiting"].num_host_blocks) == (0, 4)
 
 
@@ -403,7 +409,7 @@ def test_prompts_loaded_from_host_memory_are_hits_for_vllms_metrics_and_fetches_
     prefill = request.prefill_stats
     driver.step()
     assert (prefill.num_cached_tokens, prefill.num_external_cached_tokens) == (64, 64), "cached_tokens in the usage"
-    driver.scheduler._park(["again"], 0.0)
+    driver.park("again")
     driver.run()
     assert driver.ledger.counters.fetches == 1
     assert driver.hits == {"all": 64, CacheHitSource.HOST: 64}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from layerkv.core.cost import StepWork
 from layerkv.scheduler.controller import EXCHANGE_STEPS, Controller, EngineShape, EngineState, Running
 from layerkv.scheduler.lengths import MIN_SAMPLES, UNKNOWN_TOKENS, MaxTokens, QuantileLengths
 from layerkv.scheduler.reasons import End, Event, LogEntry, Reason
+from layerkv.scheduler.snapshot import PrefixHit, WaitingRequest
 from tests.fakes.tiny_scheduler import BLOCK_BYTES, BLOCK_TOKENS, policy, profile
 
 CHAT = SloClass(name="chat", ttft_s=1.0, tpot_s=0.05)
@@ -279,6 +281,36 @@ def test_a_paused_engine_starts_nobody() -> None:
     arrive(c, "a")
     assert c.decide(engine(is_paused=True), 10.0)[1].admit == ()
     assert len(c.decide(engine(), 10.0)[1].admit) == 1
+
+
+def test_prefix_hits_are_asked_for_only_while_somebody_could_start() -> None:
+    """Regression: a look-up costs time for every block that it finds, and was made in every step."""
+    c = controller()
+    arrive(c, "a", "b", "z")
+    c.admitted("z", layered=True, reason=Reason.POOL_CONTENDED, step=0, now_s=10.0)
+    asked: list[list[str]] = []
+
+    def hits(waiting: Sequence[WaitingRequest]) -> dict[str, PrefixHit]:
+        asked.append([w.request_id for w in waiting])
+        return {"a": PrefixHit(4)}
+
+    leaving = Running("z", 161, 160, 1, False, 11, num_zone_blocks=11, is_layered=True, num_host_blocks=11)
+    under_way = leaving._replace(num_tokens=160, num_computed=80, num_output=0, is_prefilling=True)
+    for state, is_asked in (
+        (engine(), True),
+        (engine(free_slots=0), False),
+        (engine(leaving, free_slots=0), True),
+        (engine(under_way, free_slots=0), False),
+        (engine(under_way, budget_tokens=81), True),
+        (engine(under_way, budget_tokens=80), False),
+        (engine(held_tokens=2048), False),
+        (engine(is_paused=True), False),
+        (engine(decoding("z", num_tokens=161, num_blocks=10), free_blocks=0, free_slots=0), True),
+    ):
+        asked.clear()
+        snapshot, _ = c.decide(state, 10.0, hits=hits)
+        assert asked == ([["a", "b"]] if is_asked else [])
+        assert snapshot.hits == ({"a": PrefixHit(4)} if is_asked else {})
 
 
 def test_the_engine_may_say_who_cannot_start_or_be_fetched_now() -> None:
