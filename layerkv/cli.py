@@ -5,6 +5,7 @@ Runs in its own process, once. Everything heavy is imported only by the command 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -179,6 +180,13 @@ def _add_suite(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     run.add_argument("--port", type=int, metavar="PORT", help="of the servers; without it, any free one")
     run.add_argument("--trace", type=Path, metavar="FILE", help="a trace in place of the case's own")
+    run.add_argument(
+        "--lmcache-python",
+        type=Path,
+        metavar="PYTHON",
+        help="the Python of an environment with LMCache, for the engine lmcache; without it, and without "
+        "LAYERKV_LMCACHE_PYTHON, that engine is skipped",
+    )
     run.set_defaults(run=_bench_run)
     comparison = benchmarks.add_parser(
         "compare",
@@ -202,8 +210,10 @@ def _add_suite(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def _bench_run(arguments: argparse.Namespace) -> int:
     import signal
 
+    from layerkv.bench.suite.lmcache_peer import PYTHON_VARIABLE, find_lmcache
     from layerkv.bench.suite.run import RunOptions, run_suite
 
+    lmcache_python = arguments.lmcache_python or os.environ.get(PYTHON_VARIABLE)
     # As Ctrl-C: servers have sessions of their own, and would outlive this process.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options = RunOptions(
@@ -215,6 +225,7 @@ def _bench_run(arguments: argparse.Namespace) -> int:
         out_dir=arguments.out,
         port=arguments.port,
         trace_path=arguments.trace,
+        lmcache=find_lmcache(Path(lmcache_python)) if lmcache_python else None,
     )
     return run_suite(arguments.case, options)
 

@@ -18,7 +18,7 @@ import yaml
 from msgspec import Meta
 
 from layerkv.errors import ConfigError
-from layerkv.units import parse_bytes, parse_seconds
+from layerkv.units import format_bytes, parse_bytes, parse_seconds
 
 __all__ = [
     "EXTRA_CONFIG",
@@ -40,6 +40,9 @@ Mode: TypeAlias = Literal["auto", "resident", "layered"]
 OnUnsupported: TypeAlias = Literal["error", "passthrough"]
 Overload: TypeAlias = Literal["queue", "reject"]
 LengthPrediction: TypeAlias = Literal["quantile", "none"]
+
+_LEAST_BARE_BYTES: Final = 1 << 20
+"""A number without a unit below this was meant in another unit than bytes."""
 
 _Keys = TypeVar("_Keys", bound=msgspec.Struct)
 _Number = TypeVar("_Number", int, float)
@@ -118,6 +121,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         if keys.host_memory is not None:
             where = f"{EXTRA_CONFIG}.host_memory"
             host_memory_bytes = _above_zero(parse_bytes, keys.host_memory, where=where, example="8GiB")
+            if isinstance(keys.host_memory, int) and host_memory_bytes < _LEAST_BARE_BYTES:
+                problem = (
+                    f"found {keys.host_memory}, which is {format_bytes(host_memory_bytes)}, less than any block of KV "
+                    "takes; expected a size above zero such as 8GiB"
+                )
+                raise _wrong(where, problem, 'set host_memory to "8GiB", say')
         return cls(
             policy=default_policy() if keys.policy is None else load_policy(keys.policy),
             policy_path=keys.policy,

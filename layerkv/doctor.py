@@ -99,7 +99,7 @@ def _check_vllm(version: str) -> list[Check]:
     if version == "not installed":
         return [_missing("vLLM")]
     from layerkv.vllm_plugin.compat import SUPPORTED_VLLM, check_surfaces, check_version
-    from layerkv.vllm_plugin.support import OUR_WORKERS
+    from layerkv.vllm_plugin.our_classes import OUR_WORKERS
 
     try:
         check_version(version)

@@ -4,7 +4,8 @@
      └─ LayerKVError
          ├─ ConfigError            (also a ValueError) the user's input is wrong; nothing was started
          ├─ CapacityError          no memory right now; transient, must never end a process
-         ├─ TransferError          a copy between device and host failed or was lost
+         ├─ TransferError          a copy between device and host failed: what it should have written is not there
+         │   └─ LostCopyError      it has not ended: nobody knows what it will still read or write, or when
          ├─ BrokerError            the memory broker refused, vanished, or broke its protocol
          └─ IncompatibleVLLMError  this vLLM lacks, or has changed, something layerkv stands on
 
@@ -18,6 +19,7 @@ __all__ = [
     "ConfigError",
     "IncompatibleVLLMError",
     "LayerKVError",
+    "LostCopyError",
     "TransferError",
 ]
 
@@ -35,7 +37,11 @@ class CapacityError(LayerKVError):
 
 
 class TransferError(LayerKVError):
-    """A copy between device and host failed or was lost; the destination must not be read."""
+    """A copy between device and host failed; the destination must not be read."""
+
+
+class LostCopyError(TransferError):
+    """A copy did not end in the time that any takes; it may still read its source and write its destination."""
 
 
 class BrokerError(LayerKVError):

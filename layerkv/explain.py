@@ -16,13 +16,13 @@ from rich.table import Table
 
 from layerkv.errors import LayerKVError
 from layerkv.scheduler.decision_log import read_log
-from layerkv.scheduler.reasons import Event, LogEntry, Reason
+from layerkv.scheduler.reasons import End, Event, LogEntry, Reason
 
 SENTENCES = {
     Reason.FITS: "the pool had room for all of it",
     Reason.POOL_CONTENDED: "the pool had no room, or others stood in line for it, so it went through the lane zone",
     Reason.HOST_FULL_RESIDENT: "host memory was too full to run it layered, so it went into the pool",
-    Reason.ITS_TURN: "pool blocks for it were free and nobody stood before it",
+    Reason.ITS_TURN: "pool blocks for it were free",
     Reason.NO_TOKENS_LEFT: "the step's prefill budget was spent on prompts before it, or decodes had no time to spare",
     Reason.NO_SLOT: "max_num_seqs requests were running",
     Reason.POOL_FULL: "it can only go on in the pool, and the pool had no room for it",
@@ -42,7 +42,11 @@ SENTENCES = {
     Reason.RECOMPUTE_CHEAPER: "computing its KV again costs less than copying it to host memory and back",
     Reason.NO_ROOM_TO_PARK: "the pool was short, and host memory had no room for its KV either",
     Reason.LONGER_THAN_POOL: "it grew longer than the pool, and comes back through the zone",
+    Reason.PREEMPTED: "a running request found no block, and vLLM preempted this one",
+    Reason.CACHE_RESET: "the prefix cache was reset, and running requests were to start over",
+    Reason.LOAD_FAILED: "a load from host memory that it depended on had failed",
     Reason.NEVER_FITS: "it cannot run here at all",
+    Reason.COPIES_FAIL: "copying its KV failed again and again, and it got no further in between",
     Reason.OVERLOAD: "its first token would have come late, and its class asks to be refused then",
 }
 
@@ -58,6 +62,13 @@ ACTIONS = {
     Event.STORED_AHEAD: "its KV began to be copied to host memory in the background, in case it must be parked",
     Event.REFUSED: "refused",
     Event.FINISHED: "finished",
+}
+
+ENDS = {
+    End.FINISHED: "finished",
+    End.LEFT: "ended by a stop string, or by its client hanging up,",
+    End.CUT_OFF: "aborted with all others",
+    End.REFUSED: "refused",
 }
 
 MOST_SHOWN = 20
@@ -167,8 +178,7 @@ def _sentence(entry: LogEntry, until_s: float | None) -> str:
         on_time = {True: ", on time", False: ", late"}.get(facts.get("on_time", ""), "")
         return f"first token after {_seconds(facts.get('ttft_s'))}{on_time}"
     if entry.event is Event.FINISHED:
-        ended = "aborted" if facts.get("aborted") else "finished"
-        return f"{ended} with {facts.get('output_tokens')} output tokens"
+        return f"{ENDS[End(facts.get('end', End.FINISHED))]} with {facts.get('output_tokens')} output tokens"
     if entry.event is Event.REFUSED:
         return f"refused: {facts.get('text') or why}"
     return f"{ACTIONS[entry.event]}{': ' + why if why else ''}"

@@ -38,6 +38,7 @@ class MetricSpec:
 
 
 _DIRECTIONS = ("store", "load")
+COPY_WAIT = "layerkv_copy_wait_seconds"
 
 METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("layerkv_requests", "gauge", "Requests by residency of their KV.", "residency"),
@@ -55,6 +56,7 @@ METRICS: tuple[MetricSpec, ...] = (
         "direction",
         label_values=_DIRECTIONS,
     ),
+    MetricSpec(COPY_WAIT, "counter", "Seconds that steps waited for copies (CPU; all workers)."),
     MetricSpec("layerkv_parks", "counter", "Requests parked: KV in host memory only."),
     MetricSpec("layerkv_fetches", "counter", "Parked requests fetched back into the pool."),
     MetricSpec("layerkv_layered_prefills", "counter", "Prompts admitted through the lane zone."),
@@ -77,7 +79,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "layerkv_prefill_backlog_seconds",
         "gauge",
-        "Predicted prefill before a new request, for classes that are refused under overload.",
+        "Predicted wait of a new request until its prefill begins, for classes refused under overload.",
         "slo_class",
     ),
     MetricSpec("layerkv_ttft_slo_met", "counter", "First tokens on time, by SLO class.", "slo_class"),

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 
 from rich.console import Console
 
 from layerkv.config import SloPolicy, load_policy
 from layerkv.errors import LayerKVError
-from layerkv.runtime import running_engines
+from layerkv.runtime import ring, running_engines
 from layerkv.units import format_seconds
 
 
@@ -28,7 +26,7 @@ def run_check(path: Path, console: Console | None = None) -> int:
 
 
 def run_reload(pid: int | None, console: Console | None = None) -> int:
-    """Have running engines read their policy files again; an invalid file is refused here and nothing is sent.
+    """Have running engines read their policy files again; an invalid file is refused here and nobody is told.
 
     Raises:
         ConfigError: a policy file is wrong.
@@ -45,9 +43,9 @@ def run_reload(pid: int | None, console: Console | None = None) -> int:
         load_policy(engine.policy_path)
     for engine in engines:
         try:
-            os.kill(engine.pid, signal.SIGHUP)
+            ring(engine.announcement)
         except OSError as error:
-            raise LayerKVError(f"engine {engine.pid} cannot be signalled: {error.strerror}") from None
+            raise LayerKVError(f"engine {engine.pid} cannot be told: {error.strerror or error}") from None
         console.print(f"engine {engine.pid}: told to read {engine.policy_path} again", highlight=False, soft_wrap=True)
     return 0
 

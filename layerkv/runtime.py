@@ -2,11 +2,16 @@
 
 ``layerkv policy reload`` finds them here. A file whose process is gone is stale and is removed by whoever reads it;
 process ids are used again, so the file says when its process started.
+
+The file is also a bell: whoever wants the policy read again appends a byte (:func:`ring`), and every process of the
+engine, whatever started it, looks at the size now and then. No process needs to know of the others, or to be able to
+catch a signal.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import stat
@@ -16,20 +21,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+_SILENT_BYTES = 8192
+"""Size of an announcement that was not rung: longer than any path, so that rings can be counted without reading."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunningEngine:
     """An engine that announced itself.
 
     Attributes:
-        pid: Its front-end process, the one to signal.
-        policy_path: The policy file it was started with, absolute.
+        pid: The process that announced it: of a server the first one, which started the others.
+        policy_path: The policy file it was started with: absolute, and otherwise as it was given.
         started_unix_s: When it was announced.
+        announcement: The file, to :func:`ring`.
     """
 
     pid: int
     policy_path: str
     started_unix_s: float
+    announcement: Path
 
 
 def runtime_dir(environment: Mapping[str, str] = os.environ) -> Path:
@@ -38,24 +48,54 @@ def runtime_dir(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(base) / "layerkv" if base else Path(tempfile.gettempdir()) / f"layerkv-{os.getuid()}"
 
 
-def announce(policy_path: str | Path) -> Path | None:
-    """Announce this process until it ends; None where the folder cannot be written (then nobody finds it)."""
+def announce(policy_path: str | Path, num_rings: int = 0) -> Path | None:
+    """Announce this process until it ends; None where the folder cannot be written (then nobody finds it).
+
+    Args:
+        policy_path: The policy file. Links in it are kept: what they point to is what changes.
+        num_rings: How often its bell has rung, if it was announced before.
+    """
     path = runtime_dir() / f"{os.getpid()}.json"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _is_private(path.parent):
             return None
         fields = {
-            "policy_path": str(Path(policy_path).resolve()),
+            "policy_path": os.path.abspath(policy_path),
             "started_unix_s": time.time(),
             "start_ticks": _start_ticks(os.getpid()),
         }
-        path.write_text(json.dumps(fields))
+        text = json.dumps(fields, ensure_ascii=False).encode(errors="surrogateescape")
+        whole = path.with_suffix(".new")  # never seen half written
+        whole.write_bytes(text.ljust(_SILENT_BYTES) + b"\n" * num_rings)
+        whole.replace(path)
     except OSError:
         return None
     pid = os.getpid()
     atexit.register(lambda: path.unlink(missing_ok=True) if os.getpid() == pid else None)  # not in forked children
     return path
+
+
+def ring(announcement: Path) -> None:
+    """Have every process of that engine read its policy again. May be called in a signal handler.
+
+    Raises:
+        OSError: the announcement is gone.
+    """
+    bell = os.open(announcement, os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(bell, b"\n")
+    finally:
+        os.close(bell)
+
+
+def num_rings(announcement: Path) -> int:
+    """How often that bell has rung.
+
+    Raises:
+        OSError: the announcement is gone.
+    """
+    return announcement.stat().st_size - _SILENT_BYTES
 
 
 def running_engines() -> list[RunningEngine]:
@@ -66,30 +106,21 @@ def running_engines() -> list[RunningEngine]:
     for path in sorted(runtime_dir().glob("*.json")):
         try:
             pid = int(path.stem)
-            fields = json.loads(path.read_text())
-            engine = RunningEngine(pid, str(fields["policy_path"]), float(fields["started_unix_s"]))
+            fields = json.loads(path.read_bytes().decode(errors="surrogateescape"))
+            engine = RunningEngine(pid, str(fields["policy_path"]), float(fields["started_unix_s"]), path)
             is_running = _start_ticks(pid) == int(fields["start_ticks"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if is_running:
             found.append(engine)
         else:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
     return sorted(found, key=lambda engine: engine.started_unix_s)
 
 
-def catches_signal(pid: int, signal_number: int) -> bool:
-    """Whether a process has a handler for a signal, which would end it otherwise."""
-    try:
-        lines = Path("/proc", str(pid), "status").read_text(errors="replace").splitlines()
-    except OSError:
-        return False
-    caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")
-    return bool(int(caught.split()[1], 16) >> (signal_number - 1) & 1)
-
-
 def _is_private(folder: Path) -> bool:
-    """Whether the folder is this user's own: in a shared one, others must not choose whom we signal."""
+    """Whether the folder is this user's own: in a shared one, others must not choose whom we tell what."""
     try:
         found = folder.lstat()
     except OSError:

@@ -16,9 +16,11 @@ __all__ = ["format_bytes", "format_seconds", "parse_bytes", "parse_seconds"]
 # Decimal, so that 0.1s is the float 0.1 and 9007199254740993B loses no byte.
 _BYTES_PER_UNIT: Final[Mapping[str, Decimal]] = MappingProxyType(
     {
+        "TiB": Decimal(1024**4),
         "GiB": Decimal(1024**3),
         "MiB": Decimal(1024**2),
         "KiB": Decimal(1024),
+        "TB": Decimal(1000**4),
         "GB": Decimal(1000**3),
         "MB": Decimal(1000**2),
         "KB": Decimal(1000),
@@ -30,7 +32,7 @@ _SECONDS_PER_UNIT: Final[Mapping[str, Decimal]] = MappingProxyType(
 )
 _QUANTITY: Final = re.compile(r"\s*(?P<number>[+-]?(\d+(\.\d*)?|\.\d+))\s*(?P<unit>[^\W\d]*)\s*", re.ASCII)
 
-_BYTES_EXPECTED: Final = "a number of bytes or a size such as 8GiB (units: GiB, MiB, KiB, GB, MB, KB, B)"
+_BYTES_EXPECTED: Final = "a number of bytes or a size such as 8GiB (units: TiB, GiB, MiB, KiB, TB, GB, MB, KB, B)"
 _SECONDS_EXPECTED: Final = "a number of seconds or a duration such as 500ms (units: h, m, s, ms, us)"
 
 
@@ -73,7 +75,7 @@ def parse_seconds(value: str | float) -> float:
 
 def format_bytes(size_bytes: float) -> str:
     """Write a size in the largest binary unit that keeps it at one or more: `8GiB`, `1.5MiB`, `12B`."""
-    for unit in ("GiB", "MiB", "KiB"):
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
         bytes_per_unit = int(_BYTES_PER_UNIT[unit])
         if abs(size_bytes) >= bytes_per_unit:
             return f"{_short(size_bytes / bytes_per_unit)}{unit}"

@@ -22,6 +22,7 @@ from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile, Curve, StepWork
 from layerkv.scheduler.controller import Controller, EngineShape, EngineState, Running
 from layerkv.scheduler.policy import decide
+from layerkv.scheduler.reasons import Reason
 
 WAITING, RUNNING = 1000, 256
 FEW_WAITING, MANY_WAITING = 100, 10_000
@@ -106,11 +107,18 @@ def crowded_controller(num_waiting: int, num_running: int, rng: random.Random) -
             str(index), slo, now_s=arrival_s, arrival_s=arrival_s, num_tokens=rng.randint(100, 4000), max_tokens=500
         )
     for index in range(num_running + PARKED):
-        controller.admitted(str(index), layered=False, step=0, now_s=90.0)
+        controller.admitted(str(index), layered=False, reason=Reason.FITS, step=0, now_s=90.0)
         controller.first_token(str(index), 95.0)
     for index in range(num_running, num_running + PARKED):
         num_tokens = rng.randint(200, 4000)
-        controller.park(str(index), num_computed=num_tokens - 1, num_tokens=num_tokens, num_output=10, now_s=99.0)
+        controller.park(
+            str(index),
+            num_computed=num_tokens - 1,
+            num_tokens=num_tokens,
+            num_output=10,
+            reason=Reason.POOL_SHORT,
+            now_s=99.0,
+        )
     controller.step_done(StepWork(num_decodes=256, decode_context=400_000), 0.03)
     return controller
 

@@ -88,7 +88,7 @@ def _warm_up(engine: LLMEngine, load: LoadSpec) -> None:
         _add_request(engine, ScheduledRequest(f"warm-up-{index}", 0.0, tuple(prompt), WARM_UP_OUTPUT_TOKENS, None))
     while engine.has_unfinished_requests():
         engine.step()
-    engine.reset_prefix_cache()
+    engine.reset_prefix_cache(reset_connector=True)
 
 
 def _add_request(engine: LLMEngine, request: ScheduledRequest) -> str:

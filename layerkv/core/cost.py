@@ -70,6 +70,8 @@ class StepWork(NamedTuple):
         stored_bytes: Bytes stored layer by layer during the step (layered requests).
         loaded_bytes: Bytes loaded layer by layer during the step.
         is_layered: Whether a layered request computes in the step.
+        parked_bytes: Bytes stored that compute waits for: parks, and prefixes of requests that ended.
+        hit_bytes: Bytes of cached prefixes loaded that it waits for.
     """
 
     num_decodes: int = 0
@@ -80,6 +82,8 @@ class StepWork(NamedTuple):
     stored_bytes: int = 0
     loaded_bytes: int = 0
     is_layered: bool = False
+    parked_bytes: int = 0
+    hit_bytes: int = 0
 
 
 def chunk_pairs(chunk_tokens: int, num_computed: int) -> float:

@@ -146,6 +146,32 @@ class GeometryRequest:
         return self.used_lanes + self.retained_layers
 
 
+def require_retained_layers(retained_layers: int, num_layers: int) -> None:
+    """Check what needs no more than the model.
+
+    Raises:
+        ConfigError: no layer is left that shares a lane.
+    """
+    if retained_layers >= num_layers:
+        raise ConfigError(
+            f"kv_connector_extra_config.retained_layers: found {retained_layers}, but the model has "
+            f"{num_layers} layers, of which at least one shares a lane; set retained_layers to less"
+        )
+
+
+def require_zone_tokens(zone_tokens: int, block_tokens: int) -> None:
+    """Check what needs no more than the block size.
+
+    Raises:
+        ConfigError: the zone is smaller than a block.
+    """
+    if zone_tokens < block_tokens:
+        raise ConfigError(
+            f"kv_connector_extra_config.zone_tokens: found {zone_tokens}, but a lane holds at least one "
+            f"block of {block_tokens} tokens; set zone_tokens to {block_tokens} or more"
+        )
+
+
 def geometry_for_blocks(request: GeometryRequest, total_blocks: int) -> KVGeometry:
     """Divide ``total_blocks`` block ids into pool and zone.
 
@@ -154,11 +180,7 @@ def geometry_for_blocks(request: GeometryRequest, total_blocks: int) -> KVGeomet
             ``total_blocks`` is not a multiple of the mapping unit (only a manual override can cause that).
     """
     unit = request.unit_blocks
-    if request.retained_layers >= request.num_layers:
-        raise ConfigError(
-            f"kv_connector_extra_config.retained_layers: found {request.retained_layers}, but the model has "
-            f"{request.num_layers} layers, of which at least one shares a lane; set retained_layers to less"
-        )
+    require_retained_layers(request.retained_layers, request.num_layers)
     if total_blocks % unit:
         raise ConfigError(
             f"num_gpu_blocks_override: found {total_blocks}, but KV memory is mapped in units of {unit} blocks "
@@ -222,11 +244,7 @@ def _zone_blocks(request: GeometryRequest, total_blocks: int) -> int:
     if request.zone_tokens == 0:
         return 0
     if request.zone_tokens is not None:
-        if request.zone_tokens < request.block_tokens:
-            raise ConfigError(
-                f"kv_connector_extra_config.zone_tokens: found {request.zone_tokens}, but a lane holds at least one "
-                f"block of {request.block_tokens} tokens; set zone_tokens to {request.block_tokens} or more"
-            )
+        require_zone_tokens(request.zone_tokens, request.block_tokens)
         return _round_up(_ceil_div(request.zone_tokens, request.block_tokens), unit)
     if (large_zone_blocks := _large_zone_blocks(request, total_blocks)) is not None:
         return large_zone_blocks

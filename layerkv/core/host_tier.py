@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import islice
 
+from layerkv.core.prefix_news import PrefixNews
 from layerkv.core.runs import RunAllocator
 from layerkv.errors import CapacityError
 
@@ -25,12 +26,29 @@ class HostTier:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.news: PrefixNews | None = None
+        """For who wants to know what is cached; None until somebody listens."""
         self._allocator = RunAllocator(0, count)
         self._block_of: dict[Hashable, int] = {}
         self._hash_of: dict[int, Hashable] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._pinned: list[int] = []
         self._retired: list[int] = []  # were forgotten while pinned: free as soon as the plan is made
+
+    def listen(self) -> PrefixNews:
+        """From now on, news are kept of what is cached, beginning with what is cached already.
+
+        A hash object that :meth:`keep` was given comes back in the news: it may say more than that it is equal.
+        """
+        self.news = PrefixNews()
+        for block_hash in self._block_of:
+            self.news.kept(block_hash)
+        return self.news
+
+    def tell_again(self) -> None:
+        """Who listens may have dropped everything, and is told once more."""
+        if self.news is not None:
+            self.news.tell_again(self._block_of)
 
     @property
     def num_free(self) -> int:
@@ -82,6 +100,8 @@ class HostTier:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
             self._pinned.append(block)
+            if self.news is not None:
+                self.news.kept(block_hash)
         self._allocator.give_back(twice)
 
     def known(self, hashes: Iterable[Hashable]) -> list[int | None]:
@@ -120,7 +140,7 @@ class HostTier:
         """Nothing is found any more. What is pinned stays until the plan is made, which may still write it."""
         self._forget(list(self._evictable))
         for block in self._pinned:
-            del self._block_of[self._hash_of.pop(block)]
+            self._unname(block)
         self._retired += self._pinned
         self._pinned.clear()
 
@@ -141,5 +161,11 @@ class HostTier:
     def _forget(self, blocks: Sequence[int]) -> None:
         for block in blocks:
             del self._evictable[block]
-            del self._block_of[self._hash_of.pop(block)]
+            self._unname(block)
         self._allocator.give_back(blocks)
+
+    def _unname(self, block: int) -> None:
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
+        if self.news is not None:
+            self.news.forgotten(block_hash)

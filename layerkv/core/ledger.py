@@ -8,7 +8,7 @@ happens as a whole or raises :class:`CapacityError` and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -170,6 +170,15 @@ class KVLedger:
         for request_id, copy in self._copies.items():
             if self.residency[request_id] is Residency.FETCHING:
                 copy.is_trusted = False
+
+    def holders(self, host_blocks: Set[int]) -> list[str]:
+        """Requests whose copy has any of these host blocks."""
+        return [r for r, copy in self._copies.items() if not host_blocks.isdisjoint(copy.blocks)]
+
+    def drop_ahead(self, request_id: str) -> None:
+        """What was stored ahead of a resident request is of no use; it goes on."""
+        assert self.residency[request_id] is Residency.RESIDENT
+        self._release_host(request_id)
 
     # Each step -----------------------------------------------------------------------------------------------
 
@@ -405,9 +414,13 @@ class KVLedger:
     def is_idle(self) -> bool:
         """Nothing planned, nobody layered and no fetch under way: this step needs no plan."""
         draft = self._draft
-        is_fetching = self.residency.counts[Residency.FETCHING] or self._orphans
         has_copies = draft.parks or draft.hits or draft.ahead or draft.settle or draft.fetches
-        return not (self._layered or has_copies or is_fetching)
+        return not (self._layered or has_copies or self.num_fetching)
+
+    @property
+    def num_fetching(self) -> int:
+        """Fetches under way, those of requests that have left since among them."""
+        return self.residency.counts[Residency.FETCHING] + len(self._orphans)
 
     @property
     def num_host_blocks_used(self) -> int:

@@ -16,7 +16,7 @@ from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import BlockRun
 
 COPY_TIMEOUT_S = 60.0
-"""A copy that takes longer than this is taken for lost."""
+"""A copy that takes longer than this, in a process that runs meanwhile, is taken for lost."""
 
 
 class Direction(StrEnum):
@@ -99,7 +99,9 @@ class TransferEngine(Protocol):
 
         Raises:
             TransferError: the copy failed and compute must not read what it should have written (where the
-                implementation can tell at once; otherwise the event carries the error).
+                implementation can tell at once; otherwise the event carries the error). It has ended, or what is
+                computed from now on comes after its end all the same.
+            LostCopyError: neither is so.
         """
 
     def wait_host(self, event: Event, timeout_s: float) -> bool:
@@ -107,6 +109,9 @@ class TransferEngine(Protocol):
 
     def take_seconds(self) -> dict[Direction, float]:
         """Seconds spent copying, by direction, since the last call."""
+
+    def take_waited_s(self) -> float | None:
+        """Seconds that compute has waited for copies since the last call; None where the device does not tell."""
 
     def close(self) -> None:
         """Finish what is under way and stop. Idempotent."""

@@ -20,8 +20,9 @@ from layerkv.core.transfer import BlockRun
 from layerkv.device.base import COPY_TIMEOUT_S, Direction, Event
 from layerkv.device.host_memory import MmapHostMemory
 from layerkv.device.mmap_arena import MmapArena
+from layerkv.device.patience import wait_patiently
 from layerkv.device.run_table import RunCache, host_stretches
-from layerkv.errors import TransferError
+from layerkv.errors import LostCopyError, TransferError
 
 
 class CopyEvent:
@@ -42,8 +43,8 @@ class CopyEvent:
         self._done.set()
 
     def wait(self, timeout_s: float) -> bool:
-        """Block until it ends; False if the time is up first."""
-        return self._done.wait(timeout_s)
+        """Block until it ends; False if this process has run for so long first."""
+        return wait_patiently(self._done.wait, timeout_s)
 
 
 def _ended() -> CopyEvent:
@@ -119,15 +120,21 @@ class _CopyThread(threading.Thread):
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self.join(COPY_TIMEOUT_S)
+        wait_patiently(self._has_ended, COPY_TIMEOUT_S)
+
+    def _has_ended(self, timeout_s: float) -> bool:
+        self.join(timeout_s)
+        return not self.is_alive()
 
     def _await(self, events: Sequence[Event]) -> None:
         for event in events:
             assert isinstance(event, CopyEvent)
             if not event.wait(COPY_TIMEOUT_S):
-                raise TransferError(f"{self._direction}: the copy it depends on did not end in {COPY_TIMEOUT_S:.0f} s")
+                raise LostCopyError(f"{self._direction}: the copy it depends on did not end in {COPY_TIMEOUT_S:.0f} s")
             if event.error is not None:
-                raise TransferError(f"{self._direction}: the copy it depends on failed: {event.error}") from event.error
+                raise _of_same_kind(event.error)(
+                    f"{self._direction}: the copy it depends on failed: {event.error}"
+                ) from event.error
 
     def _copy(self, layers: Sequence[int], runs: Sequence[BlockRun]) -> None:
         stretches = self._stretches.of(runs)
@@ -147,11 +154,17 @@ def _blocks(layers: torch.Tensor, page_bytes: int) -> list[npt.NDArray[np.void]]
     return [layer[:in_whole_blocks].numpy().view(f"V{page_bytes}") for layer in layers]
 
 
+def _of_same_kind(error: BaseException) -> type[TransferError]:
+    """Whatever depends on a copy that was lost may be overtaken by it still, and is no better."""
+    return LostCopyError if isinstance(error, LostCopyError) else TransferError
+
+
 class CPUTransferEngine:
     """See :class:`layerkv.device.base.TransferEngine`."""
 
     def __init__(self, arena: MmapArena, host: MmapHostMemory) -> None:
         self._threads = {direction: _CopyThread(direction, arena, host) for direction in Direction}
+        self._waited_s = 0.0
 
     def record_compute(self) -> Event:
         return _COMPUTE_DONE
@@ -171,10 +184,14 @@ class CPUTransferEngine:
 
     def wait_compute(self, event: Event) -> None:
         assert isinstance(event, CopyEvent)
-        if not event.wait(COPY_TIMEOUT_S):
-            raise TransferError(f"a copy did not end in {COPY_TIMEOUT_S:.0f} s")
+        if not event.is_done():
+            started = time.perf_counter()
+            event.wait(COPY_TIMEOUT_S)
+            self._waited_s += time.perf_counter() - started
+        if not event.is_done():
+            raise LostCopyError(f"a copy did not end in {COPY_TIMEOUT_S:.0f} s")
         if event.error is not None:
-            raise TransferError(f"a copy failed: {event.error}") from event.error
+            raise _of_same_kind(event.error)(f"a copy failed: {event.error}") from event.error
 
     def wait_host(self, event: Event, timeout_s: float) -> bool:
         assert isinstance(event, CopyEvent)
@@ -182,6 +199,10 @@ class CPUTransferEngine:
 
     def take_seconds(self) -> dict[Direction, float]:
         return {direction: thread.take_seconds() for direction, thread in self._threads.items()}
+
+    def take_waited_s(self) -> float | None:
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return waited_s
 
     def close(self) -> None:
         for thread in self._threads.values():

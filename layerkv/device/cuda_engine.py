@@ -18,6 +18,7 @@ from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import BlockRun
 from layerkv.device.base import COPY_TIMEOUT_S, Arena, Direction, Event
 from layerkv.device.cuda_driver import Addresses, CudaDriver
+from layerkv.device.patience import Patience
 from layerkv.device.pinned_memory import PinnedHostMemory
 from layerkv.device.run_table import DEVICE_COLUMN, HOST_COLUMN, RunCache, RunTable, block_pairs
 from layerkv.errors import TransferError
@@ -32,15 +33,20 @@ _POLL_S = 50e-6
 
 
 class CudaEvent:
-    """See :class:`layerkv.device.base.Event`. Recorded when it is made."""
+    """See :class:`layerkv.device.base.Event`. Recorded when it is made.
 
-    __slots__ = ("_deadline", "_is_done", "error", "event")
+    A copy's is given up when the copy takes too long once the compute that it waits for has ended (another rank may
+    hold that up for as long as it likes). A point in the compute stream never is.
+    """
 
-    def __init__(self, event: Any, stream: Any) -> None:
+    __slots__ = ("_compute", "_is_done", "_patience", "error", "event")
+
+    def __init__(self, event: Any, stream: Any, *, copies_after: Sequence[Event] | None = None) -> None:
         self.event = event
         self.error: BaseException | None = None
         self._is_done = False
-        self._deadline = time.monotonic() + COPY_TIMEOUT_S
+        self._patience: Patience | None = None if copies_after is None else Patience(COPY_TIMEOUT_S)
+        self._compute = [e for e in copies_after or () if isinstance(e, CudaEvent) and e._patience is None]
         event.record(stream)
 
     def is_done(self) -> bool:
@@ -49,9 +55,18 @@ class CudaEvent:
                 self._is_done = self.event.query()
             except RuntimeError as error:  # sticky: nothing on this device will ever end again
                 self.fail(TransferError(f"the CUDA device failed: {error}"))
-            if not self._is_done and time.monotonic() > self._deadline:
+            if not self._is_done and self._takes_too_long():
                 self.fail(TransferError(f"a copy did not end in {COPY_TIMEOUT_S:.0f} s"))
         return self._is_done
+
+    def _takes_too_long(self) -> bool:
+        if self._patience is None:
+            return False
+        if self._compute:
+            self._compute = [event for event in self._compute if not event.is_done()]
+            self._patience = Patience(COPY_TIMEOUT_S)
+            return False
+        return self._patience.is_over()
 
     def fail(self, error: BaseException) -> None:
         """Give it up: it counts as ended, with this error."""
@@ -125,7 +140,7 @@ class CudaTransferEngine:
                 self._enqueue(direction, layers, table, stream)
         except (TransferError, RuntimeError) as error:  # torch's and Triton's: no memory, no launch
             failed = error if isinstance(error, TransferError) else TransferError(f"{direction}: {error}")
-        ended = CudaEvent(self._cuda.Event(enable_timing=True), stream)
+        ended = CudaEvent(self._cuda.Event(enable_timing=True), stream, copies_after=after)
         if failed is not None:
             ended.fail(failed)
         else:
@@ -139,10 +154,10 @@ class CudaTransferEngine:
             raise TransferError(f"a copy failed: {event.error}") from event.error
 
     def wait_host(self, event: Event, timeout_s: float) -> bool:
-        deadline = time.monotonic() + timeout_s
+        patience = Patience(timeout_s)
         while not event.is_done():
-            if time.monotonic() > deadline:
-                return False
+            if patience.is_over():
+                return event.is_done()
             time.sleep(_POLL_S)
         return True
 
@@ -150,6 +165,9 @@ class CudaTransferEngine:
         self._count_ended()
         seconds, self._seconds = self._seconds, dict.fromkeys(Direction, 0.0)
         return seconds
+
+    def take_waited_s(self) -> float | None:
+        return None  # a stream waits, and no thread here
 
     def close(self) -> None:
         if not self._is_closed:

@@ -16,18 +16,21 @@ they have in the docs:
 7. stores ahead of a park run in the background; a step that settles waits for all of them first, before it reads
    what they wrote or writes where they write.
 8. a cached prefix is loaded after every store submitted so far, and before this step's compute reads it.
+
+A copy that fails changes nothing of that: whoever waits for it goes on when it has ended, and what it should have
+written is reported. Only a copy that is lost, and may still write, ends the step with an error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise, product
 
 from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan, cut
 from layerkv.device.base import Direction, Event, TransferEngine
-from layerkv.errors import TransferError
+from layerkv.device.store_watch import FailedStores, StoreWatch
+from layerkv.errors import LostCopyError, TransferError
 
 SHARED_LINK_UNIT_BYTES = 8 << 20
 """Most bytes of one background copy where the link is shared: a third of a millisecond at 25 GB/s."""
@@ -57,11 +60,16 @@ def shared_link_unit(page_bytes: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class FailedHits:
-    """Cached prefixes that could not be loaded, why, and the blocks that they should have filled."""
+class FailedLoads:
+    """What the compute of a step should have found in its blocks and did not.
+
+    Attributes:
+        error: Why a load failed.
+        runs: All that the step wanted to load.
+    """
 
     error: TransferError
-    device_blocks: tuple[int, ...]
+    runs: tuple[BlockRun, ...]
 
 
 class LaneSchedule:
@@ -101,35 +109,43 @@ class LaneSchedule:
         self._hits_loading: list[Event] = []
         self._lane_stored: list[Event | None] = [None] * len(lane_layers)  # last store out of each, across steps
         self._lane_ready: list[Event | None] = [None] * len(lane_layers)  # what the lane's next layer must wait for
+        self._lane_loads = [False] * len(lane_layers)  # whether that is a load
         self._last_store: Event | None = None
         self._last_ahead: Event | None = None
         self._fetches: list[tuple[FetchPlan, Event]] = []
-        self._failed_hits: FailedHits | None = None
+        self._failed_hits: FailedLoads | None = None
+        self._failed_loads: FailedLoads | None = None
+        self._watch = StoreWatch()
         self._stores: Sequence[BlockRun] = ()
         self._loads: Sequence[BlockRun] = ()
         self._next_layer = self._num_layers
 
     def begin_step(self, plan: StepPlan) -> None:
-        """Submit what this step's compute depends on, and its fetches; make compute wait for layer 0's lane."""
+        """Submit what this step's compute depends on, and its fetches; make compute wait for layer 0's lane.
+
+        Raises:
+            LostCopyError: a copy that compute must not overtake has not ended.
+        """
         engine = self._engine
+        self._watch.look()
         self._stores, self._loads = plan.stores, plan.loads
         hooks_run = plan.needs_layer_hooks or (self._hooks_always_run and plan.num_tokens > 0)
         self._next_layer = 0 if hooks_run and (plan.stores or plan.hits or plan.parks) else self._num_layers
         if plan.settle and self._last_ahead is not None:
-            engine.wait_compute(self._last_ahead)  # rule 7
+            self._wait_for(self._last_ahead)  # rule 7
             self._last_ahead = None
         compute = engine.record_compute()
         if plan.ahead:
-            self._last_ahead = self._submit_by_layer(Direction.STORE, plan.ahead, [compute], self._last_ahead)
+            self._last_ahead = self._submit_by_layer(Direction.STORE, plan.ahead, [compute])
         self._submit_parks_and_hits(plan, compute, self._groups if hooks_run else [self._all_layers])
         self._hold_compute(0)  # rules 5 and 8
         if plan.is_layered:
             for lane, layers in enumerate(self._lane_layers):
                 ready = self._lane_stored[lane]  # rule 4, across steps
                 if plan.loads and len(layers) > 1:  # a layer that has its lane for itself finds there what it left
-                    after = [compute] if ready is None else [compute, ready]
-                    ready = engine.submit(Direction.LOAD, layers[:1], plan.loads, after=after)
-                self._lane_ready[lane] = ready
+                    self._submit_load(lane, layers[0], [compute, *_unless_failed(ready)])
+                else:
+                    self._lane_ready[lane], self._lane_loads[lane] = ready, False
             self._wait_for_lane_of(0)
         for fetch in plan.fetches:
             self._fetches.append((fetch, self._submit_fetch(fetch, compute)))
@@ -138,7 +154,7 @@ class LaneSchedule:
         """Layer ``layer``'s attention has been enqueued: store it, refill its lane, hold back the next layer.
 
         Raises:
-            TransferError: a copy that the next layer depends on failed.
+            LostCopyError: a copy that the next layer depends on has not ended.
         """
         assert layer == self._next_layer, f"layer {layer} ran where {self._next_layer} was expected"
         self._next_layer = layer + 1
@@ -147,12 +163,13 @@ class LaneSchedule:
         self._hold_compute(layer + 1)  # rules 5 and 8
 
     def _store_layer(self, layer: int) -> None:
-        engine, lane = self._engine, self._lane_of[layer]
-        stored = engine.submit(Direction.STORE, [layer], self._stores, after=[engine.record_compute()])  # rule 1
+        lane = self._lane_of[layer]
+        stored = self._submit_store([layer], self._stores, [self._engine.record_compute()])  # rule 1
         self._last_store = self._lane_stored[lane] = self._lane_ready[lane] = stored
+        self._lane_loads[lane] = False
         following = self._following.get(layer)
         if self._loads and following is not None:
-            self._lane_ready[lane] = engine.submit(Direction.LOAD, [following], self._loads, after=[stored])  # rule 2
+            self._submit_load(lane, following, [stored])  # rule 2
         if layer + 1 < self._num_layers:
             self._wait_for_lane_of(layer + 1)  # rules 3 and 4
 
@@ -169,6 +186,10 @@ class LaneSchedule:
                 "replayed a full CUDA graph, or the model's attention does not call them"
             )
 
+    def abandon_step(self) -> None:
+        """An exception has ended the forward pass of the step that was begun: no further layer will say anything."""
+        self._next_layer = self._num_layers
+
     @property
     def has_layer_work(self) -> bool:
         """Whether :meth:`layer_done` is to be called for the layers of the step that was begun."""
@@ -184,6 +205,9 @@ class LaneSchedule:
 
         Args:
             wait_s: Block that long for the oldest one: for steps without compute, which would only spin.
+
+        Raises:
+            LostCopyError: one has failed because of a copy that has not ended.
         """
         if not self._fetches:
             return []
@@ -194,18 +218,27 @@ class LaneSchedule:
         for fetch, event in self._fetches:
             if event.is_done():
                 if event.error is not None:  # it may still write: what is computed in its place comes after that
-                    with suppress(TransferError):
-                        self._engine.wait_compute(event)
-                finished.append(FinishedFetch(fetch.request_id, event.error, _device_blocks(fetch.runs)))
+                    self._wait_for(event)
+                finished.append(FinishedFetch(fetch.request_id, event.error, device_blocks(fetch.runs)))
             else:
                 under_way.append((fetch, event))
         self._fetches = under_way
         return finished
 
-    def take_failed_hits(self) -> FailedHits | None:
+    def take_failed_hits(self) -> FailedLoads | None:
         """The prefixes of the step just run that could not be loaded; None if there are none."""
         failed, self._failed_hits = self._failed_hits, None
         return failed
+
+    def take_failed_loads(self) -> FailedLoads | None:
+        """The layered requests' KV of the step just run that some layer could not load; None if all could."""
+        failed, self._failed_loads = self._failed_loads, None
+        return failed
+
+    def take_failed_stores(self) -> FailedStores | None:
+        """Host blocks into which a store has failed, known since the last call; None if there are none."""
+        self._watch.look()
+        return self._watch.take_failed()
 
     def drain(self, timeout_s: float) -> None:
         """Wait until nothing is under way (shutdown).
@@ -222,6 +255,18 @@ class LaneSchedule:
     def _submit_fetch(self, fetch: FetchPlan, compute: Event) -> Event:
         return self._submit_by_layer(Direction.LOAD, fetch.runs, [compute, *self._stores_so_far()])  # rule 6
 
+    def _submit_store(
+        self, layers: Sequence[int], runs: Sequence[BlockRun], after: Sequence[Event], *, background: bool = False
+    ) -> Event:
+        stored = self._engine.submit(Direction.STORE, layers, runs, after=after, background=background)
+        self._watch.add(stored, layers, runs)
+        return stored
+
+    def _submit_load(self, lane: int, layer: int, after: Sequence[Event]) -> None:
+        after = [*after, *self._watch.before_load([layer], self._loads)]
+        self._lane_ready[lane] = self._engine.submit(Direction.LOAD, [layer], self._loads, after=after)
+        self._lane_loads[lane] = True
+
     def _submit_parks_and_hits(self, plan: StepPlan, compute: Event, groups: Sequence[range]) -> None:
         """Compute waits for each group of layers where the group begins: copies of later layers overlap it."""
         before = self._stores_so_far()
@@ -230,7 +275,7 @@ class LaneSchedule:
         for layers in groups if plan.parks or plan.hits else ():
             held: list[Event] = []
             if plan.parks:
-                self._last_store = self._engine.submit(Direction.STORE, layers, plan.parks, after=[compute])
+                self._last_store = self._submit_store(layers, plan.parks, [compute])
                 held.append(self._last_store)  # rule 5
             if plan.hits:
                 held.append(self._submit_hits(plan.hits, layers, [compute, *before, *held]))  # rule 8
@@ -238,44 +283,65 @@ class LaneSchedule:
             self._held[layers[0]] = held
 
     def _submit_hits(self, runs: Sequence[BlockRun], layers: Sequence[int], after: Sequence[Event]) -> Event:
+        after = [*after, *self._watch.before_load(layers, runs)]
         return self._engine.submit(Direction.LOAD, layers, runs, after=after)
 
     def _hold_compute(self, layer: int) -> None:
         """Before ``layer``'s KV-cache update, compute waits for what frees and fills its blocks."""
         for event in self._held.pop(layer, ()):
-            try:
-                self._engine.wait_compute(event)
-            except TransferError as error:
-                if event not in self._hits_loading:
-                    raise
-                self._failed_hits = FailedHits(error, _device_blocks(self._hits))  # it can be computed again
+            error = self._wait_for(event)
+            if error is not None and event in self._hits_loading:
+                self._failed_hits = FailedLoads(error, tuple(self._hits))
 
     def _stores_so_far(self) -> list[Event]:
-        """The last store, and each lane's by name too, so that none of them can fail unseen."""
-        return [store for store in (self._last_store, *self._lane_stored) if store is not None]
+        """The last store, and each lane's: all others end before one of them does.
 
-    def _submit_by_layer(
-        self, direction: Direction, runs: Sequence[BlockRun], after: Sequence[Event], last: Event | None = None
-    ) -> Event:
+        Not those known to have failed: they have ended, and fail only who reads what they should have stored.
+        """
+        stores = (self._last_store, *self._lane_stored)
+        return [store for store in stores if store is not None and store.error is None]
+
+    def _submit_by_layer(self, direction: Direction, runs: Sequence[BlockRun], after: Sequence[Event]) -> Event:
         """Background copies of one layer each, or less, so that what a step waits for never waits for a whole request.
 
         Returns:
-            An event that ends when all have, and ``last`` too; it fails if any of them did.
+            An event that ends when all have. That of loads fails if any of them did; stores are watched one by one.
         """
-        event = last
+        event: Event | None = None
         units = [runs] if self._unit_blocks is None or not runs else cut(runs, self._unit_blocks)
         for layer, unit in product(self._all_layers, units):
-            event = self._engine.submit(
-                direction, [layer], unit, after=[*after, *([event] if event is not None else ())], background=True
-            )
+            if direction is Direction.STORE:
+                event = self._submit_store([layer], unit, after, background=True)
+                continue
+            before = [*after, *self._watch.before_load([layer], unit), *([event] if event is not None else ())]
+            event = self._engine.submit(direction, [layer], unit, after=before, background=True)
         assert event is not None
         return event
 
     def _wait_for_lane_of(self, layer: int) -> None:
-        ready = self._lane_ready[self._lane_of[layer]]
-        if ready is not None:
-            self._engine.wait_compute(ready)
+        lane = self._lane_of[layer]
+        ready = self._lane_ready[lane]
+        if ready is None:
+            return
+        error = self._wait_for(ready)  # a store's is for the watch to tell: what is computed here is right
+        if error is not None and self._lane_loads[lane]:
+            self._failed_loads = FailedLoads(error, tuple(self._loads))
+
+    def _wait_for(self, event: Event) -> TransferError | None:
+        """Compute waits for its end; why it failed, if that is known."""
+        try:
+            self._engine.wait_compute(event)
+        except LostCopyError:
+            raise
+        except TransferError as error:
+            return error
+        return None
 
 
-def _device_blocks(runs: Sequence[BlockRun]) -> tuple[int, ...]:
+def _unless_failed(store: Event | None) -> list[Event]:
+    return [] if store is None or store.error is not None else [store]
+
+
+def device_blocks(runs: Sequence[BlockRun]) -> tuple[int, ...]:
+    """The device blocks of these runs."""
     return tuple(block for run in runs for block in range(run.device_block, run.device_block + run.num_blocks))

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile, StepWork
+from layerkv.scheduler.backlog import PrefillLine, Word
 from layerkv.scheduler.costs import OnlineCost
 from layerkv.scheduler.host_share import HostShare
 from layerkv.scheduler.lengths import (
@@ -27,7 +28,8 @@ from layerkv.scheduler.lengths import (
 )
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
-from layerkv.scheduler.reasons import Event, LogEntry, Reason
+from layerkv.scheduler.prefill import late_prompts, step_seconds
+from layerkv.scheduler.reasons import End, Event, LogEntry, Reason
 from layerkv.scheduler.snapshot import (
     Decision,
     LayeredRequest,
@@ -149,9 +151,17 @@ class _Seen(NamedTuple):
     num_decodes: int
     decode_context: int
     prefilling_tokens: int
+    under_way_s: float
     num_late: int
     decode_slack_s: float
     tightest_tpot_s: float
+
+
+def _may_start(engine: EngineState, seen: _Seen) -> bool:
+    """Whether a waiting prompt could start at all: there are tokens for it, and a slot, or somebody may leave one."""
+    has_tokens = seen.prefilling_tokens + engine.held_tokens + seen.num_decodes < engine.budget_tokens
+    somebody_leaves = any(r.prefill_done for r in seen.layered) or seen.growth_blocks > engine.free_blocks
+    return has_tokens and (engine.free_slots > 0 or somebody_leaves)
 
 
 class Controller:
@@ -196,6 +206,8 @@ class Controller:
         self._steps_without_prefill = 0
         self._last_exchange_step = -EXCHANGE_STEPS
         self._step_s = 0.0
+        self._line = PrefillLine()
+        self._last_decided: tuple[Snapshot, int] | None = None
         self._most_are_late: bool | None = None
         self._keeps_log = keep_log
         self._refuses_late = refuses_late
@@ -215,12 +227,20 @@ class Controller:
         max_tokens: int,
         rank: int = 0,
         can_layer: bool = True,
+        in_one_step: bool = False,
     ) -> None:
         """A request has come in and waits."""
-        tracked = TrackedRequest(slo=slo, arrival_s=arrival_s, max_tokens=max_tokens, rank=rank, can_layer=can_layer)
+        tracked = TrackedRequest(
+            slo=slo,
+            arrival_s=arrival_s,
+            max_tokens=max_tokens,
+            rank=rank,
+            can_layer=can_layer,
+            in_one_step=in_one_step,
+        )
         self.tracked[request_id] = tracked
-        self._predict(tracked, 0)
         self.enqueue(request_id, num_tokens, 0)
+        self._line.came(slo, tracked.prefill_cost_s, now_s)
         if self._keeps_log:
             facts = {"slo_class": slo.name, "ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "prompt_tokens": num_tokens}
             self._log.append(LogEntry(now_s, request_id, Event.ARRIVED, None, facts))
@@ -233,6 +253,7 @@ class Controller:
         self.waiting.discard(request_id)
         self.parked.discard(request_id)
         self._stored_blocks.pop(request_id, None)
+        self._refresh(tracked, num_output)
         if not self.policy.slo_scheduling:
             deadline_s = tracked.arrival_s
         elif tracked.first_token_s is None:
@@ -241,6 +262,7 @@ class Controller:
             deadline_s = tracked.start_by_s(num_output, tracked.first_token_s, self._step_s)
         most_blocks = self._blocks_if_it_outgrows_pool(tracked, num_tokens, num_output)
         tracked.outgrows_pool = most_blocks > 0
+        tracked.prefill_cost_s = self._nominal_s(num_tokens)
         self.waiting.add(
             WaitingRequest(
                 request_id=request_id,
@@ -250,27 +272,31 @@ class Controller:
                 can_layer=tracked.can_layer,
                 weight=tracked.slo.weight,
                 rank=tracked.rank,
-                prefill_cost_s=self.cost.view._replace(prefill_factor=1.0).prefill_s(num_tokens),
+                prefill_cost_s=tracked.prefill_cost_s,
                 tokens_left=max(tracked.middle_tokens - num_output, 1),
                 may_refuse=self._refuses_late and tracked.slo.overload == "reject" and tracked.first_token_s is None,
                 most_blocks=most_blocks,
+                in_one_step=tracked.in_one_step,
             )
         )
 
-    def admitted(self, request_id: str, *, layered: bool, step: int, now_s: float) -> float | None:
+    def admitted(self, request_id: str, *, layered: bool, reason: Reason, step: int, now_s: float) -> float | None:
         """A waiting request has been given compute; returns how long it waited if that was the first time."""
         tracked = self.tracked[request_id]
         self.waiting.discard(request_id)
         self._overtaken.pop(request_id, None)
+        self._line.started(tracked.prefill_cost_s, was_last=not self.waiting)
         tracked.resident_since_step = step
         event = Event.ADMITTED_LAYERED if layered else Event.ADMITTED_RESIDENT
-        self._say(now_s, request_id, tracked, event, tracked.said_reason)
+        self._say(now_s, request_id, tracked, event, reason)
         if tracked.admitted_s is not None:
             return None
         tracked.admitted_s = now_s
         return max(now_s - tracked.arrival_s, 0.0)
 
-    def park(self, request_id: str, *, num_computed: int, num_tokens: int, num_output: int, now_s: float) -> None:
+    def park(
+        self, request_id: str, *, num_computed: int, num_tokens: int, num_output: int, reason: Reason, now_s: float
+    ) -> None:
         """A request has been parked: its KV of ``num_computed`` tokens is in host memory."""
         tracked = self.tracked[request_id]
         self._refresh(tracked, num_output)
@@ -291,7 +317,7 @@ class Controller:
                 tokens_left=max(tracked.middle_tokens - num_output, 1),
             )
         )
-        self._say(now_s, request_id, tracked, Event.PARKED, tracked.said_reason)
+        self._say(now_s, request_id, tracked, Event.PARKED, reason)
 
     def fetched(self, request_id: str, *, step: int, now_s: float) -> None:
         """A parked request is on its way back into the pool."""
@@ -301,12 +327,21 @@ class Controller:
         tracked.resident_since_step = step
         self._say(now_s, request_id, tracked, Event.FETCHED, Reason.ITS_TURN)
 
-    def recomputes(self, request_id: str, num_tokens: int, num_output: int, now_s: float) -> None:
+    def recomputes(self, request_id: str, num_tokens: int, num_output: int, reason: Reason, now_s: float) -> None:
         """A request's KV has been given up: it waits to be computed again."""
         self.enqueue(request_id, num_tokens, num_output)
         tracked = self.tracked.get(request_id)
         if tracked is not None:
-            self._say(now_s, request_id, tracked, Event.RECOMPUTES, tracked.said_reason)
+            self._say(now_s, request_id, tracked, Event.RECOMPUTES, reason)
+
+    def copy_failed(self, request_id: str, num_output: int) -> bool:
+        """A request's KV is lost to a failed copy; whether it is to be ended, and not to be computed again."""
+        tracked = self.tracked.get(request_id)
+        return tracked is not None and tracked.copy_failed(num_output)
+
+    def dropped_ahead(self, request_id: str) -> None:
+        """Nothing of a resident request is in host memory any more."""
+        self._stored_blocks.pop(request_id, None)
 
     def stored_ahead(self, request_id: str, num_blocks: int, now_s: float) -> None:
         """So many leading blocks of a resident request are (or are being) copied to host memory."""
@@ -325,19 +360,21 @@ class Controller:
             self._log.append(LogEntry(now_s, request_id, Event.FIRST_TOKEN, None, facts))
         return tracked.slo, on_time
 
-    def leave(self, request_id: str, *, num_output: int, has_finished: bool, now_s: float) -> None:
-        """A request is gone; ``has_finished`` if it made all its tokens, and so says something about lengths."""
+    def leave(self, request_id: str, *, num_output: int, end: End, now_s: float) -> None:
+        """A request is gone, after ``num_output`` tokens: what that says about lengths is learned."""
         tracked = self.tracked.pop(request_id, None)
+        makes_tokens = request_id not in self.parked and request_id not in self.waiting
         self.waiting.discard(request_id)
         self.parked.discard(request_id)
         self._overtaken.pop(request_id, None)
         self._stored_blocks.pop(request_id, None)
         if tracked is None:
             return
-        if has_finished:
-            self.lengths.observe(tracked.slo.name, num_output)
+        if num_output and end is not End.REFUSED:
+            is_bound = end is End.CUT_OFF or not makes_tokens
+            self.lengths.observe(tracked.slo.name, num_output, is_bound=is_bound)
         if self._keeps_log:
-            facts = {"output_tokens": num_output, "aborted": not has_finished}
+            facts = {"output_tokens": num_output, "end": end.value}
             self._log.append(LogEntry(now_s, request_id, Event.FINISHED, None, facts))
 
     def refused(self, request_id: str, reason: Reason, text: str, now_s: float) -> None:
@@ -347,15 +384,28 @@ class Controller:
         if self._keeps_log:
             self._log.append(LogEntry(now_s, request_id, Event.REFUSED, reason, {"text": text}))
 
-    def step_done(self, work: StepWork, seconds: float, *, firsts_late: bool | None = None) -> None:
-        """A step has ended: correct the costs, and eLLM's share of host memory."""
-        self._is_cost_known |= self.cost.observe(work, seconds)
+    def step_done(
+        self, work: StepWork, seconds: float, *, waited_s: float | None = None, firsts_late: bool | None = None
+    ) -> None:
+        """A step has ended: correct the costs, and eLLM's share of host memory.
+
+        Args:
+            work: What it did.
+            seconds: How long it took.
+            waited_s: How much of that it waited for copies; None if nobody knows.
+            firsts_late: Whether any first token of it was late; None if there was none.
+        """
+        self._is_cost_known |= self.cost.observe(work, seconds, waited_s)
         if self.policy.adapt_host_share and (self._most_are_late is not None or firsts_late is not None):
             self.host_share.observe(decodes_are_late=self._most_are_late, first_was_late=firsts_late)
         self._most_are_late = None
 
     def set_policy(self, policy: SloPolicy) -> None:
-        """New objectives, for requests that come from now on; those here keep the ones they came under."""
+        """New objectives, for requests that come from now on; those here keep the ones they came under.
+
+        What a policy says beside its classes (its switches) holds for all at once, but who waits or is parked keeps
+        its place in line.
+        """
         if policy.length_prediction != self.policy.length_prediction:
             self.lengths = QuantileLengths() if policy.length_prediction == "quantile" else MaxTokens()
         self.policy = policy
@@ -378,10 +428,11 @@ class Controller:
             now_s: Current time.
             is_startable: Whether the engine could start a waiting request now.
             is_fetchable: Whether it could resume a parked one.
-            hits: Looks up prefix-cache hits of the first waiting requests.
+            hits: Looks up prefix-cache hits of the first waiting requests. Not asked while none of them could start.
         """
         snapshot = self.snapshot(engine, now_s, is_startable, is_fetchable, hits)
         decision = decide(snapshot, self._limits)
+        self._last_decided = snapshot, decision.prefill_tokens
         self._note(decision, snapshot, engine.step)
         return snapshot, decision
 
@@ -393,10 +444,15 @@ class Controller:
         is_fetchable: Callable[[ParkedRequest], bool] | None = None,
         hits: Callable[[Sequence[WaitingRequest]], Mapping[str, PrefixHit]] | None = None,
     ) -> Snapshot:
-        """The engine before a step, as the policy sees it. Changes nothing but predictions."""
+        """The engine before a step, as the policy sees it; arguments as for :meth:`decide`.
+
+        Renews predictions of lengths that are due, and remembers for later calls how long a bare step takes now and
+        whether most requests that decode are late.
+        """
         shape, policy = self.shape, self.policy
         waiting = [] if engine.is_paused else self.waiting.head(self._limits.scan, now_s, is_startable)
         seen = self._look(engine, now_s)
+        self._line.look(now_s, seen.under_way_s)
         self._most_are_late = 2 * seen.num_late > seen.num_decodes if seen.num_decodes else None
         cost = self.cost.view if self._is_cost_known and policy.slo_scheduling else None
         num_decodes = seen.num_decodes + engine.resuming
@@ -439,7 +495,7 @@ class Controller:
             parked=self.parked.head(self._limits.scan_parked, now_s, is_fetchable),
             resident=seen.resident,
             layered=seen.layered,
-            hits=hits(waiting) if hits is not None and waiting else {},
+            hits=hits(waiting) if hits is not None and waiting and _may_start(engine, seen) else {},
             overtaken=self._overtaken,
         )
 
@@ -450,16 +506,39 @@ class Controller:
         """
         if self.waiting or self.parked:
             return False
+        self._line.rest()
         per_request = 1 + steps_ahead + self._limits.ahead_steps // self.shape.block_tokens
         return free_blocks >= num_running * per_request
 
-    def backlog_s(self, slo: SloClass, now_s: float) -> float:
-        """Predicted seconds of prefill before a request of that class which came now: of those due before it."""
-        if not self._is_cost_known:
-            return 0.0
-        due_s = now_s + slo.ttft_s
-        ahead = sum(w.prefill_cost_s for w in self.waiting.views if now_s <= w.deadline_s <= due_s)
-        return ahead * self.cost.view.prefill_factor
+    def has_prompts(self) -> bool:
+        """Whether any prompt waits, or was under way when it was last decided."""
+        return bool(self.waiting) or self._line.is_busy
+
+    def word(self, taken_in_s: float, now_s: float) -> Word | None:
+        """What to tell front ends whose policy refuses under overload; None while nothing is known of costs,
+        or nothing was decided.
+
+        Args:
+            taken_in_s: When the engine last took requests in.
+            now_s: Current time.
+        """
+        if not self._is_cost_known or self._last_decided is None:
+            return None
+        snapshot, prefill_tokens = self._last_decided
+        tokens = max(prefill_tokens, self._limits.min_prefill_tokens)
+        step_s = step_seconds(snapshot, self.cost.view, tokens)
+        return self._line.word(
+            self.policy,
+            self.waiting,
+            lambda request_id: self.tracked[request_id].slo,
+            late_prompts(snapshot, snapshot.waiting, prefill_tokens),
+            now_s=now_s,
+            age_s=max(now_s - taken_in_s, 0.0),
+            expected_pace=self._nominal_s(tokens) / step_s if step_s > 0 else 1.0,
+        )
+
+    def _nominal_s(self, num_tokens: int) -> float:
+        return self.cost.view._replace(prefill_factor=1.0).prefill_s(num_tokens)
 
     def take_log(self) -> list[LogEntry]:
         """Entries since the last call."""
@@ -474,6 +553,7 @@ class Controller:
         resident: list[ResidentRequest] = []
         layered: list[LayeredRequest] = []
         growth = num_decodes = num_late = context = prefilling = num_resident = 0
+        under_way_s = 0.0
         slack_s = tpot_s = math.inf
         for r in engine.running:
             tracked = tracked_of.get(r.request_id)
@@ -501,6 +581,8 @@ class Controller:
                         tpot_s = tpot
             if r.is_prefilling:
                 prefilling += remaining
+                if tracked is not None:
+                    under_way_s += tracked.prefill_cost_s * remaining / r.num_tokens
                 new_tokens = min(remaining, budget)
             else:
                 num_decodes += 1
@@ -545,7 +627,17 @@ class Controller:
             left = 1 if tracked is None else max(tracked.middle_tokens - num_output, 1)
             resident.append(ResidentRequest(request_id, math.inf, num_blocks, 0, can_park=False, tokens_left=left))
         return _Seen(
-            resident, layered, num_resident, growth, num_decodes, context, prefilling, num_late, slack_s, tpot_s
+            resident,
+            layered,
+            num_resident,
+            growth,
+            num_decodes,
+            context,
+            prefilling,
+            under_way_s,
+            num_late,
+            slack_s,
+            tpot_s,
         )
 
     def _blocks_if_it_outgrows_pool(self, tracked: TrackedRequest, num_tokens: int, num_output: int) -> int:
@@ -585,11 +677,8 @@ class Controller:
         self._steps_without_prefill = (
             self._steps_without_prefill + 1 if wants_prefill and decision.prefill_tokens == 0 else 0
         )
-        for request_id, reason in decision.reasons.items():
+        for reason in decision.reasons.values():
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
-            tracked = self.tracked.get(request_id)
-            if tracked is not None:
-                tracked.said_reason = reason
         for request_id, reason in decision.waits.items():
             tracked = self.tracked.get(request_id)
             if tracked is not None and tracked.said is not reason:

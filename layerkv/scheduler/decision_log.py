@@ -1,6 +1,7 @@
 """The decision log: one JSON line for each change in what happens to a request, for ``layerkv explain``.
 
-The first line is a header. Lines are buffered and written about once per second. Writing must never disturb the
+The first line is a header. Lines are buffered and written about once per second while the engine steps; what it
+wrote last before it fell idle stays in the buffer until its next step. Writing must never disturb the
 scheduler: what the disk refuses ends the log, with one message.
 """
 
@@ -43,13 +44,14 @@ class DecisionLog:
         try:
             self._file: TextIO | None = self._begin()
         except OSError as error:
-            raise ConfigError(
-                f"decision_log: found {str(self._path)!r}, which cannot be written ({error.strerror}); expected the "
-                "path of a file; set it to one in a folder that exists, or leave it out"
-            ) from None
+            raise _unwritable(self._path, error) from None
 
     def write(self, entries: Iterable[LogEntry], now_s: float | None = None) -> None:
-        """Append entries; they reach the disk within a second of ``now_s``, or at once without it."""
+        """Append entries, if there are any.
+
+        What is buffered reaches the disk with the first call a second or more after the last time, or at once without
+        ``now_s``.
+        """
         if self._file is None:
             return
         try:
@@ -105,6 +107,34 @@ class DecisionLog:
         self._file = None
         if self._on_error is not None:
             self._on_error(f"the decision log {self._path} ends here: {error}")
+
+
+def require_writable(path: str | Path) -> None:
+    """Check, and change nothing, whether a log can begin or go on there.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    path = Path(path)
+    try:
+        if path.exists():
+            path.open("ab").close()
+            with path.open("rb") as file:
+                if (first := file.readline()) and not _is_header(first):
+                    raise FileExistsError(errno.EEXIST, "another file is there")
+        elif not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        elif not os.access(path.parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"decision_log: found {str(path)!r}, which cannot be written ({error.strerror}); expected the "
+        "path of a file; set it to one in a folder that exists, or leave it out"
+    )
 
 
 def read_log(path: str | Path) -> Iterator[LogEntry]:

@@ -48,6 +48,7 @@ class Draft:
         is_relieving: Residents leave for want of blocks.
         is_closed: The room is left to drain for a prompt that was overtaken too often.
         zone_is_promised: A prompt waits for the zone: it is next there.
+        step_is_promised: A prompt that cannot be cut waits for a step of its own: it is next.
         pool_is_closed: A request of better rank waits for the pool,
         compute_is_closed: or for compute.
     """
@@ -65,6 +66,7 @@ class Draft:
     is_relieving: bool = False
     is_closed: bool = False
     zone_is_promised: bool = False
+    step_is_promised: bool = False
     pool_is_closed: bool = False
     compute_is_closed: bool = False
     park: list[str] = field(default_factory=list)
@@ -78,6 +80,7 @@ class Draft:
     reasons: dict[str, Reason] = field(default_factory=dict)
     waits: dict[str, Reason] = field(default_factory=dict)
     made_room: bool = False
+    whole_tokens: int = 0
 
     def __post_init__(self) -> None:
         s = self.now.s
@@ -161,7 +164,7 @@ class Draft:
 
     def start_resident(self, w: WaitingRequest, reason: Reason) -> None:
         """A prompt starts in the pool."""
-        self.tokens -= tokens_to_compute(self.now.s, w, resident=True)
+        self._take_tokens(w, resident=True)
         if w.request_id not in self.granted:
             self._enter_pool(w)
         self._admit(Admission(w.request_id, layered=False), reason)
@@ -170,7 +173,7 @@ class Draft:
         """A prompt starts in the zone, with room for all of it there and in host memory."""
         hit, host_blocks = hit_of(self.now.s, w), layered_blocks(w)
         zone_blocks = host_blocks - hit.num_blocks
-        self.tokens -= tokens_to_compute(self.now.s, w)
+        self._take_tokens(w, resident=False)
         self.zone -= zone_blocks
         self.host -= host_blocks
         self.early_host -= host_blocks
@@ -217,7 +220,8 @@ class Draft:
             store_ahead=tuple(self.stored_ahead),
             fetch=tuple(self.fetch),
             admit=tuple(self.admit),
-            prefill_tokens=self.now.prefill_tokens,
+            prefill_tokens=max(self.now.prefill_tokens, self.whole_tokens),
+            has_whole_prompt=self.whole_tokens > 0,
             refuse=tuple(self.refuse),
             overtaken=tuple(self.overtaken),
             made_room=self.made_room,
@@ -240,6 +244,13 @@ class Draft:
         self.slots -= 1
         self.residents += 1
         self.forecast.add(need, claim.tokens_left)
+
+    def _take_tokens(self, w: WaitingRequest, *, resident: bool) -> None:
+        if not w.in_one_step:
+            self.tokens -= tokens_to_compute(self.now.s, w, resident=resident)
+            return
+        self.whole_tokens = w.num_tokens + len(self.fetch)  # each may resume at once, which takes a token
+        self.tokens -= w.num_tokens
 
     def _admit(self, admission: Admission, reason: Reason) -> None:
         self.admit.append(admission)

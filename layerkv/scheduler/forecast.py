@@ -12,7 +12,8 @@ class Forecast:
 
     Requests sorted by tokens left, most first; when the ``k``-th ends, those before it are still there, each grown by
     as many tokens. The pool's use peaks at one of these ends, so a newcomer fits if all of them stay within the pool
-    with it. Building costs O(n log n), a question O(log n), a newcomer O(n).
+    with it. Building costs O(n log n); :meth:`fits` O(log n), but O(n) the first time and after a newcomer; the others
+    O(n).
     """
 
     def __init__(self, pool_blocks: int, block_tokens: int, requests: Iterable[tuple[int, int]]) -> None:

@@ -48,6 +48,11 @@ def tokens_to_compute(s: Snapshot, w: WaitingRequest, *, resident: bool = False)
     return max(w.num_tokens - num_hits * s.block_tokens, 1)
 
 
+def needs_longer_step(s: Snapshot, w: WaitingRequest) -> bool:
+    """Whether it must not be cut, and no step has tokens for all of it."""
+    return w.in_one_step and w.num_tokens > s.budget_tokens
+
+
 def headroom_blocks(s: Snapshot, residents: int, tokens_each: int) -> int:
     """Blocks kept free when one more is let in beside so many residents: room for each to make a few tokens."""
     if residents == 0:

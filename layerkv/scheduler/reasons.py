@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 
 class Reason(StrEnum):
-    """Why the scheduler did what it did with a request in a step. The value is the label in ``/metrics``."""
+    """Why the scheduler did what it did with a request in a step, or why that happened to it.
+
+    The value is the word in the decision log, and for what was decided the label in ``/metrics``.
+    """
 
     # it starts, or goes on
     FITS = "fits"
@@ -17,7 +20,7 @@ class Reason(StrEnum):
     HOST_FULL_RESIDENT = "host_full_resident"
     """Admitted to the pool although others stand in line: host memory is too full to run it layered."""
     ITS_TURN = "its_turn"
-    """Fetched: pool blocks for it are free and nobody stands before it."""
+    """Fetched: pool blocks for it are free, and whoever stands before it may be passed."""
     # it waits
     NO_TOKENS_LEFT = "no_tokens_left"
     """The step's prefill budget is spent: decodes need the rest, or prompts before it took it."""
@@ -59,9 +62,18 @@ class Reason(StrEnum):
     LONGER_THAN_POOL = "longer_than_pool"
     """Its KV is given up: it grows out of the pool, or of the room it has in zone and host memory, and comes back
     with all the room it may need in both."""
+    # it gives its KV up, and nobody decided that
+    PREEMPTED = "preempted"
+    """Its KV is given up: vLLM itself preempted it, because a running request found no block."""
+    CACHE_RESET = "cache_reset"
+    """Its KV is given up: the prefix cache was reset, and running requests were to start over."""
+    LOAD_FAILED = "load_failed"
+    """Its KV is given up: it was read, or computed from what was read, from host memory by a load that failed."""
     # it is refused
     NEVER_FITS = "never_fits"
     """Refused: it cannot run here at all."""
+    COPIES_FAIL = "copies_fail"
+    """Ended with an error: copies of its KV failed again and again, and it has got no further in between."""
     OVERLOAD = "overload"
     """Refused: its first token would be late, and its class asks to be refused then."""
 
@@ -82,6 +94,20 @@ class Event(StrEnum):
     FINISHED = "finished"
 
 
+class End(StrEnum):
+    """How a request came to its end."""
+
+    FINISHED = "finished"
+    """It made all its tokens, by the engine's own account."""
+    LEFT = "left"
+    """Its client's side ended it: a stop string was found in its text, which the engine does not see, or somebody hung
+    up. vLLM calls both an abort."""
+    CUT_OFF = "cut_off"
+    """It was ended with all others, in mid-output."""
+    REFUSED = "refused"
+    """It was not served."""
+
+
 class LogEntry(NamedTuple):
     """One line of the decision log: a change in what happens to one request.
 
@@ -93,8 +119,9 @@ class LogEntry(NamedTuple):
         request_id: The request.
         event: What happened.
         reason: Why, if there was a choice.
-        facts: Figures behind it, such as ``{"slo_class": "chat", "ttft_s": 0.5, "prompt_tokens": 900}`` on arrival,
-            ``{"late_by_s": 0.2}`` with a first token, ``{"free_blocks": 3, "need_blocks": 40}`` with a wait.
+        facts: Figures behind it. On arrival ``slo_class``, ``ttft_s``, ``tpot_s``, ``prompt_tokens``; with a wait
+            ``free_blocks``, ``free_zone_blocks``, ``free_host_blocks``, ``prefill_tokens`` of the step; with the first
+            token ``ttft_s``, ``on_time``; at the end ``output_tokens``, ``aborted``; with a refusal its ``text``.
     """
 
     time_s: float

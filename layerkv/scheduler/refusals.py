@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerkv.scheduler.needs import layered_blocks
+from layerkv.scheduler.needs import layered_blocks, needs_longer_step
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import Refusal, Snapshot, WaitingRequest
 
@@ -10,7 +10,9 @@ from layerkv.scheduler.snapshot import Refusal, Snapshot, WaitingRequest
 def refusal_text(s: Snapshot, refusal: Refusal) -> str:
     """Why, and what helps. The request must be among those that ``s`` shows waiting."""
     w = next(w for w in s.waiting if w.request_id == refusal.request_id)
-    return _overload(s, w) if refusal.reason is Reason.OVERLOAD else _never_fits(s, w)
+    if refusal.reason is Reason.OVERLOAD:
+        return _overload(s, w)
+    return _needs_longer_step(s, w) if needs_longer_step(s, w) else _never_fits(s, w)
 
 
 def _never_fits(s: Snapshot, w: WaitingRequest) -> str:
@@ -18,6 +20,13 @@ def _never_fits(s: Snapshot, w: WaitingRequest) -> str:
         f"the prompt's {w.num_tokens} tokens and its output may need {layered_blocks(w)} KV blocks; the pool has "
         f"{s.pool_blocks}, the lane zone {s.zone_blocks}, host memory {s.host_blocks}: raise KV memory, or, with "
         "long_contexts, zone_tokens and host_memory"
+    )
+
+
+def _needs_longer_step(s: Snapshot, w: WaitingRequest) -> str:
+    return (
+        f"{w.num_tokens} tokens must be computed in one step, which takes {s.budget_tokens}: vLLM's CPU build cannot "
+        "cut a prompt that is sampled with a seed of its own; raise --max-num-batched-tokens, or leave out the seed"
     )
 
 

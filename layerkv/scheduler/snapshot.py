@@ -1,7 +1,8 @@
 """What the policy sees (:class:`Snapshot`) and what it answers (:class:`Decision`).
 
-Times are seconds on one monotonic clock. Blocks are vLLM's KV-cache blocks. The per-request views are built
-once, when a request changes state, not once per step: a step with 500 waiting requests must stay cheap.
+Times are seconds on one monotonic clock. Blocks are vLLM's KV-cache blocks. The views of waiting and parked requests
+are built once, when one enters its line: a step with 500 of them must stay cheap. Those of running ones are built in
+every step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class WaitingRequest(NamedTuple):
 
     Attributes:
         request_id: The request.
-        deadline_s: When its first token is due (arrival plus the class's TTFT), or its next one if it lost its KV.
+        deadline_s: When its first token is due (arrival plus the class's TTFT), or, if it lost its KV after that, the
+            latest time to go on; its arrival where objectives do not count.
         num_tokens: Tokens to compute, prefix-cache hits not yet deducted.
         num_blocks: Blocks of those tokens.
         can_layer: Whether vLLM's semantics let it be parked and fetched (not with prompt logprobs, for instance).
@@ -32,6 +34,7 @@ class WaitingRequest(NamedTuple):
         tokens_left: Output tokens that it is predicted to make.
         may_refuse: Whether its class asks to be refused rather than served late.
         most_blocks: Blocks of all tokens that it may ever have; 0 unless it is expected to become longer than the pool.
+        in_one_step: It cannot be computed in chunks: it needs a step that has tokens for all of it.
     """
 
     request_id: str
@@ -45,6 +48,7 @@ class WaitingRequest(NamedTuple):
     tokens_left: int = 1
     may_refuse: bool = False
     most_blocks: int = 0
+    in_one_step: bool = False
 
 
 class PrefixHit(NamedTuple):
@@ -66,7 +70,8 @@ class ParkedRequest(NamedTuple):
 
     Attributes:
         request_id: The request.
-        deadline_s: The latest time to go on if its objectives are to be kept (see ``TrackedRequest.start_by_s``).
+        deadline_s: The latest time for its fetch to begin if its objectives are to be kept (see
+            ``TrackedRequest.start_by_s``); its arrival where objectives do not count.
         num_blocks: Pool blocks it needs to run again.
         weight: Its class's weight.
         rank: As for a waiting request.
@@ -86,7 +91,7 @@ class ResidentRequest(NamedTuple):
 
     Attributes:
         request_id: The request.
-        deadline_s: The latest time to go on, were it parked now.
+        deadline_s: The latest time to go on, were it parked now; infinite for a prompt or a fetch under way.
         num_blocks: Pool blocks that it holds or has been promised: parking it frees them.
         steps_resident: Engine steps since it was admitted or fetched.
         can_park: Whether it may be parked now.
@@ -171,13 +176,13 @@ class Snapshot:
             exchange is still being carried out.
         can_store_ahead: Whether to look for a victim to store ahead: every few steps is often enough.
         cost: The cost model; None while nothing is known of its scale.
-        num_resident: Running requests in the pool.
-        waiting: Those that are on time by deadline, then the others.
-        parked: The same; only those that can be fetched now.
+        num_resident: Running requests in the pool and requests on their way there.
+        waiting: The first of the line for compute: rank by rank those whose deadline is to come, then the others.
+        parked: The same of parked requests; only those that can be fetched now.
         resident: Running requests in the pool and requests on their way there.
         layered: All.
         hits: Prefix-cache hits of the first waiting requests, by id; absent means none known.
-        overtaken: How often a request at the head of its line has been overtaken, by id.
+        overtaken: In how many steps a request was the one charged with being overtaken, by id.
     """
 
     now_s: float
@@ -259,8 +264,11 @@ class Decision:
         fetch: Parked requests to fetch into the pool.
         admit: Waiting requests to start.
         prefill_tokens: Most prompt tokens to compute in this step.
+        has_whole_prompt: Whether the first of those to start must be given all its tokens, whatever limit a single
+            prompt has in a step.
         refuse: Requests not to be served.
-        overtaken: Requests at the head of a line that others just overtook.
+        overtaken: Of those left behind in a line whom others overtake, the ones to charge with it
+            (:func:`layerkv.scheduler.lines.overtaken_in`).
         made_room: Whether requests are parked to make room for another.
         reasons: Why, for each request that is parked, recomputed, fetched, admitted or refused.
         waits: Why each of the other requests that were looked at has to wait.
@@ -272,6 +280,7 @@ class Decision:
     fetch: tuple[str, ...] = ()
     admit: tuple[Admission, ...] = ()
     prefill_tokens: int = 0
+    has_whole_prompt: bool = False
     refuse: tuple[Refusal, ...] = ()
     overtaken: tuple[str, ...] = ()
     made_room: bool = False

@@ -17,6 +17,9 @@ from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
 
 View = TypeVar("View", WaitingRequest, ParkedRequest)
 
+MOST_FAILURES = 3
+"""So many times a request's KV may be lost to failed copies before it makes a token; then it is ended with an error."""
+
 LATE_SHARE = 8
 """One in so many of a queue's head is kept for requests that are late already, so that they are seen at all."""
 
@@ -34,6 +37,11 @@ class DeadlineQueue(Generic[View]):
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._key_of
+
+    def view(self, request_id: str) -> View | None:
+        """A request's view, if it is here."""
+        key = self._key_of.get(request_id)
+        return None if key is None else self._views[bisect_left(self._keys, key)]
 
     @property
     def views(self) -> Sequence[View]:
@@ -54,6 +62,24 @@ class DeadlineQueue(Generic[View]):
         if key is not None:
             at = bisect_left(self._keys, key)
             del self._keys[at], self._views[at]
+
+    def due_before(self, now_s: float, due_s: float) -> list[View]:
+        """Whom a newcomer of rank 0 stands behind that is due at ``due_s`` and can be on time.
+
+        Those of better rank, and of its own those that are due no later and not late yet.
+        """
+        start = self._start_of_rank_0()
+        on_time = bisect_left(self._keys, (0, now_s, ""), start)
+        end = bisect_left(self._keys, (0, math.nextafter(due_s, math.inf), ""), on_time)
+        return self._views[:start] + self._views[on_time:end]
+
+    def late(self, now_s: float, most: int) -> list[View]:
+        """The first ``most`` of rank 0 whose deadline has passed."""
+        start = self._start_of_rank_0()
+        return self._views[start : min(bisect_left(self._keys, (0, now_s, ""), start), start + most)]
+
+    def _start_of_rank_0(self) -> int:
+        return bisect_left(self._keys, (0, float("-inf"), ""))
 
     def head(self, most: int, now_s: float, is_ready: Callable[[View], bool] | None = None) -> list[View]:
         """The first ``most`` views: rank by rank, those whose deadline is to come before those whose has passed.
@@ -102,15 +128,18 @@ class TrackedRequest:
         max_tokens: Output tokens that it may make.
         rank: vLLM's request priority under ``--scheduling-policy priority``, else 0. Lower goes first.
         can_layer: Whether it may be parked and fetched.
+        in_one_step: Whether its prompt must not be computed in chunks.
         outgrows_pool: Whether it may become larger than the pool.
         first_token_s: When its first token came out; None before.
         admitted_s: When it was first given compute; None before.
         resident_since_step: Step of its last admission or fetch.
         low_tokens: Output tokens it is predicted to make in all, low quantile (for slack),
         middle_tokens: and middle quantile (for memory).
+        prefill_cost_s: Seconds of its prefill by the profile, not corrected online, as of when it last had no KV.
         predict_again_at: Output tokens at which the prediction is made anew.
+        num_failures: How often its KV was lost to a failed copy since it last made a token,
+        failed_at: and how many output tokens it had then.
         said: The last thing said of it in the decision log: the same is not said twice.
-        said_reason: Why the last decision about it was taken.
         tpot_s: Its class's TPOT objective,
         weight: weight,
         max_stall_s: and longest stall (infinite if it has none), at hand for the pass over running requests.
@@ -121,15 +150,18 @@ class TrackedRequest:
     max_tokens: int = 1
     rank: int = 0
     can_layer: bool = True
+    in_one_step: bool = False
     outgrows_pool: bool = False
     first_token_s: float | None = None
     admitted_s: float | None = None
     resident_since_step: int = 0
     low_tokens: int = 1
     middle_tokens: int = 1
+    prefill_cost_s: float = 0.0
     predict_again_at: int = 0
+    num_failures: int = 0
+    failed_at: int = 0
     said: Event | Reason | None = None
-    said_reason: Reason | None = None
     tpot_s: float = field(init=False)
     weight: float = field(init=False)
     max_stall_s: float = field(init=False)
@@ -142,6 +174,12 @@ class TrackedRequest:
     def ttft_deadline_s(self) -> float:
         """When the first token is due."""
         return self.arrival_s + self.slo.ttft_s
+
+    def copy_failed(self, num_output_tokens: int) -> bool:
+        """Its KV is lost to a failed copy; whether it has been often enough for one that gets no further."""
+        self.num_failures = self.num_failures + 1 if num_output_tokens <= self.failed_at else 1
+        self.failed_at = num_output_tokens
+        return self.num_failures >= MOST_FAILURES
 
     def next_token_deadline_s(self, num_output_tokens: int, now_s: float) -> float:
         """When token ``num_output_tokens + 1`` is due so that the average keeps the TPOT objective.

@@ -19,12 +19,16 @@ from dataclasses import dataclass, field
 from layerkv.config import SloClass
 from layerkv.core.cost import CostProfile, CostView, StepWork, chunk_pairs
 from layerkv.core.geometry import KVGeometry
+from layerkv.scheduler.reasons import End
 from layerkv.sim.outcome import GapHistogram, RequestOutcome, SimOutcome
 
 
 @dataclass(frozen=True, slots=True)
 class SimRequest:
-    """A request to serve. ``output_tokens`` is what it will make; the scheduler knows only ``max_tokens``."""
+    """A request to serve. ``output_tokens`` is what it will make; the scheduler knows only ``max_tokens``.
+
+    It ends by itself, or, with another ``end``, by a stop string that the engine does not know of, say.
+    """
 
     request_id: str
     arrival_s: float
@@ -33,6 +37,7 @@ class SimRequest:
     max_tokens: int
     slo: SloClass
     can_layer: bool = True
+    end: End = End.FINISHED
     rank: int = 0
 
 

@@ -17,6 +17,7 @@ from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.scheduler.controller import Controller, EngineShape, EngineState, Running
 from layerkv.scheduler.lengths import LengthPredictor
 from layerkv.scheduler.limits import PolicyLimits
+from layerkv.scheduler.reasons import End, Reason
 from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import Decision, Mode, Snapshot
 from layerkv.sim.engine import EngineSetup, Live, Scheduled, SimRequest, VirtualEngine
@@ -37,6 +38,7 @@ class LayeredEngine(VirtualEngine):
         lengths: LengthPredictor | None = None,
         is_measured: bool = True,
         keep_log: bool = False,
+        refuses_late: bool = True,
     ) -> None:
         super().__init__(setup, requests)
         geometry = setup.geometry
@@ -57,6 +59,7 @@ class LayeredEngine(VirtualEngine):
             limits=limits,
             lengths=lengths,
             keep_log=keep_log,
+            refuses_late=refuses_late,
         )
         self.lives: dict[str, Live] = {}
         self.refused: list[str] = []
@@ -103,7 +106,7 @@ class LayeredEngine(VirtualEngine):
         self.free(live)
         self.ledger.finish(request_id)
         del self.lives[request_id]
-        self.controller.leave(request_id, num_output=live.num_made, has_finished=True, now_s=self.now_s)
+        self.controller.leave(request_id, num_output=live.num_made, end=live.request.end, now_s=self.now_s)
 
     def copies(self) -> tuple[int, int, int, bool]:
         size = self.geometry.block_bytes
@@ -188,11 +191,11 @@ class LayeredEngine(VirtualEngine):
         for refusal in decision.refuse:
             self._refuse(refusal.request_id)
             self.controller.refused(refusal.request_id, refusal.reason, refusal_text(snapshot, refusal), self.now_s)
-            self.controller.leave(refusal.request_id, num_output=0, has_finished=False, now_s=self.now_s)
+            self.controller.leave(refusal.request_id, num_output=0, end=End.REFUSED, now_s=self.now_s)
         for request_id in decision.park:
             self._park(self.lives[request_id])
         for request_id in decision.recompute:
-            self._give_up(self.lives[request_id])
+            self._give_up(self.lives[request_id], decision.reasons[request_id])
         for request_id in decision.store_ahead:
             live = self.lives[request_id]
             num_stored = self.ledger.store_ahead(request_id, live.block_ids, live.num_computed)
@@ -221,17 +224,18 @@ class LayeredEngine(VirtualEngine):
             num_computed=live.num_computed,
             num_tokens=live.num_tokens,
             num_output=live.num_made,
+            reason=self.decision.reasons[live.request_id],
             now_s=self.now_s,
         )
 
-    def _give_up(self, live: Live) -> None:
+    def _give_up(self, live: Live, reason: Reason = Reason.PREEMPTED) -> None:
         """Stock vLLM's preemption: the KV is computed again."""
         self.running.remove(live)
         self.free(live)
         self.ledger.drop(live.request_id)
         live.num_computed = 0
         live.num_recomputes += 1
-        self.controller.recomputes(live.request_id, live.num_tokens, live.num_made, self.now_s)
+        self.controller.recomputes(live.request_id, live.num_tokens, live.num_made, reason, self.now_s)
 
     def _fetch(self, live: Live) -> None:
         num_tokens = max(live.num_computed + 1, live.num_tokens)
@@ -281,7 +285,10 @@ class LayeredEngine(VirtualEngine):
             if is_new:
                 self.running.append(live)
                 layered = self.ledger.is_layered(live.request_id)
-                self.controller.admitted(live.request_id, layered=layered, step=self.step, now_s=self.now_s)
+                reason = self.decision.reasons[live.request_id]
+                self.controller.admitted(
+                    live.request_id, layered=layered, reason=reason, step=self.step, now_s=self.now_s
+                )
             left -= num_tokens
             scheduled.append((live, num_tokens))
         return [entry for entry in scheduled if entry[0].request_id not in gone] if gone else scheduled

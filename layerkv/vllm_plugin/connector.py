@@ -7,6 +7,7 @@ translation: books are kept by :class:`~layerkv.core.ledger.KVLedger`, copies ar
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,17 +23,21 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan
+from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.compat import require_compatible
 from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
-from layerkv.vllm_plugin.connector_worker import WorkerSide
+from layerkv.vllm_plugin.connector_worker import WorkerSide, make_worker_side
+from layerkv.vllm_plugin.failed_copies import FailedCopies
+from layerkv.vllm_plugin.our_classes import is_our_scheduler
 from layerkv.vllm_plugin.prom import LayerKVPromMetrics, LayerKVStats
-from layerkv.vllm_plugin.setup import engine_config, geometry_of
+from layerkv.vllm_plugin.setup import engine_config, setup_of
 from layerkv.vllm_plugin.support import require_supported
+from layerkv.vllm_plugin.transfer import always_recompute
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -52,6 +57,13 @@ class LayerKVMetadata(KVConnectorMetadata):
 _NOTHING_TO_DO = LayerKVMetadata(StepPlan())
 
 
+def _half_on(flag: str, found: object) -> str:
+    return (
+        f"{flag}: found {found!r}, but LayerKVConnector works with layerkv's worker and scheduler only; let vLLM load "
+        "the plugin layerkv, which sets both (see VLLM_PLUGINS), or set --worker-cls and --scheduler-cls to layerkv's"
+    )
+
+
 class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module. Without our spec (``on_unsupported: passthrough``) both sides are None and nothing is done."""
 
@@ -60,23 +72,27 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         require_compatible()
         require_supported(vllm_config)
         config = engine_config(vllm_config)
-        geometry = geometry_of(vllm_config, config, kv_cache_config)
+        setup = setup_of(vllm_config, config, kv_cache_config)
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
         self._has_layer_work = False
-        if geometry is None:
+        if setup is None:
+            if config.on_unsupported == "error":
+                raise ConfigError(_half_on("worker_cls", vllm_config.parallel_config.worker_cls))
             return
+        if not is_our_scheduler(vllm_config.scheduler_config.scheduler_cls):  # it would give zone blocks to anybody
+            raise ConfigError(_half_on("scheduler_cls", vllm_config.scheduler_config.scheduler_cls))
         if role is KVConnectorRole.SCHEDULER:
+            always_recompute(vllm_config.kv_transfer_config)  # vLLM's scheduler reads it next
             self.scheduler_side = SchedulerSide(
-                vllm_config,
                 config,
-                geometry,
+                setup,
                 caches_prefixes=config.host_prefix_cache
                 and vllm_config.cache_config.enable_prefix_caching
-                and resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1] == geometry.block_tokens,
+                and resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1] == setup.geometry.block_tokens,
             )
         else:
-            self.worker_side = WorkerSide(vllm_config, config, geometry, kv_cache_config)
+            self.worker_side = make_worker_side(vllm_config, setup, kv_cache_config)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -132,6 +148,10 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         return set() if self.worker_side is None else self.worker_side.take_failed_blocks()
 
+    def build_connector_worker_meta(self) -> FailedCopies | None:
+        """Copies that failed and are no loads of vLLM's; the scheduler looks at it with the step's output."""
+        return None if self.worker_side is None else self.worker_side.take_failed_copies()
+
     def shutdown(self) -> None:
         if self.worker_side is not None:
             self.worker_side.shutdown()
@@ -163,14 +183,12 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self.scheduler_side is not None:
-            if connector_output.invalid_block_ids:  # something in host memory cannot be read: trust no prefix there
-                self.scheduler_side.ledger.forget_prefixes()
             for request_id in connector_output.finished_recving or ():
                 self.scheduler_side.fetched(request_id)
 
     def has_pending_push_work(self) -> bool:
         """Fetches land in the engine's steps: it goes on stepping until they have, though it is paused."""
-        return self.scheduler_side is not None and self.scheduler_side.ledger.residency.counts[Residency.FETCHING] > 0
+        return self.scheduler_side is not None and self.scheduler_side.ledger.num_fetching > 0
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
@@ -179,6 +197,17 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self.scheduler_side is not None:
             self.scheduler_side.finished(request, block_ids[0])
         return False, None
+
+    def take_events(self) -> Iterable[KVCacheEvent]:
+        """What host memory caches since the last call, and what no more; empty unless vLLM publishes KV events."""
+        side = self.scheduler_side
+        return () if side is None or side.events is None else side.events.take()
+
+    def reset_cache(self) -> bool:
+        """Forget the cached prefixes in host memory. What requests have there is theirs."""
+        if self.scheduler_side is not None:
+            self.scheduler_side.ledger.forget_prefixes()
+        return True
 
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
         return {CacheHitSource.HOST: num_external_tokens} if num_external_tokens else {}

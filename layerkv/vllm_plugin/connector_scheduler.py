@@ -6,17 +6,16 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from layerkv.config import EngineConfig
-from layerkv.core.geometry import KVGeometry
 from layerkv.core.ledger import KVLedger, LedgerCounters
 from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan
 from layerkv.errors import IncompatibleVLLMError
 from layerkv.metrics import MetricSamples, Payload
-from layerkv.vllm_plugin.setup import host_blocks_per_worker
+from layerkv.vllm_plugin.kv_events import HostPrefixEvents
+from layerkv.vllm_plugin.setup import Setup
 from layerkv.vllm_plugin.spec import LayerKVManager
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
@@ -31,29 +30,30 @@ _COUNTED = {
     "prefix_hit_blocks": "layerkv_prefix_hit_blocks",
 }
 
+_LEAVES_KV = (Residency.RESIDENT, Residency.PARKED, Residency.FETCHING)
+"""What a request of these leaves behind is kept as a cached prefix."""
+
 
 class SchedulerSide:
     """Owns the ledger. The scheduler reads and changes it directly; vLLM's own events come through here."""
 
-    def __init__(
-        self, vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry, *, caches_prefixes: bool = False
-    ) -> None:
+    def __init__(self, config: EngineConfig, setup: Setup, *, caches_prefixes: bool = False) -> None:
         self.config = config
-        self.geometry = geometry
+        self.geometry = setup.geometry
         self._caches_prefixes = caches_prefixes
         self._num_local_blocks = 0  # of the request that vLLM looked up last
-        self.ledger = KVLedger(geometry, host_blocks_per_worker(vllm_config, config, geometry))
+        self.ledger = KVLedger(setup.geometry, setup.host_blocks)
         self.metrics = MetricSamples()
         self.last_plan: StepPlan | None = None
-        self.prefix_blocks: dict[str, frozenset[int]] = {}
-        """Device blocks that a request's cached prefix was last loaded into."""
+        self.events: HostPrefixEvents | None = None
+        """Of the host prefix cache, where vLLM publishes KV events."""
         self._requests: Mapping[str, Request] = {}
         self._reported = LedgerCounters()
         self._reported_version: tuple[int, ...] | None = None
         self._reported_gauges: dict[tuple[str, str | None], float] = {}
 
     def attach(self, kv_cache_manager: KVCacheManager) -> None:
-        """Take the zone's blocks out of vLLM's pool.
+        """Take the zone's blocks out of vLLM's pool, and keep events if vLLM does.
 
         Raises:
             IncompatibleVLLMError: vLLM did not build our manager for our spec.
@@ -65,6 +65,9 @@ class SchedulerSide:
                 "LayerKVManager was registered; use the vLLM version that layerkv supports"
             )
         managers[0].attach(self.ledger)
+        if self._caches_prefixes and kv_cache_manager.enable_kv_cache_events:
+            kind, window = kv_cache_manager.kv_cache_event_metadata[0]
+            self.events = HostPrefixEvents(self.ledger.host, self.geometry.block_tokens, kind, window)
 
     def follow(self, requests: Mapping[str, Request]) -> None:
         """The scheduler's table of requests, for their token counts."""
@@ -88,7 +91,6 @@ class SchedulerSide:
             first = self._num_local_blocks
             blocks = range(first, first + num_external_tokens // self.geometry.block_tokens)
             self.ledger.load_prefix(request_id, block_ids, self._hashes(self._requests[request_id]), blocks)
-            self.prefix_blocks[request_id] = frozenset(block_ids[blocks.start : blocks.stop])
         elif num_external_tokens > 0:
             num_local_tokens = self.ledger.parked_tokens(request_id) - num_external_tokens
             self.ledger.fetch(request_id, block_ids, num_local_tokens)
@@ -100,29 +102,40 @@ class SchedulerSide:
                 num_blocks = -(-self._requests[request_id].num_tokens // self.geometry.block_tokens)
                 self.ledger.zone.raise_reservation(request_id, num_blocks - len(block_ids))
 
-    def num_prefix_blocks(self, request_id: str, num_local_blocks: int) -> int:
-        """Blocks that a waiting request would load from host memory, after those that the device has."""
+    def num_prefix_blocks(self, request_id: str, num_local_blocks: int, *, most: int | None = None) -> int:
+        """Blocks that a waiting request would load from host memory, after those that the device has.
+
+        With ``most``, no further ones are looked for.
+        """
         request = self._requests[request_id]
         if request.skip_reading_prefix_cache:  # vLLM would ignore them
             return 0
         last = (request.num_tokens - 1) // self.geometry.block_tokens  # of one token at least, KV is computed
+        if most is not None:
+            last = min(last, num_local_blocks + most)
         return self.ledger.num_prefix_blocks(request_id, self._hashes(request), range(num_local_blocks, last))
 
     def fetched(self, request_id: str) -> None:
         """All workers have reported a fetch complete."""
-        self.ledger.complete_fetch(request_id, self._hashes(self._requests.get(request_id)))
+        self.ledger.complete_fetch(request_id, self._hashes_to_keep(self._requests.get(request_id)))
 
     def finished(self, request: Request, block_ids: Sequence[int]) -> None:
         """The request leaves; vLLM frees its blocks next."""
-        self.prefix_blocks.pop(request.request_id, None)
         # Of a step still under way, only the token that it computes last is not there yet.
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
         self.ledger.finish(
-            request.request_id, hashes=self._hashes(request), block_ids=block_ids, num_computed=num_computed
+            request.request_id, hashes=self._hashes_to_keep(request), block_ids=block_ids, num_computed=num_computed
         )
 
     def _hashes(self, request: Request | None) -> Sequence[Hashable]:
         return request.block_hashes if self._caches_prefixes and request is not None else ()
+
+    def _hashes_to_keep(self, request: Request | None) -> Sequence[Hashable]:
+        """Hashes for what may become a cached prefix now."""
+        if self.events is None or request is None:
+            return self._hashes(request)
+        keeps_kv = self.ledger.residency.get(request.request_id) in _LEAVES_KV
+        return self.events.describe(request) if keeps_kv else ()
 
     def plan(self, output: SchedulerOutput) -> StepPlan | None:
         """This step's copies; None if there are none."""

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.logger import init_logger
 
-from layerkv.config import EngineConfig
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.device.allocation import ArenaAllocation
 from layerkv.device.base import COPY_TIMEOUT_S, Direction
-from layerkv.device.lane_schedule import LaneSchedule, shared_link_unit
-from layerkv.device.mechanism import make_mechanism
+from layerkv.device.lane_schedule import LaneSchedule, device_blocks, shared_link_unit
+from layerkv.device.mechanism import Mechanism, make_mechanism
+from layerkv.device.store_watch import host_blocks
 from layerkv.errors import IncompatibleVLLMError, TransferError
-from layerkv.metrics import MetricSamples, Payload
-from layerkv.vllm_plugin.setup import host_blocks_per_worker
+from layerkv.metrics import COPY_WAIT, MetricSamples, Payload
+from layerkv.vllm_plugin.failed_copies import FailedCopies
+from layerkv.vllm_plugin.setup import Setup
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -33,26 +36,36 @@ class WorkerSide:
     """One worker's memory and copies. Called by the thread that runs the model."""
 
     def __init__(
-        self, vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry, kv_cache_config: KVCacheConfig
+        self,
+        geometry: KVGeometry,
+        layer_names: Sequence[str],
+        mechanism: Mechanism,
+        *,
+        hooks_always_run: bool = True,
+        shares_link: bool = False,
     ) -> None:
-        layer_names = _layers_in_order(kv_cache_config, geometry)
+        """Begin with empty lanes.
+
+        Args:
+            geometry: The worker's KV memory.
+            layer_names: vLLM's, in the order in which the layers run.
+            mechanism: The memory, and what copies it; closed by :meth:`shutdown`.
+            hooks_always_run: See :class:`LaneSchedule`.
+            shares_link: Whether other ranks exchange activations over the link that copies take.
+        """
         self._layer_index = {name: index for index, name in enumerate(layer_names)}
         self._geometry = geometry
-        num_host_blocks = host_blocks_per_worker(vllm_config, config, geometry)
-        device_type: str = vllm_config.device_config.device_type
-        if device_type == "cuda":
-            logger.warning("layerkv's CUDA path has not been measured on a GPU yet: run benchmarks/gpu first")
-        shares_link = vllm_config.parallel_config.tensor_parallel_size > 1
-        mechanism = make_mechanism(device_type, geometry, num_host_blocks)
         self._arena, self._engine = mechanism.arena, mechanism.engine
         self._lanes = LaneSchedule(
             self._engine,
             geometry.lane_layers(),
             shared_link_unit(geometry.page_bytes) if shares_link else None,
-            hooks_always_run=device_type == "cpu",
+            hooks_always_run=hooks_always_run,
         )
         self._is_idle_step = False
+        self._raised_before: BaseException | None = None
         self._failed_blocks: set[int] = set()
+        self._failed_copies = FailedCopies()
         self._metrics = MetricSamples()
         self._has_copied = False
 
@@ -77,6 +90,7 @@ class WorkerSide:
     def begin_step(self, plan: StepPlan) -> None:
         """Begin the copies that this step's forward pass depends on, and its fetches."""
         self._is_idle_step = plan.num_tokens == 0
+        self._raised_before = sys.exception()
         if plan.has_copies:
             self._has_copied = True
             self._lanes.begin_step(plan)
@@ -87,15 +101,23 @@ class WorkerSide:
         self._lanes.layer_done(self._layer_index[layer_name])
 
     def end_step(self) -> None:
-        """The forward pass is over.
+        """The forward pass is over, or an exception has ended it: then that is what vLLM is to see.
 
         Raises:
             TransferError: layer hooks did not run.
         """
+        if sys.exception() is not self._raised_before:
+            self._lanes.abandon_step()
+            return
         self._lanes.end_step()
-        if (failed := self._lanes.take_failed_hits()) is not None:
-            logger.error("loading a cached prefix failed, its KV is computed again: %s", failed.error)
-            self._failed_blocks.update(failed.device_blocks)
+        if (hits := self._lanes.take_failed_hits()) is not None:
+            logger.error("loading a cached prefix failed, its KV is computed again: %s", hits.error)
+            self._failed_blocks.update(device_blocks(hits.runs))
+        if (loads := self._lanes.take_failed_loads()) is not None:
+            logger.error("loading a layer failed, its requests' KV is computed again: %s", loads.error)
+            self._failed_copies = self._failed_copies.aggregate(
+                FailedCopies(unloaded=frozenset(host_blocks(loads.runs)))
+            )
 
     @property
     def has_layer_work(self) -> bool:
@@ -109,12 +131,20 @@ class WorkerSide:
             if fetch.error is not None:
                 logger.error("fetching %s failed, its KV is computed again: %s", fetch.request_id, fetch.error)
                 self._failed_blocks.update(fetch.device_blocks)
+        if (stores := self._lanes.take_failed_stores()) is not None:
+            logger.error("storing KV failed, it is computed again: %s", stores.error)
+            self._failed_copies = self._failed_copies.aggregate(FailedCopies(unstored=stores.host_blocks))
         return {fetch.request_id for fetch in finished} or None
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks that should have been loaded and were not."""
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
+
+    def take_failed_copies(self) -> FailedCopies | None:
+        """What else has failed since the last call; None if nothing has."""
+        failed, self._failed_copies = self._failed_copies, FailedCopies()
+        return failed or None
 
     def take_metrics(self) -> Payload | None:
         """Bytes and seconds since the last call; None if nothing was copied."""
@@ -123,6 +153,8 @@ class WorkerSide:
         for direction, seconds in self._engine.take_seconds().items():
             if seconds:
                 self._metrics.add("layerkv_copy_seconds", seconds, direction)
+        if waited_s := self._engine.take_waited_s():
+            self._metrics.add(COPY_WAIT, waited_s)
         self._has_copied = self._lanes.has_fetches
         return self._metrics.take() if self._metrics else None
 
@@ -143,6 +175,27 @@ class WorkerSide:
             self._metrics.add("layerkv_bytes", stored * block_bytes, Direction.STORE)
         if loaded_bytes:
             self._metrics.add("layerkv_bytes", loaded_bytes, Direction.LOAD)
+
+
+def make_worker_side(vllm_config: VllmConfig, setup: Setup, kv_cache_config: KVCacheConfig) -> WorkerSide:
+    """Take this worker's memory and start what copies it.
+
+    Raises:
+        IncompatibleVLLMError: vLLM does not keep each layer in one stretch of memory.
+        MemoryError: device or host has not that much.
+    """
+    geometry = setup.geometry
+    layer_names = _layers_in_order(kv_cache_config, geometry)
+    device_type: str = vllm_config.device_config.device_type
+    if device_type == "cuda":
+        logger.warning("layerkv's CUDA path has not been measured on a GPU yet: run benchmarks/gpu first")
+    return WorkerSide(
+        geometry,
+        layer_names,
+        make_mechanism(device_type, geometry, setup.host_blocks),
+        hooks_always_run=device_type == "cpu",
+        shares_link=vllm_config.parallel_config.tensor_parallel_size > 1,
+    )
 
 
 def _layers_in_order(kv_cache_config: KVCacheConfig, geometry: KVGeometry) -> list[str]:

@@ -1,16 +1,16 @@
 """Refusal under overload, at the HTTP edge: 429 before a request enters the engine, with the time to come back after.
 
-The scheduler tells how much prefill waits per class, with its metrics; the front end keeps the newest word of each
-engine here, and the SLO gate refuses a request whose class asks for that (``overload: reject``) and whose first token
-would be late. vLLM's error responses carry no headers, so ``Retry-After`` is added by a middleware, which users switch
-on with vLLM's own flag: ``--middleware layerkv.vllm_plugin.overload.RetryAfter``. The body says it in any case.
+The scheduler tells what a new request of each class would meet, with its metrics; the front end keeps the newest word
+of each engine and what it has let in since (:mod:`layerkv.scheduler.admission`), and the SLO gate refuses a request
+whose class asks for that (``overload: reject``) and whose first token would be late. vLLM's error responses carry no
+headers, so ``Retry-After`` is added by a middleware, which users switch on with vLLM's own flag:
+``--middleware layerkv.vllm_plugin.overload.RetryAfter``. The body says it in any case.
 """
 
 from __future__ import annotations
 
 import math
 import re
-import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
@@ -19,11 +19,10 @@ from typing import Any
 from vllm.exceptions import GracefulHTTPError
 
 from layerkv.config import SloClass
+from layerkv.scheduler.admission import Backlog, would_be_late
+from layerkv.vllm_plugin.stray_class import StrayClassWatch
 
 GAUGE = "layerkv_prefill_backlog_seconds"
-STALE_S = 5.0
-"""An idle engine says nothing, so an old word means that nothing waits."""
-
 _RETRY_AFTER = re.compile(rb"retry after (\d+) s")
 _REFUSED_STREAM = re.compile(rb'data: \{"error": ?\{"message": ?"overloaded: .*retry after \d+ s"')
 
@@ -36,61 +35,26 @@ class OverloadedError(GracefulHTTPError):
     """HTTP 429: this request's first token would be late, and its class asks to be refused then."""
 
 
-class Backlog:
-    """The newest word of each engine on how long a new request of a class would wait. Thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._engines: set[int] = set()
-        self._seconds: dict[tuple[str, int], tuple[float, float]] = {}
-        self._count_refusal: Callable[[str], None] = lambda _: None
-
-    def count_refusals_with(self, count: Callable[[str], None]) -> None:
-        """From now on, `count` gets the class of every refused request."""
-        self._count_refusal = count
-
-    def refuse(self, slo_class: str) -> None:
-        """A request of this class is refused."""
-        self._count_refusal(slo_class)
-
-    def expect(self, engine: int) -> None:
-        """There is this engine; while it says nothing, it is idle."""
-        with self._lock:
-            self._engines.add(engine)
-
-    def note(self, slo_class: str, engine: int, backlog_s: float, now_s: float) -> None:
-        """An engine says how many seconds of prefill wait before a new request of the class."""
-        with self._lock:
-            self._engines.add(engine)
-            self._seconds[slo_class, engine] = (backlog_s, now_s)
-
-    def seconds(self, slo_class: str, now_s: float) -> float:
-        """The shortest wait among the engines, 0 with one that has said nothing lately."""
-        with self._lock:
-            said = [self._seconds.get((slo_class, engine), (0.0, now_s)) for engine in self._engines]
-        return min((backlog_s if now_s - said_s <= STALE_S else 0.0 for backlog_s, said_s in said), default=0.0)
-
-
 BACKLOG = Backlog()
 """This process's; metrics come in on one thread, requests on another."""
 
 
 def refuse_if_late(slo: SloClass, backlog: Backlog = BACKLOG, now_s: float | None = None) -> None:
-    """Refuse a request of a class that asks for it when what waits already takes longer than its TTFT objective.
+    """Let a request in, or refuse it if its class asks for that and its first token is not to be expected in time.
 
     Raises:
         OverloadedError: it would be late.
     """
-    if slo.overload != "reject":
-        return
-    wait_s = backlog.seconds(slo.name, time.monotonic() if now_s is None else now_s)
-    if wait_s <= slo.ttft_s:
+    now_s = time.monotonic() if now_s is None else now_s
+    meets = backlog.meets(slo, now_s)
+    if slo.overload != "reject" or not would_be_late(slo, meets):
+        backlog.let_in(slo, now_s)
         return
     backlog.refuse(slo.name)
-    retry_s = max(math.ceil(wait_s - slo.ttft_s), 1)
+    retry_s = max(math.ceil(meets.wait_s - slo.ttft_s), 1)
     raise OverloadedError(
-        f"overloaded: about {wait_s:.1f} s of prompts wait before a request of class {slo.name!r}, whose first token "
-        f"is due within {slo.ttft_s:g} s; retry after {retry_s} s",
+        f"overloaded: about {meets.wait_s:.1f} s of prompts wait before a request of class {slo.name!r}, whose first "
+        f"token is due within {slo.ttft_s:g} s; retry after {retry_s} s",
         HTTPStatus.TOO_MANY_REQUESTS,
     )
 
@@ -99,11 +63,13 @@ class RetryAfter:
     """ASGI middleware: adds ``Retry-After`` to our 429 responses, from the seconds that their body names.
 
     vLLM answers a streaming request 200 before it looks at it, and refuses it in the first event. Such a head is held
-    back until the first event is there, and the answer becomes a 429 like any other.
+    back until the first event is there, and the answer becomes a 429 like any other. It also warns of a class that a
+    request names where vLLM does not look.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
+        self._stray_class = StrayClassWatch()
 
     async def __call__(
         self,
@@ -133,7 +99,7 @@ class RetryAfter:
                 await send(head)
             await send(message)
 
-        await self._app(scope, receive, send_on)
+        await self._app(scope, self._stray_class.watched(scope, receive), send_on)
 
 
 def _may_be_refusal(head: Message) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from itertools import dropwhile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -21,25 +22,30 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from layerkv.config import slo_class_of
+from layerkv.config import SloClass, slo_class_of
 from layerkv.core.cost import StepWork, generic_profile, load_profile
 from layerkv.core.residency import Residency
 from layerkv.errors import CapacityError, ConfigError
+from layerkv.metrics import COPY_WAIT
 from layerkv.scheduler.controller import Controller, EngineShape
 from layerkv.scheduler.decision_log import DecisionLog
-from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.reasons import End, Reason
 from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import Decision, Snapshot
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.connector import LayerKVConnector
+from layerkv.vllm_plugin.recovery import Recovery
 from layerkv.vllm_plugin.reload import follow_policy
+from layerkv.vllm_plugin.seeded import cannot_cut_seeded, is_seeded
 from layerkv.vllm_plugin.snapshot import EngineReader
 from layerkv.vllm_plugin.spec import LayerKVManager
+from layerkv.vllm_plugin.support import require_heard
 from layerkv.vllm_plugin.waiting_queue import WaitingQueue
+from layerkv.vllm_plugin.words import tell
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -49,8 +55,16 @@ MAX_CLOCK_SKEW_S = 3600.0
 QUIET_STEPS_PER_SAMPLE = 4
 """Steps without a decision are timed for the cost model once in so many: they are all alike."""
 
+ENDS = {
+    RequestStatus.FINISHED_STOPPED: End.FINISHED,
+    RequestStatus.FINISHED_LENGTH_CAPPED: End.FINISHED,
+    RequestStatus.FINISHED_REPETITION: End.FINISHED,
+    RequestStatus.FINISHED_ABORTED: End.LEFT,
+}
+"""What vLLM's ends mean here; all others were not served."""
+
 BACKLOG_INTERVAL_S = 0.05
-"""How often the front end is told how much prefill waits, if its policy refuses under overload."""
+"""How often the front ends are told what a new request would meet, if their policy refuses under overload."""
 
 
 if TYPE_CHECKING:
@@ -63,9 +77,11 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     """Over either of vLLM's schedulers. Without our spec (passthrough) it adds nothing."""
 
     running: list[Request]
+    _ends_all = False
     adaptive_long_prefill_threshold: bool
     max_num_scheduled_tokens: int
     max_num_active_reqs: int
+    log_stats: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -84,17 +100,25 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         manager = self.kv_cache_manager.coordinator.single_type_managers[0]
         assert isinstance(manager, LayerKVManager)
         self._policy_source = follow_policy(side.config.policy_path, side.config.policy)
+        self._policy_source.require = partial(require_heard, has_metrics=self.log_stats)
         self._controller = self._make_controller()
         path, rank = side.config.decision_log, self.vllm_config.parallel_config.data_parallel_index
         if path is not None and rank > 0:
             path = f"{path}.rank{rank}"  # each engine writes a log of its own
         self._log = DecisionLog(path, on_error=logger.error) if path is not None else None
+        self._cannot_cut_seeded = cannot_cut_seeded(self.vllm_config)
         self._refused: dict[str, str] = {}
         self._no_first_token: set[str] = set()
+        self._gives_up_for = Reason.PREEMPTED  # why KV is given up just now; vLLM's own preemptions say nothing
         self._steps_in_flight: deque[tuple[float, StepWork | None]] = deque()  # (start, work if sampled), oldest first
         self._num_quiet_steps = 0
-        self._last_output_s = self._last_backlog_s = 0.0
+        self._last_output_s = self._last_word_s = self._taken_in_s = 0.0
+        self._owes_word = False
+        self._tells_waits = self.vllm_config.device_config.device_type == "cpu"
+        # Of a server on another node, an engine learns how many there are from its requests only.
+        self._front_ends = set(range(self.vllm_config.parallel_config._api_process_count))
         self._reader = EngineReader(self, side, manager)
+        self._recovery = Recovery(self, side)
         # The policy chooses who is found and in which order; under priority scheduling, priorities go before deadlines.
         self.waiting = self._queue = WaitingQueue()
         self.kv_cache_manager.watermark_blocks = 0  # the policy's headroom takes its place
@@ -110,11 +134,16 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:  # noqa: FBT001, FBT002 (vLLM's signature)
         """Decide, carry the decision out, and let vLLM schedule what is left visible."""
-        if not self._is_active or self._pause_state is PauseState.PAUSED_ALL:
+        if not self._is_active:
             return super().schedule(throttle_prefills)
-        started_s = time.monotonic()
-        if self._policy_source.policy is not self._controller.policy:
-            self._controller.set_policy(self._policy_source.policy)
+        if self._pause_state is PauseState.PAUSED_ALL:
+            output = super().schedule(throttle_prefills)
+            self._recovery.scheduled()
+            return output
+        started_s = self._taken_in_s = time.monotonic()
+        policy = self._policy_source.policy
+        if policy is not self._controller.policy:
+            self._controller.set_policy(policy)
         is_sampled = True
         if self._reader.is_quiet():
             output = super().schedule(throttle_prefills)
@@ -122,11 +151,9 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             is_sampled = self._num_quiet_steps % QUIET_STEPS_PER_SAMPLE == 0
         else:
             output = self._schedule_decided(started_s, throttle_prefills)
+        self._recovery.scheduled()
         if output.total_num_scheduled_tokens:
-            plan = self._side.last_plan
-            # A step that waits for copies of whole blocks tells nothing about what its compute costs.
-            waits = plan is not None and (plan.parks or plan.hits)
-            work = self._reader.work(output, plan) if is_sampled and not waits else None
+            work = self._reader.work(output, self._side.last_plan) if is_sampled else None
             self._steps_in_flight.append((started_s, work))
         return output
 
@@ -135,71 +162,54 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """Note first tokens and step times, and send refusals out with the step's outputs."""
         received = model_runner_output.kv_connector_output
-        if self._is_active and received is not None and received.invalid_block_ids:
-            self._distrust(received.invalid_block_ids)
+        if self._is_active and received is not None:
+            self._recovery.copies_failed(received)
+        waited_s = self._waited_s(received)  # before vLLM adds the scheduler's own figures to it
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if not self._is_active:
             return outputs
+        self._recovery.processed()
         now_s = time.monotonic()
         firsts_late = self._note_first_tokens(outputs.values(), now_s) if self._no_first_token else None
         if scheduler_output.total_num_scheduled_tokens and self._steps_in_flight:
             started_s, work = self._steps_in_flight.popleft()
             if work is not None:
-                self._controller.step_done(work, now_s - max(started_s, self._last_output_s), firsts_late=firsts_late)
+                seconds = now_s - max(started_s, self._last_output_s)
+                self._controller.step_done(work, seconds, waited_s=waited_s, firsts_late=firsts_late)
         self._last_output_s = now_s
         self._report_reasons()
-        self._report_backlog(now_s)
+        self._report_backlog(outputs, now_s)
         if self._log is not None:
             self._log.write(self._controller.take_log(), now_s)
         if self._refused:
             self._send_refusals(outputs)
         return outputs
 
+    def _waited_s(self, received: KVConnectorOutput | None) -> float | None:
+        """Seconds that the step waited for copies, as its workers saw it; None where devices do not tell."""
+        if not self._tells_waits:
+            return None
+        stats = None if received is None else received.kv_connector_stats
+        counters = {} if stats is None else stats.data.get("counters", {})
+        waited_s: float = counters.get(COPY_WAIT, 0.0)
+        return waited_s / self.vllm_config.parallel_config.tensor_parallel_size
+
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:  # noqa: FBT001, FBT002
-        """vLLM's reset; when running requests start over, so do parked ones: their KV may be of old weights."""
-        if self._is_active and reset_running_requests:
-            arrived = [request for request in self.kv_holding_waiting if self._has_arrived(request)]
-            if (num_fetching := self._ledger.residency.counts[Residency.FETCHING]) > 0:
-                raise RuntimeError(
-                    f"cannot reset the prefix cache while {num_fetching} request(s) are being fetched from host "
-                    "memory; nothing was changed, try again after the next step"
-                )
-            if self.defer_block_free and self.sched_step_seq > self.processed_step_seq:
-                raise RuntimeError(  # vLLM would raise after everybody's KV is gone: it frees blocks after the step
-                    "cannot reset the prefix cache while a step is under way; nothing was changed, pause first"
-                )
-            for request in arrived:
-                self._start_over(request)
-            for request_id in [r for r in self._ledger.residency if self._ledger.residency[r] is Residency.PARKED]:
-                self._ledger.drop(request_id)
-                self._recomputes(self.requests[request_id])
-        elif self._is_active and (num_moved := self._num_with_kv_on_host()):
-            # vLLM refuses while blocks are in use; KV in host memory is in use just as well
-            logger.warning("the prefix cache is not reset: %d request(s) have KV in host memory", num_moved)
-            return False
-        if self._is_active:
-            self._ledger.forget_prefixes()
-        return super().reset_prefix_cache(reset_running_requests, reset_connector)
+        """vLLM's reset. Cached prefixes in host memory outlive it unless the connector is reset too.
 
-    def _has_arrived(self, request: Request) -> bool:
-        """Whether its fetch is over, and it has not gone on yet."""
-        is_fetched = request.request_id in self.finished_recving_kv_req_ids
-        return is_fetched or request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-
-    def _start_over(self, request: Request) -> None:
-        """Give up the KV of a request that has just been fetched."""
-        self._handle_blocked_waiting_request(request)
-        self.kv_holding_waiting.remove_requests((request,))
-        self.deferred_waiting.discard(request)
-        self.kv_cache_manager.free(request)
-        request.num_computed_tokens = 0
-        self.waiting.add_request(request)
-        self._ledger.drop(request.request_id)
-        self._recomputes(request)
-
-    def _num_with_kv_on_host(self) -> int:
-        counts = self._ledger.residency.counts
-        return counts[Residency.LAYERED] + counts[Residency.PARKED] + counts[Residency.FETCHING]
+        When running requests start over, so do parked ones, and nothing is kept: all KV may be of old weights.
+        """
+        if not self._is_active:
+            return super().reset_prefix_cache(reset_running_requests, reset_connector)
+        with self._giving_up_for(Reason.CACHE_RESET):
+            if not self._recovery.prepare_reset(reset_running_requests=reset_running_requests):
+                if reset_connector:  # as vLLM does, whatever became of its own
+                    self.reset_connector_cache()
+                return False
+            has_reset: bool = super().reset_prefix_cache(reset_running_requests, reset_connector)
+        if has_reset:
+            self._recovery.tell_what_is_kept()
+        return has_reset
 
     def get_num_unfinished_requests(self) -> int:
         """Parked requests are in mid-output: a pause that waits for running requests waits for them too."""
@@ -231,56 +241,58 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
 
     def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:  # noqa: FBT001, FBT002
         """A preemption that is not a park gives the request's KV up."""
+        if self._is_active:
+            self._recovery.leaves(request)
         super()._preempt_request(request, timestamp, drop_stale_output)
         if self._is_active and self._ledger.residency.get(request.request_id) is not Residency.PARKED:
             self._ledger.drop(request.request_id)
             self._recomputes(request)
 
+    def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
+        """vLLM's; a request that is ended with all others says little about how long requests become."""
+        self._ends_all = request_ids is None
+        try:
+            ended: list[Request] = super().finish_requests(request_ids, finished_status)
+        finally:
+            self._ends_all = False
+        return ended
+
+    @contextmanager
+    def _giving_up_for(self, reason: Reason) -> Iterator[None]:
+        """Whoever gives KV up inside does so for this reason."""
+        before, self._gives_up_for = self._gives_up_for, reason
+        try:
+            yield
+        finally:
+            self._gives_up_for = before
+
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:  # noqa: FBT001, FBT002
         """Every way out passes here: finished, aborted, refused."""
         if self._is_active:
+            self._recovery.leaves(request)
             self._untrack(request)
         return super()._free_request(request, delay_free_blocks)
 
     # Carrying a decision out -----------------------------------------------------------------------------------
 
-    def _distrust(self, invalid_block_ids: set[int]) -> None:
-        """Start requests over whose cached prefix could not be loaded, with what was computed from it since.
-
-        vLLM's own way out fits a step that nothing overlaps: of the next step, scheduled before it knew, it would
-        deliver a token, and its prefix cache would go on finding the blocks.
-        """
-        now_s = time.monotonic()
-        wrong, affected = set(invalid_block_ids), list[Request]()
-        rest = {request: self.kv_cache_manager.get_block_ids(request.request_id)[0] for request in self.running}
-        while found := [request for request, block_ids in rest.items() if not wrong.isdisjoint(block_ids)]:
-            for request in found:
-                block_ids = rest.pop(request)
-                wrong.update(dropwhile(lambda block_id: block_id not in wrong, block_ids))
-            affected += found
-        for request in affected:
-            self.running.remove(request)
-            self._preempt_request(request, now_s, drop_stale_output=True)
-        for request_id, blocks in self._side.prefix_blocks.items():
-            is_parked = self._ledger.residency.get(request_id) is Residency.PARKED
-            if is_parked and not blocks.isdisjoint(invalid_block_ids):
-                self._ledger.drop(request_id)
-                self._recomputes(self.requests[request_id])
-        self.kv_cache_manager.evict_blocks(wrong)
-
     def _schedule_decided(self, now_s: float, throttle_prefills: bool) -> SchedulerOutput:  # noqa: FBT001
         reader = self._reader
         snapshot, decision = self._controller.decide(
-            reader.state(), now_s, is_startable=reader.is_startable, is_fetchable=reader.is_fetchable, hits=reader.hits
+            reader.state(),
+            now_s,
+            is_startable=reader.is_startable,
+            is_fetchable=reader.is_fetchable,
+            hits=reader.prefix_hits.of,
         )
         for refusal in decision.refuse:
             self._refuse(refusal.request_id, refusal_text(snapshot, refusal), refusal.reason)
         for request_id in decision.store_ahead:
             self._store_ahead(request_id, now_s)
         if decision.park:
-            self._park(decision.park, now_s)
+            self._park(decision, now_s)
         for request_id in decision.recompute:
-            self._give_up(self.requests[request_id], now_s)
+            with self._giving_up_for(decision.reasons[request_id]):
+                self._give_up(self.requests[request_id], now_s)
         chosen = self._chosen(decision)
         is_paused = self._pause_state is not PauseState.UNPAUSED
         saved = (
@@ -325,6 +337,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         spare = 1 if decision.fetch else 0
         budget = snapshot.decode_tokens + decision.prefill_tokens + spare
         self.max_num_scheduled_tokens = min(self.max_num_scheduled_tokens, max(budget, 1))
+        if decision.has_whole_prompt:
+            self.scheduler_config.long_prefill_token_threshold = 0
         prefilling = [request for request in self.running if request.is_prefill_chunk]
         if prefilling:
             decoding = [request for request in self.running if not request.is_prefill_chunk]
@@ -352,8 +366,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self.kv_holding_waiting.remove_requests((request,))  # vLLM may have moved it back already
                 self._queue.add_request(request)
 
-    def _park(self, request_ids: Iterable[str], now_s: float) -> None:
-        parked = [self.requests[request_id] for request_id in request_ids]
+    def _park(self, decision: Decision, now_s: float) -> None:
+        parked = [self.requests[request_id] for request_id in decision.park]
         leaving = set(parked)
         self.running = [request for request in self.running if request not in leaving]
         for request in parked:
@@ -367,6 +381,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 num_computed=num_computed,
                 num_tokens=request.num_tokens,
                 num_output=request.num_output_tokens,
+                reason=decision.reasons[request_id],
                 now_s=now_s,
             )
 
@@ -418,25 +433,24 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 continue
             if request.status is RequestStatus.RUNNING:
                 waited_s = self._controller.admitted(
-                    admission.request_id, layered=admission.layered, step=step, now_s=now_s
+                    admission.request_id,
+                    layered=admission.layered,
+                    reason=decision.reasons[admission.request_id],
+                    step=step,
+                    now_s=now_s,
                 )
                 if waited_s is not None:
                     metrics.observe("layerkv_admission_wait_seconds", waited_s)
                 continue
             metrics.add("layerkv_declined", 1)
+            self._reader.prefix_hits.forget(admission.request_id)
             if self._ledger.is_layered(admission.request_id):
                 self._ledger.cancel_layered(admission.request_id)
 
     # Requests coming and going ---------------------------------------------------------------------------------
 
     def _track(self, request: Request) -> None:
-        params = request.sampling_params
-        try:
-            # Not the controller's, which changes with the next step: the gate has let this request in by the new one.
-            slo = slo_class_of(params.extra_args if params is not None else None, self._policy_source.policy)
-        except ConfigError as error:  # only without our front-end gate, that is with explicit class flags
-            self._refuse(request.request_id, str(error), Reason.NEVER_FITS)
-            return
+        slo = self._slo_class_of(request)
         now_s = time.monotonic()
         waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_CLOCK_SKEW_S)
         self._controller.arrive(
@@ -449,14 +463,36 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             rank=request.priority if self.policy is SchedulingPolicy.PRIORITY else 0,
             # vLLM does not load external KV for these, or keeps their KV between turns
             can_layer=not request.skip_reading_prefix_cache and not request.resumable,
+            in_one_step=self._cannot_cut_seeded and is_seeded(request.sampling_params),
         )
         self._keep_from_pool(request)
         self._no_first_token.add(request.request_id)
+        self._front_ends.add(request.client_index)
+        self._owes_word = True
+
+    def _slo_class_of(self, request: Request) -> SloClass:
+        """Its class. Who has passed the gate is served, though the policy in force here may not have its class.
+
+        The class may have gone since, or have come to a front end on another machine only. With explicit class flags
+        there need not be a gate.
+        """
+        policy, params = self._policy_source.policy, request.sampling_params
+        extra_args = (params.extra_args if params is not None else None) or {}
+        try:
+            return slo_class_of(extra_args, policy)
+        except ConfigError as error:
+            name = extra_args.get("slo_class")
+            if (past := self._policy_source.past_class(name)) is not None:
+                return past
+            logger.warning_once("a request is served as of class %s: %s", policy.default_class, str(error))
+            return policy.classes[policy.default_class]
 
     def _recomputes(self, request: Request) -> None:
         """The request's KV is given up: it waits for compute again, with the token that is still on its way."""
-        num_tokens = request.num_tokens + (1 if request.num_stale_output_tokens else 0)
-        self._controller.recomputes(request.request_id, num_tokens, request.num_output_tokens, time.monotonic())
+        is_token_coming = request.num_stale_output_tokens > 0 and not request.drop_stale_output
+        num_tokens = request.num_tokens + (1 if is_token_coming else 0)
+        num_output, reason = request.num_output_tokens, self._gives_up_for
+        self._controller.recomputes(request.request_id, num_tokens, num_output, reason, time.monotonic())
         self._keep_from_pool(request)
 
     def _keep_from_pool(self, request: Request) -> None:
@@ -470,10 +506,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if request.num_output_tokens and request_id in self._no_first_token:  # it ends with its first token
             self._note_first_token(request_id, time.monotonic())
         self._no_first_token.discard(request_id)
-        has_finished = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
-        self._controller.leave(
-            request_id, num_output=request.num_output_tokens, has_finished=has_finished, now_s=time.monotonic()
-        )
+        end = End.CUT_OFF if self._ends_all else ENDS.get(request.status, End.REFUSED)
+        self._controller.leave(request_id, num_output=request.num_output_tokens, end=end, now_s=time.monotonic())
         self._refused.pop(request_id, None)
 
     def _refuse(self, request_id: str, text: str, reason: Reason) -> None:
@@ -555,16 +589,23 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self._side.metrics.add("layerkv_decisions", count, reason)
             reasons.clear()
 
-    def _report_backlog(self, now_s: float) -> None:
-        """Tell the front end what a new request would wait behind, for classes that are refused under overload."""
-        has_emptied = self._last_backlog_s > 0 and not self._controller.waiting
-        if not has_emptied and (now_s - self._last_backlog_s < BACKLOG_INTERVAL_S or not self._controller.waiting):
+    def _report_backlog(self, outputs: dict[int, EngineCoreOutputs], now_s: float) -> None:
+        """Tell the front ends what a new request would meet, if the policy refuses any under overload.
+
+        As long as there are prompts, and once after the last: nothing waits, and all that came is counted.
+        """
+        controller = self._controller
+        rejecting = [slo.name for slo in controller.policy.classes.values() if slo.overload == "reject"]
+        is_due = now_s - self._last_word_s >= BACKLOG_INTERVAL_S
+        if not rejecting or not self._owes_word or not (is_due or not controller.has_prompts()):
             return
-        self._last_backlog_s = 0.0 if has_emptied else now_s  # 0: the front end knows that nothing waits
-        for slo in self._controller.policy.classes.values():
-            if slo.overload == "reject":
-                backlog_s = self._controller.backlog_s(slo, now_s)
-                self._side.metrics.set("layerkv_prefill_backlog_seconds", backlog_s, slo.name)
+        word = controller.word(self._taken_in_s, now_s)
+        if word is None:
+            return
+        self._last_word_s, self._owes_word = now_s, controller.has_prompts()
+        for name in rejecting:
+            self._side.metrics.set("layerkv_prefill_backlog_seconds", word.classes[name].wait_s, name)
+        tell(outputs, word, self._front_ends)
 
     def _report_capacity(self) -> None:
         """Tell what is active, and correct what vLLM counted as capacity."""

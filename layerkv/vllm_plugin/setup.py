@@ -1,16 +1,24 @@
-"""From vLLM's configuration to ours: geometry and host memory, the same in scheduler and workers."""
+"""From vLLM's configuration to ours: the geometry, the same in scheduler and workers."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layerkv.config import EngineConfig
-from layerkv.core.geometry import GeometryRequest, KVGeometry, geometry_for_blocks
+from layerkv.core.cost import load_profile
+from layerkv.core.geometry import (
+    GeometryRequest,
+    KVGeometry,
+    geometry_for_blocks,
+    require_retained_layers,
+    require_zone_tokens,
+)
 from layerkv.device.mechanism import ALIGNMENT_BYTES
 from layerkv.errors import ConfigError
+from layerkv.scheduler.decision_log import require_writable
 from layerkv.units import format_bytes
+from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
 from layerkv.vllm_plugin.spec import LayerKVSpec
 
 if TYPE_CHECKING:
@@ -19,10 +27,6 @@ if TYPE_CHECKING:
 
 DEFAULT_LANES = 2
 """One lane is written while the other is copied: enough to overlap wherever copying is faster than computing."""
-
-_DEFAULT_HOST_SHARE = 0.25
-_DEFAULT_HOST_FACTOR = 4
-_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def engine_config(vllm_config: VllmConfig) -> EngineConfig:
@@ -33,6 +37,22 @@ def engine_config(vllm_config: VllmConfig) -> EngineConfig:
     """
     assert vllm_config.kv_transfer_config is not None
     return EngineConfig.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+
+
+def require_usable(vllm_config: VllmConfig, config: EngineConfig) -> None:
+    """Check what engine core and workers would find out once they have started, as far as it is known before.
+
+    Raises:
+        ConfigError: a file that cannot be read or written, or a size that no engine of this model can have.
+    """
+    if config.cost_profile is not None:
+        load_profile(config.cost_profile)
+    if config.decision_log is not None:
+        require_writable(config.decision_log)
+    num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+    require_retained_layers(config.retained_layers, num_layers)
+    if config.zone_tokens is not None and vllm_config.cache_config.user_specified_block_size:  # else not known yet
+        require_zone_tokens(config.zone_tokens, vllm_config.cache_config.block_size)
 
 
 def geometry_request(
@@ -53,27 +73,38 @@ def geometry_request(
     )
 
 
-def geometry_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVCacheConfig) -> KVGeometry | None:
-    """The division that follows from the number of blocks vLLM settled on; None if vLLM runs without our spec.
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What scheduler and workers agree on: the division of KV memory, and the host blocks of each worker."""
+
+    geometry: KVGeometry
+    host_blocks: int
+
+
+def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVCacheConfig) -> Setup | None:
+    """What follows from the number of blocks that vLLM settled on; None if vLLM runs without our spec.
 
     Raises:
-        ConfigError: pool and ``max_model_len`` do not go together.
+        ConfigError: pool and ``max_model_len`` do not go together, or host memory is too much or too little.
     """
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, LayerKVSpec):
+    if len(groups) != 1 or not isinstance(spec := groups[0].kv_cache_spec, LayerKVSpec):
         return None
-    request = geometry_request(vllm_config, config, groups[0].kv_cache_spec, len(groups[0].layer_names))
+    assert spec.memory is not None
+    request = geometry_request(vllm_config, config, spec, len(groups[0].layer_names))
     geometry = geometry_for_blocks(request, kv_cache_config.num_blocks)
-    require_room_for_one(vllm_config, config, geometry)
-    return geometry
+    require_room_for_one(vllm_config, config, geometry, spec.memory)
+    return Setup(geometry, host_blocks_per_worker(vllm_config, config, geometry, spec.memory))
 
 
-def require_room_for_one(vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry) -> None:
+def require_room_for_one(
+    vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry, memory: WorkerMemory
+) -> None:
     """vLLM's own start-up check counts zone blocks as memory; this one does not.
 
     Raises:
         ConfigError: a request of ``max_model_len`` tokens fits neither into the pool nor, with ``long_contexts``, into
-            lane zone and host memory.
+            lane zone and host memory, or would not run there.
     """
     pool_tokens = (geometry.pool_blocks - 1) * geometry.block_tokens  # vLLM keeps one block as its null block
     zone_tokens = geometry.zone_blocks * geometry.block_tokens
@@ -91,62 +122,20 @@ def require_room_for_one(vllm_config: VllmConfig, config: EngineConfig, geometry
             f"{found}; set {less}, or a smaller zone_tokens; or set long_contexts to true in kv_connector_extra_config "
             "to serve requests that are longer than the pool from host memory, slowly"
         )
+    if config.mode == "resident":
+        raise ConfigError(
+            f"{found}, and mode: resident runs nothing in the zone, where a request that is longer than the pool must "
+            f"run; set mode to auto, or {less}"
+        )
     if zone_tokens < max_model_len:
         raise ConfigError(
             f"{found}, which must hold a request that is longer than the pool; set zone_tokens to {max_model_len} or "
             f"more, fewer lanes, or {less}"
         )
-    host_tokens = host_blocks_per_worker(vllm_config, config, geometry) * geometry.block_tokens
+    host_tokens = host_blocks_per_worker(vllm_config, config, geometry, memory) * geometry.block_tokens
     if host_tokens < max_model_len:
         raise ConfigError(
             f"{found}, and host memory {host_tokens} tokens, which must hold a request that is longer than the pool; "
             f"set host_memory to {format_bytes(-(-max_model_len // geometry.block_tokens) * geometry.block_bytes)} "
             "for each worker or more"
         )
-
-
-def require_host_memory(config: EngineConfig) -> None:
-    """Check ``host_memory`` as far as it needs no engine, so that a mistake ends start-up at once.
-
-    Raises:
-        ConfigError: it is more than the machine has.
-    """
-    machine = machine_memory_bytes()
-    if config.host_memory_bytes is not None and config.host_memory_bytes > machine:
-        raise ConfigError(
-            f"kv_connector_extra_config.host_memory: found {format_bytes(config.host_memory_bytes)}, but this machine "
-            f"has {format_bytes(machine)} of memory; set host_memory to less"
-        )
-
-
-def host_blocks_per_worker(vllm_config: VllmConfig, config: EngineConfig, geometry: KVGeometry) -> int:
-    """Host blocks of each worker: ``host_memory`` is for the whole engine, divided among tensor-parallel ranks.
-
-    Raises:
-        ConfigError: it is more than the machine has, or less than one block.
-    """
-    require_host_memory(config)
-    parallel = vllm_config.parallel_config
-    ranks = parallel.tensor_parallel_size
-    total = config.host_memory_bytes
-    if total is None:
-        share = int(machine_memory_bytes() * _DEFAULT_HOST_SHARE) // parallel.data_parallel_size_local
-        total = min(_DEFAULT_HOST_FACTOR * geometry.physical_bytes * ranks, share)
-    blocks = total // ranks // geometry.block_bytes
-    if blocks == 0:
-        raise ConfigError(
-            f"kv_connector_extra_config.host_memory: found {format_bytes(total)} for {ranks} worker(s), but one host "
-            f"block takes {format_bytes(geometry.block_bytes)} on each; set host_memory to more"
-        )
-    return blocks
-
-
-def machine_memory_bytes() -> int:
-    """Memory of this machine, or of the container that this process runs in if that is less."""
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in _CGROUP_LIMITS:
-        try:
-            limits.append(int(Path(path).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return min(limits)

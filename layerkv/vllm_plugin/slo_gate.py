@@ -15,6 +15,7 @@ from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1Logit
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
 from layerkv.config import SloPolicy, slo_class_of
+from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.overload import refuse_if_late
 from layerkv.vllm_plugin.reload import follow_policy
 
@@ -58,6 +59,20 @@ def without_gates(processors: list[Any] | None) -> list[Any] | None:
     """The processors that do process logits."""
     kept = [processor for processor in processors or () if not isinstance(processor, _GateMeta)]
     return kept or None
+
+
+def require_gate(policy: SloPolicy, processors: list[Any] | None) -> None:
+    """Refuse a policy that the front end was to keep, and does not know of.
+
+    Raises:
+        ConfigError: a class is to be refused under overload, and there is no gate.
+    """
+    rejecting = [slo.name for slo in policy.classes.values() if slo.overload == "reject"]
+    if rejecting and not any(isinstance(processor, _GateMeta) for processor in processors or ()):
+        raise ConfigError(
+            f"overload: reject (class {', '.join(rejecting)}): found no gate in the front end, which refuses requests; "
+            "let vLLM load the plugin layerkv (see VLLM_PLUGINS), or set overload to queue"
+        )
 
 
 def add_gate(vllm_config: VllmConfig, policy: SloPolicy, policy_path: str | None) -> None:

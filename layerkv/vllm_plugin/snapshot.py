@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.interface import PauseState
@@ -12,7 +12,8 @@ from layerkv.core.cost import StepWork, chunk_pairs
 from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.scheduler.controller import EngineState, Running
-from layerkv.scheduler.snapshot import ParkedRequest, PrefixHit, WaitingRequest
+from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
+from layerkv.vllm_plugin.prefix_hits import PrefixHits
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
     from layerkv.vllm_plugin.scheduler import LayerKVSchedulerMixin
     from layerkv.vllm_plugin.spec import LayerKVManager
-
-HIT_LOOKUPS = 4
-"""Waiting prompts whose prefix-cache hits are looked up per step: a lookup costs time for every block it finds."""
 
 
 class EngineReader:
@@ -34,6 +32,7 @@ class EngineReader:
         self._ledger = side.ledger
         self._geometry = side.geometry
         self._manager = manager
+        self.prefix_hits = PrefixHits(scheduler, side)
         self._active_loras: set[int] | None = None
 
     def is_quiet(self) -> bool:
@@ -80,10 +79,13 @@ class EngineReader:
                 prefill += num_tokens
                 num_prefills += 1
                 pairs += chunk_pairs(num_tokens, num_after - num_tokens)
-        stored = num_blocks(plan.stores) * self._geometry.block_bytes if plan else 0
+        block_bytes = self._geometry.block_bytes
+        stored = num_blocks(plan.stores) * block_bytes if plan else 0
         loaded = num_blocks(plan.loads) * self._geometry.streamed_block_bytes if plan else 0
         is_layered = plan is not None and plan.is_layered
-        return StepWork(num_decodes, context, prefill, pairs, num_prefills, stored, loaded, is_layered)
+        parked = num_blocks(plan.parks) * block_bytes if plan else 0
+        hits = num_blocks(plan.hits) * block_bytes if plan else 0
+        return StepWork(num_decodes, context, prefill, pairs, num_prefills, stored, loaded, is_layered, parked, hits)
 
     def is_startable(self, view: WaitingRequest) -> bool:
         """vLLM would try to start it now: its grammar, if it has one, is compiled, and its adapter has a place."""
@@ -99,21 +101,6 @@ class EngineReader:
         """Its last token has been delivered; before that vLLM would not resume it."""
         request: Request = self._scheduler.requests[view.request_id]
         return request.num_stale_output_tokens == 0 and not self._lacks_lora(request)
-
-    def hits(self, waiting: Sequence[WaitingRequest]) -> dict[str, PrefixHit]:
-        """What the prefix cache holds of the first waiting prompts."""
-        s = self._scheduler
-        if not s.kv_cache_manager.enable_caching or s.enable_kv_cache_events:
-            return {}  # a look-up may publish events
-        hits: dict[str, PrefixHit] = {}
-        for view in waiting[:HIT_LOOKUPS]:
-            request_id = view.request_id
-            found = s.kv_cache_manager.get_computed_blocks(s.requests[request_id])[0].blocks[0]
-            num_on_host = self._side.num_prefix_blocks(request_id, len(found))
-            if found or num_on_host:
-                num_evictable = sum(block.ref_cnt == 0 for block in found)
-                hits[request_id] = PrefixHit(len(found), num_evictable, num_on_host)
-        return hits
 
     def _running(self) -> Iterator[Running]:
         ledger, req_to_blocks = self._ledger, self._manager.req_to_blocks

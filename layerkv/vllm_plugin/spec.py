@@ -7,7 +7,7 @@ engine core imports the module when it unpickles one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cach
 
 from layerkv.core.ledger import KVLedger
 from layerkv.core.zone import ZoneLedger
+from layerkv.vllm_plugin.host_memory import WorkerMemory
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -104,9 +105,19 @@ class LayerKVManager(FullAttentionManager):
 @register_kv_cache_spec(manager_class=LayerKVManager, uniform_type_base_spec=FullAttentionSpec)
 @dataclass(frozen=True, kw_only=True)
 class LayerKVSpec(FullAttentionSpec):
-    """Full attention whose blocks may come from the lane zone. A marker: the same fields, another manager."""
+    """Full attention whose blocks may come from the lane zone: the same fields, another manager.
+
+    ``memory`` is what the first worker found: it goes from there to the scheduler and to all workers.
+    """
+
+    memory: WorkerMemory | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec) -> LayerKVSpec:
+    def of(cls, spec: FullAttentionSpec, memory: WorkerMemory) -> LayerKVSpec:
         """The same spec as ours."""
-        return cls(**{field.name: getattr(spec, field.name) for field in fields(FullAttentionSpec)})
+        return cls(**{each.name: getattr(spec, each.name) for each in fields(FullAttentionSpec)}, memory=memory)
+
+    @classmethod
+    def merge(cls, specs: list[LayerKVSpec]) -> LayerKVSpec:
+        """vLLM's merge, which does not know our field."""
+        return replace(super().merge(specs), memory=specs[0].memory)

@@ -1,26 +1,24 @@
-"""What cannot be served yet, found in vLLM's configuration before anything is started."""
+"""What cannot be served yet, found in vLLM's configuration before anything is started.
+
+Every option of vLLM has a decision in :mod:`layerkv.vllm_plugin.options`; those that are refused are refused here.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from layerkv.config import SloPolicy
 from layerkv.errors import ConfigError
+from layerkv.vllm_plugin import CONNECTOR
+from layerkv.vllm_plugin.our_classes import OUR_WORKERS, VLLM_WORKERS, is_our_scheduler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-VLLM_WORKERS = {"cpu": "vllm.v1.worker.cpu_worker.CPUWorker", "cuda": "vllm.v1.worker.gpu_worker.Worker"}
-OUR_WORKERS = {
-    "cpu": "layerkv.vllm_plugin.cpu_worker.LayerKVCPUWorker",
-    "cuda": "layerkv.vllm_plugin.gpu_worker.LayerKVGPUWorker",
-}
-OUR_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVScheduler"
-OUR_ASYNC_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVAsyncScheduler"
-_OUR_MIXIN = "layerkv.vllm_plugin.scheduler.LayerKVSchedulerMixin"
+_EXECUTORS = (None, "mp", "uni")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,33 +44,66 @@ def require_supported(vllm_config: VllmConfig) -> None:
     Raises:
         ConfigError: with what, why, and what to set.
     """
-    if (problem := unsupported(vllm_config)) is not None:
+    refuse(unsupported(vllm_config))
+
+
+def require_heard(policy: SloPolicy, *, has_metrics: bool) -> None:
+    """Refuse a policy with ``overload: reject`` where the front end would never hear how much waits.
+
+    Raises:
+        ConfigError: with what, why, and what to set.
+    """
+    rejecting = [slo.name for slo in policy.classes.values() if slo.overload == "reject"]
+    if rejecting and not has_metrics:
+        refuse(
+            Unsupported(
+                f"overload: reject (class {', '.join(rejecting)}) with --disable-log-stats",
+                "the front end hears with the engine's metrics how much waits, and would refuse nobody",
+                "leave out --disable-log-stats, set overload to queue",
+            )
+        )
+
+
+def refuse(problem: Unsupported | None) -> None:
+    """Nothing, without a problem.
+
+    Raises:
+        ConfigError: there is one; with the way out that is always there.
+    """
+    if problem is not None:
         raise ConfigError(
             f'{problem}, or set "on_unsupported": "passthrough" in kv_connector_extra_config to run without layerkv'
         )
 
 
-def is_our_scheduler(scheduler_cls: str | type | None) -> bool:
-    """Whether a scheduler class, or the path of one as ``--scheduler-cls`` takes it, is layerkv's or derives from it.
-
-    Finding out about another path imports it. One that cannot be imported is not ours: vLLM says what is wrong with it.
-    """
-    if scheduler_cls is None or scheduler_cls in (OUR_SCHEDULER, OUR_ASYNC_SCHEDULER):
-        return scheduler_cls is not None
-    if isinstance(scheduler_cls, str):
-        module, _, name = scheduler_cls.rpartition(".")
-        try:
-            scheduler_cls = getattr(import_module(module), name)
-        except (ImportError, AttributeError, ValueError):
-            return False
-    # By name: importing the mixin could fail under a vLLM that layerkv is about to refuse.
-    return any(f"{base.__module__}.{base.__qualname__}" == _OUR_MIXIN for base in getattr(scheduler_cls, "__mro__", ()))
-
-
 def _problems(c: VllmConfig) -> Iterable[Unsupported]:
-    model, parallel, scheduler = c.model_config, c.parallel_config, c.scheduler_config
+    yield from _connector_problems(c)
+    yield from _device_problems(c)
+    yield from _model_problems(c)
+    yield from _parallel_problems(c)
+    yield from _scheduler_problems(c)
+
+
+def _connector_problems(c: VllmConfig) -> Iterable[Unsupported]:
     transfer = c.kv_transfer_config
     assert transfer is not None
+    if c.cache_config.kv_offloading_size is not None:
+        yield Unsupported(
+            "--kv-offloading-size",
+            "with it vLLM's own connector takes layerkv's place",
+            "leave it out, and set host_memory in kv_connector_extra_config",
+        )
+    if transfer.kv_connector != CONNECTOR:
+        yield Unsupported(
+            f"{CONNECTOR} inside {transfer.kv_connector}",
+            "it moves requests by itself, and two connectors would own their KV",
+            f"set kv_connector to {CONNECTOR} alone",
+        )
+    if transfer.kv_role != "kv_both":
+        yield Unsupported(f"kv_role {transfer.kv_role!r}", "one engine stores and loads", "set kv_role to kv_both")
+
+
+def _device_problems(c: VllmConfig) -> Iterable[Unsupported]:
     device = c.device_config.device_type
     if device not in OUR_WORKERS:
         yield Unsupported(
@@ -82,8 +113,21 @@ def _problems(c: VllmConfig) -> Iterable[Unsupported]:
         )
     if device == "cuda":
         yield from _cuda_problems(c)
-    if transfer.kv_role != "kv_both":
-        yield Unsupported(f"kv_role {transfer.kv_role!r}", "one engine stores and loads", "set kv_role to kv_both")
+
+
+def _cuda_problems(c: VllmConfig) -> Iterable[Unsupported]:
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        yield Unsupported(
+            "CUDA without the package cuda-bindings", "the arena maps memory through it", "install layerkv[cuda]"
+        )
+    if c.parallel_config.use_ubatching:
+        yield Unsupported(
+            "microbatching", "two halves of a step would run each layer's hook", "leave out --enable-dbo, --ubatch-size"
+        )
+
+
+def _model_problems(c: VllmConfig) -> Iterable[Unsupported]:
+    model = c.model_config
     if model.runner_type != "generate":
         yield Unsupported(f"runner type {model.runner_type!r}", "only generation keeps KV", "use a generating model")
     if model.is_encoder_decoder:
@@ -96,32 +140,82 @@ def _problems(c: VllmConfig) -> Iterable[Unsupported]:
         yield Unsupported("a multimodal model", "encoder inputs are untested with parking", "use a text model")
     if model.use_mla:
         yield Unsupported("MLA attention", "its KV layout is untested", "use a model with full attention")
+    if c.diffusion_config is not None:
+        yield Unsupported("a diffusion model", "its steps write KV more than once", "leave out --diffusion-config")
     if c.speculative_config is not None:
         yield Unsupported("speculative decoding", "draft KV is not tracked", "leave out --speculative-config")
-    if parallel.pipeline_parallel_size > 1:
-        yield Unsupported("pipeline parallelism", "layers are counted per engine", "set --pipeline-parallel-size 1")
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        yield Unsupported("context parallelism", "blocks are split between ranks", "leave out context parallelism")
     if model.enable_sleep_mode:
         yield Unsupported("sleep mode", "the arena is not part of its memory pool", "leave out --enable-sleep-mode")
     if model.original_max_model_len == -1:
         yield Unsupported(
             "max_model_len -1 (fit to memory)", "it would count the lane zone as memory", "set --max-model-len"
         )
+    if c.aux_output_config.enabled:
+        yield Unsupported(
+            "returning routed experts",
+            "they are not kept for tokens whose KV comes from host memory",
+            "leave out --enable-return-routed-experts",
+        )
+    if c.cache_config.kv_cache_dtype_skip_layers and c.cache_config.cache_dtype != "auto":
+        yield Unsupported(
+            "--kv-cache-dtype-skip-layers", "the layers would differ in KV shape", "leave it out, or --kv-cache-dtype"
+        )
+
+
+def _parallel_problems(c: VllmConfig) -> Iterable[Unsupported]:
+    parallel = c.parallel_config
+    device = c.device_config.device_type
+    if parallel.pipeline_parallel_size > 1:
+        yield Unsupported("pipeline parallelism", "layers are counted per engine", "set --pipeline-parallel-size 1")
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield Unsupported("context parallelism", "blocks are split between ranks", "leave out context parallelism")
+    if parallel.distributed_executor_backend == "external_launcher":
+        yield Unsupported(
+            "the executor backend external_launcher",
+            "each rank would schedule by its own clock, and they would compute different steps",
+            "set --distributed-executor-backend mp",
+        )
+    elif parallel.distributed_executor_backend not in _EXECUTORS:
+        yield Unsupported(
+            f"the executor backend {parallel.distributed_executor_backend!r}",
+            "its workers are untested",
+            "set --distributed-executor-backend mp",
+        )
+    if parallel.data_parallel_backend != "mp":
+        yield Unsupported(
+            f"the data-parallel backend {parallel.data_parallel_backend!r}",
+            "its engines would not hear of a changed policy",
+            "set --data-parallel-backend mp",
+        )
+    if parallel.nnodes_within_dp > 1:
+        yield Unsupported(
+            "an engine on several nodes",
+            "host memory is counted on one machine",
+            "set --nnodes to the number of engines at most",
+        )
+    if parallel.enable_elastic_ep:
+        yield Unsupported(
+            "elastic expert parallelism",
+            "engines would come and go, and host memory is divided among those at the start",
+            "leave out --enable-elastic-ep",
+        )
+    if parallel.enable_fault_tolerance:
+        yield Unsupported(
+            "fault tolerance",
+            "an engine would go on after a step whose copies failed",
+            "leave out --enable-fault-tolerance",
+        )
     if parallel.worker_cls not in ("auto", VLLM_WORKERS.get(device), OUR_WORKERS.get(device)):
         yield Unsupported(f"worker class {parallel.worker_cls!r}", "layerkv brings its own", "leave out --worker-cls")
+
+
+def _scheduler_problems(c: VllmConfig) -> Iterable[Unsupported]:
+    scheduler = c.scheduler_config
     if scheduler.scheduler_cls is not None and not is_our_scheduler(scheduler.scheduler_cls):
         yield Unsupported(
             f"scheduler class {scheduler.scheduler_cls!r}", "layerkv brings its own", "leave out --scheduler-cls"
         )
-
-
-def _cuda_problems(c: VllmConfig) -> Iterable[Unsupported]:
-    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+    if scheduler.watermark > 0:
         yield Unsupported(
-            "CUDA without the package cuda-bindings", "the arena maps memory through it", "install layerkv[cuda]"
-        )
-    if c.parallel_config.use_ubatching:
-        yield Unsupported(
-            "microbatching", "two halves of a step would run each layer's hook", "leave out --enable-dbo, --ubatch-size"
+            f"--watermark {scheduler.watermark:g}", "the forecast keeps the pool's headroom", "leave out --watermark"
         )

@@ -13,8 +13,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from layerkv.core.geometry import geometry_for_memory
 from layerkv.errors import ConfigError
+from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
 from layerkv.vllm_plugin.setup import engine_config, geometry_request, require_room_for_one
-from layerkv.vllm_plugin.slo_gate import without_gates
+from layerkv.vllm_plugin.slo_gate import require_gate, without_gates
 from layerkv.vllm_plugin.spec import LayerKVSpec
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ class LayerKVWorkerMixin(_VLLMWorker):
     model_runner: Any
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        self._layerkv = engine_config(vllm_config)
         model_config = vllm_config.model_config
+        require_gate(self._layerkv.policy, model_config.logits_processors)
         model_config.logits_processors = without_gates(model_config.logits_processors)
         super().__init__(vllm_config, *args, **kwargs)
-        self._layerkv = engine_config(vllm_config)
         self._layerkv_specs: dict[str, LayerKVSpec] | None = None
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -53,7 +55,8 @@ class LayerKVWorkerMixin(_VLLMWorker):
                 )
             logger.warning("layerkv is off, vLLM runs as without it: %s", problem)
             return specs
-        self._layerkv_specs = {name: LayerKVSpec.of(spec) for name, spec in specs.items()}  # type: ignore[arg-type]
+        memory = WorkerMemory.here()  # the weights are loaded, the KV cache is not made yet
+        self._layerkv_specs = {name: LayerKVSpec.of(spec, memory) for name, spec in specs.items()}  # type: ignore[arg-type]
         return dict(self._layerkv_specs)
 
     def determine_available_memory(self) -> int:
@@ -64,8 +67,10 @@ class LayerKVWorkerMixin(_VLLMWorker):
         spec = next(iter(self._layerkv_specs.values()))
         request = geometry_request(self.vllm_config, self._layerkv, spec, len(self._layerkv_specs))
         geometry = geometry_for_memory(request, available_bytes)
+        assert spec.memory is not None
         if self.vllm_config.cache_config.num_gpu_blocks_override is None:
-            require_room_for_one(self.vllm_config, self._layerkv, geometry)
+            require_room_for_one(self.vllm_config, self._layerkv, geometry, spec.memory)
+            host_blocks_per_worker(self.vllm_config, self._layerkv, geometry, spec.memory)
         return geometry.virtual_bytes
 
     def _unsupported_layers(self, specs: dict[str, KVCacheSpec]) -> str | None:

@@ -100,6 +100,7 @@ class _Draft:
     waits: dict[str, Reason] = field(default_factory=dict)
     blocked: Claim | None = None
     made_room: bool = False
+    whole_tokens: int = 0
     is_closed: bool = False
     by_reluctance: list[ResidentRequest] | None = None
 
@@ -143,7 +144,8 @@ def decide(snapshot: Snapshot, limits: PolicyLimits | None = None) -> Decision:
         store_ahead=tuple(draft.store_ahead),
         fetch=tuple(draft.fetch),
         admit=tuple(draft.admit),
-        prefill_tokens=prefill_tokens,
+        prefill_tokens=max(prefill_tokens, draft.whole_tokens),
+        has_whole_prompt=draft.whole_tokens > 0,
         refuse=tuple(draft.refuse),
         overtaken=tuple(draft.overtaken),
         made_room=draft.made_room,
@@ -164,6 +166,7 @@ class _Turn:
     zone_is_promised: bool = False
     pool_is_closed: bool = False
     compute_is_closed: bool = False
+    step_is_promised: bool = False
 
 
 def _serve_rank(
@@ -537,7 +540,8 @@ def _admit(s: Snapshot, limits: PolicyLimits, draft: _Draft, waiting: Sequence[W
             draft.reasons[w.request_id] = refusal.reason
             draft.waits.pop(w.request_id, None)
             continue
-        if closed is not None and w.request_id not in draft.resident_prompts:  # they have their blocks and slot already
+        has_place = w.request_id in draft.resident_prompts and not turn.step_is_promised
+        if closed is not None and not has_place:  # a granted prompt has its blocks and slot already
             draft.waits.setdefault(w.request_id, closed)
             continue
         where, reason = _where_to_start(s, limits, draft, w, turn)
@@ -547,6 +551,8 @@ def _admit(s: Snapshot, limits: PolicyLimits, draft: _Draft, waiting: Sequence[W
                 draft.waits[w.request_id] = reason
             if s.overtaken.get(w.request_id, 0) >= limits.max_overtakes:
                 closed, draft.is_closed = Reason.BEHIND_OVERDUE, True
+            elif turn.step_is_promised:
+                closed = Reason.BEHIND
             continue
         _start(s, draft, w, turn, where)
         draft.reasons[w.request_id] = reason
@@ -554,6 +560,8 @@ def _admit(s: Snapshot, limits: PolicyLimits, draft: _Draft, waiting: Sequence[W
 
 
 def _refusal(s: Snapshot, draft: _Draft, w: WaitingRequest, late: set[str]) -> Refusal | None:
+    if w.in_one_step and w.num_tokens > s.budget_tokens:
+        return Refusal(w.request_id, Reason.NEVER_FITS)
     if w.request_id in draft.resident_prompts:
         return None
     if w.request_id in late and w.may_refuse:
@@ -572,6 +580,9 @@ def _where_to_start(
     """
     if turn.tokens <= 0:
         return None, Reason.LATE if w.request_id in turn.late else Reason.NO_TOKENS_LEFT
+    if w.in_one_step and not _has_step_for_all_of_it(s, draft, w):
+        turn.step_is_promised = True
+        return None, Reason.NO_TOKENS_LEFT
     if w.request_id in draft.resident_prompts:
         return "pool", Reason.FITS
     if not _can_ever_layer(s, w):
@@ -594,10 +605,23 @@ def _where_to_start(
     return None, obstacle
 
 
+def _has_step_for_all_of_it(s: Snapshot, draft: _Draft, w: WaitingRequest) -> bool:
+    """Whether this step's tokens hold a prompt that must not be cut: no other prompt may come before it.
+
+    Hits are not counted on: they may be gone by the time that the engine looks.
+    """
+    is_first = not draft.admit and s.prefilling_tokens == 0
+    return is_first and w.num_tokens + len(draft.fetch) <= s.budget_tokens - s.decode_tokens
+
+
 def _start(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn, where: Literal["pool", "zone"]) -> None:
     """Admit a prompt and deduct what it takes (a granted claim has its blocks and slot already)."""
     hit = s.hits.get(w.request_id, _NO_HIT)
-    turn.tokens -= _tokens_to_compute(s, w, hit, resident=where == "pool")
+    if w.in_one_step:
+        draft.whole_tokens = w.num_tokens + len(draft.fetch)  # each may resume at once, which takes a token
+        turn.tokens -= w.num_tokens
+    else:
+        turn.tokens -= _tokens_to_compute(s, w, hit, resident=where == "pool")
     if where == "zone":
         host_blocks = _layered_blocks(w)
         zone_blocks = host_blocks - hit.num_blocks
@@ -659,6 +683,13 @@ def _never_fits(s: Snapshot, w: WaitingRequest) -> str:
         f"the prompt's {w.num_tokens} tokens and its output may need {_layered_blocks(w)} KV blocks; the pool has "
         f"{s.pool_blocks}, the lane zone {s.zone_blocks}, host memory {s.host_blocks}: raise KV memory, or, with "
         "long_contexts, zone_tokens and host_memory"
+    )
+
+
+def _needs_a_longer_step(s: Snapshot, w: WaitingRequest) -> str:
+    return (
+        f"{w.num_tokens} tokens must be computed in one step, which takes {s.budget_tokens}: vLLM's CPU build cannot "
+        "cut a prompt that is sampled with a seed of its own; raise --max-num-batched-tokens, or leave out the seed"
     )
 
 

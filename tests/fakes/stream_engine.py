@@ -120,6 +120,9 @@ class StreamEngine:
         seconds, self._seconds = self._seconds, dict.fromkeys(Direction, 0.0)
         return seconds
 
+    def take_waited_s(self) -> float | None:
+        return None
+
     def close(self) -> None:
         self._is_closed = True
         self.synchronize()

@@ -13,7 +13,7 @@ from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile, Curve
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.residency import Residency
-from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.reasons import End, Reason
 from layerkv.sim.engine import EngineSetup, Live, SimRequest, VirtualEngine
 from layerkv.sim.layered import LayeredEngine
 from layerkv.sim.stock import StockEngine
@@ -75,13 +75,22 @@ def job(
     *,
     max_tokens: int | None = None,
     can_layer: bool = True,
+    end: End = End.FINISHED,
     rank: int = 0,
     **slo: Any,
 ) -> SimRequest:
     """A request to serve; `slo` are its class's objectives."""
     objectives = {"name": "chat", "ttft_s": 1.0, "tpot_s": 0.05, **slo}
     return SimRequest(
-        name, arrival_s, num_prompt, num_output, max_tokens or num_output, SloClass(**objectives), can_layer, rank
+        name,
+        arrival_s,
+        num_prompt,
+        num_output,
+        max_tokens or num_output,
+        SloClass(**objectives),
+        can_layer,
+        end,
+        rank,
     )
 
 

@@ -1,6 +1,7 @@
 """`python toy_server.py PORT [BEHAVIOUR]`: a small server that speaks what the suite's load generator asks for.
 
-It gives a token every few milliseconds. BEHAVIOUR makes it do what real ones do on a bad day:
+It gives a token every few milliseconds, a letter each, and ends an answer at a stop string. BEHAVIOUR makes it do what
+real ones do on a bad day:
 
     broken   ends at once, with a traceback
     dies     ends without a word at its tenth request
@@ -8,6 +9,7 @@ It gives a token every few milliseconds. BEHAVIOUR makes it do what real ones do
     stalls   takes requests and gives no token before it is asked for /release
     refuses  answers every other request with HTTP 429
     breaks   breaks off every stream after two tokens
+    aborts   ends every answer after two tokens, as one that its engine gave up
 """
 
 from __future__ import annotations
@@ -21,6 +23,11 @@ import time
 from aiohttp import web
 
 TOKEN_S = 0.002
+
+
+def letter_of(token_id: int) -> str:
+    """The text of a token."""
+    return chr(ord("a") + token_id % 26)
 
 
 class ToyServer:
@@ -83,13 +90,23 @@ class ToyServer:
         await response.prepare(request)
         # Tokens that depend on the prompt, as those of a greedy model do.
         seed = sum(body["prompt"]) + len(body["prompt"])
+        text = ""
         for i in range(body["max_tokens"]):
             if self.behaviour == "breaks" and i == 2:
                 request.transport.close()
                 return response
             await asyncio.sleep(TOKEN_S)
-            choice = {"index": 0, "text": "x", "token_ids": [3 + (seed + i) % 500]}
+            token_id = 3 + (seed + i) % 500
+            text += letter_of(token_id)
+            end = "stop" if any(stop in text for stop in body.get("stop", ())) else None
+            if end is None and i == body["max_tokens"] - 1:
+                end = "length"
+            if self.behaviour == "aborts" and i == 1:
+                end = "abort"
+            choice = {"index": 0, "text": text[-1], "token_ids": [token_id], "finish_reason": end}
             await response.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+            if end is not None:
+                break
         await response.write(b"data: [DONE]\n\n")
         return response
 

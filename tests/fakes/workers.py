@@ -86,12 +86,12 @@ def _cuda_worker(order: str, geometry: KVGeometry, num_host_blocks: int) -> Work
 
 
 class CudaGate(CudaEvent):
-    """An event that a test ends."""
+    """The end of a copy that takes as long as a test likes."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         stream, self._is_open = cuda.Stream(), False
         cuda.enqueue_wait(stream, lambda: self._is_open)
-        super().__init__(cuda.Event(), stream)
+        super().__init__(cuda.Event(), stream, copies_after=())
 
     def end(self, error: BaseException | None = None) -> None:
         self._is_open = True

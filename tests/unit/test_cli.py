@@ -66,6 +66,16 @@ def test_a_command_hands_its_options_over(
     assert calls == [call]
 
 
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_the_environment_of_lmcache_is_named_by_flag_or_by_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *, by_flag: bool
+) -> None:
+    monkeypatch.setenv("LAYERKV_LMCACHE_PYTHON", "/none" if by_flag else "/none/python")
+    flags = ["--lmcache-python", "/none/python"] if by_flag else []
+    assert main(["bench", "run", "case.yaml", *flags]) == 2
+    assert "--lmcache-python: /none/python: found nothing that runs as Python" in capsys.readouterr().err
+
+
 def test_the_commands_and_their_options_stay_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     surface = {
         (): ["demo", "doctor", "profile", "bench", "--version"],
@@ -73,6 +83,7 @@ def test_the_commands_and_their_options_stay_as_they_are(capsys: pytest.CaptureF
         ("doctor",): ["--policy FILE"],
         ("profile",): ["--model MODEL", "--out FILE", "--engine-args JSON", "--quick"],
         ("bench", "overhead"): ["--json FILE"],
+        ("bench", "run"): ["--size", "--seeds N", "--engines A,B,..", "--trace FILE", "--lmcache-python PYTHON"],
     }
     for command, options in surface.items():
         with pytest.raises(SystemExit) as end:

@@ -324,6 +324,16 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
             {"zone_tokens": "4k"},
             ".zone_tokens: found '4k'; expected a whole number of tokens, 1 or more; set zone_tokens to 8192, say",
         ),
+        (
+            {"host_memory": 8},
+            ".host_memory: found 8, which is 8B, less than any block of KV takes; expected a size above zero such as "
+            '8GiB; set host_memory to "8GiB", say',
+        ),
+        (
+            {"host_memory": 64_000},
+            ".host_memory: found 64000, which is 62.5KiB, less than any block of KV takes; expected a size above zero "
+            'such as 8GiB; set host_memory to "8GiB", say',
+        ),
         ({"host_memory": 0}, ".host_memory: found 0; expected more than zero; set host_memory to 8GiB, say"),
         (
             {"host_memory": 1.5},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from layerkv.cli import main
-from layerkv.runtime import announce, running_engines, runtime_dir
+from layerkv.runtime import announce, num_rings, running_engines, runtime_dir
 
 POLICY = """
 version: 1
@@ -35,12 +36,14 @@ def policy_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def engine(policy_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that announced itself and prints a line for each SIGHUP."""
+    """A process that announced itself and prints a line whenever its bell rings."""
     program = (
-        "import signal, sys, time\n"
-        "from layerkv.runtime import announce\n"
-        "signal.signal(signal.SIGHUP, lambda *_: print('again', flush=True))\n"
-        "announce(sys.argv[1])\nprint('ready', flush=True)\ntime.sleep(60)\n"
+        "import sys, time\n"
+        "from layerkv.runtime import announce, num_rings\n"
+        "path, heard = announce(sys.argv[1]), 0\nprint('ready', flush=True)\n"
+        "while True:\n"
+        "    if num_rings(path) > heard: heard += 1; print('again', flush=True)\n"
+        "    time.sleep(0.01)\n"
     )
     command = [sys.executable, "-c", program, str(policy_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
@@ -65,7 +68,7 @@ def test_check_refuses_what_is_wrong(policy_path: Path, capsys: pytest.CaptureFi
     assert "$.classes.chat.ttft" in capsys.readouterr().err
 
 
-def test_reload_signals_a_running_engine(
+def test_reload_rings_at_a_running_engine(
     engine: subprocess.Popen[str], policy_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["policy", "reload"]) == 0
@@ -88,6 +91,25 @@ def test_an_invalid_policy_is_not_sent(
     assert main(["policy", "reload"]) == 0
     assert engine.stdout is not None
     assert engine.stdout.readline() == "again\n", "the first one that it gets"
+
+
+def test_a_policy_in_a_config_map_that_was_updated_is_found(
+    policy_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("..2024_a", "..2024_b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mounted.yaml").write_text(POLICY)
+    (tmp_path / "..data").symlink_to("..2024_a")
+    mounted = tmp_path / "mounted.yaml"
+    mounted.symlink_to("..data/mounted.yaml")
+    announcement = announce(mounted)
+    assert announcement is not None
+    (tmp_path / "..new").symlink_to("..2024_b")
+    (tmp_path / "..new").rename(tmp_path / "..data")
+    shutil.rmtree(tmp_path / "..2024_a")
+    assert main(["policy", "reload"]) == 0
+    assert f"told to read {mounted} again" in capsys.readouterr().out
+    assert num_rings(announcement) == 1
 
 
 def test_engines_that_ended_are_forgotten(engine: subprocess.Popen[str]) -> None:

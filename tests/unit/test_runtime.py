@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from layerkv.runtime import announce, catches_signal, running_engines, runtime_dir
+from layerkv.runtime import announce, num_rings, ring, running_engines, runtime_dir
 
 ANNOUNCE_AND_WAIT = """
 import os, sys
@@ -119,14 +118,39 @@ def test_a_folder_into_which_others_can_write_is_not_believed(folder: Path) -> N
     assert announce("slo.yaml") is None
 
 
-def test_a_process_is_known_to_catch_a_signal_while_it_has_a_handler() -> None:
-    before = signal.signal(signal.SIGHUP, lambda *_: None)
-    try:
-        assert catches_signal(os.getpid(), signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert not catches_signal(os.getpid(), signal.SIGHUP)
-    assert not catches_signal(ended_process(), signal.SIGHUP)
+def test_every_ring_is_counted_and_the_announcement_stays_readable(folder: Path) -> None:
+    path = announce("slo.yaml")
+    assert path is not None
+    assert num_rings(path) == 0
+    for count in (1, 2, 3):
+        ring(path)
+        assert num_rings(path) == count
+    assert [engine.announcement for engine in running_engines()] == [path]
+    assert announce("other.yaml", num_rings=3) == path
+    assert num_rings(path) == 3, "announced again it is not taken for rung"
+
+
+def test_who_is_gone_cannot_be_rung(folder: Path) -> None:
+    path = announce("slo.yaml")
+    assert path is not None
+    path.unlink()
+    with pytest.raises(OSError, match="No such file"):
+        ring(path)
+    assert not path.exists()
+    with pytest.raises(OSError, match="No such file"):
+        num_rings(path)
+
+
+def test_links_in_the_path_of_a_policy_are_kept(tmp_path: Path) -> None:
+    """A Kubernetes ConfigMap: an update makes a new folder, points ``..data`` to it, and removes the old one."""
+    volume = tmp_path / "volume"
+    (volume / "..2024_a").mkdir(parents=True)
+    (volume / "..2024_a" / "slo.yaml").touch()
+    (volume / "..data").symlink_to("..2024_a")
+    (volume / "slo.yaml").symlink_to("..data/slo.yaml")
+    announce(volume / "slo.yaml")
+    [engine] = running_engines()
+    assert engine.policy_path == str(volume / "slo.yaml")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"policy_path": "/slo.yaml"}'])

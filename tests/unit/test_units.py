@@ -17,6 +17,8 @@ from layerkv.units import format_bytes, format_seconds, parse_bytes, parse_secon
         (" 1.5MiB ", 1_572_864),
         ("2GB", 2_000_000_000),
         ("8GiB", 8_589_934_592),
+        ("1.5TiB", 1_649_267_441_664),
+        ("2 TB", 2_000_000_000_000),
         (".5KiB", 512),
         ("0.3B", 0),
         ("9007199254740993B", 9_007_199_254_740_993),
@@ -103,7 +105,8 @@ def test_a_wrong_duration_is_refused_in_words(written: object, complaint: str) -
         (1024, "1KiB"),
         (8 << 30, "8GiB"),
         (3 << 19, "1.5MiB"),
-        (5000 << 30, "5000GiB"),
+        (5 << 40, "5TiB"),
+        (5000 << 40, "5000TiB"),
     ],
 )
 def test_sizes_are_written_in_the_largest_unit_that_fits(size_bytes: int, written: str) -> None:

@@ -1,8 +1,10 @@
 """Runs mixes through one engine in this process: `python -m tests.vllm.mix_engine SPEC.json OUT.json`.
 
 SPEC: engine_args, mixes (keyword arguments of make_mix), ahead (schedule one step before the last one's output is
-processed, as under asynchronous scheduling), fail_every (make fetches fail),
+processed, as under asynchronous scheduling), fail_every (make fetches fail), fail_copies_every (make copies of a
+layer fail: stores and loads of layered prefill, parks, stores ahead, fetches and prefixes alike),
 reset_while_fetching (as soon as a fetch is under way, once in each mix: pause at once and give all KV up),
+seed_every (each n-th request is sampled, with a seed of its own),
 pause_step (let what has begun come to its end before that step goes on).
 
 OUT: for each mix the tokens of each request, and what the books say after the mix: everything given back or not, and
@@ -11,6 +13,7 @@ how often each move was made.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections import deque
@@ -35,7 +38,28 @@ def build(spec: dict[str, Any]) -> Any:
         schedule_ahead(engine.engine_core.engine_core)
     if spec.get("fail_every"):
         fail_fetches(spec["fail_every"])
+    if spec.get("fail_copies_every"):
+        fail_copies(spec["fail_copies_every"])
     return engine
+
+
+def fail_copies(every: int) -> None:
+    """Every n-th copy that a copy thread makes, of each direction, ends with an error and has copied only a part."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    def or_fail(copy: Any) -> Any:
+        count = itertools.count(1)
+
+        def copy_or_fail(layers: Any, runs: Any) -> None:
+            if next(count) % every == 0:
+                copy(layers, runs[:-1])
+                raise OSError("made to fail by the test")
+            copy(layers, runs)
+
+        return copy_or_fail
+
+    for thread in get_kv_transfer_group().worker_side._engine._threads.values():
+        thread._copy = or_fail(thread._copy)
 
 
 def fail_fetches(every: int) -> None:
@@ -118,13 +142,16 @@ def run_mix(engine: Any, requests: list[MixRequest], spec: dict[str, Any]) -> li
     internal: dict[str, str] = {}
     todo = sorted(enumerate(requests), key=lambda pair: pair[1].arrive_step)
     will_reset = spec.get("reset_while_fetching")
+    seed_every = spec.get("seed_every")
     step = 0
     while todo or engine.has_unfinished_requests():
         while todo and todo[0][1].arrive_step <= step:
             index, request = todo.pop(0)
+            seed = index if seed_every and index % seed_every == 0 else None
             params = SamplingParams(
                 max_tokens=request.max_tokens,
-                temperature=0,
+                temperature=1.0 if seed is not None else 0.0,
+                seed=seed,
                 ignore_eos=True,
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
@@ -186,7 +213,7 @@ def main(spec_path: str, out_path: str) -> None:
         tokens = run_mix(engine, make_mix(**mix), spec)
         results.append({"tokens": tokens, "books": books(engine, scheduler)})
         Path(out_path).write_text(json.dumps(results))
-        engine.reset_prefix_cache()
+        engine.reset_prefix_cache(reset_connector=True)
     engine.engine_core.shutdown()
 
 

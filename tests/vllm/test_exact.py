@@ -42,6 +42,7 @@ class Setting:
     policy: str | None = None
     ahead: bool = False
     fail_every: int = 0
+    fail_copies_every: int = 0
     pause_step: int | None = None
     reset_while_fetching: bool = False
     must_move: tuple[str, ...] = ("parks", "fetches", "layered_admissions")
@@ -86,6 +87,18 @@ SETTINGS = [
         ahead=True,
         fail_every=3,
         must_move=("fetches", "prefix_hit_blocks", "recomputes"),
+    ),
+    *(
+        Setting(
+            f"{'ahead-' if ahead else ''}failing-copies{'-streamed' if policy else ''}",
+            {"zone_tokens": 320 if policy is None else 640},
+            ahead=ahead,
+            fail_copies_every=61,
+            policy=policy,
+            must_move=("layered_admissions", "fetches", "recomputes"),
+        )
+        for ahead in (False, True)
+        for policy in (None, STREAMED)
     ),
     Setting(
         "longer-than-the-pool",
@@ -156,6 +169,7 @@ def test_tokens_are_stock_vllms_and_every_block_comes_back(
     connector = {"kv_connector": "LayerKVConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     args = {**engine_args(model), **setting.engine, "kv_transfer_config": connector}
     spec = {"engine_args": args, "mixes": MIXES, "ahead": setting.ahead, "fail_every": setting.fail_every}
+    spec |= {"fail_copies_every": setting.fail_copies_every}
     spec |= {"pause_step": setting.pause_step, "reset_while_fetching": setting.reset_while_fetching}
     results = run_engine(tmp_path, spec, setting.env)
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +23,24 @@ spec = json.loads(sys.argv[1])
 llm = LLM(**spec["engine"], disable_log_stats=False)
 core = llm.llm_engine.engine_core.engine_core
 params = SamplingParams(max_tokens=20, min_tokens=20, ignore_eos=True, temperature=0)
-answers = []
+answers, cached_tokens = [], []
+learned = []
+
+def listen(controller):
+    step_done = controller.step_done
+    def listening(work, seconds, **kwargs):
+        before = controller.cost.view
+        step_done(work, seconds, **kwargs)
+        copies = work.parked_bytes + work.hit_bytes > 0
+        learned.append((work.prefill_tokens, copies, seconds, kwargs["waited_s"], controller.cost.view != before))
+    controller.step_done = listening
+
+if spec["engine"].get("kv_transfer_config"):
+    listen(core.scheduler._controller)
 
 def generate(prompts):
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    cached_tokens.extend(output.num_cached_tokens for output in outputs)
     answers.append([list(output.outputs[0].token_ids) for output in outputs])
 
 def metrics():
@@ -43,8 +58,8 @@ def metrics():
 
 readings = []
 for call in spec["calls"]:
-    if call == "reset":
-        assert llm.reset_prefix_cache()
+    if call in ("reset", "reset all"):
+        assert llm.reset_prefix_cache(reset_connector=call == "reset all")
         continue
     # "again": the conversations go on: everything said so far, and something new
     if isinstance(call, dict):
@@ -54,11 +69,18 @@ for call in spec["calls"]:
     generate(prompts)
     readings.append(metrics())
 scheduler = core.scheduler
-result = {"answers": answers, "readings": readings, "usage": scheduler.kv_cache_manager.usage}
+result = {"answers": answers, "cached_tokens": cached_tokens, "readings": readings}
+result["usage"] = scheduler.kv_cache_manager.usage
 if spec["engine"].get("kv_transfer_config"):
     ledger = scheduler.connector.scheduler_side.ledger
     ledger.check()
     result["held"] = ledger.num_host_blocks_used
+    result["learned"] = learned
+if spec["engine"].get("kv_events_config"):
+    from tests.vllm.kv_event_replay import heard
+    from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+    on_host = {maybe_convert_block_hash(block_hash) for block_hash in ledger.host._block_of}
+    result["events"] = heard(spec["engine"]["kv_events_config"]["replay_endpoint"], expected=on_host)
 core.shutdown()
 print(json.dumps(result))
 """
@@ -79,7 +101,7 @@ def run(engine: dict[str, Any], calls: list[Any]) -> dict[str, Any]:
         timeout=300,
     )
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-6000:]
-    result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads([line for line in ended.stdout.splitlines() if line.startswith("{")][-1])
     return result
 
 
@@ -122,6 +144,15 @@ def test_cached_prefixes_are_nobodys_and_every_block_is_given_back(ours: dict[st
     assert ours["readings"][-1]["cached"] > 0
 
 
+def test_steps_that_store_a_finished_prefix_teach_what_prompts_cost(ours: dict[str, Any]) -> None:
+    """In steady load that is every step with a prompt."""
+    beside_copies = [entry for entry in ours["learned"] if entry[0] and entry[1]]
+    assert len(beside_copies) >= 3
+    assert all(0 <= waited_s < seconds for _, _, seconds, waited_s, _ in ours["learned"])
+    assert any(waited_s > 0 for _, _, _, waited_s, _ in beside_copies), "the worker tells what it waited for"
+    assert any(has_taught for *_, has_taught in beside_copies)
+
+
 def test_a_small_host_memory_serves_requests_first_and_tokens_are_stocks(
     small_engine: dict[str, Any], stock: dict[str, Any]
 ) -> None:
@@ -130,10 +161,10 @@ def test_a_small_host_memory_serves_requests_first_and_tokens_are_stocks(
     assert outcome["held"] == 0
 
 
-def test_a_reset_forgets_prefixes_and_the_switch_turns_them_off(
+def test_a_reset_of_the_connector_forgets_prefixes_and_the_switch_turns_them_off(
     small_engine: dict[str, Any], stock: dict[str, Any]
 ) -> None:
-    calls = [OTHERS, FIRST, "reset", FIRST]  # the last ones have only just ended
+    calls = [OTHERS, FIRST, "reset all", FIRST]  # the last ones have only just ended
     after_reset = run(with_layerkv(small_engine), calls)
     assert after_reset["answers"][2] == stock["answers"][2]
     assert after_reset["readings"][-1]["hits"] == 0
@@ -141,3 +172,24 @@ def test_a_reset_forgets_prefixes_and_the_switch_turns_them_off(
     assert off["answers"] == stock["answers"][:3]
     assert off["readings"][-1]["vllm:prompt_tokens_cached_by_source,host"] == 0
     assert off["readings"][-1]["stored"] == 0
+
+
+def test_subscribers_know_what_host_memory_caches_and_prompts_say_what_was_cached(
+    small_engine: dict[str, Any], stock: dict[str, Any], tmp_path: Path
+) -> None:
+    """Over vLLM's own publisher, encoded as routers get it; a plain reset on the way keeps the host's prefixes."""
+    sockets = {name: f"ipc://{tmp_path}/{name}" for name in ("endpoint", "replay_endpoint")}
+    engine = {**small_engine, "kv_events_config": {"enable_kv_cache_events": True, "publisher": "zmq", **sockets}}
+    outcome = run(with_layerkv(engine, host_memory="16MiB"), [FIRST, "reset", OTHERS, FIRST, "reset", FIRST])
+    assert outcome["answers"][2:] == [stock["answers"][2]] * 2
+    assert outcome["readings"][0]["hits"] == 0
+    assert outcome["readings"][-1]["hits"] > outcome["readings"][-2]["hits"], "a plain reset kept what was there"
+    events = outcome["events"]
+    assert events["is_right"], "what a subscriber knows of host memory is what is cached there"
+    assert events["num_on_host"] > 0
+    assert events["num_removed"] > 0
+    assert events["num_like_on_device"] == events["num_told"] > 0, "by the hashes of the same tokens on the device"
+    last = outcome["readings"][-1]
+    assert last["vllm:external_prefix_cache_hits"] == last["vllm:prompt_tokens_cached_by_source,host"] > 0
+    cached = outcome["cached_tokens"]
+    assert sum(cached) == last["vllm:prompt_tokens_cached"], "usage of a request counts what came from host memory"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +15,13 @@ import pytest
 
 from layerkv.config import SloClass, SloPolicy
 from layerkv.metrics import METRICS
+from layerkv.scheduler.admission import Backlog
+from layerkv.scheduler.backlog import ClassWait, Word
 
 pytest.importorskip("vllm")
 
 from layerkv.vllm_plugin import overload
-from layerkv.vllm_plugin.overload import GAUGE, STALE_S, Backlog, OverloadedError, RetryAfter, refuse_if_late
+from layerkv.vllm_plugin.overload import GAUGE, OverloadedError, RetryAfter, refuse_if_late
 
 pytestmark = pytest.mark.vllm
 
@@ -30,49 +33,18 @@ POLICY = SloPolicy(classes={"chat": REJECTS, "batch": QUEUES}, default_class="ch
 @pytest.fixture
 def backlog(monkeypatch: pytest.MonkeyPatch) -> Iterator[Backlog]:
     """This process's backlog, empty before and after."""
-    monkeypatch.setattr(overload.BACKLOG, "_seconds", {})
+    monkeypatch.setattr(overload.BACKLOG, "_words", {})
     monkeypatch.setattr(overload.BACKLOG, "_engines", set())
+    monkeypatch.setattr(overload.BACKLOG, "_let_in", deque())
     return overload.BACKLOG
 
 
-# What waits ------------------------------------------------------------------------------------------------------
+def waits(backlog: Backlog, wait_s: float, now_s: float) -> None:
+    """So long a request of any class would wait."""
+    backlog.note(0, Word(0.0, {name: ClassWait(wait_s, 0.0) for name in POLICY.classes}), now_s)
 
 
-def test_of_each_class_the_newest_word_counts() -> None:
-    backlog = Backlog()
-    backlog.note("chat", 0, 9.0, 100.0)
-    backlog.note("chat", 0, 2.0, 100.1)
-    backlog.note("batch", 0, 7.0, 100.1)
-    assert backlog.seconds("chat", 100.2) == 2.0
-    assert backlog.seconds("batch", 100.2) == 7.0
-    assert backlog.seconds("voice", 100.2) == 0.0
-
-
-def test_an_engine_that_has_long_said_nothing_is_idle() -> None:
-    backlog = Backlog()
-    backlog.note("chat", 0, 9.0, 100.0)
-    assert backlog.seconds("chat", 100.0 + STALE_S) == 9.0
-    assert backlog.seconds("chat", 100.1 + STALE_S) == 0.0
-
-
-def test_of_several_engines_the_one_with_the_least_to_do_counts() -> None:
-    backlog = Backlog()
-    backlog.note("chat", 0, 9.0, 100.0)
-    backlog.note("chat", 1, 3.0, 100.0)
-    assert backlog.seconds("chat", 100.0) == 3.0
-
-
-def test_beside_busy_engines_one_that_says_nothing_has_room() -> None:
-    backlog = Backlog()
-    backlog.expect(0)
-    backlog.expect(1)
-    backlog.note("chat", 0, 9.0, 100.0)
-    assert backlog.seconds("chat", 100.0) == 0.0
-    backlog.note("chat", 1, 3.0, 90.0)
-    assert backlog.seconds("chat", 100.0) == 0.0
-
-
-def test_the_gauge_that_carries_it_is_a_metric_by_class() -> None:
+def test_the_gauge_that_shows_it_is_a_metric_by_class() -> None:
     [spec] = [spec for spec in METRICS if spec.name == GAUGE]
     assert (spec.kind, spec.label) == ("gauge", "slo_class")
 
@@ -82,7 +54,7 @@ def test_the_gauge_that_carries_it_is_a_metric_by_class() -> None:
 
 def test_a_request_that_would_be_late_is_refused_with_the_time_to_come_back_after() -> None:
     backlog = Backlog()
-    backlog.note("chat", 0, 3.2, 100.0)
+    waits(backlog, 3.2, 100.0)
     with pytest.raises(OverloadedError) as refusal:
         refuse_if_late(REJECTS, backlog, 100.0)
     assert refusal.value.http_status == 429
@@ -95,7 +67,7 @@ def test_a_request_that_would_be_late_is_refused_with_the_time_to_come_back_afte
 def test_every_refusal_is_counted_by_class() -> None:
     backlog, counted = Backlog(), []
     backlog.count_refusals_with(counted.append)
-    backlog.note("chat", 0, 3.2, 100.0)
+    waits(backlog, 3.2, 100.0)
     with pytest.raises(OverloadedError):
         refuse_if_late(REJECTS, backlog, 100.0)
     refuse_if_late(REJECTS, backlog, 200.0)
@@ -105,19 +77,19 @@ def test_every_refusal_is_counted_by_class() -> None:
 @pytest.mark.parametrize(("wait_s", "retry"), [(0.51, "after 1 s"), (1.5, "after 1 s"), (1.51, "after 2 s")])
 def test_the_time_to_come_back_after_is_in_whole_seconds_from_one_on(wait_s: float, retry: str) -> None:
     backlog = Backlog()
-    backlog.note("chat", 0, wait_s, 100.0)
+    waits(backlog, wait_s, 100.0)
     with pytest.raises(OverloadedError, match=retry):
         refuse_if_late(REJECTS, backlog, 100.0)
 
 
 @pytest.mark.parametrize(
-    ("slo", "wait_s", "now_s"), [(REJECTS, 0.5, 100.0), (QUEUES, 60.0, 100.0), (REJECTS, 60.0, 100.1 + STALE_S)]
+    ("slo", "wait_s", "now_s"), [(REJECTS, 0.3, 100.0), (QUEUES, 60.0, 100.0), (REJECTS, 60.0, 160.0)]
 )
 def test_who_is_in_time_or_queues_or_finds_the_engine_idle_is_let_in(
     slo: SloClass, wait_s: float, now_s: float
 ) -> None:
     backlog = Backlog()
-    backlog.note(slo.name, 0, wait_s, 100.0)
+    waits(backlog, wait_s, 100.0)
     refuse_if_late(slo, backlog, now_s)
 
 
@@ -131,8 +103,7 @@ def test_the_gate_refuses_by_the_class_that_a_request_names_or_by_the_default(
 
     gate: Any = slo_gate(POLICY, "a-policy-of-this-test.yaml", for_v2=for_v2)
     gate.validate_params(SamplingParams())
-    for name in POLICY.classes:
-        backlog.note(name, 0, 60.0, time.monotonic())
+    waits(backlog, 60.0, time.monotonic())
     for params in (SamplingParams(), SamplingParams(extra_args={"slo_class": "chat"})):
         with pytest.raises(OverloadedError):
             gate.validate_params(params)
@@ -147,7 +118,7 @@ def test_vllms_own_validation_lets_the_refusal_through_as_it_is(backlog: Backlog
 
     from layerkv.vllm_plugin.slo_gate import slo_gate
 
-    backlog.note("chat", 0, 60.0, time.monotonic())
+    waits(backlog, 60.0, time.monotonic())
     gate = slo_gate(POLICY, "a-policy-of-this-test.yaml", for_v2=False)
     with pytest.raises(OverloadedError):
         validate_logits_processors_parameters([gate], SamplingParams())
@@ -183,7 +154,7 @@ def test_vllms_error_response_gets_the_header_and_keeps_its_body(backlog: Backlo
     response = answer(app)
     assert (response.status_code, response.json()) == (200, {"text": "hello"})
     assert "retry-after" not in response.headers
-    backlog.note("chat", 0, 4.0, time.monotonic())
+    waits(backlog, 4.0, time.monotonic() + 0.5)
     response = answer(app)
     assert response.status_code == 429
     assert response.headers["retry-after"] == "4"
@@ -267,19 +238,108 @@ def test_what_is_not_http_passes_through() -> None:
     assert seen == ["lifespan", "lifespan.startup.complete"]
 
 
-# From the engine's metrics ----------------------------------------------------------------------------------------
+# From the engine to the front ends --------------------------------------------------------------------------------
 
 
-def test_the_metrics_that_come_in_keep_the_backlog_up_to_date(backlog: Backlog) -> None:
-    from layerkv.vllm_plugin.prom import LayerKVPromMetrics
+WORD = Word(0.02, {"chat": ClassWait(2.5, 0.1), "batch": ClassWait(0.0, 0.7)})
 
-    metrics = object.__new__(LayerKVPromMetrics)  # without Prometheus's registry, which holds names once per process
 
-    class Sample:
-        def set(self, value: float) -> None: ...
+def test_every_front_end_hears_a_word_though_vllm_sends_its_statistics_to_one() -> None:
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
 
-    metrics._child = lambda key, engine: Sample()  # type: ignore[method-assign]
-    payload = json.loads(json.dumps({"gauges": {f"{GAUGE}|chat": 2.5, "layerkv_host_blocks": 4}}))
-    metrics.observe(payload, engine_idx=1)
-    assert backlog.seconds("chat", time.monotonic()) == 2.5
-    assert list(backlog._seconds) == [("chat", 1)]
+    from layerkv.vllm_plugin.words import tell, word_of
+
+    hits = PrefixCacheStats(requests=3, queries=40, hits=20)
+    payload = {"counters": {"layerkv_parks": 1.0}, "gauges": {}, "histograms": {}}
+    stats = SchedulerStats(num_running_reqs=7, kv_cache_usage=0.5, prefix_cache_stats=hits, kv_connector_stats=payload)
+    outputs = {1: EngineCoreOutputs(scheduler_stats=stats)}
+    tell(outputs, WORD, {0, 1, 2})
+    assert sorted(outputs) == [0, 1, 2]
+    for front_end in (0, 1, 2):
+        sent = outputs[front_end].scheduler_stats
+        assert sent is not None
+        assert word_of(json.loads(json.dumps(sent.kv_connector_stats))) == WORD
+        assert (sent.num_running_reqs, sent.kv_cache_usage) == (7, 0.5), "gauges are as true there"
+        is_vllms = front_end == 1
+        assert (sent.prefix_cache_stats.queries, "counters" in sent.kv_connector_stats) == (
+            (40, True) if is_vllms else (0, False)
+        ), "what is counted is counted once"
+
+
+def test_where_statistics_are_off_no_word_is_sent() -> None:
+    from vllm.v1.engine import EngineCoreOutputs
+
+    from layerkv.vllm_plugin.words import tell
+
+    outputs: dict[int, EngineCoreOutputs] = {0: EngineCoreOutputs()}
+    tell(outputs, WORD, {0, 1})
+    assert list(outputs) == [0]
+    assert outputs[0].scheduler_stats is None
+
+
+class Metrics:
+    """What Prometheus would show, without its registry, which holds names once per process."""
+
+    def __init__(self, policy: SloPolicy) -> None:
+        from layerkv.vllm_plugin.prom import LayerKVPromMetrics
+        from layerkv.vllm_plugin.reload import PolicySource
+
+        self.shown: dict[str, float] = {}
+        self.source = PolicySource(None, policy)
+        self.metrics = object.__new__(LayerKVPromMetrics)
+        self.metrics._policy_source, self.metrics._policy = self.source, policy
+        self.metrics._children = {}
+        self.metrics.per_engine_labelvalues = {0: ["model", "0"]}
+        shown = self.shown
+
+        class Child:
+            def __init__(self, key: str) -> None:
+                self.key = key
+                shown[key] = 0.0
+
+            def set(self, value: float) -> None:
+                shown[self.key] = value
+
+            def inc(self, value: float = 1.0) -> None:
+                shown[self.key] += value
+
+        class Family:
+            def __init__(self, name: str) -> None:
+                self.name = name
+
+            def labels(self, model: str, engine: str, label: str | None = None) -> Child:
+                return Child(self.name if label is None else f"{self.name}|{label}")
+
+        self.metrics._families = {spec.name: Family(spec.name) for spec in METRICS}
+
+    def observe(self, **payload: Any) -> None:
+        self.metrics.observe(json.loads(json.dumps(payload)), engine_idx=0)
+
+
+def test_the_metrics_that_come_in_bring_the_word(backlog: Backlog) -> None:
+    metrics = Metrics(POLICY)
+    metrics.observe(gauges={f"{GAUGE}|chat": 2.5, "layerkv_host_blocks": 4})
+    assert metrics.shown == {f"{GAUGE}|chat": 2.5, "layerkv_host_blocks": 4}
+    assert backlog.meets(REJECTS, time.monotonic()).wait_s == 0.0, "a gauge is for people"
+    metrics.observe(word={"age_s": 0.02, "classes": {"chat": [60.0, 0.1], "batch": [0.0, 0.7]}})
+    assert 50.0 < backlog.meets(REJECTS, time.monotonic()).wait_s <= 60.0
+
+
+def test_a_class_that_is_gone_or_refused_no_more_keeps_no_backlog(backlog: Backlog) -> None:
+    metrics = Metrics(POLICY)
+    metrics.observe(gauges={f"{GAUGE}|chat": 2.5})
+    calm = SloClass(name="chat", ttft_s=0.5, tpot_s=0.05)
+    for classes in ({"voice": REJECTS}, {"chat": calm, "voice": REJECTS}):
+        metrics.source.put(SloPolicy(classes=classes, default_class="voice"))
+        metrics.observe(gauges={f"{GAUGE}|chat": 7.5, f"{GAUGE}|voice": 1.5})
+        assert metrics.shown[f"{GAUGE}|chat"] == 0.0, "nor by a word that was on its way"
+        assert metrics.shown[f"{GAUGE}|voice"] == 1.5
+
+
+def test_what_a_new_class_counts_begins_at_0(backlog: Backlog) -> None:
+    metrics = Metrics(POLICY)
+    metrics.source.put(SloPolicy(classes={"voice": REJECTS}, default_class="voice"))
+    metrics.observe(counters={"layerkv_parks": 1})
+    assert metrics.shown["layerkv_ttft_slo_missed|voice"] == 0.0
+    assert metrics.shown["layerkv_overload_refused|voice"] == 0.0

@@ -1,7 +1,8 @@
-"""SIGHUP makes a process read its SLO policy again. Each test is a process of its own: handlers stay."""
+"""SIGHUP makes all processes of an engine read its SLO policy again. Each test is its own process: handlers stay."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,8 @@ def policy(tmp_path: Path) -> Path:
 def run(program: str, policy: Path, new: str = NEW) -> None:
     """Run the program in a process of its own, with the policy file and what is to stand in it next."""
     command = [sys.executable, "-c", COMMON + program, str(policy), new]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(policy.parent / "run")}
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
 
 
@@ -135,73 +137,187 @@ wait_for(lambda: source.policy is not old_policy and called == [signal.SIGHUP])
     )
 
 
-def test_without_a_policy_file_and_outside_the_main_thread_no_handler_is_installed(policy: Path) -> None:
+def test_without_a_policy_file_there_is_nothing_to_follow(policy: Path) -> None:
     run(
         """
+from layerkv.runtime import running_engines
 assert follow_policy(None, old_policy).policy is old_policy
 assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+assert running_engines() == []
+""",
+        policy,
+    )
+
+
+def test_a_process_that_follows_outside_its_main_thread_has_no_handler_and_is_found_all_the_same(policy: Path) -> None:
+    run(
+        """
+from layerkv.runtime import ring, running_engines
 sources = []
 thread = threading.Thread(target=lambda: sources.append(follow_policy(path, old_policy)))
 thread.start()
 thread.join()
 assert sources[0].policy is old_policy
 assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
-from layerkv.vllm_plugin.reload import is_listening
-assert not is_listening()
+Path(path).write_text(new)
+[engine] = running_engines()
+assert sources[0].policy is old_policy
+ring(engine.announcement)
+assert sources[0].policy == load_policy(path)
 """,
         policy,
     )
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_the_front_end_passes_the_signal_on_to_engine_cores_and_to_nobody_else(
-    policy: Path, tmp_path: Path, method: str
-) -> None:
-    module = tmp_path / "engine_core_child.py"
-    module.write_text(
+def test_the_file_is_read_at_a_ring_and_only_then(policy: Path) -> None:
+    run(
         """
-import signal
+from layerkv.vllm_plugin.reload import LOOK_S
+source = follow_policy(path, old_policy)
+Path(path).write_text(new)
+time.sleep(2.5 * LOOK_S)
+assert source.policy is old_policy
+hang_up()
+read = source.policy
+assert read == load_policy(path), "at once: whoever uses it looks"
+time.sleep(2.5 * LOOK_S)
+assert source.policy is read
+""",
+        policy,
+    )
+
+
+def test_an_announcement_that_was_swept_away_is_put_back(policy: Path) -> None:
+    run(
+        """
+from layerkv.runtime import ring, running_engines
+source = follow_policy(path, old_policy)
+[engine] = running_engines()
+ring(engine.announcement)
+read = source.policy
+engine.announcement.unlink()
+assert source.policy is read
+wait_for(running_engines)
+assert source.policy is read, "it is not taken for rung"
+Path(path).write_text(new)
+ring(running_engines()[0].announcement)
+assert sorted(source.policy.classes) == ["chat", "voice"]
+""",
+        policy,
+    )
+
+
+def test_where_nobody_can_announce_anything_the_signal_still_counts_in_its_process(policy: Path) -> None:
+    run(
+        """
+Path(os.environ["XDG_RUNTIME_DIR"]).write_text("a file where the folder should be")
+source = follow_policy(path, old_policy)
+Path(path).write_text(new)
+hang_up()
+assert sorted(source.policy.classes) == ["chat", "voice"]
+""",
+        policy,
+    )
+
+
+FOLLOWERS = """
+import sys, threading, time
 from layerkv.config import load_policy
+from layerkv.runtime import running_engines
 from layerkv.vllm_plugin.reload import follow_policy
 
-def serve(path, old_policy, told):
+def follow(path, told):
+    old_policy = load_policy(path)
     source = follow_policy(path, old_policy)
-    told.send("ready")
-    while source.policy.classes.keys() == old_policy.classes.keys():
-        signal.sigtimedwait([], 0.02)
+    told.send(len(running_engines()))
+    while source.policy is old_policy:
+        time.sleep(0.02)
     told.send(sorted(source.policy.classes))
 
-def be_other(told):
-    signal.signal(signal.SIGHUP, lambda number, frame: told.send("hung up"))
-    told.send("ready")
-    while True:
-        signal.pause()
+def serve(path, told, in_main_thread):
+    if in_main_thread:
+        return follow(path, told)
+    thread = threading.Thread(target=follow, args=(path, told))
+    thread.start()
+    thread.join()
+
+def start(context, name, path, in_main_thread=True):
+    ear, mouth = context.Pipe(False)
+    child = context.Process(name=name, target=serve, args=(path, mouth, in_main_thread), daemon=True)
+    child.start()
+    assert ear.poll(60) and ear.recv() == 1, "one engine, whatever it consists of"
+    return child, ear
 """
+
+
+@pytest.mark.parametrize(
+    ("method", "told"), [("spawn", "the parent"), ("fork", "a child"), ("forkserver", "reload"), ("fork", "reload")]
+)
+def test_whoever_gets_the_word_all_processes_of_the_engine_follow(
+    policy: Path, tmp_path: Path, method: str, told: str
+) -> None:
+    (tmp_path / "followers.py").write_text(FOLLOWERS)
+    run(
+        f"""
+import multiprocessing
+from layerkv.cli import main
+if __name__ == "__main__":
+    sys.path.insert(0, {str(tmp_path)!r})
+    import followers
+    context = multiprocessing.get_context({method!r})
+    if {method!r} == "forkserver":  # vLLM runs it before any policy is known
+        from multiprocessing import forkserver
+        forkserver.ensure_running()
+    source = follow_policy(path, old_policy)
+    names = [("EngineCore_DP0", True), ("ApiServer_0", True), ("ApiServer_1", False)]
+    children = [followers.start(context, name, path, in_main) for name, in_main in names]
+    Path(path).write_text(new)
+    if {told!r} == "reload":
+        assert main(["policy", "reload"]) == 0
+    else:
+        os.kill(os.getpid() if {told!r} == "the parent" else children[1][0].pid, signal.SIGHUP)
+    for child, ear in children:
+        assert ear.poll(30) and ear.recv() == ["chat", "voice"]
+        child.join(30)
+    wait_for(lambda: source.policy is not old_policy)
+""",
+        policy,
     )
+
+
+def test_a_process_that_begins_to_follow_after_a_ring_has_not_missed_it(policy: Path, tmp_path: Path) -> None:
+    (tmp_path / "followers.py").write_text(FOLLOWERS)
     run(
         f"""
 import multiprocessing
 if __name__ == "__main__":
     sys.path.insert(0, {str(tmp_path)!r})
-    import engine_core_child
-    context = multiprocessing.get_context({method!r})
+    import followers
     source = follow_policy(path, old_policy)
-    core_ear, core_mouth = context.Pipe(False)
-    other_ear, other_mouth = context.Pipe(False)
-    core = context.Process(
-        name="EngineCore_DP0", target=engine_core_child.serve, args=(path, old_policy, core_mouth), daemon=True
-    )
-    other = context.Process(name="Worker", target=engine_core_child.be_other, args=(other_mouth,), daemon=True)
-    core.start(), other.start()
-    assert core_ear.poll(60) and core_ear.recv() == "ready"
-    assert other_ear.poll(60) and other_ear.recv() == "ready"
-    Path(path).write_text(new)
     hang_up()
-    assert core_ear.poll(30) and core_ear.recv() == ["chat", "voice"]
-    wait_for(lambda: source.policy is not old_policy)
-    assert not other_ear.poll(0.2)
-    core.join(30)
-    other.kill()
+    child, ear = followers.start(multiprocessing.get_context("fork"), "ApiServer_0", path)
+    assert ear.poll(30) and ear.recv() == ["batch", "chat"], "what it read may be older than the ring: it reads again"
+    child.join(30)
+""",
+        policy,
+    )
+
+
+def test_an_engine_that_another_program_starts_is_an_engine_of_its_own(policy: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(OLD)
+    run(
+        f"""
+import subprocess
+from layerkv.runtime import running_engines
+program = "from layerkv.config import load_policy; from layerkv.vllm_plugin.reload import follow_policy; import sys"
+program += "; follow_policy(sys.argv[1], load_policy(sys.argv[1])); print('ready', flush=True); sys.stdin.read()"
+follow_policy(path, old_policy)
+command = [sys.executable, "-c", program, {str(other)!r}]
+with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline().strip() == "ready"
+    assert [engine.policy_path for engine in running_engines()] == [path, {str(other)!r}]
+    process.stdin.close()
 """,
         policy,
     )

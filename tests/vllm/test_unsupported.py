@@ -231,7 +231,15 @@ def test_passthrough_runs_an_unsupported_vllm_without_layerkv(
 WRONG = [
     ({"zone_token": 64}, "kv_connector_extra_config.zone_token: found an unknown key", "did you mean zone_tokens?"),
     ({"policy": "/no/slo.yaml"}, "/no/slo.yaml: found no readable file", "set policy to its path"),
-    ({"host_memory": "999999GiB"}, "host_memory: found 999999GiB, but this machine has", "set host_memory to less"),
+    ({"host_memory": "9999TiB"}, "host_memory: found 9999TiB beside 13MiB of KV memory", "set host_memory to less"),
+    ({"host_memory": 8}, "host_memory: found 8, which is 8B, less than any block", 'set host_memory to "8GiB"'),
+    ({"retained_layers": 99}, "retained_layers: found 99, but the model has", "set retained_layers to less"),
+    ({"zone_tokens": 31}, "zone_tokens: found 31, but a lane holds at least one block of 32", "to 32 or more"),
+    ({"cost_profile": "/no/profile.json"}, "/no/profile.json", "layerkv profile"),
+    ({"cost_profile": "README.md"}, "README.md: found what is not JSON", "layerkv profile"),
+    ({"decision_log": "/no/log.jsonl"}, "decision_log: found '/no/log.jsonl'", "one in a folder that exists"),
+    ({"decision_log": "README.md"}, "cannot be written (another file is there)", "leave it out"),
+    ({"decision_log": "docs"}, "decision_log: found 'docs', which cannot be written (Is a directory)", "leave it out"),
     ({"on_unsupported": "pass"}, "on_unsupported: found 'pass'", 'set on_unsupported to "error"'),
 ]
 

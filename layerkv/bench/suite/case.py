@@ -7,30 +7,40 @@ one `ConfigError` of one line that says where it is, what was found, what was ex
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
-# One way of reading YAML and of writing refusals for all of layerkv: these helpers are private to the package.
+from layerkv.bench.suite.ends import Ends, read_ends
+from layerkv.bench.suite.sessions import Sessions, read_sessions
 from layerkv.bench.tiny_model import SHAPES, ModelShape
+
+# One way of reading YAML and of writing refusals for all of layerkv: these helpers are private to the package.
 from layerkv.config import SloPolicy, _above_zero, _did_you_mean, _read, _show, _wrong
-from layerkv.sim.workload import Lengths, Trace, TraceArrivals, WorkloadSpec
+from layerkv.sim.workload import Trace, TraceArrivals, WorkloadSpec
 from layerkv.sim.workload_config import (
     check_distinct,
     count_meta,
     load_document,
-    read_lengths,
     read_policy,
     read_workload,
 )
-from layerkv.units import parse_bytes, parse_seconds
+from layerkv.units import parse_bytes
 
-__all__ = ["ENGINE_NAMES", "SIZES", "Case", "EngineSettings", "Point", "Sessions", "load_case", "load_suite"]
+__all__ = ["ENGINE_NAMES", "SIZES", "Case", "EngineSettings", "Point", "load_case", "load_suite"]
 
-ENGINE_NAMES: Final = ("stock", "stock-watermark", "vllm-cpu-offload", "layerkv", "layerkv-no-slo", "oracle")
+ENGINE_NAMES: Final = (
+    "stock",
+    "stock-watermark",
+    "vllm-cpu-offload",
+    "lmcache",
+    "layerkv",
+    "layerkv-no-slo",
+    "oracle",
+)
 """What can be compared, in the order of tables."""
 
 SIZES: Final = ("ci", "full")
@@ -63,29 +73,18 @@ class EngineSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Sessions:
-    """Conversations: each turn's prompt is everything said before and new tokens of the user's.
-
-    Attributes:
-        turns: How many turns a session has.
-        think_s: Seconds from the end of an answer to the next turn.
-        shared_prefix_tokens: Tokens that all sessions begin with, as a system prompt does.
-    """
-
-    turns: Lengths
-    think_s: float
-    shared_prefix_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class Point:
-    """One load of the case. With `sessions`, `workload` says how sessions begin and what each turn adds."""
+    """One load of the case. With `sessions`, `workload` says how sessions begin and what each turn adds.
+
+    With `ends`, its `output_tokens` are the patience of those who hang up.
+    """
 
     name: str
     x: float
     rate_per_s: float
     workload: WorkloadSpec
-    sessions: Sessions | None
+    sessions: Sessions | None = None
+    ends: Ends | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +161,6 @@ _Switch: TypeAlias = Annotated[bool, Meta(description="true or false", examples=
 _Options: TypeAlias = Annotated[
     list[str], Meta(description="a list of flags for `vllm serve`", examples=[["--tensor-parallel-size=2"]])
 ]
-_Lengths: TypeAlias = Annotated[
-    dict[Any, Any],
-    Meta(description="{fixed: 4}, {uniform: [2, 6]} or {lognormal: ..}", examples=[{"uniform": [2, 6]}]),
-]
-_Duration: TypeAlias = Annotated[
-    str | int | float, Meta(description="a duration above zero such as 500ms", examples=["500ms"])
-]
-_Prefix: TypeAlias = Annotated[int, Meta(ge=0, description="a whole number of tokens, 0 or more", examples=[256])]
 
 
 class _TopKeys(msgspec.Struct, frozen=True):
@@ -216,12 +207,6 @@ class _PointKeys(msgspec.Struct, frozen=True):
     rate: _Rate = None
     requests: _Requests = None
     workload: _OptionalMapping = None
-
-
-class _SessionKeys(msgspec.Struct, frozen=True):
-    turns: _Lengths
-    think: _Duration = "1s"
-    shared_prefix_tokens: _Prefix = 0
 
 
 def load_case(path: Path, size: str = "full", *, trace_path: Path | None = None) -> Case:
@@ -341,7 +326,7 @@ def _point(
         if key in merged:
             problem = f"found {key} among the requests; expected it in points"
             raise _wrong(f"{where_workload}.{key}", problem, f"set {key.removesuffix('s')} of each point instead")
-    sessions = merged.pop("sessions", None)
+    sessions, ends = merged.pop("sessions", None), merged.pop("ends", None)
     arrivals = merged.get("arrivals")
     if trace_path is not None and isinstance(arrivals, dict) and isinstance(arrivals.get("trace"), dict):
         merged["arrivals"] = {"trace": {**arrivals["trace"], "path": str(trace_path.resolve())}}
@@ -351,28 +336,16 @@ def _point(
         merged, policy, max_model_len=settings.max_model_len, where=where_workload, folder=folder
     )
     name = keys.name if keys.name is not None else f"{rate:g}"
-    point = Point(name, rate if keys.x is None else keys.x, rate, workload, None)
-    if sessions is None:
-        return point
-    return Point(
-        name, point.x, rate, workload, _sessions(sessions, workload, settings, where=f"{where_workload}.sessions")
-    )
-
-
-def _sessions(raw: Any, workload: WorkloadSpec, settings: EngineSettings, *, where: str) -> Sessions:
-    keys = _read(raw, _SessionKeys, where=where)
-    turns = read_lengths(keys.turns, where=f"{where}.turns")
-    if workload.max_tokens_factor != 1:
-        raise _wrong(where, "found sessions beside max_tokens_factor; expected one of them", "remove one of them")
-    if isinstance(workload.arrivals, TraceArrivals):
-        raise _wrong(where, "found sessions beside a trace; expected one of them", "remove sessions, or the trace")
-    a_turn = max(mix.prompt_tokens.most + mix.output_tokens.most for mix in workload.classes)  # type: ignore[union-attr]
-    longest = keys.shared_prefix_tokens + turns.most * a_turn
-    if longest > settings.max_model_len:
-        problem = f"found sessions of up to {longest} tokens; expected at most max_model_len, {settings.max_model_len}"
-        raise _wrong(where, problem, "set fewer turns or shorter lengths, or a larger max_model_len")
-    think_s = _above_zero(parse_seconds, keys.think, where=f"{where}.think", example="500ms")
-    return Sessions(turns, think_s, keys.shared_prefix_tokens)
+    point = Point(name, rate if keys.x is None else keys.x, rate, workload)
+    if sessions is not None and ends is not None:
+        problem = "found ends beside sessions; expected one of them"
+        raise _wrong(f"{where_workload}.ends", problem, "remove one of them")
+    if sessions is not None:
+        where_sessions, most = f"{where_workload}.sessions", settings.max_model_len
+        return replace(point, sessions=read_sessions(sessions, workload, max_model_len=most, where=where_sessions))
+    if ends is not None:
+        return replace(point, ends=read_ends(ends, workload, where=f"{where_workload}.ends"))
+    return point
 
 
 def _known(names: Sequence[str], known: Sequence[str], *, where: str) -> Sequence[str]:

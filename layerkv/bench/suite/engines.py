@@ -1,17 +1,15 @@
 """The engines that a case compares, as command lines of `vllm serve`.
 
 Pure functions. Invariant: engines of one case differ in KV memory (the oracle's) and in the KV connector (offload,
-layerkv) and in nothing else; stock, offload and layerkv get the same KV memory, out of which layerkv pays for its lane
-zone, and offload and layerkv the same host memory.
+LMCache, layerkv) and in nothing else; all but the oracle get the same KV memory, out of which layerkv pays for its lane
+zone, and offload, LMCache and layerkv the same host memory.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,38 +17,15 @@ import msgspec
 
 from layerkv.bench.policy_file import write_policy
 from layerkv.bench.suite.case import Case, EngineSettings
+from layerkv.bench.suite.lmcache_peer import CacheServer, lmcache_connector
 from layerkv.bench.suite.plan import plan_requests, total_tokens
+from layerkv.bench.suite.vllm_build import is_cpu_build, vllm_command
+
+KEEPERS = ("vllm-cpu-offload", "lmcache")
+"""Peers that keep KV in host memory, and tell little of it in their metrics."""
 
 WATERMARK = 0.02
 SERVED_NAME = "model"
-
-# The `vllm` command of the CPU build ends at once, because it asks for the version of a package named "vllm"; from a
-# version that ends in "+cpu" it infers its device.
-_CPU_BUILD_COMMAND = """
-import importlib.metadata as metadata
-version_of = metadata.version
-metadata.version = lambda name: version_of("vllm-cpu") + "+cpu" if name == "vllm" else version_of(name)
-from vllm.entrypoints.cli.main import main
-main()
-"""
-
-
-def vllm_command() -> list[str]:
-    """The command line of this environment's `vllm`, without a subcommand."""
-    try:
-        metadata.version("vllm")
-    except metadata.PackageNotFoundError:
-        return [sys.executable, "-c", _CPU_BUILD_COMMAND]
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-
-
-def is_cpu_build() -> bool:
-    """Whether this environment's vLLM runs on the CPU."""
-    try:
-        metadata.version("vllm-cpu")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def is_layerkv(engine: str) -> bool:
@@ -79,9 +54,20 @@ def _plan_tokens(case: Case, seed: int) -> int:
 
 
 def serve_command(
-    case: Case, engine: str, *, model: str, port: int, kv_memory: int, folder: Path, extra: Sequence[str] = ()
+    case: Case,
+    engine: str,
+    *,
+    model: str,
+    port: int,
+    kv_memory: int,
+    folder: Path,
+    cache_server: CacheServer | None = None,
+    extra: Sequence[str] = (),
 ) -> list[str]:
-    """The command line that serves `model` as this engine; its policy file is written to `folder`."""
+    """The command line that serves `model` as this engine; its policy file is written to `folder`.
+
+    The engine `lmcache` needs a `cache_server`, and runs in that one's environment.
+    """
     settings = case.settings
     options = [
         *("serve", model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", SERVED_NAME),
@@ -95,10 +81,11 @@ def serve_command(
         options.append("--enforce-eager")  # compiling a model of this size takes longer than the load
     if engine == "stock-watermark":
         options += ["--watermark", str(WATERMARK)]
-    connector = _connector(case, engine, folder)
+    connector = _connector(case, engine, folder) if cache_server is None else lmcache_connector(cache_server)
     if connector is not None:
         options += ["--kv-transfer-config", json.dumps(connector)]
-    return [*vllm_command(), *options, *settings.options, *extra]
+    command = vllm_command() if cache_server is None else vllm_command(str(cache_server.lmcache.python))
+    return [*command, *options, *settings.options, *extra]
 
 
 def _connector(case: Case, engine: str, folder: Path) -> dict[str, Any] | None:

@@ -89,6 +89,8 @@ def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
         front_end_cpu_s=counted(lambda c: c.front_end_cpu_s),
         scheduler_s_per_step=_scheduler([run.counters for run in runs]),
         wall_s=Spread.of([run.wall_s for run in runs]),
+        ends=_ends(runs),
+        output_tokens=_where_known([_mean_output_tokens(run) for run in runs]),
     )
 
 
@@ -176,6 +178,16 @@ def _peak_host(run: LoadRun) -> int | None:
 def _where_known(values: Sequence[float | None]) -> Spread | None:
     known = [value for value in values if value is not None]
     return Spread.of(known) if len(known) == len(values) else None
+
+
+def _ends(runs: Sequence[LoadRun]) -> dict[str, Spread]:
+    known = sorted({request.end for run in runs for request in run.requests if request.end is not None})
+    return {end: Spread.of([sum(r.end == end for r in run.requests) for run in runs]) for end in known}
+
+
+def _mean_output_tokens(run: LoadRun) -> float | None:
+    finished = [len(request.token_times_s) for request in run.requests if request.error is None]
+    return _mean(finished) if finished else None
 
 
 def _gaps_s(request: RequestRecord) -> list[float]:

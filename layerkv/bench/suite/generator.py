@@ -28,7 +28,7 @@ import uvloop
 from layerkv.bench.records import Progress, read_json, write_json
 from layerkv.bench.suite.http_stream import Begun, StreamError, Target, fetch
 from layerkv.bench.suite.plan import LoadPlan, PlannedRequest
-from layerkv.bench.suite.records import RequestRecord, Sample
+from layerkv.bench.suite.records import HUNG_UP, STOPPED, RequestRecord, Sample
 from layerkv.bench.suite.server_metrics import ServerMetrics, read_metrics
 
 PROGRESS_INTERVAL_S = 1.0
@@ -54,6 +54,7 @@ class GeneratorRun(msgspec.Struct, frozen=True, kw_only=True):
 
 class _Choice(msgspec.Struct):
     token_ids: list[int] | None = None
+    finish_reason: str | None = None
 
 
 class _Chunk(msgspec.Struct):
@@ -72,6 +73,7 @@ class _Flight:
     token_times_s: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     status: int | None = None
+    end: str | None = None
     error: str | None = None
     is_done: bool = False
 
@@ -198,9 +200,11 @@ class Generator:
             flight.sent_s = begun.sent_s
         if flight.status != HTTPStatus.OK:
             flight.error = f"HTTP {flight.status}: {answer.rest.decode(errors='replace')}"[:ERROR_CHARS]
-        elif flight.error is None and len(flight.token_ids) != flight.request.output_tokens:
+        elif flight.error is None and not _is_whole(flight):
             got, asked = len(flight.token_ids), flight.request.output_tokens
             flight.error = f"the stream ended after {got} of {asked} tokens"
+            if flight.end is not None:
+                flight.error += f" ({flight.end})"
 
     def _encoded(self, request: PlannedRequest, prompt: Sequence[int]) -> bytes:
         body: dict[str, object] = {
@@ -212,6 +216,8 @@ class Generator:
             "stream": True,
             "return_token_ids": True,
         }
+        if request.stop:
+            body["stop"] = request.stop
         if self._plan.names_classes and request.slo_class is not None:
             body["vllm_xargs"] = {"slo_class": request.slo_class}
         return self._target.encoded("POST", "/v1/completions", msgspec.json.encode(body))
@@ -248,8 +254,16 @@ class Generator:
             output_tokens=flight.request.output_tokens,
             token_times_s=[time_s - self._start_s for time_s in flight.token_times_s],
             token_digest=hashlib.sha256(repr(flight.token_ids).encode()).hexdigest()[:16] if finished else None,
+            end=flight.end if finished else None,
             error=flight.error,
         )
+
+
+def _is_whole(flight: _Flight) -> bool:
+    """Whether an answer that ended without an error has all that was to come."""
+    if len(flight.token_ids) == flight.request.output_tokens:
+        return True
+    return bool(flight.request.stop and flight.token_ids) and flight.end == STOPPED
 
 
 class _Answer:
@@ -278,8 +292,11 @@ class _Answer:
                 token_ids = choice.token_ids or []
                 flight.token_ids.extend(token_ids)
                 flight.token_times_s.extend([now_s] * len(token_ids))
+                flight.end = choice.finish_reason or flight.end
         if flight.request.max_tokens is None or len(flight.token_ids) < flight.request.output_tokens:
             return False
+        if flight.end is None or len(flight.token_ids) > flight.request.output_tokens:
+            flight.end = HUNG_UP
         del flight.token_ids[flight.request.output_tokens :], flight.token_times_s[flight.request.output_tokens :]
         return True
 

@@ -12,6 +12,7 @@ import msgspec
 
 from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID
 from layerkv.bench.suite.case import Case, Point
+from layerkv.bench.suite.ends import Ends
 from layerkv.sim.workload import SimRequest, make_workload
 
 
@@ -22,9 +23,10 @@ class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True):
         request_id: Unique in the plan.
         arrival_s: When it is due, in seconds after the start; for a later turn, after the end of the turn before.
         prompt: Token ids; those of a later turn follow all that was said before.
-        output_tokens: Tokens to generate, whatever the model would rather do.
+        output_tokens: Tokens to generate, whatever the model would rather do; with `stop`, at most.
         max_tokens: Tokens that its client asks for at most, if that is more: then the generator hangs up after
             `output_tokens`, and no engine can know the length before.
+        stop: Strings that end the answer where its text contains one.
         slo_class: Its SLO class; None is the policy's default.
         after: The request whose answer this one waits for.
     """
@@ -34,6 +36,7 @@ class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True):
     prompt: list[int]
     output_tokens: int
     max_tokens: int | None = None
+    stop: list[str] = []
     slo_class: str | None = None
     after: str | None = None
 
@@ -65,7 +68,7 @@ def plan_requests(case: Case, point: Point, seed: int) -> list[PlannedRequest]:
     ordinary = range(FIRST_ORDINARY_TOKEN_ID, vocab_size(case))
     if point.sessions is not None:
         return _sessions(point, drawn, rng, ordinary, seed)
-    return [
+    planned = [
         PlannedRequest(
             request_id=request.request_id,
             arrival_s=request.arrival_s,
@@ -76,6 +79,27 @@ def plan_requests(case: Case, point: Point, seed: int) -> list[PlannedRequest]:
         )
         for request in drawn
     ]
+    if point.ends is None:
+        return planned
+    return _with_ends(planned, point.ends, Random(f"{seed}: who hangs up"), case.settings.max_model_len)
+
+
+def _with_ends(planned: list[PlannedRequest], ends: Ends, rng: Random, max_model_len: int) -> list[PlannedRequest]:
+    """Nobody names a length; who does not hang up has the patience for all that the model can say."""
+    with_ends = []
+    for request in planned:
+        # What vLLM's chat API puts in the place of a `max_tokens` that is left out; its completions API would put 16.
+        room = max_model_len - len(request.prompt)
+        hangs_up = rng.random() < ends.hang_up_share and request.output_tokens < room
+        with_ends.append(
+            msgspec.structs.replace(
+                request,
+                stop=list(ends.stop),
+                output_tokens=request.output_tokens if hangs_up else room,
+                max_tokens=room if hangs_up else None,
+            )
+        )
+    return with_ends
 
 
 def vocab_size(case: Case) -> int:
@@ -95,7 +119,7 @@ def warm_up_requests(case: Case) -> list[PlannedRequest]:
 
 
 def total_tokens(requests: list[PlannedRequest]) -> int:
-    """KV that all requests need if none is ever freed, in tokens; turns of a session share what was said before."""
+    """KV that all requests need at most if none is ever freed; turns of a session share what was said before."""
     return sum(len(request.prompt) + request.output_tokens for request in requests)
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+STOPPED, HUNG_UP = "stop", "hang_up"
+
 
 class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One request as its client saw it.
@@ -19,9 +21,11 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
             conversation's next turn follows from the end of the turn before.
         sent_s: When the generator handed it to the socket; None if it never did.
         prompt_tokens: Length of its prompt.
-        output_tokens: Tokens that it asked for.
+        output_tokens: Tokens that it asked for; with stop strings, at most.
         token_times_s: When each token arrived.
         token_digest: Hash of all token ids; None if it did not finish.
+        end: How it finished: as the server says (`length`, or `STOPPED` by a stop string), or `HUNG_UP` when its client
+            had what it wanted; None if it did not, or the server does not say.
         error: Why it did not finish; None if it did.
     """
 
@@ -33,6 +37,7 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
     token_times_s: list[float] = []
     token_digest: str | None = None
+    end: str | None = None
     error: str | None = None
 
 

@@ -48,8 +48,9 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     share of all requests, a failed request being one that missed. `arrival_error_s`: how late the generator sent.
     Peaks are in bytes: KV in use at most on the device, KV held at most on the host (cached prefixes included, which
     give way to requests), and resident memory of all processes.
-    `scheduler_s_per_step` is CPU time. What an engine does not tell is None: vLLM's offload neither counts what it
-    stores nor says how much of its host memory is in use.
+    `scheduler_s_per_step` is CPU time. `ends`: how many requests finished in each way (`length`, `stop`, `hang_up`), as
+    far as that is known; `output_tokens`: mean length of the answers that did. What an engine does not tell is None:
+    vLLM's offload neither counts what it stores nor says how much of its host memory is in use.
     """
 
     ttft_s: Distribution
@@ -82,6 +83,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     front_end_cpu_s: Spread
     scheduler_s_per_step: Spread | None
     wall_s: Spread
+    ends: dict[str, Spread] = {}
+    output_tokens: Spread | None = None
 
 
 class Ratios(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -23,11 +24,19 @@ from layerkv.bench.metrics import EngineFailure
 from layerkv.bench.records import Progress, read_json, write_json
 from layerkv.bench.suite.board import SuiteBoard, print_result
 from layerkv.bench.suite.case import ENGINE_NAMES, Case, Point, load_case, load_suite
-from layerkv.bench.suite.engines import SERVED_NAME, is_layerkv, kv_memory_bytes, serve_command
+from layerkv.bench.suite.counters import counted
+from layerkv.bench.suite.engines import (
+    KEEPERS,
+    SERVED_NAME,
+    is_layerkv,
+    kv_memory_bytes,
+    serve_command,
+)
 from layerkv.bench.suite.generator import GeneratorRun
+from layerkv.bench.suite.lmcache_peer import Lmcache, lmcache_env, running_cache_server
 from layerkv.bench.suite.outcome import Outcome, case_result
 from layerkv.bench.suite.plan import LoadPlan, PlannedRequest, plan_requests, warm_up_requests
-from layerkv.bench.suite.records import Counters, LoadRun
+from layerkv.bench.suite.records import LoadRun
 from layerkv.bench.suite.report import write_report
 from layerkv.bench.suite.result import CaseResult
 from layerkv.bench.suite.scheduler_probe import TIMES_VARIABLE, SchedulerTimes, probe_options, read_scheduler_times
@@ -61,7 +70,10 @@ QUIET_ENV = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED"
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """What the command line says beside the case; None leaves the choice to the case."""
+    """What the command line says beside the case; None leaves the choice to the case.
+
+    Without an environment with LMCache, that engine is skipped.
+    """
 
     size: str = "full"
     num_seeds: int | None = None
@@ -71,6 +83,7 @@ class RunOptions:
     out_dir: Path = Path("out/bench")
     port: int | None = None
     trace_path: Path | None = None
+    lmcache: Lmcache | None = None
 
 
 def run_suite(path: Path, options: RunOptions, *, serve: ServeCommand = serve_command) -> int:
@@ -113,7 +126,21 @@ def _load(path: Path, options: RunOptions) -> Case:
     num_seeds = case.num_seeds if options.num_seeds is None else options.num_seeds
     if num_seeds < 1:
         raise ConfigError(f"--seeds: found {num_seeds}; expected 1 or more; set it to 3, say")
-    return replace(case, engines=tuple(chosen), num_seeds=num_seeds)
+    case = replace(case, engines=tuple(chosen), num_seeds=num_seeds)
+    return _settle_lmcache(case, options.lmcache) if "lmcache" in chosen else case
+
+
+def _settle_lmcache(case: Case, lmcache: Lmcache | None) -> Case:
+    """The case with a word on LMCache: which one runs, or that it is skipped, which is no failure."""
+    if lmcache is not None:
+        note = f"LMCache {lmcache.version} ran in an environment of its own."
+        return replace(case, notes=(*case.notes, note))
+    engines = tuple(name for name in case.engines if name != "lmcache")
+    if not engines:
+        problem = "found lmcache alone, and no environment for it; expected another engine, or such an environment"
+        raise ConfigError(f"--engines: {problem}; set --lmcache-python to the Python of one (benchmarks/README.md)")
+    note = "LMCache was skipped: no environment with it was named (--lmcache-python)."
+    return replace(case, engines=engines, notes=(*case.notes, note))
 
 
 def _options_of(case: Case, options: RunOptions) -> RunOptions:
@@ -237,20 +264,37 @@ class _CaseRun:
         return str(make_tiny_model(settings.model, self._options.out_dir / "models"))
 
     def _run_engine(self, engine: str, seed: int, model: str, board: SuiteBoard) -> None:
-        port = free_port(self._options.port)
-        command = self._serve(
-            self._case,
-            engine,
-            model=model,
-            port=port,
-            kv_memory=self._kv_memory[engine],
-            folder=self._folder.resolve(),
-            extra=probe_options(engine_is_layerkv=is_layerkv(engine)),
-        )
-        log_path = self._folder / f"{engine}.seed{seed}.log"
-        env = self._env() | {TIMES_VARIABLE: str(self._times_path())}
-        with Server(command, env=env, port=port, log_path=log_path) as server:
-            failure = server.wait_until_ready()
+        self._times_path().unlink(missing_ok=True)
+        with ExitStack() as started:
+            cache_server = helper = failure = None
+            if engine == "lmcache" and self._options.lmcache is not None:
+                cache_server, helper = started.enter_context(
+                    running_cache_server(
+                        self._options.lmcache,
+                        host_bytes=self._case.settings.host_memory_bytes,
+                        defaults=self._defaults(),
+                        log_path=self._folder / f"{engine}-cache.seed{seed}.log",
+                    )
+                )
+                failure = helper.wait_until_ready()
+            if failure is None:
+                port = free_port(self._options.port)
+                command = self._serve(
+                    self._case,
+                    engine,
+                    model=model,
+                    port=port,
+                    kv_memory=self._kv_memory[engine],
+                    folder=self._folder.resolve(),
+                    cache_server=cache_server,
+                    # A probe is layerkv's, which is not in LMCache's environment.
+                    extra=() if cache_server else probe_options(engine_is_layerkv=is_layerkv(engine)),
+                )
+                env = lmcache_env(self._defaults()) if cache_server else self._env()
+                env[TIMES_VARIABLE] = str(self._times_path())
+                log_path = self._folder / f"{engine}.seed{seed}.log"
+                server = started.enter_context(Server(command, env=env, port=port, log_path=log_path, helper=helper))
+                failure = server.wait_until_ready()
             if failure is not None:
                 self._fail(engine, failure, None, board)
                 return
@@ -275,7 +319,7 @@ class _CaseRun:
             sample_interval_s=SAMPLE_INTERVAL_S,
             kv_memory_bytes=self._kv_memory[engine],
             block_bytes=self._block_bytes(),
-            tells_host_memory=engine != "vllm-cpu-offload",
+            tells_host_memory=engine not in KEEPERS,
         )
         plan_path, run_path = self._folder / "plan.json", self._folder / "run.json"
         write_json(plan, plan_path)
@@ -309,13 +353,17 @@ class _CaseRun:
                 reason=f"had no answer: the load generator {failure.reason}", log_tail=failure.log_tail
             )
         cpu_before, times_before = started[0]
-        counters = _counters(engine, run, cpu_before, cpu_after, peak_rss_bytes, self._block_bytes())
-        if times_before is not None and times_after is not None:
-            counters = msgspec.structs.replace(
-                counters,
-                scheduler_cpu_s=times_after.cpu_seconds - times_before.cpu_seconds,
-                num_steps=times_after.num_calls - times_before.num_calls,
-            )
+        counters = counted(
+            engine,
+            run.before,
+            run.after,
+            cpu_before=cpu_before,
+            cpu_after=cpu_after,
+            times_before=times_before,
+            times_after=times_after,
+            peak_rss_bytes=peak_rss_bytes,
+            block_bytes=self._block_bytes(),
+        )
         return LoadRun(
             engine=engine,
             point=point.name,
@@ -345,7 +393,10 @@ class _CaseRun:
             board.note(f"{self._files.json_path}: could not be written yet ({error.strerror})")
 
     def _env(self) -> dict[str, str]:
-        return child_env(QUIET_ENV if self._case.settings.shape is None else QUIET_ENV | TINY_MODEL_ENV)
+        return child_env(self._defaults())
+
+    def _defaults(self) -> dict[str, str]:
+        return QUIET_ENV if self._case.settings.shape is None else QUIET_ENV | TINY_MODEL_ENV
 
 
 def rotated(engines: Sequence[str], seed: int) -> list[str]:
@@ -364,37 +415,6 @@ def _longest_pause_s(requests: Sequence[PlannedRequest]) -> float:
     due = [0.0, *sorted(r.arrival_s for r in requests if r.after is None)]
     thinking = max((r.arrival_s for r in requests if r.after is not None), default=0.0)
     return max((later - earlier for earlier, later in pairwise(due)), default=0.0) + thinking
-
-
-def _counters(
-    engine: str,
-    run: GeneratorRun,
-    cpu_before: CpuTimes,
-    cpu_after: CpuTimes,
-    peak_rss_bytes: int,
-    block_bytes: int | None,
-) -> Counters:
-    before, after = run.before, run.after
-    buckets_before = dict(before.queue_buckets)
-    num_onloaded = after.blocks_onloaded - before.blocks_onloaded
-    onloaded = None if num_onloaded and block_bytes is None else num_onloaded * (block_bytes or 0)
-    preemptions, recomputes = after.preemptions - before.preemptions, after.recomputes - before.recomputes
-    return Counters(
-        preemptions=recomputes if is_layerkv(engine) else preemptions,
-        parks=after.parks - before.parks,
-        fetches=after.fetches - before.fetches,
-        bytes_stored=None if engine == "vllm-cpu-offload" else after.bytes_stored - before.bytes_stored,
-        bytes_loaded=None if onloaded is None else after.bytes_loaded - before.bytes_loaded + onloaded,
-        prompt_tokens=after.prompt_tokens - before.prompt_tokens,
-        device_hit_tokens=after.device_hit_tokens - before.device_hit_tokens,
-        host_hit_tokens=after.host_hit_tokens - before.host_hit_tokens,
-        queue_count=after.queue_count - before.queue_count,
-        queue_sum_s=after.queue_sum_s - before.queue_sum_s,
-        queue_buckets=[(bound, count - buckets_before.get(bound, 0.0)) for bound, count in after.queue_buckets],
-        engine_cpu_s=cpu_after.engine_s - cpu_before.engine_s,
-        front_end_cpu_s=cpu_after.front_end_s - cpu_before.front_end_s,
-        peak_rss_bytes=peak_rss_bytes,
-    )
 
 
 def _save(result: CaseResult, outcome: Outcome, files: _Files) -> None:

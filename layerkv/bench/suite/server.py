@@ -39,10 +39,25 @@ class CpuTimes(msgspec.Struct, frozen=True):
 
 
 class Server:
-    """A running server; a context manager. `failure` says why it is not running, once it is not."""
+    """A running server; a context manager. `failure` says why it is not running, once it is not.
 
-    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], port: int, log_path: Path) -> None:
+    `helper` is a server that this one works with: it was started before and is ended after it by whoever did so, counts
+    among this one's processes, and this one has failed when it has.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        port: int,
+        log_path: Path,
+        health_path: str = "/health",
+        helper: Server | None = None,
+    ) -> None:
         self.url = f"http://127.0.0.1:{port}"
+        self._health_url = f"{self.url}{health_path}"
+        self._helper = helper
         self._log_path = log_path
         self._peak_rss_bytes = 0
         self._cpu = CpuTimes()
@@ -64,13 +79,16 @@ class Server:
             failure = self.failure()
             if failure is not None:
                 return failure
-            with contextlib.suppress(OSError, urllib.error.URLError), _open(f"{self.url}/health"):
+            with contextlib.suppress(OSError, urllib.error.URLError), _open(self._health_url):
                 return None
             time.sleep(POLL_S)
         return EngineFailure(reason=f"was not ready after {limit_s:g} s", log_tail=log_tail(self._log_path))
 
     def failure(self, *, within_s: float = 0.0) -> EngineFailure | None:
         """Why the server's process has ended, or ends within that time; None while it runs."""
+        lost = None if self._helper is None else self._helper.failure()
+        if lost is not None:
+            return EngineFailure(reason=f"lost the server beside it, which {lost.reason}", log_tail=lost.log_tail)
         try:
             status = self._process.wait(within_s)
         except subprocess.TimeoutExpired:
@@ -87,6 +105,15 @@ class Server:
 
         Memory that processes share counts in each of them.
         """
+        cpu, rss_bytes = self._look()
+        if self._helper is not None:
+            helper_cpu, helper_rss_bytes = self._helper._look()
+            cpu = CpuTimes(cpu.front_end_s, cpu.engine_s + helper_cpu.front_end_s + helper_cpu.engine_s)
+            rss_bytes += helper_rss_bytes
+        self._peak_rss_bytes = max(self._peak_rss_bytes, rss_bytes)
+        return cpu, self._peak_rss_bytes
+
+    def _look(self) -> tuple[CpuTimes, int]:
         front_end_s = engine_s = 0.0
         rss_bytes = 0
         with contextlib.suppress(psutil.Error):
@@ -100,8 +127,7 @@ class Server:
                     else:
                         engine_s += times.user + times.system
             self._cpu = CpuTimes(front_end_s, engine_s)
-        self._peak_rss_bytes = max(self._peak_rss_bytes, rss_bytes)
-        return self._cpu, self._peak_rss_bytes
+        return self._cpu, rss_bytes
 
     def stop(self) -> None:
         """Ends the server as an operator does, and by force if that takes too long or a second Ctrl-C comes."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeGuard
 
+from layerkv.bench.suite.records import HUNG_UP, STOPPED
 from layerkv.bench.suite.result import CaseResult, Distribution, Figures, PointResult, Ratios, Spread
 from layerkv.bench.suite.tables import POINT_COLUMNS, PointRow, figure_rows, point_rows
 from layerkv.bench.suite.titles import ENGINE_NOTES, ENGINE_TITLES, engine_order, has_first_tokens, point_label
@@ -28,8 +29,8 @@ __all__ = [
 ]
 
 # The oracle has more KV memory than the others: it is a reference, not a rival.
-PEERS = ("stock-watermark", "vllm-cpu-offload", "layerkv-no-slo")
-RIVALS = ("stock", "stock-watermark", "vllm-cpu-offload")
+PEERS = ("stock-watermark", "vllm-cpu-offload", "lmcache", "layerkv-no-slo")
+RIVALS = ("stock", "stock-watermark", "vllm-cpu-offload", "lmcache")
 
 
 def headline(result: CaseResult) -> str:
@@ -50,7 +51,7 @@ def headline(result: CaseResult) -> str:
 
 def sentences(result: CaseResult) -> list[str]:
     """What the main point and the other points show, in plain words; one fact each, losses among them."""
-    said = []
+    said = _unsaid_lengths(result)
     stock, layerkv = _served(result, "stock"), _served(result, "layerkv")
     if stock is not None and layerkv is not None:
         said.append(_goodput(result, stock, layerkv))
@@ -76,6 +77,22 @@ def sentences(result: CaseResult) -> list[str]:
     said.extend(_points_behind(result))
     said.extend(_checks(result))
     return said
+
+
+def _unsaid_lengths(result: CaseResult) -> list[str]:
+    """How requests ended at the main point, where they did not say themselves how long their answers get."""
+    for name in ("layerkv", *result.engines):
+        figures = result.engines.get(name)
+        if figures is None or figures.output_tokens is None:
+            continue
+        kinds = [f"{figures.ends[end].median:g} {words}" for end, words in _ENDS.items() if end in figures.ends]
+        if kinds:
+            of = f"Of {figures.num_requests.median:g} requests to {ENGINE_TITLES[name]}"
+            return [f"{of}, {' and '.join(kinds)}; answers had {figures.output_tokens.median:.0f} tokens on average."]
+    return []
+
+
+_ENDS = {STOPPED: "ended by a stop string", HUNG_UP: "when their client hung up"}
 
 
 def _goodput(result: CaseResult, stock: Figures, layerkv: Figures) -> str:

@@ -10,6 +10,7 @@ from layerkv.scheduler.needs import (
     can_ever_layer,
     hit_of,
     layered_blocks,
+    needs_longer_step,
     outgrows_pool,
     pool_blocks,
     tokens_to_compute,
@@ -33,7 +34,8 @@ def start_prompts(now: Outlook, draft: Draft, prompts: Sequence[WaitingRequest])
         if refusal is not None:
             draft.turn_away(w, refusal)
             continue
-        if closed is not None and w.request_id not in draft.granted:
+        has_place = w.request_id in draft.granted and not draft.step_is_promised
+        if closed is not None and not has_place:
             draft.wait_too(w, closed)
             continue
         place, reason = _where_to_start(now, draft, w)
@@ -47,9 +49,13 @@ def start_prompts(now: Outlook, draft: Draft, prompts: Sequence[WaitingRequest])
             tell(w, reason)
             if w.request_id in now.overdue:
                 closed, draft.is_closed = Reason.BEHIND_OVERDUE, True
+            elif draft.step_is_promised:
+                closed = Reason.BEHIND
 
 
 def _why_refused(now: Outlook, draft: Draft, w: WaitingRequest) -> Reason | None:
+    if needs_longer_step(now.s, w):
+        return Reason.NEVER_FITS
     if w.request_id in draft.granted:
         return None
     if w.may_refuse and w.request_id in now.late:
@@ -68,6 +74,9 @@ def _where_to_start(now: Outlook, draft: Draft, w: WaitingRequest) -> tuple[Plac
     is_late = w.request_id in now.late
     if draft.tokens <= 0:
         return None, Reason.LATE if is_late else Reason.NO_TOKENS_LEFT
+    if w.in_one_step and not _has_step_for_all_of_it(now, draft, w):
+        draft.step_is_promised = True
+        return None, Reason.NO_TOKENS_LEFT
     if w.request_id in draft.granted:
         return "pool", Reason.FITS
     if not can_ever_layer(s, w):
@@ -87,6 +96,16 @@ def _where_to_start(now: Outlook, draft: Draft, w: WaitingRequest) -> tuple[Plac
         return "pool", Reason.HOST_FULL_RESIDENT  # stock behaviour
     draft.zone_is_promised = obstacle is not Reason.WAIT_IS_SHORTER
     return None, obstacle
+
+
+def _has_step_for_all_of_it(now: Outlook, draft: Draft, w: WaitingRequest) -> bool:
+    """Whether this step's tokens hold a prompt that must not be cut: no other prompt may come before it.
+
+    Hits are not counted on: they may be gone by the time that the engine looks.
+    """
+    s = now.s
+    is_first = not draft.admit and s.prefilling_tokens == 0
+    return is_first and w.num_tokens + len(draft.fetch) <= s.budget_tokens - s.decode_tokens
 
 
 def _why_not_layered(now: Outlook, draft: Draft, w: WaitingRequest) -> Reason | None:

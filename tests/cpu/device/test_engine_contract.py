@@ -253,6 +253,17 @@ def test_nothing_can_be_submitted_after_closing(worker: Worker) -> None:
             worker.engine.submit(direction, [0], [BlockRun(0, 0, 1)])
 
 
+def test_what_compute_waited_for_is_told_once_where_it_is_told(worker: Worker) -> None:
+    engine = worker.engine
+    if engine.take_waited_s() is None:
+        return  # a stream waits there, and no thread
+    engine.wait_compute(engine.submit(STORE, range(5), [BlockRun(0, 0, 9)]))
+    waited_s = engine.take_waited_s()
+    assert waited_s is not None
+    assert waited_s >= 0.0
+    assert engine.take_waited_s() == 0.0
+
+
 def test_copying_seconds_are_counted_by_direction_and_taken_once(worker: Worker) -> None:
     engine = worker.engine
     assert engine.take_seconds() == {STORE: 0.0, LOAD: 0.0}

@@ -5,15 +5,15 @@ That copies come in the right order is `test_ordering.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan
 from layerkv.device.base import Direction
-from layerkv.device.lane_schedule import FinishedFetch, LaneSchedule
-from layerkv.errors import TransferError
+from layerkv.device.lane_schedule import LaneSchedule
+from layerkv.errors import LostCopyError, TransferError
 from tests.fakes.workers import Worker, make_worker, small_geometry
 
 NUM_LAYERS, LANES = 4, 2
@@ -91,65 +91,156 @@ class FailingStores:
         monkeypatch.setattr(thread, "_copy", copy_or_fail)
 
 
+@pytest.fixture
+def real() -> Iterator[tuple[Worker, LaneSchedule]]:
+    """The CPU engine, whose copies fail late: in their threads."""
+    worker = make_worker("cpu", small_geometry(NUM_LAYERS, LANES), 16)
+    yield worker, LaneSchedule(worker.engine, small_geometry(NUM_LAYERS, LANES).lane_layers())
+    worker.engine.close()
+
+
+def fetched(lanes: LaneSchedule, host_block: int, num_blocks: int = 3) -> BaseException | None:
+    """Why a fetch of these host blocks fails; None if it does not."""
+    lanes.begin_step(StepPlan(fetches=(FetchPlan("a", (BlockRun(2, host_block, num_blocks),)),)))
+    while not (finished := lanes.poll_fetches(wait_s=5.0)):
+        pass
+    return finished[0].error
+
+
+OURS = StepPlan(stores=(BlockRun(ZONE, 0, 3),), num_tokens=12)
+OTHERS = StepPlan(stores=(BlockRun(ZONE + 4, 8, 3),), num_tokens=12)
+AGAIN = StepPlan(stores=(BlockRun(ZONE, 0, 3),), loads=(BlockRun(ZONE, 0, 2),), num_tokens=4)
+
+
+@pytest.mark.parametrize("num_steps_later", [0, 1, 2])
 @pytest.mark.parametrize("layer", range(NUM_LAYERS))
-def test_kv_is_never_fetched_whose_store_has_failed_in_some_layer(monkeypatch: pytest.MonkeyPatch, layer: int) -> None:
-    """Rule 8: KV that never reached host memory must not be decoded from, whichever layer's it is."""
-    worker = make_worker("cpu", small_geometry(NUM_LAYERS, LANES), 8)
-    lanes, failing = (
-        LaneSchedule(worker.engine, small_geometry(NUM_LAYERS, LANES).lane_layers()),
-        FailingStores(worker, monkeypatch),
-    )
+def test_kv_is_never_fetched_whose_store_has_failed_in_some_layer(
+    monkeypatch: pytest.MonkeyPatch, real: tuple[Worker, LaneSchedule], layer: int, num_steps_later: int
+) -> None:
+    """KV that never reached host memory must not be decoded from, whatever was stored from its lane since."""
+    worker, lanes = real
+    failing = FailingStores(worker, monkeypatch)
     failing.layers = {layer}
-    finished: list[FinishedFetch] = []
-    with suppress(TransferError):  # as good: the step, and with it the worker, learns of it before anything is read
-        layered_step(lanes, StepPlan(stores=(BlockRun(ZONE, 0, 3),), num_tokens=12))
-        lanes.begin_step(StepPlan(fetches=(FetchPlan("a", (BlockRun(2, 0, 3),)),)))
-        while not finished:
-            finished = lanes.poll_fetches(wait_s=5.0)
-    worker.engine.close()
-    assert all(fetch.error is not None for fetch in finished), f"layer {layer} was fetched though its store failed"
+    layered_step(lanes, OURS)
+    lanes.drain(5.0)
+    failing.layers.clear()
+    for _ in range(num_steps_later):
+        layered_step(lanes, OTHERS)
+    assert "host memory is gone" in str(fetched(lanes, 0))
+    assert fetched(lanes, 8) is None, "others are served"
 
 
-def test_a_park_whose_store_failed_stops_the_step_that_would_overwrite_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = make_worker("cpu", small_geometry(NUM_LAYERS, LANES), 8)
-    lanes, failing = (
-        LaneSchedule(worker.engine, small_geometry(NUM_LAYERS, LANES).lane_layers()),
-        FailingStores(worker, monkeypatch),
-    )
-    failing.layers = {0}
-    with pytest.raises(TransferError, match="host memory is gone"):
-        lanes.begin_step(StepPlan(parks=(BlockRun(2, 0, 3),)))
-    worker.engine.close()
-
-
-def test_a_prefix_that_could_not_be_loaded_is_reported_and_the_step_goes_on() -> None:
-    worker = make_worker("cpu", small_geometry(NUM_LAYERS, 1), 8)
-    lanes = LaneSchedule(worker.engine, small_geometry(NUM_LAYERS, 1).lane_layers())
-    gate = worker.gate()
-    gate.end(TransferError("host memory is gone"))
-    lanes._last_store = gate  # as if what it reads had never been stored
-    lanes.begin_step(StepPlan(hits=(BlockRun(2, 0, 3),), num_tokens=1))
-    for layer in range(NUM_LAYERS):
-        lanes.layer_done(layer)
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+def test_a_failed_store_is_reported_once_with_its_host_blocks_and_the_step_goes_on(
+    monkeypatch: pytest.MonkeyPatch, real: tuple[Worker, LaneSchedule], layer: int
+) -> None:
+    worker, lanes = real
+    FailingStores(worker, monkeypatch).layers = {layer}
+    layered_step(lanes, OURS)
     lanes.end_step()
+    lanes.drain(5.0)
+    failed = lanes.take_failed_stores()
+    assert failed is not None
+    assert failed.host_blocks == {0, 1, 2}
+    assert lanes.take_failed_stores() is None
+    assert lanes.take_failed_loads() is None, "what the step itself computed is right"
+
+
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+def test_a_layer_whose_kv_was_not_stored_is_not_loaded_from_and_the_step_says_so(
+    monkeypatch: pytest.MonkeyPatch, real: tuple[Worker, LaneSchedule], layer: int
+) -> None:
+    worker, lanes = real
+    failing = FailingStores(worker, monkeypatch)
+    failing.layers = {layer}
+    layered_step(lanes, OURS)
+    layered_step(lanes, AGAIN)
+    failed = lanes.take_failed_loads()
+    assert failed is not None
+    assert failed.runs == AGAIN.loads
+    assert lanes.take_failed_loads() is None
+    failing.layers.clear()
+    layered_step(lanes, OURS)
+    layered_step(lanes, AGAIN)
+    assert lanes.take_failed_loads() is None, "stored again from the beginning, it is good"
+
+
+def test_a_load_that_fails_is_reported_and_the_step_goes_on(
+    monkeypatch: pytest.MonkeyPatch, real: tuple[Worker, LaneSchedule]
+) -> None:
+    worker, lanes = real
+    layered_step(lanes, OURS)
+    thread = worker.engine._threads[Direction.LOAD]
+
+    def fail(layers: Sequence[int], runs: Sequence[BlockRun]) -> None:
+        raise OSError("the link is down")
+
+    monkeypatch.setattr(thread, "_copy", fail)
+    layered_step(lanes, AGAIN)
+    lanes.end_step()
+    failed = lanes.take_failed_loads()
+    assert failed is not None
+    assert "the link is down" in str(failed.error)
+    lanes.drain(5.0)
+    assert lanes.take_failed_stores() is None
+
+
+def test_a_park_whose_store_failed_costs_what_it_should_have_stored_and_not_the_step(
+    monkeypatch: pytest.MonkeyPatch, real: tuple[Worker, LaneSchedule]
+) -> None:
+    worker, lanes = real
+    failing = FailingStores(worker, monkeypatch)
+    failing.layers = {0}
+    layered_step(lanes, OTHERS._replace(parks=(BlockRun(2, 0, 3),)))
+    failing.layers.clear()
+    failed = lanes.take_failed_stores()
+    assert failed is not None
+    assert {0, 1, 2} <= failed.host_blocks
+    assert fetched(lanes, 0) is not None
+
+
+def test_a_failed_store_ahead_holds_up_neither_who_settles_nor_later_ones(
+    monkeypatch: pytest.MonkeyPatch, real: tuple[Worker, LaneSchedule]
+) -> None:
+    worker, lanes = real
+    failing = FailingStores(worker, monkeypatch)
+    failing.layers = {1}
+    lanes.begin_step(StepPlan(ahead=(BlockRun(2, 0, 3),)))
+    lanes.drain(5.0)
+    failing.layers.clear()
+    lanes.begin_step(StepPlan(ahead=(BlockRun(6, 4, 3),)))
+    lanes.begin_step(StepPlan(settle=True, parks=(BlockRun(5, 3, 1),)))
+    failed = lanes.take_failed_stores()
+    assert failed is not None
+    assert failed.host_blocks == {0, 1, 2}
+    assert fetched(lanes, 4) is None
+    assert fetched(lanes, 0, 4) is not None
+
+
+def test_a_cached_prefix_whose_store_failed_is_not_loaded(
+    monkeypatch: pytest.MonkeyPatch, real: tuple[Worker, LaneSchedule]
+) -> None:
+    worker, lanes = real
+    failing = FailingStores(worker, monkeypatch)
+    failing.layers = {2}
+    lanes.begin_step(StepPlan(parks=(BlockRun(2, 0, 3),)))
+    failing.layers.clear()
+    layered_step(lanes, OTHERS)
+    layered_step(lanes, StepPlan(hits=(BlockRun(6, 1, 1),), num_tokens=1))
     failed = lanes.take_failed_hits()
     assert failed is not None
-    assert failed.device_blocks == (2, 3, 4)
-    assert "host memory is gone" in str(failed.error)
-    assert lanes.take_failed_hits() is None
-    worker.engine.close()
+    assert failed.runs == (BlockRun(6, 1, 1),)
 
 
-def test_a_load_that_failed_stops_compute_where_the_engine_can_tell_at_once() -> None:
-    worker = make_worker("cpu", small_geometry(NUM_LAYERS, 1), 8)
-    lanes = LaneSchedule(worker.engine, small_geometry(NUM_LAYERS, 1).lane_layers())
-    gate = worker.gate()
-    gate.end(TransferError("the link is down"))
-    worker.engine.submit(Direction.STORE, [0], [BlockRun(0, 0, 1)])
-    lanes._lane_stored[0] = gate  # as if the last step's store had failed
-    with pytest.raises(TransferError, match="the link is down"):
-        lanes.begin_step(StepPlan(stores=(BlockRun(ZONE, 0, 1),), loads=(BlockRun(ZONE, 0, 1),), num_tokens=1))
-    worker.engine.close()
+def test_a_lost_copy_ends_the_step(monkeypatch: pytest.MonkeyPatch, real: tuple[Worker, LaneSchedule]) -> None:
+    """It may still read and write the lane: nobody may go on past it."""
+    worker, lanes = real
+    goes_on = threading.Event()
+    monkeypatch.setattr("layerkv.device.cpu_engine.COPY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(worker.engine._threads[Direction.STORE], "_copy", lambda *_: goes_on.wait(30.0))
+    with pytest.raises(LostCopyError):
+        layered_step(lanes, OURS)
+    goes_on.set()
 
 
 def test_a_layered_step_whose_hooks_did_not_run_is_an_error(lanes: LaneSchedule) -> None:

@@ -66,7 +66,8 @@ class DeafEngine:
         self._is_between_steps = True
         self.num_ignored = 0
         self.plan = StepPlan()
-        self.take_seconds, self.wait_host, self.close = engine.take_seconds, engine.wait_host, engine.close
+        self.take_seconds, self.take_waited_s = engine.take_seconds, engine.take_waited_s
+        self.wait_host, self.close = engine.wait_host, engine.close
 
     def record_compute(self) -> Event:
         return self._remember(self._engine.record_compute(), "compute")

@@ -1,5 +1,7 @@
 """Host blocks: taken by requests, cached as prefixes, never both and never lost."""
 
+from collections.abc import Hashable
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -80,14 +82,46 @@ def test_what_is_forgotten_while_a_plan_may_write_it_is_not_found_and_not_taken_
     assert len(tier.take(2)) == 2
 
 
+def test_what_comes_and_goes_between_two_looks_is_no_news() -> None:
+    tier = HostTier(2)
+    news = tier.listen()
+    tier.keep(tier.take(2), ["a", "b"])
+    tier.unpin()
+    tier.take(1)
+    assert news.take() == ([], ["a"])
+    tier.take(1)
+    assert news.take() == (["a"], [])
+    assert news.take() == ([], [])
+
+
+def test_who_begins_to_listen_late_is_told_what_is_cached_already() -> None:
+    tier = HostTier(2)
+    tier.keep(tier.take(2), ["a", "b"])
+    assert tier.listen().take() == ([], ["a", "b"])
+
+
+def test_news_that_nobody_takes_stay_few() -> None:
+    tier = HostTier(4)
+    news = tier.listen()
+    for i in range(100):
+        tier.keep(tier.take(4), [f"{i}.{j}" for j in range(4)])
+        tier.unpin()
+        if i == 50:
+            news.take()
+    gone, new = news.take()
+    assert (len(gone), len(new)) == (4, 4)
+
+
 class AnyUse(RuleBasedStateMachine):
-    """Requests take and leave, prefixes are kept, found, read and forgotten."""
+    """Requests take and leave, prefixes are kept, found, read and forgotten, and somebody listens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tier = HostTier(12)
         self.held: list[list[int]] = []
         self.content: dict[int, str] = {}
+        self.news = self.tier.listen()
+        self.heard: set[Hashable] = set()
 
     @rule(num_blocks=st.integers(0, 8))
     def take(self, num_blocks: int) -> None:
@@ -133,6 +167,28 @@ class AnyUse(RuleBasedStateMachine):
     @rule()
     def forget_all(self) -> None:
         self.tier.forget_all()
+
+    @rule(loses_all=st.booleans())
+    def hear(self, loses_all: bool) -> None:
+        """Who listens knows exactly what is cached, even after it has dropped everything, if it is told again."""
+        if loses_all:
+            self.heard.clear()
+            self.tier.tell_again()
+        gone, new = self.news.take()
+        if not loses_all:
+            assert self.heard >= set(gone), "it is told only of the end of what it was told of"
+        self.heard = (self.heard - set(gone)) | set(new)
+        cached = {block_hash for prefix in "pq" for block_hash in self._cached_of(prefix)}
+        assert self.heard == cached
+        assert len(cached) == self.tier.num_cached
+
+    @rule()
+    def tell_again(self) -> None:
+        self.tier.tell_again()
+
+    def _cached_of(self, prefix: str) -> list[str]:
+        hashes = [f"{prefix}{i}" for i in range(8)]
+        return [h for h, block in zip(hashes, self.tier.known(hashes), strict=True) if block is not None]
 
     @invariant()
     def every_block_is_in_one_state(self) -> None:

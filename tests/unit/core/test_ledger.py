@@ -944,3 +944,23 @@ class Lives(RuleBasedStateMachine):
 
 Lives.TestCase.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
 TestLives = Lives.TestCase
+
+
+def test_who_holds_a_host_block_is_known_wherever_its_request_is() -> None:
+    ledger = make_ledger()
+    for name in ("layered", "parked", "ahead"):
+        ledger.add(name)
+    ledger.admit_layered("layered", table_blocks=2, zone_blocks=2)
+    ledger.started("layered")
+    for name in ("parked", "ahead"):
+        ledger.started(name)
+    ledger.park("parked", [3, 4], 2 * TOKENS)
+    ledger.store_ahead("ahead", [5, 6], 2 * TOKENS)
+    plan = ledger.take_plan(1)
+    assert ledger.holders({run.host_block for run in plan.parks}) == ["parked"]
+    assert ledger.holders({run.host_block for run in plan.ahead}) == ["ahead"]
+    ledger.drop_ahead("ahead")
+    assert ledger.holders(set(range(12))) == ["layered", "parked"]
+    assert ledger.residency["ahead"] is Residency.RESIDENT
+    assert ledger.take_plan(1).settle, "its blocks may be given to somebody else while the store is under way"
+    ledger.check()

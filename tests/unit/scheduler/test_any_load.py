@@ -5,6 +5,7 @@ What is checked after every step is in `tests/fakes/tiny_scheduler.py`.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layerkv.scheduler.limits import PolicyLimits
-from layerkv.scheduler.reasons import Event, Reason
+from layerkv.scheduler.reasons import Event, LogEntry, Reason
 from layerkv.sim.engine import SimRequest
 from tests.fakes.tiny_scheduler import BLOCK_TOKENS, TinyScheduler, TinyStock, job, policy, profile
 
@@ -193,3 +194,12 @@ def test_the_decision_log_tells_each_life_from_arrival_to_end() -> None:
         assert (events[0], events[-1]) == (Event.ARRIVED, Event.FINISHED)
         assert events.count(Event.FIRST_TOKEN) == 1
         assert events.count(Event.PARKED) == events.count(Event.FETCHED)
+
+
+def test_the_facts_in_the_decision_log_are_those_that_its_documentation_names() -> None:
+    jobs = [job(f"r{i}", 256, 5, ttft_s=0.3, overload="reject", max_tokens=5) for i in range(30)]
+    scheduler = TinyScheduler(jobs, keep_log=True, num_host_blocks=300, budget_tokens=512)
+    scheduler.run(max_steps=5_000)
+    assert scheduler.refused
+    named = set(re.findall(r"``(\w+)``", (LogEntry.__doc__ or "").split("facts: ")[1]))
+    assert {fact for entry in scheduler.controller.take_log() for fact in entry.facts} == named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from layerkv.config import SloClass
 from layerkv.core.cost import StepWork
 from layerkv.scheduler.controller import EXCHANGE_STEPS, Controller, EngineShape, EngineState, Running
 from layerkv.scheduler.lengths import MIN_SAMPLES, UNKNOWN_TOKENS, MaxTokens, QuantileLengths
-from layerkv.scheduler.reasons import Event, LogEntry, Reason
+from layerkv.scheduler.reasons import End, Event, LogEntry, Reason
+from layerkv.scheduler.snapshot import PrefixHit, WaitingRequest
 from tests.fakes.tiny_scheduler import BLOCK_BYTES, BLOCK_TOKENS, policy, profile
 
 CHAT = SloClass(name="chat", ttft_s=1.0, tpot_s=0.05)
@@ -48,22 +50,22 @@ def test_a_whole_life_leaves_nothing_behind() -> None:
     arrive(c, "a")
     assert "a" in c.waiting
     c.decide(engine(), 10.0)
-    assert c.admitted("a", layered=True, step=1, now_s=10.25) == pytest.approx(0.25)
+    assert c.admitted("a", layered=True, reason=Reason.FITS, step=1, now_s=10.25) == pytest.approx(0.25)
     assert "a" not in c.waiting
     assert c.first_token("a", 10.5) == (CHAT, True)
-    c.park("a", num_computed=160, num_tokens=161, num_output=1, now_s=10.5)
+    c.park("a", num_computed=160, num_tokens=161, num_output=1, reason=Reason.FIRST_TOKEN_DONE, now_s=10.5)
     assert [(p.request_id, p.num_blocks) for p in c.parked.views] == [("a", 11)]
     c.decide(engine(step=2), 10.5)
     c.fetched("a", step=2, now_s=10.6)
     assert "a" not in c.parked
     c.stored_ahead("a", 10, 10.7)
-    c.leave("a", num_output=50, has_finished=True, now_s=11.0)
+    c.leave("a", num_output=50, end=End.FINISHED, now_s=11.0)
     assert not any((c.tracked, c.waiting.views, c.parked.views, c._overtaken, c._stored_blocks))
     assert names(c.take_log()) == [
         ("a", Event.ARRIVED, None),
         ("a", Event.ADMITTED_LAYERED, Reason.FITS),
         ("a", Event.FIRST_TOKEN, None),
-        ("a", Event.PARKED, Reason.FITS),
+        ("a", Event.PARKED, Reason.FIRST_TOKEN_DONE),
         ("a", Event.FETCHED, Reason.ITS_TURN),
         ("a", Event.STORED_AHEAD, None),
         ("a", Event.FINISHED, None),
@@ -77,44 +79,44 @@ def test_a_request_may_leave_from_anywhere(state: str) -> None:
     if state != "unknown":
         arrive(c, "a")
     if state in ("running", "parked", "fetching", "stored ahead"):
-        c.admitted("a", layered=False, step=1, now_s=10.0)
+        c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     if state in ("parked", "fetching"):
-        c.park("a", num_computed=160, num_tokens=161, num_output=1, now_s=10.5)
+        c.park("a", num_computed=160, num_tokens=161, num_output=1, reason=Reason.FIRST_TOKEN_DONE, now_s=10.5)
     if state == "fetching":
         c.fetched("a", step=2, now_s=10.6)
     if state == "stored ahead":
         c.stored_ahead("a", 4, 10.5)
-    c.leave("a", num_output=0, has_finished=False, now_s=11.0)
+    c.leave("a", num_output=0, end=End.LEFT, now_s=11.0)
     assert not any((c.tracked, c.waiting.views, c.parked.views, c._overtaken, c._stored_blocks))
 
 
 def test_a_wait_is_counted_only_until_the_first_admission() -> None:
     c = controller()
     arrive(c, "a")
-    assert c.admitted("a", layered=False, step=1, now_s=12.0) == 2.0
-    c.recomputes("a", 161, 1, 13.0)
+    assert c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=12.0) == 2.0
+    c.recomputes("a", 161, 1, Reason.PREEMPTED, 13.0)
     assert "a" in c.waiting
-    assert c.admitted("a", layered=False, step=2, now_s=14.0) is None
+    assert c.admitted("a", layered=False, reason=Reason.FITS, step=2, now_s=14.0) is None
 
 
 def test_a_prompt_is_due_by_its_class_and_after_its_first_token_by_its_slack() -> None:
     c = controller(length_prediction="none")
     arrive(c, "a")
     assert c.waiting.views[0].deadline_s == 11.0
-    c.admitted("a", layered=False, step=1, now_s=10.0)
+    c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     c.first_token("a", 10.5)
-    c.recomputes("a", 170, 10, 11.0)
+    c.recomputes("a", 170, 10, Reason.PREEMPTED, 11.0)
     assert c.waiting.views[0].deadline_s == pytest.approx(10.5 + 50 * 0.05), "all 50 tokens, in steps of no time yet"
-    assert c.waiting.views[0].tokens_left == 40
+    assert c.waiting.views[0].tokens_left == UNKNOWN_TOKENS - 10, "nothing is known: memory for a while ahead"
     assert c.waiting.views[0].num_blocks == 11
 
 
 def test_a_parked_request_has_to_go_on_earlier_by_the_time_its_fetch_takes() -> None:
     c = controller(length_prediction="none")
     arrive(c, "a")
-    c.admitted("a", layered=False, step=1, now_s=10.0)
+    c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     c.first_token("a", 10.5)
-    c.park("a", num_computed=169, num_tokens=170, num_output=10, now_s=11.0)
+    c.park("a", num_computed=169, num_tokens=170, num_output=10, reason=Reason.FIRST_TOKEN_DONE, now_s=11.0)
     assert c.parked.views[0].deadline_s == pytest.approx(10.5 + 50 * 0.05 - 11 * 5e-4)
 
 
@@ -123,8 +125,8 @@ def test_without_objectives_everybody_stands_in_line_by_arrival() -> None:
     arrive(c, "a", at_s=10.0)
     arrive(c, "b", at_s=9.0)
     assert [w.request_id for w in c.waiting.views] == ["b", "a"]
-    c.admitted("b", layered=False, step=1, now_s=12.0)
-    c.park("b", num_computed=160, num_tokens=161, num_output=1, now_s=13.0)
+    c.admitted("b", layered=False, reason=Reason.FITS, step=1, now_s=12.0)
+    c.park("b", num_computed=160, num_tokens=161, num_output=1, reason=Reason.FIRST_TOKEN_DONE, now_s=13.0)
     assert c.parked.views[0].deadline_s == 9.0
     assert c.snapshot(engine(), 13.0).cost is None
 
@@ -162,6 +164,17 @@ def test_the_log_says_a_wait_once_until_its_reason_changes() -> None:
     assert c.reasons == {Reason.NO_SLOT: 2, Reason.NO_TOKENS_LEFT: 1}
 
 
+@pytest.mark.parametrize("reason", [Reason.PREEMPTED, Reason.CACHE_RESET, Reason.LOAD_FAILED])
+def test_kv_that_is_given_up_without_a_decision_is_not_told_with_the_reason_of_an_earlier_one(reason: Reason) -> None:
+    """Regression: a request that vLLM preempted was told that the pool had room for all of it."""
+    c = controller(keep_log=True)
+    arrive(c, "a")
+    _, decision = c.decide(engine(), 10.0)
+    c.admitted("a", layered=False, reason=decision.reasons["a"], step=1, now_s=10.0)
+    c.recomputes("a", 161, 1, reason, 11.0)
+    assert names(c.take_log())[1:] == [("a", Event.ADMITTED_RESIDENT, Reason.FITS), ("a", Event.RECOMPUTES, reason)]
+
+
 def test_without_a_log_nothing_is_kept_of_it_but_reasons_are_counted() -> None:
     c = controller()
     arrive(c, "a")
@@ -176,7 +189,7 @@ def test_without_a_log_nothing_is_kept_of_it_but_reasons_are_counted() -> None:
 def test_steps_without_prefill_are_counted_while_somebody_wants_some() -> None:
     c = controller()
     arrive(c, "a", "d")
-    c.admitted("d", layered=False, step=1, now_s=10.0)
+    c.admitted("d", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     c.first_token("d", 10.0)
     c.tracked["d"].low_tokens = 1
     busy = engine(decoding("d"))
@@ -186,7 +199,7 @@ def test_steps_without_prefill_are_counted_while_somebody_wants_some() -> None:
         snapshot, decision = c.decide(busy._replace(step=step), now_s)
         seen.append((snapshot.steps_without_prefill, decision.prefill_tokens))
     assert seen == [*((n, 0) for n in range(8)), (8, 256), (0, 0)]
-    c.leave("a", num_output=0, has_finished=False, now_s=now_s)
+    c.leave("a", num_output=0, end=End.LEFT, now_s=now_s)
     c.decide(busy, now_s)
     assert c.snapshot(busy, now_s).steps_without_prefill == 0, "nobody wants any"
 
@@ -197,9 +210,9 @@ def test_after_an_exchange_the_next_has_to_wait_until_its_blocks_are_free() -> N
     arrive(c, "claim", "other")
     arrive(c, "patient", slo=patient)
     for name in ("claim", "patient", "other"):
-        c.admitted(name, layered=False, step=0, now_s=10.0)
+        c.admitted(name, layered=False, reason=Reason.FITS, step=0, now_s=10.0)
         c.first_token(name, 10.0)
-    c.park("claim", num_computed=160, num_tokens=161, num_output=49, now_s=10.0)
+    c.park("claim", num_computed=160, num_tokens=161, num_output=49, reason=Reason.FIRST_TOKEN_DONE, now_s=10.0)
     full = engine(decoding("patient"), decoding("other"), free_blocks=4, step=100)
     now_s = c.parked.views[0].deadline_s - 0.01
     snapshot, decision = c.decide(full, now_s)
@@ -218,7 +231,7 @@ def test_overtakes_are_remembered_until_it_is_ones_turn() -> None:
     assert c.snapshot(small, 10.0).overtaken == {"late": 1}
     c.decide(small, 10.0)
     assert c.snapshot(small, 10.0).overtaken == {"late": 2}
-    c.admitted("late", layered=False, step=1, now_s=10.0)
+    c.admitted("late", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     assert c.snapshot(small, 10.0).overtaken == {}
 
 
@@ -226,7 +239,7 @@ def test_the_snapshot_has_the_running_as_they_are() -> None:
     c = controller(length_prediction="none")
     arrive(c, "d", "p", "z", "f")
     for name in ("d", "p", "z", "f"):
-        c.admitted(name, layered=name == "z", step=3, now_s=10.0)
+        c.admitted(name, layered=name == "z", reason=Reason.FITS, step=3, now_s=10.0)
     c.first_token("d", 10.2)
     c.stored_ahead("d", 7, 10.2)
     state = engine(
@@ -242,7 +255,7 @@ def test_the_snapshot_has_the_running_as_they_are() -> None:
     s = c.snapshot(state, 10.5)
     d, p, f = s.resident
     assert (d.request_id, d.num_blocks, d.steps_resident, d.num_stored, d.can_park) == ("d", 12, 10, 7, True)
-    assert (d.num_tokens, d.tokens_left) == (176, 34)
+    assert (d.num_tokens, d.tokens_left) == (176, UNKNOWN_TOKENS - 16)
     assert (p.request_id, p.num_blocks, p.can_park) == ("p", 10, False)
     assert (f.request_id, f.num_blocks, f.can_park) == ("f", 11, False)
     [z] = s.layered
@@ -257,7 +270,7 @@ def test_the_snapshot_has_the_running_as_they_are() -> None:
 def test_who_is_late_holds_prefill_back_no_more() -> None:
     c = controller(length_prediction="none")
     arrive(c, "d")
-    c.admitted("d", layered=False, step=0, now_s=10.0)
+    c.admitted("d", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
     c.first_token("d", 10.2)
     assert c.snapshot(engine(decoding("d")), 10.5).decode_slack_s < 10
     assert c.snapshot(engine(decoding("d")), 99.0).decode_slack_s == float("inf")
@@ -270,11 +283,41 @@ def test_a_paused_engine_starts_nobody() -> None:
     assert len(c.decide(engine(), 10.0)[1].admit) == 1
 
 
+def test_prefix_hits_are_asked_for_only_while_somebody_could_start() -> None:
+    """Regression: a look-up costs time for every block that it finds, and was made in every step."""
+    c = controller()
+    arrive(c, "a", "b", "z")
+    c.admitted("z", layered=True, reason=Reason.POOL_CONTENDED, step=0, now_s=10.0)
+    asked: list[list[str]] = []
+
+    def hits(waiting: Sequence[WaitingRequest]) -> dict[str, PrefixHit]:
+        asked.append([w.request_id for w in waiting])
+        return {"a": PrefixHit(4)}
+
+    leaving = Running("z", 161, 160, 1, False, 11, num_zone_blocks=11, is_layered=True, num_host_blocks=11)
+    under_way = leaving._replace(num_tokens=160, num_computed=80, num_output=0, is_prefilling=True)
+    for state, is_asked in (
+        (engine(), True),
+        (engine(free_slots=0), False),
+        (engine(leaving, free_slots=0), True),
+        (engine(under_way, free_slots=0), False),
+        (engine(under_way, budget_tokens=81), True),
+        (engine(under_way, budget_tokens=80), False),
+        (engine(held_tokens=2048), False),
+        (engine(is_paused=True), False),
+        (engine(decoding("z", num_tokens=161, num_blocks=10), free_blocks=0, free_slots=0), True),
+    ):
+        asked.clear()
+        snapshot, _ = c.decide(state, 10.0, hits=hits)
+        assert asked == ([["a", "b"]] if is_asked else [])
+        assert snapshot.hits == ({"a": PrefixHit(4)} if is_asked else {})
+
+
 def test_the_engine_may_say_who_cannot_start_or_be_fetched_now() -> None:
     c = controller()
     arrive(c, "a", "b", "p")
-    c.admitted("p", layered=True, step=0, now_s=10.0)
-    c.park("p", num_computed=160, num_tokens=161, num_output=1, now_s=10.0)
+    c.admitted("p", layered=True, reason=Reason.FITS, step=0, now_s=10.0)
+    c.park("p", num_computed=160, num_tokens=161, num_output=1, reason=Reason.FIRST_TOKEN_DONE, now_s=10.0)
     _, decision = c.decide(
         engine(), 10.0, is_startable=lambda w: w.request_id != "a", is_fetchable=lambda p: p.request_id != "p"
     )
@@ -285,28 +328,36 @@ def test_the_engine_may_say_who_cannot_start_or_be_fetched_now() -> None:
 # Costs, backlog, policies ---------------------------------------------------------------------------------------------
 
 
-def test_the_backlog_is_the_prefill_of_those_due_before_a_newcomer() -> None:
-    c = controller()
-    batch = SloClass(name="batch", ttft_s=30.0, tpot_s=1.0)
-    arrive(c, "a", "b", num_tokens=1000)
-    arrive(c, "patient", num_tokens=5000, slo=batch)
-    arrive(c, "late", num_tokens=5000, at_s=5.0)
-    assert c.backlog_s(CHAT, 10.0) == pytest.approx(0.2)
-    assert c.backlog_s(batch, 10.0) == pytest.approx(0.7)
-    slow = StepWork(prefill_tokens=1000, num_prefills=1)
-    for _ in range(200):
-        c.step_done(slow, 0.01 + 2 * 0.1)
-    assert c.backlog_s(CHAT, 10.0) == pytest.approx(0.4, rel=0.01), "as it is corrected online"
-
-
-def test_before_anything_is_known_of_costs_none_is_reckoned_with() -> None:
+def test_before_anything_is_known_of_costs_the_front_ends_are_told_nothing() -> None:
     c = controller(is_measured=False)
     arrive(c, "a")
-    assert c.backlog_s(CHAT, 10.0) == 0.0
+    assert c.word(10.0, 10.0) is None
     assert c.snapshot(engine(), 10.0).cost is None
     c.step_done(StepWork(prefill_tokens=100, num_prefills=1), 0.5)
-    assert c.backlog_s(CHAT, 10.0) > 0.0
+    c.decide(engine(), 10.0)
+    assert c.word(10.0, 10.0) is not None
     assert c.snapshot(engine(), 10.0).cost is not None
+
+
+def test_a_word_says_how_old_its_view_of_the_requests_is() -> None:
+    c = controller()
+    assert c.word(10.0, 10.25) is None, "nothing was decided, so nothing waits"
+    c.decide(engine(), 10.0)
+    word = c.word(10.0, 10.25)
+    assert word is not None
+    assert word.age_s == pytest.approx(0.25)
+
+
+def test_prompts_count_until_their_prefill_is_over() -> None:
+    c = controller()
+    assert not c.has_prompts()
+    arrive(c, "a", num_tokens=1000)
+    assert c.has_prompts()
+    c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
+    c.decide(engine(Running("a", 1000, 400, 0, True, 63)), 10.1)
+    assert c.has_prompts()
+    c.decide(engine(Running("a", 1001, 1000, 1, False, 63)), 10.2)
+    assert not c.has_prompts()
 
 
 def test_a_new_policy_is_for_those_who_come_from_now_on() -> None:
@@ -323,20 +374,49 @@ def test_a_new_policy_is_for_those_who_come_from_now_on() -> None:
     assert isinstance(c.lengths, QuantileLengths)
 
 
-def test_lengths_are_learned_from_those_who_finished_by_themselves() -> None:
+@pytest.mark.parametrize("end", [End.FINISHED, End.LEFT])
+def test_lengths_are_learned_from_requests_that_ended_whoever_ended_them(end: End) -> None:
     c = controller()
     for i in range(2 * MIN_SAMPLES):
         arrive(c, f"r{i}")
-        c.leave(f"r{i}", num_output=7 if i % 2 else 3, has_finished=bool(i % 2), now_s=11.0)
+        c.leave(f"r{i}", num_output=3, end=End.REFUSED, now_s=11.0)
+        arrive(c, f"s{i}")
+        c.admitted(f"s{i}", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
+        c.leave(f"s{i}", num_output=7, end=end, now_s=11.0)
     arrive(c, "new")
     assert c.tracked["new"].middle_tokens == 7
+
+
+def test_a_request_that_left_before_it_made_a_token_says_nothing_of_lengths() -> None:
+    c = controller()
+    for i in range(2 * MIN_SAMPLES):
+        arrive(c, f"r{i}")
+        c.leave(f"r{i}", num_output=0, end=End.LEFT, now_s=11.0)
+    arrive(c, "new")
+    assert c.tracked["new"].middle_tokens == UNKNOWN_TOKENS
+
+
+@pytest.mark.parametrize("how", ["parked", "with all others"])
+def test_a_request_that_is_cut_off_would_have_become_longer(how: str) -> None:
+    c = controller()
+    for i in range(MIN_SAMPLES):
+        arrive(c, f"long{i}")
+        c.admitted(f"long{i}", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
+        c.leave(f"long{i}", num_output=40, end=End.FINISHED, now_s=11.0)
+        arrive(c, f"cut{i}")
+        c.admitted(f"cut{i}", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
+        if how == "parked":
+            c.park(f"cut{i}", num_computed=160, num_tokens=161, num_output=1, reason=Reason.POOL_SHORT, now_s=10.5)
+        c.leave(f"cut{i}", num_output=1, end=End.LEFT if how == "parked" else End.CUT_OFF, now_s=11.0)
+    arrive(c, "new")
+    assert c.tracked["new"].middle_tokens == 40
 
 
 def test_the_share_of_host_memory_shrinks_when_decodes_are_late_and_the_policy_says_so() -> None:
     for adapts, expected in ((True, 60), (False, 120)):
         c = controller(adapt_host_share=adapts)
         arrive(c, "d")
-        c.admitted("d", layered=False, step=0, now_s=10.0)
+        c.admitted("d", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
         c.first_token("d", 10.2)
         for _ in range(3):
             c.decide(engine(decoding("d")), 99.0)

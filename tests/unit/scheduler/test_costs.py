@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from layerkv.core.cost import CostView, StepWork, chunk_pairs, generic_profile
 from layerkv.scheduler.costs import GAIN, MEASURED_BOUND, OUTLIER, UNKNOWN_BOUND, OnlineCost
-from tests.fakes.tiny_scheduler import profile
+from tests.fakes.tiny_scheduler import BLOCK_BYTES, BLOCK_COPY_S, profile
 
 DECODES = StepWork(num_decodes=32, decode_context=20_000)
 MIXED = StepWork(
@@ -47,6 +47,35 @@ def test_a_generic_profile_has_the_right_scale_after_its_first_steps(scale: floa
     assert online.view.prefill_factor == 1.0, "nothing has been seen of that"
     online.observe(MIXED, CostView(online.view.profile, scale, scale * 3).step_s(MIXED))
     assert online.view.prefill_factor == pytest.approx(scale * 3)
+
+
+def test_the_first_steps_of_an_unknown_scale_are_not_taken_at_their_word() -> None:
+    online = unknown()
+    profile_s = online.view.profile
+    for factor in (60.0, 1.0, 1.0):  # the first one compiled something
+        online.observe(DECODES, profile_s.decode_part_s(DECODES) * factor)
+        online.observe(MIXED, CostView(profile_s, 1.0, factor).step_s(MIXED))
+    assert online.view.decode_factor == pytest.approx(1.0)
+    assert online.view.prefill_factor == pytest.approx(1.0, rel=0.01)
+
+
+def test_what_a_step_waited_for_copies_is_no_cost_of_its_work() -> None:
+    online = measured()
+    truth = CostView(online.view.profile, 1.0, 3.0)
+    parking = MIXED._replace(parked_bytes=BLOCK_BYTES * 200)
+    for _ in range(150):
+        assert online.observe(parking, truth.step_s(MIXED) + 0.7, waited_s=0.7)
+    assert online.view.prefill_factor == pytest.approx(3.0, rel=0.02)
+
+
+def test_where_nobody_tells_the_wait_the_profile_does() -> None:
+    online = measured()
+    truth = CostView(online.view.profile, 1.0, 3.0)
+    few, many = (MIXED._replace(parked_bytes=BLOCK_BYTES * n, hit_bytes=BLOCK_BYTES * n) for n in (20, 2000))
+    for _ in range(150):
+        assert online.observe(few, truth.step_s(few) + 2 * 20 * BLOCK_COPY_S)
+    assert online.view.prefill_factor == pytest.approx(3.0, rel=0.02)
+    assert not online.observe(many, truth.step_s(many) + 2 * 2000 * BLOCK_COPY_S), "copies took the time"
 
 
 def test_a_first_step_with_prompts_sets_both_factors_alike() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from layerkv.errors import ConfigError
-from layerkv.scheduler.decision_log import DecisionLog, read_log
+from layerkv.scheduler.decision_log import DecisionLog, read_log, require_writable
 from layerkv.scheduler.reasons import Event, LogEntry, Reason
 
 ENTRIES = [
@@ -111,3 +111,27 @@ def test_another_file_is_never_written_to(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another file is there"):
         DecisionLog(path)
     assert path.read_text() == "dear diary\n"
+
+
+def test_a_place_for_a_log_is_checked_without_writing_there(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    require_writable(path)
+    assert not path.exists()
+    DecisionLog(path).close()
+    written = path.read_bytes()
+    require_writable(path)
+    assert path.read_bytes() == written
+    empty = tmp_path / "empty"
+    empty.touch()
+    require_writable(empty)
+
+
+def test_a_place_where_no_log_can_be_is_refused_as_when_it_is_opened(tmp_path: Path) -> None:
+    other = tmp_path / "notes.txt"
+    other.write_text("not a log\n")
+    for path in (other, tmp_path, tmp_path / "no" / "log.jsonl"):
+        with pytest.raises(ConfigError) as checked:
+            require_writable(path)
+        with pytest.raises(ConfigError) as opened:
+            DecisionLog(path)
+        assert str(checked.value) == str(opened.value)

@@ -51,6 +51,44 @@ def test_only_requests_that_got_as_far_count() -> None:
     assert predictor.total_tokens("chat", 200, 400, LOW_QUANTILE) is None, "nobody got further"
 
 
+def bounded(ends: list[int], bounds: list[int]) -> QuantileLengths:
+    predictor = learned(*ends)
+    for bound in bounds:
+        predictor.observe("chat", bound, is_bound=True)
+    return predictor
+
+
+def test_a_lower_bound_counts_among_those_that_got_that_far() -> None:
+    ends = [10] * 50 + [100] * 50
+    assert learned(*ends).total_tokens("chat", 0, 400, 0.45) == 10
+    assert bounded(ends, [20] * 50).total_tokens("chat", 0, 400, 0.45) == 100, "a third ended after 10, not half"
+    assert bounded(ends, [5] * 50).total_tokens("chat", 0, 400, 0.45) == 10, "how many got to 10 is as before"
+    assert bounded(ends, [20] * 50).total_tokens("chat", 10, 400, LOW_QUANTILE) == 100
+
+
+def test_bounds_alone_say_nothing() -> None:
+    assert bounded([], [20] * 100).total_tokens("chat", 0, 400, LOW_QUANTILE) is None
+    assert bounded([10] * 20, [20] * 200).total_tokens("chat", 0, 400, MIDDLE_QUANTILE) is None, "half got beyond 20"
+
+
+@given(
+    ends=st.lists(st.integers(1, 50), min_size=MIN_SAMPLES, max_size=60),
+    bounds=st.lists(st.integers(1, 50), max_size=60),
+    num_made=st.integers(0, 60),
+)
+def test_a_lower_bound_never_makes_a_prediction_shorter(ends: list[int], bounds: list[int], num_made: int) -> None:
+    without = learned(*ends).total_tokens("chat", num_made, 1000, MIDDLE_QUANTILE)
+    with_bounds = bounded(ends, bounds).total_tokens("chat", num_made, 1000, MIDDLE_QUANTILE)
+    assert without is None or with_bounds is None or with_bounds >= without
+
+
+@given(lengths=st.lists(st.integers(1, 50), min_size=MIN_SAMPLES, max_size=60), num_made=st.integers(0, 60))
+def test_without_bounds_it_is_the_plain_quantile(lengths: list[int], num_made: int) -> None:
+    longer = sorted(length for length in lengths if length > num_made)
+    expected = longer[int(LOW_QUANTILE * len(longer))] if len(longer) >= MIN_SAMPLES else None
+    assert learned(*lengths).total_tokens("chat", num_made, 1000, LOW_QUANTILE) == expected
+
+
 def test_classes_do_not_learn_from_each_other() -> None:
     predictor = learned(*([10] * 100))
     assert predictor.total_tokens("batch", 0, 400, MIDDLE_QUANTILE) is None

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layerkv.scheduler.limits import PolicyLimits
+from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import Decision, ParkedRequest, Snapshot, WaitingRequest
 from layerkv.sim.engine import SimRequest
 from tests.fakes.tiny_scheduler import BLOCK_TOKENS, TinyScheduler, job, policy
@@ -17,6 +18,9 @@ from tests.fakes.tiny_scheduler import BLOCK_TOKENS, TinyScheduler, job, policy
 MOST = 2
 POOL = 20
 LONGEST = POOL * BLOCK_TOKENS
+
+WAITS_FOR_COMPUTE = (Reason.NO_TOKENS_LEFT, Reason.LATE, Reason.BEHIND_RANK)
+"""Why a prompt waits that only the pool can hold, though it could have its blocks."""
 
 View = WaitingRequest | ParkedRequest
 
@@ -42,7 +46,8 @@ class WatchedScheduler(TinyScheduler):
         snapshot, decision = super()._decide()
         admitted = {admission.request_id for admission in decision.admit}
         self._watch("compute", waiting, waiting, admitted)
-        claims = [*parked, *(w for w in waiting if not self._can_layer(w))]
+        prompts = [w for w in waiting if not self._can_layer(w)]
+        claims = [*parked, *(w for w in prompts if decision.waits.get(w.request_id) not in WAITS_FOR_COMPUTE)]
         self._watch("pool", claims, [*parked, *waiting], admitted | set(decision.fetch))
         for views, started in ((waiting, admitted), (parked, set(decision.fetch))):
             worst = max((view.rank for view in views if view.request_id in started), default=-10)

@@ -52,6 +52,7 @@ def made_up(rng: random.Random) -> Snapshot:
             prefill_cost_s=blocks * 16 * 1e-4,
             may_refuse=rng.random() < 0.2,
             most_blocks=most,
+            in_one_step=rng.random() < 0.1,
             **common(),
         )
 

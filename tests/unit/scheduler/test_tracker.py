@@ -68,6 +68,17 @@ class Queue(RuleBasedStateMachine):
             room = most - sum(view.rank < rank for view in head)
             assert num_on_time >= min(len(on_time), room - max(room // LATE_SHARE, 1))
 
+    @rule(now_s=st.sampled_from((-2e6, 0.5, 2.5, 2e9)), due_in_s=st.sampled_from((0.0, 1.0, 2.0, 3e9)))
+    def stand_in_line(self, now_s: float, due_in_s: float) -> None:
+        due_s = now_s + due_in_s
+        better = [view for view in self.queue.views if view.rank < 0]
+        equal = [view for view in self.queue.views if view.rank == 0]
+        sooner = [view for view in equal if now_s <= view.deadline_s <= due_s]
+        assert self.queue.due_before(now_s, due_s) == better + sooner
+        late = [view for view in equal if view.deadline_s < now_s]
+        assert self.queue.late(now_s, 100) == late
+        assert self.queue.late(now_s, 2) == late[:2]
+
     @invariant()
     def is_sorted_and_complete(self) -> None:
         expected = sorted(self.here.values(), key=lambda view: (view.rank, view.deadline_s, view.request_id))
@@ -75,6 +86,7 @@ class Queue(RuleBasedStateMachine):
         assert len(self.queue) == len(expected)
         for request_id in "abcdefghijxyz":
             assert (request_id in self.queue) == (request_id in self.here)
+            assert self.queue.view(request_id) == self.here.get(request_id)
 
 
 Queue.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -255,7 +255,7 @@ def test_deciding_seldom_changes_throughput_by_less_than_a_per_cent_and_no_figur
     assert often["parks"] > 50
     assert seldom["output_tokens_per_s"] == pytest.approx(often["output_tokens_per_s"], rel=0.01)
     # A decision that comes a few steps later changes all those after it: what is left is as large as between seeds.
-    assert seldom["ttft_s"]["p50"] == pytest.approx(often["ttft_s"]["p50"], rel=0.05)
+    assert seldom["ttft_s"]["p50"] == pytest.approx(often["ttft_s"]["p50"], rel=0.1)
     assert seldom["slo_attainment"] == pytest.approx(often["slo_attainment"], abs=0.05)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from layerkv.bench.suite.engines import vllm_command
+from layerkv.bench.suite.vllm_build import vllm_command
 from layerkv.bench.tiny_model import SHAPES
 from tests.vllm.engines_in_turn import flag
 

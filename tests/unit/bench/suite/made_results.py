@@ -19,8 +19,9 @@ from layerkv.bench.suite.records import Counters, LoadRun, RequestRecord, Sample
 from layerkv.bench.suite.result import CaseResult, Figures, PointResult, Spread
 from layerkv.config import SloClass, SloPolicy
 
-ENGINES = ("stock", "stock-watermark", "vllm-cpu-offload", "layerkv", "layerkv-no-slo", "oracle")
-ROOM = {"stock": 6, "stock-watermark": 5, "vllm-cpu-offload": 6, "layerkv": 6, "layerkv-no-slo": 6, "oracle": 1000}
+KEEPERS = ("vllm-cpu-offload", "lmcache")
+ENGINES = ("stock", "stock-watermark", *KEEPERS, "layerkv", "layerkv-no-slo", "oracle")
+ROOM = {**dict.fromkeys(ENGINES, 6), "stock-watermark": 5, "oracle": 1000}
 PREFILL_S, TOKEN_S, WAIT_S = 0.09, 0.03, 0.002
 POLICY = SloPolicy(classes={"chat": SloClass(name="chat", ttft_s=1.0, tpot_s=0.08)}, default_class="chat")
 REQUEST_BYTES = 40 * 2**20
@@ -45,7 +46,7 @@ def load_run(engine: str, rate_per_s: float, seed: int, num_requests: int = 80, 
             first_s += 0.3
         prompt_done_s = first_s
         go_on_s = max(first_s, room_s)
-        token_s = TOKEN_S * (1.12 if splits else 1.3 if engine == "vllm-cpu-offload" else 1.0)
+        token_s = TOKEN_S * (1.12 if splits else 1.3 if engine in KEEPERS else 1.0)
         times_s = [first_s, *(go_on_s + token_s * (1 + n) * rng.uniform(0.99, 1.0) for n in range(output_tokens - 1))]
         heapq.heappush(free_at_s, times_s[-1])
         fails = index >= num_requests - num_failed
@@ -99,7 +100,7 @@ def _with_server(
         queue_sum_s=sum(max(first_s - r.arrival_s, 0.0) for r, (first_s, _, _) in zip(requests, held, strict=True)),
         engine_cpu_s=wall_s * (1.02 if parks else 0.9),
         front_end_cpu_s=wall_s * 0.1,
-        scheduler_cpu_s=None if engine == "vllm-cpu-offload" else 0.4 if parks else 0.2,
+        scheduler_cpu_s=None if engine in KEEPERS else 0.4 if parks else 0.2,
         num_steps=2000,
         peak_rss_bytes=(5 if parks else 4) * 2**30 + seed * 2**20,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from layerkv.bench.suite.case import SIZES, load_case, load_suite
+from layerkv.bench.suite.case import ENGINE_NAMES, SIZES, load_case, load_suite
 from layerkv.errors import ConfigError
 
 CASES = Path(__file__).parents[4] / "benchmarks" / "cases"
@@ -20,6 +20,7 @@ NAMES = (
     "multi_turn",
     "plentiful",
     "unknown_lengths",
+    "stop_strings",
     "beyond_memory",
     "trace",
     "soak",
@@ -78,7 +79,7 @@ def test_a_size_chooses_points_requests_and_engines(tmp_path: Path) -> None:
     assert case.engines == ("stock",)
     assert case.num_seeds == 1
     assert case.main_point == "2"
-    assert len(load_case(path, "full").engines) == 6
+    assert load_case(path, "full").engines == ENGINE_NAMES
 
 
 def test_a_point_changes_what_it_names_and_keeps_the_rest(tmp_path: Path) -> None:
@@ -100,6 +101,19 @@ def test_sessions_are_read(tmp_path: Path) -> None:
     sessions = load_case(written(tmp_path, change)).points[0].sessions
     assert sessions is not None
     assert (sessions.turns.most, sessions.think_s, sessions.shared_prefix_tokens) == (3, 2.0, 64)
+
+
+def test_ends_are_read(tmp_path: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["workload"]["ends"] = {"stop": ["##", "\n\n"], "hang_up": 0.25}
+        document["points"][1]["workload"] = {"ends": {"stop": ["x"]}}
+
+    first, second = load_case(written(tmp_path, change)).points
+    assert first.ends is not None
+    assert (first.ends.stop, first.ends.hang_up_share) == (("##", "\n\n"), 0.25)
+    assert second.ends is not None
+    assert (second.ends.stop, second.ends.hang_up_share) == (("x",), 0.0)
+    assert load_case(written(tmp_path)).points[0].ends is None
 
 
 def test_a_trace_given_by_flag_replaces_the_cases_own_and_its_broken_rows_are_named(tmp_path: Path) -> None:
@@ -145,6 +159,23 @@ def set_key(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (
             lambda document: document["workload"].update(max_tokens_factor=2, sessions={"turns": {"fixed": 2}}),
             ("sessions", "found sessions beside max_tokens_factor"),
+        ),
+        (set_key("workload", "ends", to={}), ("$.workload.ends.stop", "found nothing")),
+        (set_key("workload", "ends", to=["x"]), ("$.workload.ends", "expected a mapping")),
+        (set_key("workload", "ends", to={"stop": []}), ("$.workload.ends.stop", "none of them empty")),
+        (set_key("workload", "ends", to={"stop": ["x", ""]}), ("$.workload.ends.stop", "none of them empty")),
+        (set_key("workload", "ends", to={"stop": "x"}), ("$.workload.ends.stop", "a list of 1 to 16")),
+        (set_key("workload", "ends", to={"stop": ["x"] * 17}), ("$.workload.ends.stop", "a list of 1 to 16")),
+        (set_key("workload", "ends", to={"stop": ["x", "x"]}), ("$.workload.ends.stop[1]", "a second time")),
+        (set_key("workload", "ends", to={"stop": ["x"], "hang_up": 2}), ("$.workload.ends.hang_up", "from 0 to 1")),
+        (set_key("workload", "ends", to={"stop": ["x"], "hangup": 1}), ("ends.hangup", "did you mean hang_up?")),
+        (
+            lambda document: document["workload"].update(max_tokens_factor=2, ends={"stop": ["x"]}),
+            ("$.workload.ends", "found ends beside max_tokens_factor"),
+        ),
+        (
+            lambda document: document["workload"].update(sessions={"turns": {"fixed": 2}}, ends={"stop": ["x"]}),
+            ("$.workload.ends", "found ends beside sessions"),
         ),
         (set_key("expected_to_fail", to=["stok"]), ("$.expected_to_fail[0]", "did you mean stock?")),
         (set_key("workload", "sessions", to={"turn": 1}), ("sessions.turn", "did you mean turns?")),

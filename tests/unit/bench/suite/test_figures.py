@@ -66,6 +66,31 @@ def test_failed_requests_are_counted_and_missed() -> None:
     assert figures.ttft_s.mean.median == 0.5
 
 
+def test_requests_that_end_by_a_stop_string_or_whose_client_leaves_have_not_failed() -> None:
+    run = run_of(
+        record(0, 0.0, [0.5], output_tokens=90, end="stop"),
+        record(1, 0.0, [0.5, 0.55, 0.6], output_tokens=3, end="hang_up"),
+        record(2, 0.0, [0.5, 0.55], output_tokens=90, end="stop"),
+        record(3, 0.0, [0.5], error="broke off", token_digest=None),
+    )
+    other = run_of(record(0, 0.0, [0.5, 0.6], end="length"), seed=1)
+    figures = engine_figures([run, other], POLICY)
+    assert {end: count.values for end, count in figures.ends.items()} == {
+        "stop": [2, 0],
+        "hang_up": [1, 0],
+        "length": [0, 1],
+    }
+    assert figures.output_tokens is not None
+    assert figures.output_tokens.values == [2.0, 2.0]
+    assert figures.num_failed.values == [1, 0]
+    assert figures.slo_attainment.values == [0.75, 1.0]
+
+
+def test_lengths_of_answers_are_unknown_where_none_came_to_its_end() -> None:
+    figures = engine_figures([run_of(record(0, 0.0, [], error="gone"))], POLICY)
+    assert (figures.output_tokens, figures.ends) == (None, {})
+
+
 def test_a_figure_is_the_median_over_seeds_with_its_spread() -> None:
     runs = [run_of(record(0, 0.0, [ttft]), seed=seed) for seed, ttft in enumerate((0.1, 0.5, 0.2))]
     mean = engine_figures(runs, POLICY).ttft_s.mean

@@ -123,6 +123,51 @@ def test_a_client_that_asks_for_more_than_it_wants_hangs_up() -> None:
     assert run.wall_s < 50 * TOKEN_S  # or else it would have waited for all of them
 
 
+def test_an_answer_that_ends_by_a_stop_string_is_whole() -> None:
+    """The toy's first token of `r0` is 18, an "s"; its text goes on with the alphabet."""
+    run, toy = drive([request(0, stop=["zz", "vw"], output_tokens=60), request(1)])
+    record = by_id(run)["r0"]
+    assert toy.bodies[0]["stop"] == ["zz", "vw"]
+    assert "stop" not in toy.bodies[1]
+    assert (record.error, record.end, len(record.token_times_s)) == (None, "stop", len("stuvw"))
+    assert record.token_digest is not None
+    assert by_id(run)["r1"].end == "length"
+
+
+def test_a_client_hangs_up_though_no_stop_string_came_yet() -> None:
+    run, toy = drive(
+        [
+            request(0, stop=["vw"], output_tokens=4, max_tokens=60),
+            request(0 + 26, stop=["vw"], output_tokens=5, max_tokens=60),
+        ]
+    )
+    assert [body["max_tokens"] for body in toy.bodies] == [60, 60]
+    records = by_id(run)
+    assert (records["r0"].end, len(records["r0"].token_times_s), records["r0"].error) == ("hang_up", 4, None)
+    assert records["r26"].end == "stop"  # in the very token after which its client would have left
+    assert run.wall_s < 60 * TOKEN_S
+
+
+def test_an_answer_that_reaches_the_models_length_without_its_stop_string_is_whole() -> None:
+    run, _ = drive([request(0, stop=["!"], output_tokens=9)])
+    (record,) = run.requests
+    assert (record.error, record.end, len(record.token_times_s)) == (None, "length", 9)
+
+
+@pytest.mark.parametrize("stop", [[], ["vw"]])
+def test_an_answer_that_breaks_off_is_an_error_with_and_without_stop_strings(stop: list[str]) -> None:
+    run, _ = drive([request(0, stop=stop)], "breaks")
+    (record,) = run.requests
+    assert record.error is not None
+    assert (record.end, record.token_digest) == (None, None)
+
+
+def test_an_answer_that_ends_early_for_another_reason_than_a_stop_string_is_an_error() -> None:
+    run, _ = drive([request(0, stop=["vw"]), request(1)], "aborts")
+    errors = [record.error for record in run.requests]
+    assert errors == ["the stream ended after 2 of 4 tokens (abort)"] * 2
+
+
 def test_a_warm_up_that_fails_is_no_start() -> None:
     with pytest.raises(StreamError, match="r7: the connection ended"):
         drive([request(0)], "breaks", warm_up=[request(7)])

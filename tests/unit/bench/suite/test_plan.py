@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from layerkv.bench.suite.case import Case, load_case
+from layerkv.bench.suite.case import ENGINE_NAMES, Case, load_case
 from layerkv.bench.suite.engines import is_layerkv, kv_memory_bytes, serve_command
 from layerkv.bench.suite.plan import plan_requests, total_tokens, warm_up_requests
 from layerkv.bench.suite.run import rotated
@@ -42,6 +42,32 @@ def test_later_turns_wait_for_the_turn_before_and_sessions_share_their_prefix() 
     assert all(request.after in ids for request in plan if request.after is not None)
     assert len({tuple(request.prompt[:256]) for request in first}) == 1
     assert len({tuple(request.prompt) for request in first}) == len(first)
+
+
+def test_of_requests_that_name_no_length_a_share_hangs_up_and_the_rest_may_fill_the_model() -> None:
+    case = case_of("stop_strings")
+    plan = plan_requests(case, case.points[0], 0)
+    ends = case.points[0].ends
+    assert ends is not None
+    rooms = [case.settings.max_model_len - len(request.prompt) for request in plan]
+    for request, room in zip(plan, rooms, strict=True):
+        assert request.stop == list(ends.stop)
+        assert (request.max_tokens or request.output_tokens) == room  # no engine is told more than that
+        assert request.max_tokens is None or 20 <= request.output_tokens <= 100
+    hang_up = [request.max_tokens is not None for request in plan]
+    assert sum(hang_up) / len(plan) == pytest.approx(ends.hang_up_share, abs=0.07)
+    again = plan_requests(case, replace(case.points[0], rate_per_s=1.0), 0)
+    assert [request.max_tokens is not None for request in again] == hang_up
+
+
+def test_whoever_would_have_more_patience_than_the_model_has_room_does_not_hang_up() -> None:
+    case = case_of("stop_strings")
+    point = replace(case.points[0], ends=replace(case.points[0].ends, hang_up_share=1.0))
+    short = replace(case, settings=replace(case.settings, max_model_len=120))
+    for request in plan_requests(short, point, 0):
+        room = 120 - len(request.prompt)
+        assert request.output_tokens <= room
+        assert request.max_tokens == (room if request.output_tokens < room else None)
 
 
 def test_no_request_is_longer_than_the_model_takes() -> None:
@@ -95,8 +121,7 @@ def test_without_objectives_the_policy_is_the_same_but_for_the_switch(tmp_path: 
 
 
 def test_only_layerkv_is_told_classes() -> None:
-    engines = ("stock", "stock-watermark", "vllm-cpu-offload", "layerkv", "layerkv-no-slo", "oracle")
-    assert [engine for engine in engines if is_layerkv(engine)] == ["layerkv", "layerkv-no-slo"]
+    assert [engine for engine in ENGINE_NAMES if is_layerkv(engine)] == ["layerkv", "layerkv-no-slo"]
 
 
 @pytest.mark.parametrize("engines", [["a", "b"], ["a", "b", "c"], list("abcdef")])

@@ -39,6 +39,15 @@ def cells(result: CaseResult, label: str) -> dict[str, str]:
     return dict(zip(summary.engine_order(result), row.cells, strict=True))
 
 
+def test_how_requests_ended_is_said_where_they_did_not_name_a_length() -> None:
+    ends = {"hang_up": Spread.of([20.0]), "stop": Spread.of([59.0]), "length": Spread.of([1.0])}
+    result = with_figures(case(), "layerkv", ends=ends, output_tokens=Spread.of([71.4]))
+    ended = "Of 80 requests to layerkv, 59 ended by a stop string and 20 when their client hung up"
+    assert f"{ended}; answers had 71 tokens on average." in said(result)
+    only_lengths = with_figures(case(), "layerkv", ends={"length": Spread.of([80.0])})
+    assert "stop string" not in said(only_lengths) + said(case())
+
+
 @pytest.mark.parametrize(
     ("ratio", "words"),
     [
@@ -106,7 +115,7 @@ def test_points_at_which_a_rival_is_ahead_are_named() -> None:
         f"Behind vLLM CPU offload at 1 of 5 points: 6 requests per second (goodput {layerkv} against 9.00 per second)"
     )
     assert expected in said(result)
-    assert "At no point was layerkv more than 5 % behind stock vLLM or stock + watermark" in said(result)
+    assert "At no point was layerkv more than 5 % behind stock vLLM, stock + watermark or LMCache" in said(result)
 
 
 def test_failed_requests_are_said_beside_the_latencies_that_leave_them_out() -> None:

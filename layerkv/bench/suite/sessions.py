@@ -1,0 +1,69 @@
+"""Conversations in place of single requests: a case's key `sessions`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+# One way of writing refusals for all of layerkv: these helpers are private to the package.
+from layerkv.config import _above_zero, _read, _wrong
+from layerkv.sim.workload import Lengths, TraceArrivals, WorkloadSpec
+from layerkv.sim.workload_config import read_lengths
+from layerkv.units import parse_seconds
+
+__all__ = ["Sessions", "read_sessions"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """Conversations: each turn's prompt is everything said before and new tokens of the user's.
+
+    Attributes:
+        turns: How many turns a session has.
+        think_s: Seconds from the end of an answer to the next turn.
+        shared_prefix_tokens: Tokens that all sessions begin with, as a system prompt does.
+    """
+
+    turns: Lengths
+    think_s: float
+    shared_prefix_tokens: int
+
+
+_Lengths: TypeAlias = Annotated[
+    dict[Any, Any],
+    Meta(description="{fixed: 4}, {uniform: [2, 6]} or {lognormal: ..}", examples=[{"uniform": [2, 6]}]),
+]
+_Duration: TypeAlias = Annotated[
+    str | int | float, Meta(description="a duration above zero such as 500ms", examples=["500ms"])
+]
+_Prefix: TypeAlias = Annotated[int, Meta(ge=0, description="a whole number of tokens, 0 or more", examples=[256])]
+
+
+class _SessionKeys(msgspec.Struct, frozen=True):
+    turns: _Lengths
+    think: _Duration = "1s"
+    shared_prefix_tokens: _Prefix = 0
+
+
+def read_sessions(raw: Any, workload: WorkloadSpec, *, max_model_len: int, where: str) -> Sessions:
+    """Sessions such as ``{turns: {fixed: 4}, think: 2s}`` of requests such as those of `workload`.
+
+    Raises:
+        ConfigError: the mapping does not say what it should, or not together with the workload.
+    """
+    keys = _read(raw, _SessionKeys, where=where)
+    turns = read_lengths(keys.turns, where=f"{where}.turns")
+    if workload.max_tokens_factor != 1:
+        raise _wrong(where, "found sessions beside max_tokens_factor; expected one of them", "remove one of them")
+    if isinstance(workload.arrivals, TraceArrivals):
+        raise _wrong(where, "found sessions beside a trace; expected one of them", "remove sessions, or the trace")
+    a_turn = max(mix.prompt_tokens.most + mix.output_tokens.most for mix in workload.classes)  # type: ignore[union-attr]
+    longest = keys.shared_prefix_tokens + turns.most * a_turn
+    if longest > max_model_len:
+        problem = f"found sessions of up to {longest} tokens; expected at most max_model_len, {max_model_len}"
+        raise _wrong(where, problem, "set fewer turns or shorter lengths, or a larger max_model_len")
+    think_s = _above_zero(parse_seconds, keys.think, where=f"{where}.think", example="500ms")
+    return Sessions(turns, think_s, keys.shared_prefix_tokens)

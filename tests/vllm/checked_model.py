@@ -1,0 +1,153 @@
+"""A worker without torch: a made-up model over KV that can be checked, and the copies of layerkv's step plans.
+
+A token's KV is one number, a digest over the KV of all tokens before it *as read through the block table* and over
+the token itself; the next token is drawn from a digest over all KV. A single wrong number anywhere makes everything
+wrong that is computed after it, and what is right is known without running anything (:func:`truth`, :func:`answer`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from layerkv.core.geometry import KVGeometry
+from layerkv.core.transfer import BlockRun, StepPlan
+
+VOCABULARY = 500
+POISON = -1
+
+
+def truth(tokens: Sequence[int]) -> np.ndarray:
+    """The KV of each token, if nothing goes wrong."""
+    kv = np.zeros(len(tokens), np.int64)
+    for position, token in enumerate(tokens):
+        kv[position] = _kv_of(kv[:position], token)
+    return kv
+
+
+def answer(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """The tokens that follow a prompt, if nothing goes wrong."""
+    tokens, kv = list(prompt), [*truth(prompt)]
+    while len(tokens) < len(prompt) + num_tokens:
+        tokens.append(_sample(np.array(kv, np.int64)))
+        kv.append(_kv_of(np.array(kv, np.int64), tokens[-1]))
+    return tokens[len(prompt) :]
+
+
+def _kv_of(before: np.ndarray, token: int) -> int:
+    return _digest(before, token)
+
+
+def _sample(kv: np.ndarray) -> int:
+    return _digest(kv, -1) % VOCABULARY
+
+
+def _digest(kv: np.ndarray, end: int) -> int:
+    # No CRC: that of a message with its own CRC at the end is the same for all messages.
+    return int.from_bytes(
+        hashlib.blake2b(kv.tobytes() + end.to_bytes(8, "little", signed=True), digest_size=7).digest()
+    )
+
+
+@dataclass
+class _Known:
+    """What the worker knows of a request."""
+
+    num_prompt: int
+    tokens: list[int]
+    block_ids: list[int]
+
+
+class CheckedWorker:
+    """See the module. All copies of a step are made in it, those of a fetch ``fetch_steps`` steps after it began.
+
+    Lane-zone blocks are overwritten after each step, as other layers would; memory nobody wrote is poisoned.
+    """
+
+    def __init__(self, geometry: KVGeometry, num_host_blocks: int, *, fetch_steps: int, gets_all_tokens: bool) -> None:
+        """``gets_all_tokens``: a request that resumes has its tokens from the scheduler, as in vLLM's worker under
+        asynchronous scheduling."""
+        self.device = np.full((geometry.total_blocks, geometry.block_tokens), POISON, np.int64)
+        self.host = np.full((num_host_blocks, geometry.block_tokens), POISON, np.int64)
+        self._block_tokens, self._first_zone_block = geometry.block_tokens, geometry.pool_blocks
+        self._fetch_steps, self._gets_all_tokens = fetch_steps, gets_all_tokens
+        self._known: dict[str, _Known] = {}
+        self._fetching: list[tuple[int, str, tuple[BlockRun, ...], bool]] = []  # (steps left, ...)
+
+    def run(self, scheduled: Any, *, fail_hits: bool = False, fail_fetches: bool = False) -> Any:
+        """One step; what vLLM's workers would answer."""
+        from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+        plan: StepPlan = scheduled.kv_connector_metadata.plan
+        invalid: set[int] = set()
+        self._store(plan.ahead)
+        self._store(plan.parks)
+        self._load(plan.hits, invalid if fail_hits else None)
+        self._load(plan.loads, None)
+        for fetch in plan.fetches:
+            self._fetching.append((self._fetch_steps, fetch.request_id, fetch.runs, fail_fetches))
+        sampled = self._compute(scheduled)
+        self._store(plan.stores)
+        self.device[self._first_zone_block :] = POISON  # the lanes have held other layers since
+        self._fetching = [(left - 1, *rest) for left, *rest in self._fetching]
+        arrived = [fetch for fetch in self._fetching if fetch[0] <= 0]
+        self._fetching = [fetch for fetch in self._fetching if fetch[0] > 0]
+        for _, _, runs, fails in arrived:
+            self._load(runs, invalid if fails else None)
+        received = KVConnectorOutput(
+            finished_recving={fetch[1] for fetch in arrived} or None, invalid_block_ids=invalid
+        )
+        names = list(sampled)
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=list(sampled.values()),
+            kv_connector_output=None if received.is_empty() else received,
+        )
+
+    def _compute(self, scheduled: Any) -> dict[str, list[int]]:
+        for name in scheduled.finished_req_ids:
+            self._known.pop(name, None)
+        starts: dict[str, int] = {}
+        for new in scheduled.scheduled_new_reqs:
+            self._known[new.req_id] = _Known(
+                len(new.prompt_token_ids), list(new.prompt_token_ids), list(new.block_ids[0])
+            )
+            starts[new.req_id] = new.num_computed_tokens
+        cached = scheduled.scheduled_cached_reqs
+        for index, name in enumerate(cached.req_ids):
+            known, blocks = self._known[name], cached.new_block_ids[index]
+            starts[name], num_output = cached.num_computed_tokens[index], cached.num_output_tokens[index]
+            del known.tokens[known.num_prompt + num_output :]  # were discarded
+            if name in cached.resumed_req_ids:
+                known.block_ids = []
+                if self._gets_all_tokens and num_output:
+                    known.tokens = list(cached.all_token_ids[name])
+            known.block_ids += blocks[0] if blocks is not None else ()
+        sampled: dict[str, list[int]] = {}
+        for name, num_tokens in scheduled.num_scheduled_tokens.items():
+            known, start = self._known[name], starts[name]
+            kv = self.device[known.block_ids].reshape(-1)[: start + num_tokens].copy()
+            for position in range(start, start + num_tokens):
+                kv[position] = _kv_of(kv[:position], known.tokens[position])
+                block, offset = divmod(position, self._block_tokens)
+                self.device[known.block_ids[block], offset] = kv[position]
+            sampled[name] = []
+            if start + num_tokens == len(known.tokens):
+                sampled[name] = [_sample(kv)]
+                known.tokens += sampled[name]
+        return sampled
+
+    def _store(self, runs: Iterable[BlockRun]) -> None:
+        for device, host, length in runs:
+            self.host[host : host + length] = self.device[device : device + length]
+
+    def _load(self, runs: Iterable[BlockRun], failed: set[int] | None) -> None:
+        for device, host, length in runs:
+            self.device[device : device + length] = POISON if failed is not None else self.host[host : host + length]
+            if failed is not None:
+                failed.update(range(device, device + length))
