@@ -8,6 +8,7 @@ import pytest
 
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import Decision, PrefixHit
 from tests.fakes.snapshots import BLOCK, cost, parked, prompt, resident, snapshot
 
@@ -72,10 +73,10 @@ def test_hits_are_not_counted_on() -> None:
 @pytest.mark.parametrize("where", [{}, {"mode": "resident"}, {"can_layer": False}])
 def test_one_that_no_step_holds_is_refused(where: dict[str, Any]) -> None:
     can_layer, mode = where.get("can_layer", True), where.get("mode", "auto")
-    decision = decide(snapshot(waiting=(whole("a", can_layer=can_layer),), mode=mode, budget_tokens=479))
-    [refusal] = decision.refuse
+    s = snapshot(waiting=(whole("a", can_layer=can_layer),), mode=mode, budget_tokens=479)
+    [refusal] = decide(s).refuse
     assert refusal.reason is Reason.NEVER_FITS
-    assert "--max-num-batched-tokens" in refusal.text
+    assert "--max-num-batched-tokens" in refusal_text(s, refusal)
 
 
 def test_one_that_can_only_run_in_the_pool_starts_alike() -> None:
