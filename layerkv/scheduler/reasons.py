@@ -121,7 +121,7 @@ class LogEntry(NamedTuple):
         reason: Why, if there was a choice.
         facts: Figures behind it. On arrival ``slo_class``, ``ttft_s``, ``tpot_s``, ``prompt_tokens``; with a wait
             ``free_blocks``, ``free_zone_blocks``, ``free_host_blocks``, ``prefill_tokens`` of the step; with the first
-            token ``ttft_s``, ``on_time``; at the end ``output_tokens``, ``aborted``; with a refusal its ``text``.
+            token ``ttft_s``, ``on_time``; at the end ``output_tokens``, ``end``; with a refusal its ``text``.
     """
 
     time_s: float
