@@ -8,7 +8,6 @@ is something to decide: the pool is full, some requests are parked, prompts of a
 from __future__ import annotations
 
 import json
-import math
 import random
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.console import Console
 from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
 from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile, Curve, StepWork
+from layerkv.figures import percentile
 from layerkv.scheduler.controller import Controller, EngineShape, EngineState, Running
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
@@ -88,7 +88,7 @@ def measure(
 
 def _percentiles(samples: list[float]) -> dict[str, float]:
     samples.sort()
-    return {name: samples[math.ceil(share * len(samples)) - 1] for name, share in (("p50", 0.5), ("p99", 0.99))}
+    return {name: percentile(samples, share) for name, share in (("p50", 0.5), ("p99", 0.99))}
 
 
 def crowded_controller(num_waiting: int, num_running: int, rng: random.Random) -> Controller:

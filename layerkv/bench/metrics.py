@@ -15,12 +15,13 @@ import numpy as np
 from layerkv.bench.load import LoadSpec
 from layerkv.bench.machine import Machine
 from layerkv.bench.records import EngineRun, RequestRecord
+from layerkv.figures import distribution
 
 SCHEMA_VERSION = 1
 
 
 class Distribution(msgspec.Struct, frozen=True):
-    """Mean and percentiles (linear interpolation); all 0 when there is no sample."""
+    """Mean and percentiles (:mod:`layerkv.figures`); all 0 when there is no sample."""
 
     mean: float
     p50: float
@@ -30,11 +31,7 @@ class Distribution(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, samples: Iterable[float]) -> Distribution:
         """The distribution of `samples`, in their unit."""
-        values = np.fromiter(samples, dtype=float)
-        if not values.size:
-            return cls(0.0, 0.0, 0.0, 0.0)
-        p50, p90, p99 = np.percentile(values, (50, 90, 99))
-        return cls(float(values.mean()), float(p50), float(p90), float(p99))
+        return cls(**(distribution(map(float, samples)) or {"mean": 0.0, "p50": 0.0, "p90": 0.0, "p99": 0.0}))
 
 
 class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):

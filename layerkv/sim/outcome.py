@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from layerkv.config import SloClass
+from layerkv.figures import PERCENTILES, distribution, met_slo, tpot_s
 
-PERCENTILES = (("p50", 0.5), ("p90", 0.9), ("p99", 0.99))
 _BIN = math.log(1.005)
+_NOTHING: dict[str, float | None] = dict.fromkeys(("mean", *(name for name, _ in PERCENTILES)))
 
 
 class RequestOutcome(NamedTuple):
@@ -48,20 +49,14 @@ class RequestOutcome(NamedTuple):
     @property
     def tpot_s(self) -> float | None:
         """Mean time per output token after the first; None with fewer than two tokens."""
-        if self.first_token_s is None or self.finish_s is None or self.output_tokens < 2:
+        if self.first_token_s is None or self.finish_s is None:
             return None
-        return (self.finish_s - self.first_token_s) / (self.output_tokens - 1)
+        return tpot_s(self.first_token_s, self.finish_s, self.output_tokens)
 
     @property
     def met_slo(self) -> bool:
-        """Whether it met its TTFT and its TPOT objective, and its longest stall if the class has one."""
-        ttft_s, tpot_s, stall_s = self.ttft_s, self.tpot_s, self.slo.max_stall_s
-        return (
-            ttft_s is not None
-            and ttft_s <= self.slo.ttft_s
-            and (tpot_s is None or tpot_s <= self.slo.tpot_s)
-            and (stall_s is None or self.longest_gap_s <= stall_s)
-        )
+        """Whether it met all objectives of its class."""
+        return met_slo(self.slo, self.ttft_s, self.tpot_s, self.longest_gap_s)
 
 
 @dataclass(slots=True)
@@ -82,7 +77,7 @@ class GapHistogram:
     def summary(self) -> dict[str, float | None]:
         """Mean and percentiles; None for each if nothing was counted."""
         if not self.num:
-            return dict.fromkeys(("mean", *(name for name, _ in PERCENTILES)))
+            return dict(_NOTHING)
         found: dict[str, float | None] = {"mean": self.total_s / self.num}
         bins = sorted(self.counts.items())
         for name, share in PERCENTILES:
@@ -93,17 +88,6 @@ class GapHistogram:
                     found[name] = math.exp((at + 0.5) * _BIN)
                     break
         return found
-
-
-def summarise(values: Iterable[float | None]) -> dict[str, float | None]:
-    """Mean and percentiles (nearest rank) of the values that are there; None for each if none is."""
-    ordered = sorted(value for value in values if value is not None)
-    if not ordered:
-        return dict.fromkeys(("mean", *(name for name, _ in PERCENTILES)))
-    found: dict[str, float | None] = {"mean": sum(ordered) / len(ordered)}
-    for name, share in PERCENTILES:
-        found[name] = ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +127,8 @@ class SimOutcome:
         for r in self.requests:
             of_class.setdefault(r.slo.name, []).append(r)
         return {
-            "ttft_s": summarise(r.ttft_s for r in self.requests),
-            "tpot_s": summarise(r.tpot_s for r in self.requests),
+            "ttft_s": distribution(r.ttft_s for r in self.requests) or _NOTHING,
+            "tpot_s": distribution(r.tpot_s for r in self.requests) or _NOTHING,
             "time_between_tokens_s": self.gaps.summary(),
             "slo_attainment": met / num if num else None,
             "slo_attainment_by_class": {

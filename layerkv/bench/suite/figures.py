@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from layerkv import figures
 from layerkv.bench import metrics
 from layerkv.bench.suite.records import Counters, LoadRun, RequestRecord
 from layerkv.bench.suite.result import Distribution, Figures, Ratios, Spread
@@ -27,17 +28,14 @@ def ttft_s(request: RequestRecord) -> float | None:
 def tpot_s(request: RequestRecord) -> float | None:
     """Mean seconds between tokens; None with fewer than two."""
     times = request.token_times_s
-    return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+    return figures.tpot_s(times[0], times[-1], len(times)) if times else None
 
 
 def has_met_slo(request: RequestRecord, policy: SloPolicy) -> bool:
-    """Whether the request finished with both its TTFT and its TPOT within its class's objectives."""
+    """Whether the request finished and met all objectives of its class."""
     slo = policy.classes[request.slo_class or policy.default_class]
-    first = ttft_s(request)
-    if request.error is not None or first is None or first > slo.ttft_s:
-        return False
-    mean_gap = tpot_s(request)
-    return mean_gap is None or mean_gap <= slo.tpot_s
+    longest_gap_s = max(_gaps_s(request), default=0.0)
+    return request.error is None and figures.met_slo(slo, ttft_s(request), tpot_s(request), longest_gap_s)
 
 
 def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
@@ -145,7 +143,7 @@ class _Totals:
         self.has_finished_all = all(request.error is None for request in run.requests)
         span_s = _span_s(run.requests) or math.inf
         self.ttft_mean_s = _mean(first_tokens)
-        self.ttft_p99_s = float(np.percentile(first_tokens, 99)) if first_tokens else 0.0
+        self.ttft_p99_s = figures.percentile(sorted(first_tokens), 0.99) if first_tokens else 0.0
         self.tokens_per_s = sum(len(r.token_times_s) for r in run.requests) / span_s
         self.goodput_rps = sum(has_met_slo(r, policy) for r in run.requests) / span_s
 

@@ -5,7 +5,8 @@ from random import Random
 import pytest
 
 from layerkv.config import SloClass
-from layerkv.sim.outcome import GapHistogram, RequestOutcome, SimOutcome, summarise
+from layerkv.figures import distribution
+from layerkv.sim.outcome import GapHistogram, RequestOutcome, SimOutcome
 
 CHAT = SloClass(name="chat", ttft_s=1.0, tpot_s=0.1)
 STEADY = SloClass(name="steady", ttft_s=1.0, tpot_s=0.1, max_stall_s=0.5)
@@ -26,18 +27,6 @@ def outcome(*requests: RequestOutcome, end_s: float = 10.0) -> SimOutcome:
     return SimOutcome(requests, GapHistogram(), end_s, 7)
 
 
-def test_percentiles_are_of_the_nearest_rank() -> None:
-    assert summarise(range(1, 101)) == {"mean": 50.5, "p50": 50, "p90": 90, "p99": 99}
-    assert summarise([3.0, 1.0, 2.0]) == {"mean": 2.0, "p50": 2.0, "p90": 3.0, "p99": 3.0}
-    assert summarise([4.0]) == {"mean": 4.0, "p50": 4.0, "p90": 4.0, "p99": 4.0}
-    assert summarise([2.0, 1.0])["p50"] == 1.0
-
-
-def test_values_that_are_not_there_are_left_out_of_a_summary() -> None:
-    assert summarise([None, 2.0, None]) == {"mean": 2.0, "p50": 2.0, "p90": 2.0, "p99": 2.0}
-    assert summarise([None]) == summarise([]) == NOTHING
-
-
 @pytest.mark.parametrize("scale", [1e-5, 0.02, 1.0, 300.0])
 def test_the_histogram_is_right_to_half_a_per_cent(scale: float) -> None:
     rng = Random(1)
@@ -45,7 +34,7 @@ def test_the_histogram_is_right_to_half_a_per_cent(scale: float) -> None:
     histogram = GapHistogram()
     for gap in gaps:
         histogram.add(gap)
-    found, exact = histogram.summary(), summarise(gaps)
+    found, exact = histogram.summary(), distribution(gaps)
     assert found["mean"] == pytest.approx(exact["mean"])
     for name in ("p50", "p90", "p99"):
         assert found[name] == pytest.approx(exact[name], rel=0.005)
