@@ -5,19 +5,15 @@ frozen afterwards. Invariant: whatever is wrong with the input is one `ConfigErr
 allocated, whose one-line message says where it is, what was found, what was expected, and what to set.
 """
 
-import difflib
-import json
-import reprlib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
-import yaml
 from msgspec import Meta
 
-from layerkv.errors import ConfigError
+from layerkv.strict_yaml import above_zero, did_you_mean, join_path, load_yaml, read_keys, show, wrong
 from layerkv.units import format_bytes, parse_bytes, parse_seconds
 
 __all__ = [
@@ -43,9 +39,6 @@ LengthPrediction: TypeAlias = Literal["quantile", "none"]
 
 _LEAST_BARE_BYTES: Final = 1 << 20
 """A number without a unit below this was meant in another unit than bytes."""
-
-_Keys = TypeVar("_Keys", bound=msgspec.Struct)
-_Number = TypeVar("_Number", int, float)
 
 
 class SloClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -94,7 +87,6 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     requests longer than the KV pool: they decode in the lane zone, and `max_model_len` may exceed the pool.
     """
 
-    policy: SloPolicy
     policy_path: str | None = None
     host_memory_bytes: int | None = None
     lanes: int | None = None
@@ -109,26 +101,23 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     @classmethod
     def from_extra_config(cls, extra_config: Mapping[str, Any]) -> "EngineConfig":
-        """Check the flag's `kv_connector_extra_config` and load the policy file it names.
-
-        A relative policy path is relative to the working directory of the process.
+        """Check the flag's `kv_connector_extra_config`. Reads no file.
 
         Raises:
-            ConfigError: anything about the mapping or the policy file is wrong.
+            ConfigError: anything about the mapping is wrong.
         """
-        keys = _read(extra_config, _EngineKeys, where=EXTRA_CONFIG)
+        keys = read_keys(extra_config, _EngineKeys, where=EXTRA_CONFIG)
         host_memory_bytes = None
         if keys.host_memory is not None:
             where = f"{EXTRA_CONFIG}.host_memory"
-            host_memory_bytes = _above_zero(parse_bytes, keys.host_memory, where=where, example="8GiB")
+            host_memory_bytes = above_zero(parse_bytes, keys.host_memory, where=where, example="8GiB")
             if isinstance(keys.host_memory, int) and host_memory_bytes < _LEAST_BARE_BYTES:
                 problem = (
                     f"found {keys.host_memory}, which is {format_bytes(host_memory_bytes)}, less than any block of KV "
                     "takes; expected a size above zero such as 8GiB"
                 )
-                raise _wrong(where, problem, 'set host_memory to "8GiB", say')
+                raise wrong(where, problem, 'set host_memory to "8GiB", say')
         return cls(
-            policy=default_policy() if keys.policy is None else load_policy(keys.policy),
             policy_path=keys.policy,
             host_memory_bytes=host_memory_bytes,
             lanes=keys.lanes,
@@ -141,6 +130,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             host_prefix_cache=keys.host_prefix_cache,
             long_contexts=keys.long_contexts,
         )
+
+    def read_policy(self) -> SloPolicy:
+        """The policy in the file that the flag names, or the one that is built in.
+
+        For front ends and schedulers. Workers take no policy: one that is broken since must not end a worker that
+        starts again. A relative path is relative to the working directory of the process.
+
+        Raises:
+            ConfigError: the file is missing or unreadable, or does not describe a policy.
+        """
+        return default_policy() if self.policy_path is None else load_policy(self.policy_path)
 
 
 def default_policy() -> SloPolicy:
@@ -155,7 +155,11 @@ def load_policy(path: str | Path) -> SloPolicy:
     Raises:
         ConfigError: the file is missing or unreadable, is not YAML, or does not describe a policy.
     """
-    return parse_policy(_load_yaml(path), where=f"{path}: $")
+    document = load_yaml(path, what="an SLO policy", fix="set policy to its path")
+    if document is None:
+        problem = "found an empty file; expected an SLO policy"
+        raise wrong(str(path), problem, "set version, default_class and classes in it")
+    return parse_policy(document, where=f"{path}: $")
 
 
 def parse_policy(raw: Any, *, where: str) -> SloPolicy:
@@ -165,15 +169,15 @@ def parse_policy(raw: Any, *, where: str) -> SloPolicy:
         ConfigError: it does not describe a policy.
     """
     top = where
-    keys = _read(raw, _PolicyKeys, where=top)
+    keys = read_keys(raw, _PolicyKeys, where=top)
     classes = {
-        name: _read_class(name, promises, where=_join(f"{top}.classes", name), overload=keys.overload)
+        name: _read_class(name, promises, where=join_path(f"{top}.classes", name), overload=keys.overload)
         for name, promises in keys.classes.items()
     }
     if keys.default_class not in classes:
         problem = _unknown_class(keys.default_class, classes)
-        fix = _did_you_mean(keys.default_class, classes) or "set it to one of them, or add the class"
-        raise _wrong(f"{top}.default_class", problem, fix)
+        fix = did_you_mean(keys.default_class, classes) or "set it to one of them, or add the class"
+        raise wrong(f"{top}.default_class", problem, fix)
     return SloPolicy(
         classes=classes,
         default_class=keys.default_class,
@@ -194,9 +198,9 @@ def slo_class_of(extra_args: Mapping[str, Any] | None, policy: SloPolicy) -> Slo
     if name is None:
         return policy.classes[policy.default_class]
     if not isinstance(name, str) or name not in policy.classes:
-        fix = _did_you_mean(name, policy.classes)
+        fix = did_you_mean(name, policy.classes)
         fix = fix or f"set one of them, or leave it out for {policy.default_class}"
-        raise _wrong("slo_class", _unknown_class(name, policy.classes), fix)
+        raise wrong("slo_class", _unknown_class(name, policy.classes), fix)
     return policy.classes[name]
 
 
@@ -290,122 +294,19 @@ class _EngineKeys(msgspec.Struct, frozen=True):
 
 
 def _read_class(name: str, promises: Any, *, where: str, overload: Overload) -> SloClass:
-    keys = _read(promises, _ClassKeys, where=where)
+    keys = read_keys(promises, _ClassKeys, where=where)
     max_stall_s = None
     if keys.max_stall is not None:
-        max_stall_s = _above_zero(parse_seconds, keys.max_stall, where=f"{where}.max_stall", example="2s")
+        max_stall_s = above_zero(parse_seconds, keys.max_stall, where=f"{where}.max_stall", example="2s")
     return SloClass(
         name=name,
-        ttft_s=_above_zero(parse_seconds, keys.ttft, where=f"{where}.ttft", example="500ms"),
-        tpot_s=_above_zero(parse_seconds, keys.tpot, where=f"{where}.tpot", example="50ms"),
+        ttft_s=above_zero(parse_seconds, keys.ttft, where=f"{where}.ttft", example="500ms"),
+        tpot_s=above_zero(parse_seconds, keys.tpot, where=f"{where}.tpot", example="50ms"),
         weight=keys.weight,
         max_stall_s=max_stall_s,
         overload=keys.overload or overload,
     )
 
 
-def _read(raw: Any, keys_type: type[_Keys], *, where: str) -> _Keys:
-    """Turn a mapping into `keys_type`, field by field, so that every message names the whole path.
-
-    Raises:
-        ConfigError: `raw` is no mapping, has an unknown key, lacks a required one, or has a wrong type in it.
-    """
-    fields = {field.name: field for field in msgspec.structs.fields(keys_type)}
-    if not isinstance(raw, Mapping):
-        raise _wrong(where, f"found {_show(raw)}; expected a mapping with the keys {', '.join(fields)}")
-    for key in raw:
-        if key not in fields:
-            problem = f"found an unknown key; expected one of {', '.join(fields)}"
-            raise _wrong(_join(where, key), problem, _did_you_mean(key, fields))
-    values = {}
-    for name, field in fields.items():
-        meta: Meta = get_args(field.type)[-1]
-        assert meta.examples, field
-        fix = f"set {name} to {json.dumps(meta.examples[0])}, say"
-        if name in raw:
-            try:
-                values[name] = msgspec.convert(raw[name], field.type)
-            except msgspec.ValidationError:
-                problem = f"found {_show(raw[name])}; expected {meta.description}"
-                raise _wrong(f"{where}.{name}", problem, fix) from None
-        elif field.required:
-            raise _wrong(f"{where}.{name}", f"found nothing; expected {meta.description}", fix)
-    return keys_type(**values)
-
-
-def _above_zero(parse: Callable[[Any], _Number], value: object, *, where: str, example: str) -> _Number:
-    """Parse a size or a duration that must not be zero, adding to the parser's message where it stands."""
-    fix = f"set {where.rpartition('.')[2]} to {example}, say"
-    try:
-        quantity = parse(value)
-    except ValueError as error:
-        raise _wrong(where, str(error), fix) from None
-    if not quantity:
-        raise _wrong(where, f"found {_show(value)}; expected more than zero", fix)
-    return quantity
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys in silence; a policy that says two things is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        seen = set()
-        for key, _ in node.value:
-            # Only text: `<<` may repeat, and a key of any other type is refused by name later.
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    problem = f"found the key {key.value!r} twice; expected it once"
-                    raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _load_yaml(path: str | Path) -> Any:
-    """Return what the YAML file holds, with duplicate keys refused."""
-    try:
-        content = Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        problem = f"found no readable file ({reason}); expected an SLO policy in YAML"
-        raise _wrong(str(path), problem, "set policy to its path") from None
-    try:
-        document = yaml.load(content, Loader=_UniqueKeyLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{path}: line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-        problem = ", ".join(part for part in (error.context, error.problem) if part)
-        raise _wrong(where, problem, "mend the YAML there") from None
-    # Values that only look like a date or a number end in ValueError, endless brackets in RecursionError.
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise _wrong(str(path), f"found what is not YAML ({reason}); expected an SLO policy") from None
-    if document is None:
-        problem = "found an empty file; expected an SLO policy"
-        raise _wrong(str(path), problem, "set version, default_class and classes in it")
-    return document
-
-
-def _join(where: str, key: object) -> str:
-    """Append a key to a path such as `slo.yaml: $.classes`."""
-    return f"{where}.{key}" if isinstance(key, str) and key.isidentifier() else f"{where}[{_show(key)}]"
-
-
-def _show(value: object) -> str:
-    """`repr` cut to one short line, with the type where the text alone would puzzle (`yes` is a bool)."""
-    text = reprlib.repr(value)
-    return text if type(value) in (str, int, float) else f"{text} ({type(value).__name__})"
-
-
 def _unknown_class(name: object, known: Iterable[str]) -> str:
-    return f"found {_show(name)}; expected one of the classes: {', '.join(known)}"
-
-
-def _did_you_mean(name: object, known: Iterable[str]) -> str:
-    """Return a hint such as `did you mean ttft?`, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1) if isinstance(name, str) else []
-    return f"did you mean {close[0]}?" if close else ""
-
-
-def _wrong(where: str, problem: str, fix: str = "") -> ConfigError:
-    """One line: where, what was found and expected, what to set."""
-    return ConfigError("; ".join(part for part in (f"{where}: {problem}", fix) if part))
+    return f"found {show(name)}; expected one of the classes: {', '.join(known)}"

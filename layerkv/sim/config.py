@@ -13,21 +13,16 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
 import msgspec
 from msgspec import Meta
 
-# One way of reading YAML and of writing refusals for all of layerkv: these helpers are private to the package.
-from layerkv.config import (
-    SloPolicy,
-    _above_zero,
-    _did_you_mean,
-    _read,
-    _show,
-    _wrong,
-)
+from layerkv.config import SloPolicy
 from layerkv.core.cost import CostProfile, load_profile
 from layerkv.sim.presets import DEVICES, MODELS, kv_memory_bytes, preset
 from layerkv.sim.workload import (
     WorkloadSpec,
 )
 from layerkv.sim.workload_config import check_distinct, count_meta, load_document, read_policy, read_workload
+
+# One way of reading YAML and of writing refusals for all of layerkv: these helpers are private to the package.
+from layerkv.strict_yaml import above_zero, did_you_mean, read_keys, show, wrong
 from layerkv.units import parse_bytes
 
 __all__ = ["POLICIES", "SimConfig", "load_sim_config"]
@@ -154,8 +149,10 @@ def load_sim_config(path: str | Path) -> SimConfig:
         ConfigError: the file, or one that it names, is missing or unreadable, or does not say what it should.
     """
     top, folder = f"{path}: $", Path(path).parent
-    keys = _read(load_document(path, what="a simulation", example="configs/sim/quickstart.yaml"), _TopKeys, where=top)
-    engine = _read(keys.engine, _EngineKeys, where=f"{top}.engine")
+    keys = read_keys(
+        load_document(path, what="a simulation", example="configs/sim/quickstart.yaml"), _TopKeys, where=top
+    )
+    engine = read_keys(keys.engine, _EngineKeys, where=f"{top}.engine")
     hardware = _hardware(engine, where=f"{top}.engine", folder=folder)
     host_memory_bytes = _size(engine.host_memory, where=f"{top}.engine.host_memory")
     policy = read_policy(keys.policy, where=f"{top}.policy", folder=folder)
@@ -188,14 +185,14 @@ def _hardware(keys: _EngineKeys, *, where: str, folder: Path) -> _Hardware:
     """Read the hardware from presets or from a profile: one of the two, and no key of the other."""
     if (keys.device is None) == (keys.profile is None):
         found = "neither device nor profile" if keys.device is None else "both device and profile"
-        raise _wrong(where, f"found {found}; expected one of them", "set device and model, or profile and num_layers")
+        raise wrong(where, f"found {found}; expected one of them", "set device and model, or profile and num_layers")
     return _from_presets(keys, where=where) if keys.profile is None else _from_profile(keys, where=where, folder=folder)
 
 
 def _from_presets(keys: _EngineKeys, *, where: str) -> _Hardware:
     _check_absent(keys, ("num_layers",), where=where, reason="only beside profile: presets know it")
     if keys.model is None:
-        raise _wrong(
+        raise wrong(
             f"{where}.model", "found nothing; expected the model that runs on device", "set it to llama-2-7b, say"
         )
     assert keys.device is not None
@@ -208,32 +205,32 @@ def _from_presets(keys: _EngineKeys, *, where: str) -> _Hardware:
 def _from_profile(keys: _EngineKeys, *, where: str, folder: Path) -> _Hardware:
     _check_absent(keys, ("model", "tensor_parallel"), where=where, reason="only beside device: a profile knows them")
     if keys.num_layers is None:
-        raise _wrong(f"{where}.num_layers", "found nothing; expected the model's layers", "set num_layers to 32, say")
+        raise wrong(f"{where}.num_layers", "found nothing; expected the model's layers", "set num_layers to 32, say")
     given_bytes = _size(keys.kv_memory, where=f"{where}.kv_memory")
     if given_bytes is None:
         problem = "found nothing; expected the KV memory of all ranks, which a profile does not know"
-        raise _wrong(f"{where}.kv_memory", problem, "set kv_memory to 8GiB, say")
+        raise wrong(f"{where}.kv_memory", problem, "set kv_memory to 8GiB, say")
     assert keys.profile is not None
     profile = load_profile(folder / keys.profile)
     if not profile.kv_bytes_per_token:
         problem = f"found a profile without kv_bytes_per_token ({folder / keys.profile}); expected it above zero"
-        raise _wrong(f"{where}.profile", problem, "add it to the profile")
+        raise wrong(f"{where}.profile", problem, "add it to the profile")
     return _Hardware(profile, keys.num_layers, given_bytes)
 
 
 def _check_absent(keys: _EngineKeys, names: Sequence[str], *, where: str, reason: str) -> None:
     for name in names:
         if (value := getattr(keys, name)) is not None:
-            raise _wrong(f"{where}.{name}", f"found {_show(value)}; expected {name} {reason}", f"remove {name}")
+            raise wrong(f"{where}.{name}", f"found {show(value)}; expected {name} {reason}", f"remove {name}")
 
 
 def _size(value: str | int | None, *, where: str) -> int | None:
-    return None if value is None else _above_zero(parse_bytes, value, where=where, example="8GiB")
+    return None if value is None else above_zero(parse_bytes, value, where=where, example="8GiB")
 
 
 def _check_names(names: Sequence[str], *, where: str) -> None:
     for i, name in enumerate(names):
         if name not in POLICIES:
-            problem = f"found {_show(name)}; expected one of {', '.join(POLICIES)}"
-            raise _wrong(f"{where}[{i}]", problem, _did_you_mean(name, POLICIES) or "set one of them")
+            problem = f"found {show(name)}; expected one of {', '.join(POLICIES)}"
+            raise wrong(f"{where}[{i}]", problem, did_you_mean(name, POLICIES) or "set one of them")
     check_distinct(names, where=where)

@@ -14,9 +14,10 @@ from math import gcd
 from types import MappingProxyType
 from typing import Final, TypeVar
 
-# One way of writing refusals for all of layerkv: the helpers of the configuration, private to the package.
-from layerkv.config import _did_you_mean, _show, _wrong
 from layerkv.core.cost import CostProfile, Curve
+
+# One way of writing refusals for all of layerkv: the helpers of the configuration, private to the package.
+from layerkv.strict_yaml import did_you_mean, show, wrong
 from layerkv.units import format_bytes
 
 __all__ = ["DEVICES", "MODELS", "Device", "Model", "Preset", "derive_profile", "kv_memory_bytes", "preset"]
@@ -254,8 +255,8 @@ def preset(device_name: str, model_name: str, tp: int, *, where: str = "preset")
     heads = gcd(model.num_heads, model.num_kv_heads)
     if tp < 1 or heads % tp:
         divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-        problem = f"found {_show(tp)}; expected a number that divides the heads of {model.name}: {divisors}"
-        raise _wrong(f"{where}.tensor_parallel", problem, "set tensor_parallel to one of them")
+        problem = f"found {show(tp)}; expected a number that divides the heads of {model.name}: {divisors}"
+        raise wrong(f"{where}.tensor_parallel", problem, "set tensor_parallel to one of them")
     return Preset(device=device, model=model, tensor_parallel=tp, profile=derive_profile(device, model, tp))
 
 
@@ -303,7 +304,7 @@ def kv_memory_bytes(
         problem = (
             f"found {tensor_parallel} x {device.name} with {usable / _GIB:.1f}GiB to use; expected room for {needed}"
         )
-        raise _wrong(f"{where}.model", problem, "set a larger tensor_parallel, a smaller model or a larger device")
+        raise wrong(f"{where}.model", problem, "set a larger tensor_parallel, a smaller model or a larger device")
     return left
 
 
@@ -336,8 +337,8 @@ def _link_curve(device: Device, tensor_parallel: int) -> Curve:
 def _look_up(name: str, known: Mapping[str, _Named], *, where: str, kind: str) -> _Named:
     if name in known:
         return known[name]
-    problem = f"found {_show(name)}; expected one of the {kind} presets: {', '.join(known)}"
+    problem = f"found {show(name)}; expected one of the {kind} presets: {', '.join(known)}"
     by_lower_case = {other.lower(): other for other in known}
     same = by_lower_case.get(name.lower())
-    hint = f"did you mean {same}?" if same else _did_you_mean(name, known)
-    raise _wrong(where, problem, hint or "set one of them, or give a cost profile of your own with profile")
+    hint = f"did you mean {same}?" if same else did_you_mean(name, known)
+    raise wrong(where, problem, hint or "set one of them, or give a cost profile of your own with profile")

@@ -18,8 +18,9 @@ from pathlib import Path
 from random import Random
 from typing import Final, NamedTuple, TypeAlias
 
+from layerkv.strict_yaml import show, wrong
+
 # One way of writing refusals for all of layerkv: the helpers of the configuration, private to the package.
-from layerkv.config import _show, _wrong
 
 __all__ = [
     "Arrivals",
@@ -312,7 +313,7 @@ def read_trace(
     if not rows:
         problem = f"found no good row ({len(broken)} broken, {num_failed} failed, {num_too_long} too long)"
         example = f"; line {broken[0].line}: {broken[0].reason}" if broken else ""
-        raise _wrong(
+        raise wrong(
             where, f"{problem}{example}; expected at least one", "set path to another trace, or raise its limits"
         )
     rows.sort(key=lambda row: row.arrival_s)
@@ -342,7 +343,7 @@ def _read_lines(path: str | Path) -> list[_NumberedLine]:
         text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise _wrong(str(path), f"found no readable file ({reason}); expected a trace", "set path to one") from None
+        raise wrong(str(path), f"found no readable file ({reason}); expected a trace", "set path to one") from None
     return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
 
@@ -358,8 +359,8 @@ def _detect(lines: list[_NumberedLine], *, where: str) -> tuple[_ParseRow, str, 
     headers = "; ".join(
         f"{layout.arrival},..,{layout.prompt},{layout.output} ({layout.name})" for layout in _CSV_LAYOUTS
     )
-    problem = f"found {_show(first)} in its first line; expected JSON (Mooncake) or one of the headers {headers}"
-    raise _wrong(where, problem, "set path to a trace of one of these layouts")
+    problem = f"found {show(first)} in its first line; expected JSON (Mooncake) or one of the headers {headers}"
+    raise wrong(where, problem, "set path to a trace of one of these layouts")
 
 
 def _parse_mooncake(line: str) -> TraceRow:
@@ -368,7 +369,7 @@ def _parse_mooncake(line: str) -> TraceRow:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise ValueError(f"found {_show(row)}; expected a JSON object")
+        raise ValueError(f"found {show(row)}; expected a JSON object")
     return TraceRow(
         arrival_s=_seconds(row.get("timestamp")) / 1e3,
         prompt_tokens=_tokens(row.get("input_length"), "input_length", least=1),
@@ -404,7 +405,7 @@ def _number(value: object) -> float:
 def _seconds(value: object) -> float:
     number = _number(value)
     if math.isnan(number):
-        raise ValueError(f"found {_show(value)} as its time; expected a number")
+        raise ValueError(f"found {show(value)} as its time; expected a number")
     return number
 
 
@@ -412,7 +413,7 @@ def _seconds_of_date(text: str) -> float:
     try:
         date = datetime.fromisoformat(text.strip())
     except ValueError:
-        raise ValueError(f"found {_show(text)} as its time; expected a date such as 2023-11-16 18:15:46.68") from None
+        raise ValueError(f"found {show(text)} as its time; expected a date such as 2023-11-16 18:15:46.68") from None
     # A date without a zone must not depend on the zone of the machine.
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
@@ -420,7 +421,7 @@ def _seconds_of_date(text: str) -> float:
 def _tokens(value: object, name: str, *, least: int) -> int:
     number = _number(value)
     if not number >= least or number != int(number):
-        raise ValueError(f"found {_show(value)} as {name}; expected a whole number, {least} or more")
+        raise ValueError(f"found {show(value)} as {name}; expected a whole number, {least} or more")
     return int(number)
 
 

@@ -10,22 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
-import yaml
 from msgspec import Meta
 
-# One way of reading YAML and of writing refusals for all of layerkv: these helpers are private to the package.
-from layerkv.config import (
-    SloPolicy,
-    _did_you_mean,
-    _join,
-    _read,
-    _show,
-    _UniqueKeyLoader,
-    _wrong,
-    default_policy,
-    load_policy,
-    parse_policy,
-)
+from layerkv.config import SloPolicy, default_policy, load_policy, parse_policy
 from layerkv.sim.workload import (
     Arrivals,
     ClassMix,
@@ -40,6 +27,9 @@ from layerkv.sim.workload import (
     WorkloadSpec,
     read_trace,
 )
+
+# One way of reading YAML and of writing refusals for all of layerkv: these helpers are private to the package.
+from layerkv.strict_yaml import did_you_mean, join_path, load_yaml, read_keys, show, wrong
 
 __all__ = ["check_distinct", "count_meta", "load_document", "read_lengths", "read_policy", "read_workload"]
 
@@ -138,7 +128,7 @@ def read_workload(
     Raises:
         ConfigError: the mapping, or a trace that it names, is wrong.
     """
-    keys = _read(raw, _WorkloadKeys, where=where)
+    keys = read_keys(raw, _WorkloadKeys, where=where)
     most = max_model_len
     arrivals = _arrivals(keys.arrivals, where=f"{where}.arrivals", folder=folder, max_model_len=most)
     classes = _classes(keys.classes, policy, where=f"{where}.classes", with_trace=isinstance(arrivals, TraceArrivals))
@@ -156,7 +146,7 @@ def read_workload(
 def _needed(value: Any, *, where: str, example: str) -> Any:
     if value is None:
         name = where.rpartition(".")[2]
-        raise _wrong(
+        raise wrong(
             where, f"found nothing; expected {name} wherever there is no trace", f"set {name} to {example}, say"
         )
     return value
@@ -166,13 +156,13 @@ def _arrivals(raw: str | dict[Any, Any], *, where: str, folder: Path, max_model_
     plain: dict[str, Arrivals] = {"poisson": PoissonArrivals(), "uniform": UniformArrivals()}
     if isinstance(raw, str):
         if raw not in plain:
-            problem = f"found {_show(raw)}; expected poisson, uniform, {{gamma: ..}} or {{trace: ..}}"
-            raise _wrong(where, problem, _did_you_mean(raw, plain) or "set arrivals to poisson, say")
+            problem = f"found {show(raw)}; expected poisson, uniform, {{gamma: ..}} or {{trace: ..}}"
+            raise wrong(where, problem, did_you_mean(raw, plain) or "set arrivals to poisson, say")
         return plain[raw]
     kind, value = _only_key(raw, ("gamma", "trace"), where=where)
     if kind == "gamma":
-        return GammaArrivals(_read(value, _GammaKeys, where=f"{where}.gamma").cv)
-    keys = _read(value, _TraceKeys, where=f"{where}.trace")
+        return GammaArrivals(read_keys(value, _GammaKeys, where=f"{where}.gamma").cv)
+    keys = read_keys(value, _TraceKeys, where=f"{where}.trace")
     trace = read_trace(
         folder / keys.path,
         time_scale=keys.time_scale,
@@ -192,11 +182,11 @@ def _classes(raw: list[Any] | None, policy: SloPolicy, *, where: str, with_trace
 
 
 def _class(raw: Any, policy: SloPolicy, *, where: str, with_trace: bool) -> ClassMix:
-    keys = _read(raw, _ClassKeys, where=where)
+    keys = read_keys(raw, _ClassKeys, where=where)
     if keys.slo_class is not None and keys.slo_class not in policy.classes:
-        problem = f"found {_show(keys.slo_class)}; expected one of the policy's classes: {', '.join(policy.classes)}"
-        fix = _did_you_mean(keys.slo_class, policy.classes) or "set it to one of them, or add the class to policy"
-        raise _wrong(f"{where}.slo_class", problem, fix)
+        problem = f"found {show(keys.slo_class)}; expected one of the policy's classes: {', '.join(policy.classes)}"
+        fix = did_you_mean(keys.slo_class, policy.classes) or "set it to one of them, or add the class to policy"
+        raise wrong(f"{where}.slo_class", problem, fix)
     lengths = {}
     for name in ("prompt_tokens", "output_tokens"):
         given = getattr(keys, name)
@@ -218,8 +208,8 @@ def read_lengths(raw: dict[Any, Any], *, where: str) -> Lengths:
 
 def _fixed(value: Any, *, where: str) -> Lengths:
     if not _is_count(value):
-        raise _wrong(
-            where, f"found {_show(value)}; expected a whole number of tokens, 1 or more", "set fixed to 100, say"
+        raise wrong(
+            where, f"found {show(value)}; expected a whole number of tokens, 1 or more", "set fixed to 100, say"
         )
     return FixedLength(value)
 
@@ -227,16 +217,16 @@ def _fixed(value: Any, *, where: str) -> Lengths:
 def _uniform(value: Any, *, where: str) -> Lengths:
     is_pair = isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
     if not is_pair or value[0] > value[1]:
-        problem = f"found {_show(value)}; expected [least, most] in whole tokens, 1 <= least <= most"
-        raise _wrong(where, problem, "set uniform to [100, 300], say")
+        problem = f"found {show(value)}; expected [least, most] in whole tokens, 1 <= least <= most"
+        raise wrong(where, problem, "set uniform to [100, 300], say")
     return UniformLength(*value)
 
 
 def _lognormal(value: Any, *, where: str) -> Lengths:
-    keys = _read(value, _LognormalKeys, where=where)
+    keys = read_keys(value, _LognormalKeys, where=where)
     if keys.most < keys.median:
         problem = f"found {keys.most}; expected at least the median, {keys.median:g}"
-        raise _wrong(f"{where}.most", problem, f"set most to {keys.median * 4:.0f}, say")
+        raise wrong(f"{where}.most", problem, f"set most to {keys.median * 4:.0f}, say")
     return LognormalLength(keys.median, keys.sigma, keys.most)
 
 
@@ -256,9 +246,9 @@ def _only_key(raw: dict[Any, Any], known: Sequence[str], *, where: str) -> tuple
     for key in raw:
         if key not in known:
             problem = f"found an unknown key; expected one of {', '.join(known)}"
-            raise _wrong(_join(where, key), problem, _did_you_mean(key, known))
+            raise wrong(join_path(where, key), problem, did_you_mean(key, known))
     if len(raw) != 1:
-        raise _wrong(where, f"found {len(raw)} keys; expected exactly one of {', '.join(known)}", "keep one of them")
+        raise wrong(where, f"found {len(raw)} keys; expected exactly one of {', '.join(known)}", "keep one of them")
     return next(iter(raw.items()))
 
 
@@ -268,7 +258,7 @@ def _check_fit(classes: Sequence[ClassMix], *, where: str, max_model_len: int) -
         longest = sum(1 if lengths is None else lengths.most for lengths in (mix.prompt_tokens, mix.output_tokens))
         if longest > max_model_len:
             problem = f"found requests of up to {longest} tokens; expected at most max_model_len, {max_model_len}"
-            raise _wrong(
+            raise wrong(
                 f"{where}[{i}]", problem, "set shorter prompt_tokens or output_tokens, or a larger max_model_len"
             )
 
@@ -290,20 +280,11 @@ def load_document(path: str | Path, *, what: str, example: str) -> Any:
     Raises:
         ConfigError: the file is unreadable, or not YAML.
     """
-    try:
-        return yaml.load(Path(path).read_bytes(), Loader=_UniqueKeyLoader)
-    except OSError as error:
-        problem = f"found no readable file ({error.strerror}); expected {what} in YAML"
-        raise _wrong(str(path), problem, f"give the path of one, such as {example}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}: line {mark.line + 1}, column {mark.column + 1}" if mark else str(path)
-        reason = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise _wrong(where, f"found what is not YAML ({reason}); expected {what}", "mend the YAML there") from None
+    return load_yaml(path, what=what, fix=f"give the path of one, such as {example}")
 
 
 def check_distinct(items: Sequence[object], *, where: str) -> None:
     """Raises ConfigError if an item is there twice."""
     for i, item in enumerate(items):
         if item in items[:i]:
-            raise _wrong(f"{where}[{i}]", f"found {_show(item)} a second time; expected it once", "remove it")
+            raise wrong(f"{where}[{i}]", f"found {show(item)} a second time; expected it once", "remove it")

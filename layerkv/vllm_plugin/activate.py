@@ -73,13 +73,14 @@ def _activate(vllm_config: VllmConfig, extra_config: Mapping[str, Any], *, has_m
     from layerkv.vllm_plugin.slo_gate import add_gate
 
     config = EngineConfig.from_extra_config(extra_config)
+    policy = config.read_policy()
     require_host_memory(vllm_config, config)
     require_usable(vllm_config, config)
     try:
         require_compatible()
         require_supported(vllm_config)
         if not is_offline:  # where all prompts are there at once, nobody is refused anyway
-            require_heard(config.policy, has_metrics=has_metrics)
+            require_heard(policy, has_metrics=has_metrics)
     except LayerKVError as error:
         if config.on_unsupported == "error":
             raise
@@ -99,9 +100,9 @@ def _activate(vllm_config: VllmConfig, extra_config: Mapping[str, Any], *, has_m
             "be loaded from host memory is computed again and does not fail",
             found,
         )
-    add_gate(vllm_config, config.policy, config.policy_path)
-    source = follow_policy(config.policy_path, config.policy)
-    source.put(config.policy)  # the file as it is now
+    add_gate(vllm_config, policy, config.policy_path)
+    source = follow_policy(config.policy_path, policy)
+    source.put(policy)  # the file as it is now
     source.require = functools.partial(require_heard, has_metrics=has_metrics)
 
 

@@ -69,7 +69,7 @@ class LayerKVPromMetrics(KVConnectorPromMetrics):
         }
         self._children: dict[tuple[str, int], Any] = {}
         config = engine_config(vllm_config)
-        self._policy_source = follow_policy(config.policy_path, config.policy)
+        self._policy_source = follow_policy(config.policy_path, config.read_policy())
         self._policy = self._policy_source.policy
         for engine in per_engine_labelvalues:
             BACKLOG.expect(engine, vllm_config.parallel_config._api_process_count)

@@ -37,6 +37,7 @@ from layerkv.vllm_plugin.connector import LayerKVConnector
 from layerkv.vllm_plugin.recovery import Recovery
 from layerkv.vllm_plugin.reload import follow_policy
 from layerkv.vllm_plugin.seeded import cannot_cut_seeded, is_seeded
+from layerkv.vllm_plugin.slo_gate import require_gate
 from layerkv.vllm_plugin.snapshot import EngineReader
 from layerkv.vllm_plugin.spec import LayerKVManager
 from layerkv.vllm_plugin.support import require_heard
@@ -99,7 +100,9 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         side.follow(self.requests)
         manager = self.kv_cache_manager.coordinator.single_type_managers[0]
         assert isinstance(manager, LayerKVManager)
-        self._policy_source = follow_policy(side.config.policy_path, side.config.policy)
+        policy = side.config.read_policy()
+        require_gate(policy, self.vllm_config.model_config.logits_processors)
+        self._policy_source = follow_policy(side.config.policy_path, policy)
         self._policy_source.require = partial(require_heard, has_metrics=self.log_stats)
         self._controller = self._make_controller()
         path, rank = side.config.decision_log, self.vllm_config.parallel_config.data_parallel_index
@@ -628,7 +631,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             self._ledger.host.count,
             format_bytes(self._ledger.host.count * geometry.block_bytes),
             config.policy_path or "built in",
-            ", ".join(config.policy.classes),
+            ", ".join(self._policy_source.policy.classes),
         )
 
 

@@ -55,10 +55,19 @@ def slo_gate(policy: SloPolicy, policy_path: str | None, *, for_v2: bool) -> _Ga
     return _GateMeta("SloGate", (_Gate, base), {"policy": policy, "policy_path": policy_path, "for_v2": for_v2})
 
 
+class _Ungated(list[Any]):
+    """The processors of an engine whose front end has a gate, which a worker in this process took out."""
+
+
 def without_gates(processors: list[Any] | None) -> list[Any] | None:
     """The processors that do process logits."""
-    kept = [processor for processor in processors or () if not isinstance(processor, _GateMeta)]
-    return kept or None
+    if not _has_gate(processors):
+        return processors
+    return _Ungated(processor for processor in processors or () if not isinstance(processor, _GateMeta))
+
+
+def _has_gate(processors: list[Any] | None) -> bool:
+    return isinstance(processors, _Ungated) or any(isinstance(p, _GateMeta) for p in processors or ())
 
 
 def require_gate(policy: SloPolicy, processors: list[Any] | None) -> None:
@@ -68,7 +77,7 @@ def require_gate(policy: SloPolicy, processors: list[Any] | None) -> None:
         ConfigError: a class is to be refused under overload, and there is no gate.
     """
     rejecting = [slo.name for slo in policy.classes.values() if slo.overload == "reject"]
-    if rejecting and not any(isinstance(processor, _GateMeta) for processor in processors or ()):
+    if rejecting and not _has_gate(processors):
         raise ConfigError(
             f"overload: reject (class {', '.join(rejecting)}): found no gate in the front end, which refuses requests; "
             "let vLLM load the plugin layerkv (see VLLM_PLUGINS), or set overload to queue"

@@ -15,7 +15,7 @@ from layerkv.core.geometry import geometry_for_memory
 from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
 from layerkv.vllm_plugin.setup import engine_config, geometry_request, require_room_for_one
-from layerkv.vllm_plugin.slo_gate import require_gate, without_gates
+from layerkv.vllm_plugin.slo_gate import without_gates
 from layerkv.vllm_plugin.spec import LayerKVSpec
 
 if TYPE_CHECKING:
@@ -39,7 +39,6 @@ class LayerKVWorkerMixin(_VLLMWorker):
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         self._layerkv = engine_config(vllm_config)
         model_config = vllm_config.model_config
-        require_gate(self._layerkv.policy, model_config.logits_processors)
         model_config.logits_processors = without_gates(model_config.logits_processors)
         super().__init__(vllm_config, *args, **kwargs)
         self._layerkv_specs: dict[str, LayerKVSpec] | None = None

@@ -257,7 +257,8 @@ def test_any_value_in_the_flag_is_refused_or_read_and_never_crashes(value: Any) 
 
 
 def test_an_empty_flag_means_defaults() -> None:
-    assert EngineConfig.from_extra_config({}) == EngineConfig(policy=default_policy())
+    assert EngineConfig.from_extra_config({}) == EngineConfig()
+    assert EngineConfig().read_policy() == default_policy()
 
 
 def test_the_default_policy_has_one_class() -> None:
@@ -278,7 +279,6 @@ def test_every_key_of_the_flag_is_read(write: WriteFile) -> None:
         }
     )
     assert config == EngineConfig(
-        policy=load_policy(path),
         policy_path="slo.yaml",
         host_memory_bytes=8 << 30,
         lanes=2,
@@ -286,6 +286,13 @@ def test_every_key_of_the_flag_is_read(write: WriteFile) -> None:
         mode="layered",
         on_unsupported="passthrough",
     )
+    assert config.read_policy() == load_policy(path)
+
+
+def test_a_policy_that_is_broken_since_ends_nobody_who_needs_none() -> None:
+    config = EngineConfig.from_extra_config({"policy": "nowhere.yaml"})
+    with pytest.raises(ConfigError, match="found no readable file"):
+        config.read_policy()
 
 
 @pytest.mark.parametrize("key", ["policy", "host_memory", "lanes", "zone_tokens"])
@@ -372,7 +379,7 @@ def test_a_size_without_a_unit_says_what_units_there_are() -> None:
 def test_a_wrong_policy_behind_the_flag_is_named_by_its_file(write: WriteFile) -> None:
     path = write(one_class("{ttft: 1s, tpto: 1s}"))
     with pytest.raises(ConfigError, match=r"^slo\.yaml: \$\.classes\.chat\.tpto: "):
-        EngineConfig.from_extra_config({"policy": str(path)})
+        EngineConfig.from_extra_config({"policy": str(path)}).read_policy()
 
 
 @pytest.mark.parametrize("extra_args", [None, {}, {"slo_class": None}, {"other": 1}])

@@ -196,7 +196,8 @@ own, gate = config.model_config.logits_processors
 gate.validate_params(SamplingParams(extra_args={"slo_class": "batch"}))
 gate.validate_params(SamplingParams())
 assert without_gates([own, gate]) == [own]
-assert without_gates([gate]) is None
+assert without_gates([gate]) == []
+assert without_gates(None) is None
 try:
     gate.validate_params(SamplingParams(extra_args={"slo_class": "bach"}))
 except ValueError as error:

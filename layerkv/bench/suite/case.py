@@ -19,7 +19,7 @@ from layerkv.bench.suite.sessions import Sessions, read_sessions
 from layerkv.bench.tiny_model import SHAPES, ModelShape
 
 # One way of reading YAML and of writing refusals for all of layerkv: these helpers are private to the package.
-from layerkv.config import SloPolicy, _above_zero, _did_you_mean, _read, _show, _wrong
+from layerkv.config import SloPolicy
 from layerkv.sim.workload import Trace, TraceArrivals, WorkloadSpec
 from layerkv.sim.workload_config import (
     check_distinct,
@@ -28,6 +28,7 @@ from layerkv.sim.workload_config import (
     read_policy,
     read_workload,
 )
+from layerkv.strict_yaml import above_zero, did_you_mean, read_keys, show, wrong
 from layerkv.units import parse_bytes
 
 __all__ = ["ENGINE_NAMES", "SIZES", "Case", "EngineSettings", "Point", "load_case", "load_suite"]
@@ -217,7 +218,7 @@ def load_case(path: Path, size: str = "full", *, trace_path: Path | None = None)
     """
     top, folder = f"{path}: $", path.parent
     document = load_document(path, what="a benchmark case", example="benchmarks/cases/rate_sweep.yaml")
-    keys = _read(document, _TopKeys, where=top)
+    keys = read_keys(document, _TopKeys, where=top)
     settings = _settings(keys.engine, where=f"{top}.engine")
     policy = read_policy(keys.policy, where=f"{top}.policy", folder=folder)
     chosen = _size(keys.sizes, size, where=f"{top}.sizes")
@@ -262,23 +263,21 @@ def load_suite(path: Path) -> list[Path] | None:
         return None
     where, names = f"{path}: $.suite", document["suite"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise _wrong(
-            where, f"found {_show(names)}; expected a list of paths of cases", "set suite to [burst.yaml], say"
-        )
+        raise wrong(where, f"found {show(names)}; expected a list of paths of cases", "set suite to [burst.yaml], say")
     check_distinct(names, where=where)
     return [path.parent / name for name in names]
 
 
 def _settings(raw: Any, *, where: str) -> EngineSettings:
-    keys = _read(raw, _EngineKeys, where=where)
+    keys = read_keys(raw, _EngineKeys, where=where)
 
     def size(name: str) -> int:
-        return _above_zero(parse_bytes, getattr(keys, name), where=f"{where}.{name}", example="8GiB")
+        return above_zero(parse_bytes, getattr(keys, name), where=f"{where}.{name}", example="8GiB")
 
     shape = SHAPES.get(keys.model)
     if shape is not None and keys.max_model_len > shape.max_position_tokens:
         problem = f"found {keys.max_model_len}; expected at most {keys.model}'s positions, {shape.max_position_tokens}"
-        raise _wrong(f"{where}.max_model_len", problem, "set it lower, or model to demo-long")
+        raise wrong(f"{where}.max_model_len", problem, "set it lower, or model to demo-long")
     return EngineSettings(
         model=keys.model,
         shape=shape,
@@ -300,11 +299,11 @@ def _settings(raw: Any, *, where: str) -> EngineSettings:
 def _size(raw: Mapping[Any, Any], size: str, *, where: str) -> _SizeKeys:
     for key in raw:
         if key not in SIZES:
-            problem = f"found {_show(key)}; expected {' or '.join(SIZES)}"
-            raise _wrong(where, problem, _did_you_mean(key, SIZES))
+            problem = f"found {show(key)}; expected {' or '.join(SIZES)}"
+            raise wrong(where, problem, did_you_mean(key, SIZES))
     if size not in raw:
-        raise _wrong(f"{where}.{size}", "found nothing; expected this size", f"set {size} to {{seeds: 3}}, say")
-    return _read(raw[size], _SizeKeys, where=f"{where}.{size}")
+        raise wrong(f"{where}.{size}", "found nothing; expected this size", f"set {size} to {{seeds: 3}}, say")
+    return read_keys(raw[size], _SizeKeys, where=f"{where}.{size}")
 
 
 def _point(
@@ -318,14 +317,14 @@ def _point(
     where: str,
     folder: Path,
 ) -> Point:
-    keys = _read(raw, _PointKeys, where=where)
+    keys = read_keys(raw, _PointKeys, where=where)
     merged = {**common, **(keys.workload or {})}
     # A mistake in what all points share is named there.
     where_workload = f"{where}.workload" if keys.workload else f"{where.partition('.points')[0]}.workload"
     for key in ("requests", "rates"):
         if key in merged:
             problem = f"found {key} among the requests; expected it in points"
-            raise _wrong(f"{where_workload}.{key}", problem, f"set {key.removesuffix('s')} of each point instead")
+            raise wrong(f"{where_workload}.{key}", problem, f"set {key.removesuffix('s')} of each point instead")
     sessions, ends = merged.pop("sessions", None), merged.pop("ends", None)
     arrivals = merged.get("arrivals")
     if trace_path is not None and isinstance(arrivals, dict) and isinstance(arrivals.get("trace"), dict):
@@ -339,7 +338,7 @@ def _point(
     point = Point(name, rate if keys.x is None else keys.x, rate, workload)
     if sessions is not None and ends is not None:
         problem = "found ends beside sessions; expected one of them"
-        raise _wrong(f"{where_workload}.ends", problem, "remove one of them")
+        raise wrong(f"{where_workload}.ends", problem, "remove one of them")
     if sessions is not None:
         where_sessions, most = f"{where_workload}.sessions", settings.max_model_len
         return replace(point, sessions=read_sessions(sessions, workload, max_model_len=most, where=where_sessions))
@@ -351,8 +350,8 @@ def _point(
 def _known(names: Sequence[str], known: Sequence[str], *, where: str) -> Sequence[str]:
     for i, name in enumerate(names):
         if name not in known:
-            problem = f"found {_show(name)}; expected one of {', '.join(known)}"
-            raise _wrong(f"{where}[{i}]", problem, _did_you_mean(name, known) or "set one of them")
+            problem = f"found {show(name)}; expected one of {', '.join(known)}"
+            raise wrong(f"{where}[{i}]", problem, did_you_mean(name, known) or "set one of them")
     check_distinct(names, where=where)
     return names
 

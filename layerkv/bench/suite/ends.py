@@ -12,10 +12,11 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 from msgspec import Meta
 
-# One way of writing refusals for all of layerkv: these helpers are private to the package.
-from layerkv.config import _read, _wrong
 from layerkv.sim.workload import WorkloadSpec
 from layerkv.sim.workload_config import check_distinct
+
+# One way of writing refusals for all of layerkv: these helpers are private to the package.
+from layerkv.strict_yaml import read_keys, wrong
 
 __all__ = ["Ends", "read_ends"]
 
@@ -55,9 +56,9 @@ def read_ends(raw: Any, workload: WorkloadSpec, *, where: str) -> Ends:
     Raises:
         ConfigError: the mapping does not say what it should, or not together with the workload.
     """
-    keys = _read(raw, _EndsKeys, where=where)
+    keys = read_keys(raw, _EndsKeys, where=where)
     check_distinct(keys.stop, where=f"{where}.stop")
     if workload.max_tokens_factor != 1:
         problem = "found ends beside max_tokens_factor; expected one of them, for with ends max_tokens is left out"
-        raise _wrong(where, problem, "remove one of them")
+        raise wrong(where, problem, "remove one of them")
     return Ends(tuple(keys.stop), keys.hang_up)

@@ -8,10 +8,11 @@ from typing import Annotated, Any, TypeAlias
 import msgspec
 from msgspec import Meta
 
-# One way of writing refusals for all of layerkv: these helpers are private to the package.
-from layerkv.config import _above_zero, _read, _wrong
 from layerkv.sim.workload import Lengths, TraceArrivals, WorkloadSpec
 from layerkv.sim.workload_config import read_lengths
+
+# One way of writing refusals for all of layerkv: these helpers are private to the package.
+from layerkv.strict_yaml import above_zero, read_keys, wrong
 from layerkv.units import parse_seconds
 
 __all__ = ["Sessions", "read_sessions"]
@@ -54,16 +55,16 @@ def read_sessions(raw: Any, workload: WorkloadSpec, *, max_model_len: int, where
     Raises:
         ConfigError: the mapping does not say what it should, or not together with the workload.
     """
-    keys = _read(raw, _SessionKeys, where=where)
+    keys = read_keys(raw, _SessionKeys, where=where)
     turns = read_lengths(keys.turns, where=f"{where}.turns")
     if workload.max_tokens_factor != 1:
-        raise _wrong(where, "found sessions beside max_tokens_factor; expected one of them", "remove one of them")
+        raise wrong(where, "found sessions beside max_tokens_factor; expected one of them", "remove one of them")
     if isinstance(workload.arrivals, TraceArrivals):
-        raise _wrong(where, "found sessions beside a trace; expected one of them", "remove sessions, or the trace")
+        raise wrong(where, "found sessions beside a trace; expected one of them", "remove sessions, or the trace")
     a_turn = max(mix.prompt_tokens.most + mix.output_tokens.most for mix in workload.classes)  # type: ignore[union-attr]
     longest = keys.shared_prefix_tokens + turns.most * a_turn
     if longest > max_model_len:
         problem = f"found sessions of up to {longest} tokens; expected at most max_model_len, {max_model_len}"
-        raise _wrong(where, problem, "set fewer turns or shorter lengths, or a larger max_model_len")
-    think_s = _above_zero(parse_seconds, keys.think, where=f"{where}.think", example="500ms")
+        raise wrong(where, problem, "set fewer turns or shorter lengths, or a larger max_model_len")
+    think_s = above_zero(parse_seconds, keys.think, where=f"{where}.think", example="500ms")
     return Sessions(turns, think_s, keys.shared_prefix_tokens)

@@ -446,8 +446,8 @@ def test_a_wrong_file_beside_it_is_refused_by_its_own_name(write: Write, changes
     ("text", "complaint"),
     [
         ("", "sim.yaml: $: found None (NoneType); expected a mapping with the keys version, engine, workload"),
-        ("version: [", "sim.yaml: line 1, column 11: found what is not YAML"),
-        ("version: 1\nversion: 1", "sim.yaml: line 2, column 1: found what is not YAML (found the key 'version' twice"),
+        ("version: [", "sim.yaml: line 1, column 11: while parsing a flow node, "),
+        ("version: 1\nversion: 1", "sim.yaml: line 2, column 1: found the key 'version' twice"),
         ("version: 2024-99-99", "sim.yaml: found what is not YAML (month must be in 1..12)"),
         ("\0", "sim.yaml: found what is not YAML"),
     ],
