@@ -164,13 +164,13 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Note first tokens and step times, and send refusals out with the step's outputs."""
+        if not self._is_active:
+            return super().update_from_output(scheduler_output, model_runner_output)
         received = model_runner_output.kv_connector_output
-        if self._is_active and received is not None:
+        if received is not None:
             self._recovery.copies_failed(received)
         waited_s = self._waited_s(received)  # before vLLM adds the scheduler's own figures to it
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        if not self._is_active:
-            return outputs
         self._recovery.processed()
         now_s = time.monotonic()
         firsts_late = self._note_first_tokens(outputs.values(), now_s) if self._no_first_token else None

@@ -18,11 +18,12 @@ GEOMETRY = KVGeometry(num_layers=2, page_bytes=1024, block_tokens=16, pool_block
 
 def check(max_model_len: int, monkeypatch: pytest.MonkeyPatch, **config: Any) -> None:
     from layerkv.vllm_plugin import setup
+    from layerkv.vllm_plugin.host_memory import WorkerMemory
 
     monkeypatch.setattr(setup, "host_blocks_per_worker", lambda *_: 40)
     settings = EngineConfig.from_extra_config({"host_memory": "1MiB", **config})
     model = SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len))
-    setup.require_room_for_one(model, settings, GEOMETRY)
+    setup.require_room_for_one(model, settings, GEOMETRY, WorkerMemory.here())
 
 
 def test_requests_longer_than_the_pool_need_a_mode_that_runs_them_in_the_zone(
