@@ -14,7 +14,8 @@ from layerkv.core.cost import StepWork
 from layerkv.core.ledger import KVLedger
 from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan, num_blocks
-from layerkv.scheduler.controller import Controller, EngineShape, EngineState, Running
+from layerkv.scheduler.controller import Controller
+from layerkv.scheduler.engine import EngineShape, EngineState, Running
 from layerkv.scheduler.lengths import LengthPredictor
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.reasons import End, Reason

@@ -27,8 +27,9 @@ from layerkv.core.cost import StepWork, generic_profile, load_profile
 from layerkv.core.residency import Residency
 from layerkv.errors import CapacityError, ConfigError
 from layerkv.metrics import COPY_WAIT
-from layerkv.scheduler.controller import Controller, EngineShape
+from layerkv.scheduler.controller import Controller
 from layerkv.scheduler.decision_log import DecisionLog
+from layerkv.scheduler.engine import EngineShape
 from layerkv.scheduler.reasons import End, Reason
 from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import Decision, Snapshot

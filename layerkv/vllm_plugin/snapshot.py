@@ -11,7 +11,7 @@ from vllm.v1.request import Request, RequestStatus
 from layerkv.core.cost import StepWork, chunk_pairs
 from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan, num_blocks
-from layerkv.scheduler.controller import EngineState, Running
+from layerkv.scheduler.engine import EngineState, Running
 from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
 from layerkv.vllm_plugin.prefix_hits import PrefixHits
 

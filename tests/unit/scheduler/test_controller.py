@@ -9,7 +9,8 @@ import pytest
 
 from layerkv.config import SloClass
 from layerkv.core.cost import StepWork
-from layerkv.scheduler.controller import EXCHANGE_STEPS, Controller, EngineShape, EngineState, Running
+from layerkv.scheduler.controller import EXCHANGE_STEPS, Controller
+from layerkv.scheduler.engine import EngineShape, EngineState, Running
 from layerkv.scheduler.lengths import MIN_SAMPLES, UNKNOWN_TOKENS, MaxTokens, QuantileLengths
 from layerkv.scheduler.reasons import End, Event, LogEntry, Reason
 from layerkv.scheduler.snapshot import PrefixHit, WaitingRequest
