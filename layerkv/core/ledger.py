@@ -168,7 +168,7 @@ class KVLedger:
         if (missing := last_block + 1 - len(copy.blocks)) > 0:
             self.host.unpin()  # what the plan says of prefixes is done before its first layer is stored
             copy.blocks += self.host.take(missing)
-        in_pool = self._num_leading_pool_blocks(block_ids)
+        in_pool = self.geometry.num_leading_pool_blocks(block_ids)
         first_written = max(num_computed // tokens, in_pool)
         loaded = slice(in_pool, -(-num_computed // tokens))
         written = slice(first_written, last_block + 1)
@@ -224,7 +224,7 @@ class KVLedger:
         layered = self.residency[request_id] is Residency.LAYERED
         if layered:
             copy = self._copies[request_id]
-            num_to_store = min(self._num_leading_pool_blocks(block_ids), num_needed)
+            num_to_store = min(self.geometry.num_leading_pool_blocks(block_ids), num_needed)
             self.host.give_back(copy.blocks[num_needed:])
             del copy.blocks[num_needed:]
             self._leave_zone(request_id)
@@ -375,10 +375,6 @@ class KVLedger:
             elif state is Residency.RESIDENT:
                 assert not has_copy or self._copies[request_id].is_ahead, f"{request_id} keeps host blocks for nothing"
         assert set(self._copies) <= set(self.residency)
-
-    def _num_leading_pool_blocks(self, block_ids: Sequence[int]) -> int:
-        first_zone_block = self.geometry.pool_blocks
-        return next((i for i, block in enumerate(block_ids) if block >= first_zone_block), len(block_ids))
 
     def _leave_zone(self, request_id: str) -> None:
         self._layered.discard(request_id)

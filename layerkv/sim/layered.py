@@ -182,7 +182,7 @@ class LayeredEngine(VirtualEngine):
         is_prefilling = made == 0 or num_tokens - computed > 1
         if not self.ledger.is_layered(request_id):
             return Running(request_id, num_tokens, computed, made, is_prefilling, num_blocks)
-        in_zone = sum(block >= self.geometry.pool_blocks for block in live.block_ids)
+        in_zone = self.geometry.num_zone_blocks(live.block_ids)
         in_host = self.ledger.num_host_blocks_of(request_id)
         return Running(request_id, num_tokens, computed, made, is_prefilling, num_blocks, in_zone, True, in_host)
 

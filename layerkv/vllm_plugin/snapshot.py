@@ -104,7 +104,7 @@ class EngineReader:
 
     def _running(self) -> Iterator[Running]:
         ledger, req_to_blocks = self._ledger, self._manager.req_to_blocks
-        layered_ids, first_zone_block = ledger.layered_ids, self._geometry.pool_blocks
+        layered_ids, num_zone_blocks = ledger.layered_ids, self._geometry.num_zone_blocks
         for request in self._scheduler.running:
             request_id = request.request_id
             held = req_to_blocks[request_id]
@@ -116,7 +116,7 @@ class EngineReader:
                 request.num_output_tokens,
                 request.is_prefill_chunk,
                 len(held),
-                sum(block.block_id >= first_zone_block for block in held) if is_layered else 0,
+                num_zone_blocks([block.block_id for block in held]) if is_layered else 0,
                 is_layered,
                 ledger.num_host_blocks_of(request_id) if is_layered else 0,
             )
