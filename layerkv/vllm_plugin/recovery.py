@@ -86,8 +86,7 @@ class Recovery:
             request: Request = s.requests[request_id]
             match ledger.residency[request_id]:
                 case Residency.RESIDENT:
-                    ledger.drop_ahead(request_id)
-                    s._controller.dropped_ahead(request_id)
+                    s._desk.drop_ahead(request_id)
                 case Residency.LAYERED:
                     s.running.remove(request)
                     s._preempt_request(request, now_s, drop_stale_output=True)
@@ -95,7 +94,6 @@ class Recovery:
                 case Residency.PARKED:
                     if request_id in computed_wrong:  # by the step scheduled ahead of this output
                         request.drop_stale_output = True
-                    ledger.drop(request_id)
                     s._recomputes(request)
                     lost.append(request_id)
                 case _:  # its fetch comes after the store and fails with it, or has the KV from the device's own cache
@@ -143,7 +141,6 @@ class Recovery:
         request.drop_stale_output = request.num_stale_output_tokens > 0
         s, request_id = self._scheduler, request.request_id
         if self._ledger.residency[request_id] is Residency.PARKED:
-            self._ledger.drop(request_id)
             s._recomputes(request)
         elif request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
             s.failed_recving_kv_req_ids.add(request_id)  # `processed` sees it arrive
@@ -176,7 +173,6 @@ class Recovery:
             for request in arrived:
                 self._start_over(request)
             for request_id in [r for r in ledger.residency if ledger.residency[r] is Residency.PARKED]:
-                ledger.drop(request_id)
                 s._recomputes(s.requests[request_id])
             ledger.forget_prefixes()
         elif num_moved := self._num_with_kv_on_host():
@@ -210,7 +206,6 @@ class Recovery:
         s.kv_cache_manager.free(request)
         request.num_computed_tokens = 0
         s.waiting.add_request(request)
-        self._ledger.drop(request.request_id)
         s._recomputes(request)
 
     def _num_with_kv_on_host(self) -> int:

@@ -29,7 +29,9 @@ from layerkv.errors import CapacityError, ConfigError
 from layerkv.metrics import COPY_WAIT
 from layerkv.scheduler.controller import Controller
 from layerkv.scheduler.decision_log import DecisionLog
+from layerkv.scheduler.desk import Desk
 from layerkv.scheduler.engine import EngineShape
+from layerkv.scheduler.prefill import prefill_share
 from layerkv.scheduler.reasons import End, Reason
 from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import Decision, Snapshot
@@ -97,12 +99,13 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             return
         self._side = side
         self._ledger = side.ledger
-        side.follow(self.requests)
         manager = self.kv_cache_manager.coordinator.single_type_managers[0]
         assert isinstance(manager, LayerKVManager)
         self._policy_source = follow_policy(side.config.policy_path, side.config.policy)
         self._policy_source.require = partial(require_heard, has_metrics=self.log_stats)
         self._controller = self._make_controller()
+        self._desk = Desk(self._controller, side.ledger)
+        side.follow(self.requests, self._desk, self._end_of)
         path, rank = side.config.decision_log, self.vllm_config.parallel_config.data_parallel_index
         if path is not None and rank > 0:
             path = f"{path}.rank{rank}"  # each engine writes a log of its own
@@ -246,7 +249,6 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             self._recovery.leaves(request)
         super()._preempt_request(request, timestamp, drop_stale_output)
         if self._is_active and self._ledger.residency.get(request.request_id) is not Residency.PARKED:
-            self._ledger.drop(request.request_id)
             self._recomputes(request)
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus) -> list[Request]:
@@ -285,10 +287,12 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             is_fetchable=reader.is_fetchable,
             hits=reader.prefix_hits.of,
         )
+        self._desk.begin_step(self.current_step + 1, now_s)  # vLLM counts it when it begins to schedule
         for refusal in decision.refuse:
             self._refuse(refusal.request_id, refusal_text(snapshot, refusal), refusal.reason)
         for request_id in decision.store_ahead:
-            self._store_ahead(request_id, now_s)
+            block_ids = self.kv_cache_manager.get_block_ids(request_id)[0]
+            self._desk.store_ahead(request_id, block_ids, self.requests[request_id].num_computed_tokens)
         if decision.park:
             self._park(decision, now_s)
         for request_id in decision.recompute:
@@ -322,7 +326,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             self._queue.show(())
             if is_paused:
                 self._undrain(chosen)
-        self._note_started(decision, now_s)
+        self._note_started(decision)
         return output
 
     def _limit_prefill(self, snapshot: Snapshot, decision: Decision) -> list[Request]:
@@ -335,12 +339,16 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             Running prompts that vLLM must not see in this step. No limit is low enough for a share of nothing: a
             single token of a layered prompt would load all its chunks again, and take the token a fetch needs.
         """
-        spare = 1 if decision.fetch else 0
-        budget = snapshot.decode_tokens + decision.prefill_tokens + spare
-        self.max_num_scheduled_tokens = min(self.max_num_scheduled_tokens, max(budget, 1))
+        prefilling = [request for request in self.running if request.is_prefill_chunk]
+        self.max_num_scheduled_tokens, share = prefill_share(
+            self.max_num_scheduled_tokens,
+            decode_tokens=snapshot.decode_tokens,
+            prefill_tokens=decision.prefill_tokens,
+            num_prompts=len(prefilling),
+            spare_tokens=1 if decision.fetch else 0,
+        )
         if decision.has_whole_prompt:
             self.scheduler_config.long_prefill_token_threshold = 0
-        prefilling = [request for request in self.running if request.is_prefill_chunk]
         if prefilling:
             decoding = [request for request in self.running if not request.is_prefill_chunk]
             if decision.prefill_tokens == 0 and decoding:
@@ -348,8 +356,6 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self.max_num_active_reqs -= len(prefilling)
                 return prefilling
             self.running = decoding + prefilling
-            room = self.max_num_scheduled_tokens - snapshot.decode_tokens - spare
-            share = max(min(room, decision.prefill_tokens) // len(prefilling), 1)
             threshold = self.scheduler_config.long_prefill_token_threshold
             self.scheduler_config.long_prefill_token_threshold = min(share, threshold) if threshold else share
             self.adaptive_long_prefill_threshold = False  # it would raise the share again
@@ -374,41 +380,31 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         for request in parked:
             request_id = request.request_id
             block_ids = self.kv_cache_manager.get_block_ids(request_id)[0]
-            num_computed = request.num_computed_tokens
-            self._ledger.park(request_id, block_ids, num_computed)
-            self._preempt_request(request, now_s)  # resets its counts; its in-flight token is still delivered
-            self._controller.park(
+            self._desk.park(
                 request_id,
-                num_computed=num_computed,
+                block_ids,
+                num_computed=request.num_computed_tokens,
                 num_tokens=request.num_tokens,
                 num_output=request.num_output_tokens,
                 reason=decision.reasons[request_id],
-                now_s=now_s,
             )
+            self._preempt_request(request, now_s)  # resets its counts; its in-flight token is still delivered
 
     def _give_up(self, request: Request, now_s: float) -> None:
         """vLLM's own preemption: the request's KV is computed again."""
         self.running.remove(request)
         self._preempt_request(request, now_s)
 
-    def _store_ahead(self, request_id: str, now_s: float) -> None:
-        block_ids = self.kv_cache_manager.get_block_ids(request_id)[0]
-        num_stored = self._ledger.store_ahead(request_id, block_ids, self.requests[request_id].num_computed_tokens)
-        self._controller.stored_ahead(request_id, num_stored, now_s)
-
     def _chosen(self, decision: Decision) -> list[Request]:
         """Whom vLLM shall find in its waiting queue in this step, in order; layered ones get their reservations."""
         chosen = [self.requests[request_id] for request_id in decision.fetch]
         for admission in decision.admit:
             request = self.requests[admission.request_id]
-            if admission.layered:
-                try:
-                    self._ledger.admit_layered(
-                        admission.request_id, table_blocks=admission.host_blocks, zone_blocks=admission.zone_blocks
-                    )
-                except CapacityError as error:  # what it was decided from has changed: it waits for the next step
-                    logger.debug("request %s is not admitted in this step: %s", admission.request_id, error)
-                    continue
+            try:
+                self._desk.reserve(admission)
+            except CapacityError as error:  # what it was decided from has changed: it waits for the next step
+                logger.debug("request %s is not admitted in this step: %s", admission.request_id, error)
+                continue
             chosen.append(request)
         return chosen + self._strangers()
 
@@ -420,33 +416,24 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         known = (controller.waiting, controller.parked, self._refused)
         return [request for request in self.waiting if not any(request.request_id in views for views in known)]
 
-    def _note_started(self, decision: Decision, now_s: float) -> None:
+    def _note_started(self, decision: Decision) -> None:
         """Bring the books in line with what vLLM did of what was decided."""
-        step, metrics = self.current_step, self._side.metrics
+        metrics = self._side.metrics
         for request_id in decision.fetch:
-            if self._ledger.residency[request_id] is not Residency.PARKED:
-                self._controller.fetched(request_id, step=step, now_s=now_s)
-            else:
+            if self._ledger.residency[request_id] is Residency.PARKED:
                 metrics.add("layerkv_declined", 1)
         for admission in decision.admit:
             request = self.requests.get(admission.request_id)
             if request is None:
                 continue
             if request.status is RequestStatus.RUNNING:
-                waited_s = self._controller.admitted(
-                    admission.request_id,
-                    layered=admission.layered,
-                    reason=decision.reasons[admission.request_id],
-                    step=step,
-                    now_s=now_s,
-                )
+                waited_s = self._desk.admitted(admission.request_id, decision.reasons[admission.request_id])
                 if waited_s is not None:
                     metrics.observe("layerkv_admission_wait_seconds", waited_s)
                 continue
             metrics.add("layerkv_declined", 1)
             self._reader.prefix_hits.forget(admission.request_id)
-            if self._ledger.is_layered(admission.request_id):
-                self._ledger.cancel_layered(admission.request_id)
+            self._desk.declined(admission.request_id)
 
     # Requests coming and going ---------------------------------------------------------------------------------
 
@@ -489,11 +476,13 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             return policy.classes[policy.default_class]
 
     def _recomputes(self, request: Request) -> None:
-        """The request's KV is given up: it waits for compute again, with the token that is still on its way."""
+        """Give the request's KV up: it waits for compute again, with the token that is still on its way."""
         is_token_coming = request.num_stale_output_tokens > 0 and not request.drop_stale_output
         num_tokens = request.num_tokens + (1 if is_token_coming else 0)
         num_output, reason = request.num_output_tokens, self._gives_up_for
-        self._controller.recomputes(request.request_id, num_tokens, num_output, reason, time.monotonic())
+        self._desk.recomputes(
+            request.request_id, num_tokens=num_tokens, num_output=num_output, reason=reason, now_s=time.monotonic()
+        )
         self._keep_from_pool(request)
 
     def _keep_from_pool(self, request: Request) -> None:
@@ -507,9 +496,10 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if request.num_output_tokens and request_id in self._no_first_token:  # it ends with its first token
             self._note_first_token(request_id, time.monotonic())
         self._no_first_token.discard(request_id)
-        end = End.CUT_OFF if self._ends_all else ENDS.get(request.status, End.REFUSED)
-        self._controller.leave(request_id, num_output=request.num_output_tokens, end=end, now_s=time.monotonic())
         self._refused.pop(request_id, None)
+
+    def _end_of(self, request: Request) -> End:
+        return End.CUT_OFF if self._ends_all else ENDS.get(request.status, End.REFUSED)
 
     def _refuse(self, request_id: str, text: str, reason: Reason) -> None:
         self._refused[request_id] = text
