@@ -53,20 +53,13 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> Seen:
                 books.refresh(tracked, r.num_output)
             left = max(tracked.middle_tokens - r.num_output, 1)
             if not r.is_prefilling:
-                # TrackedRequest.start_by_s, written out: this line runs hundreds of times per decision
-                made, tpot = r.num_output or 1, tracked.tpot_s
-                first_s = tracked.first_token_s
-                due_s = (now_s if first_s is None else first_s) + tpot * made
-                if tracked.low_tokens > r.num_output and tpot > step_s:
-                    due_s += (tracked.low_tokens - r.num_output) * (tpot - step_s)
-                if due_s - now_s > tracked.max_stall_s:
-                    due_s = now_s + tracked.max_stall_s
+                due_s = tracked.start_by_s(r.num_output, now_s, step_s)
                 if due_s < now_s:
                     num_late += 1  # who is late already holds nobody back
                 elif due_s < now_s + slack_s:
                     slack_s = due_s - now_s
-                if tpot < tpot_s:
-                    tpot_s = tpot
+                if tracked.tpot_s < tpot_s:
+                    tpot_s = tracked.tpot_s
         if r.is_prefilling:
             prefilling += remaining
             if tracked is not None:
