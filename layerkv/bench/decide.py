@@ -20,7 +20,8 @@ from layerkv.bench.machine import Machine, installed_versions, this_command, utc
 from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile, Curve, StepWork
 from layerkv.figures import percentile
-from layerkv.scheduler.controller import Controller, EngineShape, EngineState, Running
+from layerkv.scheduler.controller import Controller
+from layerkv.scheduler.engine import EngineShape, EngineState, Running
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
 

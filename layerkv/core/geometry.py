@@ -12,6 +12,7 @@ outside of the turn, each with a lane, and so zone memory, of its own (LayerKV's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 
@@ -89,6 +90,18 @@ class KVGeometry:
     def streamed_block_bytes(self) -> int:
         """Bytes of a zone block that pass through lanes of several layers: what one more step must load of it."""
         return sum(len(layers) for layers in self.lane_layers() if len(layers) > 1) * self.page_bytes
+
+    def is_zone_block(self, block: int) -> bool:
+        """Whether a block id is of the lane zone; else it is of the pool."""
+        return block >= self.pool_blocks
+
+    def num_zone_blocks(self, block_ids: Sequence[int]) -> int:
+        """Zone blocks of a request's block table: all after its prefix-cache hits, which are in the pool."""
+        return len(block_ids) - self.num_leading_pool_blocks(block_ids)
+
+    def num_leading_pool_blocks(self, block_ids: Sequence[int]) -> int:
+        """Blocks of a block table before the first one of the zone."""
+        return next((i for i, block in enumerate(block_ids) if self.is_zone_block(block)), len(block_ids))
 
     def lane_layers(self) -> list[list[int]]:
         """The layers that write their zone blocks to each lane, in the order in which they run."""

@@ -9,11 +9,29 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from layerkv.core.prefix_news import PrefixNews
 from layerkv.core.runs import RunAllocator
 from layerkv.errors import CapacityError
+
+
+@dataclass(slots=True)
+class HostCopy:
+    """A request's place in host memory.
+
+    Attributes:
+        blocks: Host block of each entry of the request's block table, by position.
+        num_tokens: Tokens whose KV is (or, for stores under way, will be) valid there; set when parked.
+        is_ahead: The request is resident: its leading whole blocks were stored before anybody parked it.
+        is_trusted: It may become a cached prefix. Not after something in host memory could not be read.
+    """
+
+    blocks: list[int]
+    num_tokens: int = 0
+    is_ahead: bool = False
+    is_trusted: bool = True
 
 
 class HostTier:

@@ -9,32 +9,16 @@ happens as a whole or raises :class:`CapacityError` and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence, Set
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 
 from layerkv.core.geometry import KVGeometry
-from layerkv.core.host_tier import HostTier
+from layerkv.core.host_prefixes import HostPrefixes
+from layerkv.core.host_tier import HostCopy, HostTier
+from layerkv.core.plan_draft import PlanDraft
 from layerkv.core.residency import Residency, ResidencyTable
-from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan, merge_runs, num_blocks
+from layerkv.core.transfer import FetchPlan, StepPlan, merge_runs, num_blocks
 from layerkv.core.zone import ZoneLedger
 from layerkv.errors import CapacityError
-
-
-@dataclass(slots=True)
-class HostCopy:
-    """A request's place in host memory.
-
-    Attributes:
-        blocks: Host block of each entry of the request's block table, by position.
-        num_tokens: Tokens whose KV is (or, for stores under way, will be) valid there; set when parked.
-        is_ahead: The request is resident: its leading whole blocks were stored before anybody parked it.
-        is_trusted: It may become a cached prefix. Not after something in host memory could not be read.
-    """
-
-    blocks: list[int]
-    num_tokens: int = 0
-    is_ahead: bool = False
-    is_trusted: bool = True
 
 
 @dataclass(slots=True)
@@ -50,17 +34,6 @@ class LedgerCounters:
     loaded_blocks: int = 0
     prefix_stored_blocks: int = 0
     prefix_hit_blocks: int = 0
-
-
-@dataclass(slots=True)
-class _PlanDraft:
-    parks: list[BlockRun] = field(default_factory=list)
-    stores: list[BlockRun] = field(default_factory=list)
-    loads: list[BlockRun] = field(default_factory=list)
-    hits: list[BlockRun] = field(default_factory=list)
-    ahead: dict[str, tuple[BlockRun, ...]] = field(default_factory=dict)
-    settle: bool = False
-    fetches: list[FetchPlan] = field(default_factory=list)
 
 
 class KVLedger:
@@ -81,11 +54,12 @@ class KVLedger:
         self.residency = ResidencyTable()
         self.zone = ZoneLedger(geometry.pool_blocks, geometry.zone_blocks)
         self.host = HostTier(num_host_blocks)
+        self._prefixes = HostPrefixes(self.host, geometry.block_tokens)
         self.counters = LedgerCounters()
         self._copies: dict[str, HostCopy] = {}
         self._layered: set[str] = set()
         self._orphans: dict[str, HostCopy] = {}  # left while FETCHING: blocks stay until the load is reported
-        self._draft = _PlanDraft()
+        self._draft = PlanDraft()
 
     # Admission -----------------------------------------------------------------------------------------------
 
@@ -145,7 +119,7 @@ class KVLedger:
         """
         if self.residency.get(request_id) is not Residency.WAITING or request_id in self._layered:
             return 0
-        return len(self.host.find(islice(hashes, blocks.start, blocks.stop)))
+        return self._prefixes.num_found(hashes, blocks)
 
     def load_prefix(self, request_id: str, block_ids: Sequence[int], hashes: Sequence[Hashable], blocks: range) -> None:
         """A waiting request starts with part of its prompt loaded, before this step's forward pass.
@@ -156,12 +130,9 @@ class KVLedger:
             hashes: Of its blocks.
             blocks: Which blocks of the table are loaded, all of them found before in this step.
         """
-        found = self.host.find(hashes[blocks.start : blocks.stop])
-        assert len(found) == len(blocks), f"{request_id}: a prefix that was found is gone"
-        self.host.pin(found)
-        self._draft.hits += merge_runs(block_ids[blocks.start : blocks.stop], found)
-        self.counters.prefix_hit_blocks += len(found)
-        self.counters.loaded_blocks += len(found)
+        self._prefixes.load(self._draft, block_ids, hashes, blocks)
+        self.counters.prefix_hit_blocks += len(blocks)
+        self.counters.loaded_blocks += len(blocks)
         self.started(request_id)
 
     def forget_prefixes(self) -> None:
@@ -197,7 +168,7 @@ class KVLedger:
         if (missing := last_block + 1 - len(copy.blocks)) > 0:
             self.host.unpin()  # what the plan says of prefixes is done before its first layer is stored
             copy.blocks += self.host.take(missing)
-        in_pool = self._num_leading_pool_blocks(block_ids)
+        in_pool = self.geometry.num_leading_pool_blocks(block_ids)
         first_written = max(num_computed // tokens, in_pool)
         loaded = slice(in_pool, -(-num_computed // tokens))
         written = slice(first_written, last_block + 1)
@@ -253,7 +224,7 @@ class KVLedger:
         layered = self.residency[request_id] is Residency.LAYERED
         if layered:
             copy = self._copies[request_id]
-            num_to_store = min(self._num_leading_pool_blocks(block_ids), num_needed)
+            num_to_store = min(self.geometry.num_leading_pool_blocks(block_ids), num_needed)
             self.host.give_back(copy.blocks[num_needed:])
             del copy.blocks[num_needed:]
             self._leave_zone(request_id)
@@ -265,8 +236,8 @@ class KVLedger:
             copy = self._copies[request_id] = HostCopy([*(ahead.blocks if ahead else ()), *rest])
             to_store = slice(num_stored, num_needed)
             num_to_store = num_needed - num_stored
-            self._draft.settle |= num_stored > 0
-            self._draft.parks += self._draft.ahead.pop(request_id, ())  # not begun yet: the park waits for it
+            if num_stored > 0:
+                self._draft.parks_now(request_id)
         copy.num_tokens = num_computed
         self._draft.parks += merge_runs(block_ids[to_store], copy.blocks[to_store])
         self.residency.move(request_id, Residency.PARKED)
@@ -314,23 +285,14 @@ class KVLedger:
             self.host.give_back(orphan.blocks)
             return
         if self.residency.get(request_id) is Residency.FETCHING:
-            self._keep_copy(request_id, hashes)
+            self._prefixes.keep_copy(self._copies.pop(request_id), hashes)
             self.residency.move(request_id, Residency.RESIDENT)
 
     def take_plan(self, num_tokens: int) -> StepPlan:
         """The copies planned since the last call, for the step that computes ``num_tokens``."""
-        draft, self._draft = self._draft, _PlanDraft()
+        draft, self._draft = self._draft, PlanDraft()
         self.host.unpin()  # who takes blocks from now on writes them by later plans
-        return StepPlan(
-            parks=tuple(draft.parks),
-            stores=tuple(draft.stores),
-            loads=tuple(draft.loads),
-            hits=tuple(draft.hits),
-            ahead=tuple(run for runs in draft.ahead.values() for run in runs),
-            settle=draft.settle,
-            fetches=tuple(draft.fetches),
-            num_tokens=num_tokens,
-        )
+        return draft.plan(num_tokens)
 
     # Leaving -------------------------------------------------------------------------------------------------
 
@@ -370,52 +332,24 @@ class KVLedger:
         if state is Residency.FETCHING:
             self._orphans[request_id] = self._copies.pop(request_id)
         elif state is Residency.PARKED:
-            self._keep_copy(request_id, hashes)
+            self._prefixes.keep_copy(self._copies.pop(request_id), hashes)
         elif state is Residency.RESIDENT:
             num_whole = min(num_computed // self.geometry.block_tokens, len(hashes))
-            self._keep_resident(request_id, hashes[:num_whole], block_ids)
+            if (ahead := self._copies.pop(request_id, None)) is not None:
+                self._draft.parks_now(request_id)
+            num_stored = self._prefixes.keep_resident(self._draft, ahead, hashes[:num_whole], block_ids)
+            self.counters.prefix_stored_blocks += num_stored
+            self.counters.stored_blocks += num_stored
         else:
             self._release_host(request_id)
         self.residency.remove(request_id)
-
-    def _keep_copy(self, request_id: str, hashes: Sequence[Hashable]) -> None:
-        """The whole blocks of a parked request's copy become a cached prefix; the rest is given back."""
-        copy = self._copies.pop(request_id)
-        num_whole = min(copy.num_tokens // self.geometry.block_tokens, len(hashes)) if copy.is_trusted else 0
-        self.host.give_back(copy.blocks[num_whole:])
-        self.host.keep(copy.blocks[:num_whole], hashes[:num_whole])
-
-    def _keep_resident(self, request_id: str, hashes: Sequence[Hashable], block_ids: Sequence[int]) -> None:
-        """The whole blocks of a resident request become a cached prefix, as far as host memory has room.
-
-        What was stored ahead is there; of the rest, only what no other prefix has is stored, before this step's
-        forward pass, since vLLM frees the blocks now.
-        """
-        ahead = self._copies.get(request_id)
-        num_ahead = 0 if ahead is None else min(len(ahead.blocks), len(hashes))
-        if ahead is not None:
-            self._draft.parks += self._draft.ahead.pop(request_id, ())  # not begun yet
-            self._draft.settle = True
-            del self._copies[request_id]
-            self.host.give_back(ahead.blocks[num_ahead:])
-            self.host.keep(ahead.blocks[:num_ahead], hashes[:num_ahead])
-        known = self.host.known(hashes)
-        self.host.pin(block for block in known if block is not None)
-        new = [i for i in range(num_ahead, len(hashes)) if known[i] is None][: self.host.num_free]
-        blocks = self.host.take(len(new))
-        self._draft.parks += merge_runs([block_ids[i] for i in new], blocks)
-        self.host.keep(blocks, [hashes[i] for i in new])
-        self.counters.prefix_stored_blocks += len(new)
-        self.counters.stored_blocks += len(new)
 
     # Inspection ----------------------------------------------------------------------------------------------
 
     @property
     def is_idle(self) -> bool:
         """Nothing planned, nobody layered and no fetch under way: this step needs no plan."""
-        draft = self._draft
-        has_copies = draft.parks or draft.hits or draft.ahead or draft.settle or draft.fetches
-        return not (self._layered or has_copies or self.num_fetching)
+        return not (self._layered or self._draft.has_copies or self.num_fetching)
 
     @property
     def num_fetching(self) -> int:
@@ -441,10 +375,6 @@ class KVLedger:
             elif state is Residency.RESIDENT:
                 assert not has_copy or self._copies[request_id].is_ahead, f"{request_id} keeps host blocks for nothing"
         assert set(self._copies) <= set(self.residency)
-
-    def _num_leading_pool_blocks(self, block_ids: Sequence[int]) -> int:
-        first_zone_block = self.geometry.pool_blocks
-        return next((i for i, block in enumerate(block_ids) if block >= first_zone_block), len(block_ids))
 
     def _leave_zone(self, request_id: str) -> None:
         self._layered.discard(request_id)

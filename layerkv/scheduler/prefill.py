@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 from layerkv.core.cost import CostView, StepWork, chunk_pairs
 from layerkv.scheduler.snapshot import Snapshot, WaitingRequest
@@ -41,6 +42,37 @@ def prefill_budget(s: Snapshot, *, min_tokens: int, max_idle_steps: int) -> int:
     if fitting < min_tokens and s.steps_without_prefill >= max_idle_steps:
         return min(min_tokens, most)
     return fitting
+
+
+class PrefillShare(NamedTuple):
+    """What a step may compute.
+
+    Attributes:
+        step_tokens: Tokens in all, of decodes and prompts.
+        prompt_tokens: Most tokens of each prompt.
+    """
+
+    step_tokens: int
+    prompt_tokens: int
+
+
+def prefill_share(
+    budget_tokens: int, *, decode_tokens: int, prefill_tokens: int, num_prompts: int, spare_tokens: int = 0
+) -> PrefillShare:
+    """Divide a step's tokens: every decode gets its own, and prompts under way share alike what was decided.
+
+    Args:
+        budget_tokens: Tokens that a step may compute.
+        decode_tokens: Requests that decode.
+        prefill_tokens: Prompt tokens decided.
+        num_prompts: Prompts under way; without any, the first to start may take all.
+        spare_tokens: Tokens that nobody is to take.
+    """
+    step_tokens = min(budget_tokens, max(decode_tokens + prefill_tokens + spare_tokens, 1))
+    if num_prompts == 0:
+        return PrefillShare(step_tokens, step_tokens)
+    room = step_tokens - decode_tokens - spare_tokens
+    return PrefillShare(step_tokens, max(min(room, prefill_tokens) // num_prompts, 1))
 
 
 def step_seconds(s: Snapshot, cost: CostView, prefill_tokens: int) -> float:

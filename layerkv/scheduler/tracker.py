@@ -181,23 +181,22 @@ class TrackedRequest:
         self.failed_at = num_output_tokens
         return self.num_failures >= MOST_FAILURES
 
-    def next_token_deadline_s(self, num_output_tokens: int, now_s: float) -> float:
-        """When token ``num_output_tokens + 1`` is due so that the average keeps the TPOT objective.
-
-        Args:
-            num_output_tokens: Tokens made so far.
-            now_s: Stands for the first token's time while that token is still on its way.
-        """
-        first = self.first_token_s if self.first_token_s is not None else now_s
-        return first + self.tpot_s * max(num_output_tokens, 1)
-
     def start_by_s(self, num_output_tokens: int, now_s: float, step_s: float) -> float:
         """The latest time to go on decoding at ``step_s`` a token and still keep the objectives.
 
         LayerKV's slack (Eq. 1): now plus ``TPOT_SLO (N_past + N_future) - (T_past + N_future step_s)``, with N_future
         the low quantile of the tokens to come. Where decoding is slower than the objective, the tokens to come earn
         nothing. A class's ``max_stall`` bounds it: its last token came now, at the latest.
+
+        Args:
+            num_output_tokens: Tokens made so far.
+            now_s: Current time; stands for the first token's while that is still on its way.
+            step_s: Seconds of a step.
         """
-        to_come = max(self.low_tokens - num_output_tokens, 0)
-        due_s = self.next_token_deadline_s(num_output_tokens, now_s) + to_come * max(self.tpot_s - step_s, 0.0)
-        return min(due_s, now_s + self.max_stall_s)
+        # Asked for hundreds of times per decision: no calls, and no more than it needs.
+        tpot_s, first_s = self.tpot_s, self.first_token_s
+        due_s = (now_s if first_s is None else first_s) + tpot_s * (num_output_tokens or 1)
+        if self.low_tokens > num_output_tokens and tpot_s > step_s:
+            due_s += (self.low_tokens - num_output_tokens) * (tpot_s - step_s)
+        latest_s = now_s + self.max_stall_s
+        return due_s if due_s < latest_s else latest_s

@@ -311,9 +311,9 @@ class VirtualEngine(ABC):
     def _give_back_freed(self) -> None:
         if not self._freed:
             return
-        first_zone_block = self.geometry.pool_blocks
-        self.free_ids += [block for block in self._freed if block < first_zone_block]
-        self.give_back_zone([block for block in self._freed if block >= first_zone_block])
+        is_zone_block = self.geometry.is_zone_block
+        self.free_ids += [block for block in self._freed if not is_zone_block(block)]
+        self.give_back_zone([block for block in self._freed if is_zone_block(block)])
         self._freed = []
 
 

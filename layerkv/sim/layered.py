@@ -14,12 +14,15 @@ from layerkv.core.cost import StepWork
 from layerkv.core.ledger import KVLedger
 from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan, num_blocks
-from layerkv.scheduler.controller import Controller, EngineShape, EngineState, Running
+from layerkv.scheduler.controller import Controller
+from layerkv.scheduler.desk import Desk
+from layerkv.scheduler.engine import EngineShape, EngineState, Running
 from layerkv.scheduler.lengths import LengthPredictor
 from layerkv.scheduler.limits import PolicyLimits
+from layerkv.scheduler.prefill import prefill_share
 from layerkv.scheduler.reasons import End, Reason
 from layerkv.scheduler.refusals import refusal_text
-from layerkv.scheduler.snapshot import Decision, Mode, Snapshot
+from layerkv.scheduler.snapshot import Decision, Mode, Refusal, Snapshot
 from layerkv.sim.engine import EngineSetup, Live, Scheduled, SimRequest, VirtualEngine
 from layerkv.sim.outcome import SimOutcome
 
@@ -61,6 +64,7 @@ class LayeredEngine(VirtualEngine):
             keep_log=keep_log,
             refuses_late=refuses_late,
         )
+        self.desk = Desk(self.controller, self.ledger)
         self.lives: dict[str, Live] = {}
         self.refused: list[str] = []
         self.decision = Decision()
@@ -104,9 +108,8 @@ class LayeredEngine(VirtualEngine):
     def left(self, live: Live) -> None:
         request_id = live.request_id
         self.free(live)
-        self.ledger.finish(request_id)
         del self.lives[request_id]
-        self.controller.leave(request_id, num_output=live.num_made, end=live.request.end, now_s=self.now_s)
+        self.desk.leave(request_id, num_output=live.num_made, end=live.request.end, now_s=self.now_s)
 
     def copies(self) -> tuple[int, int, int, bool]:
         size = self.geometry.block_bytes
@@ -181,71 +184,67 @@ class LayeredEngine(VirtualEngine):
         is_prefilling = made == 0 or num_tokens - computed > 1
         if not self.ledger.is_layered(request_id):
             return Running(request_id, num_tokens, computed, made, is_prefilling, num_blocks)
-        in_zone = sum(block >= self.geometry.pool_blocks for block in live.block_ids)
+        in_zone = self.geometry.num_zone_blocks(live.block_ids)
         in_host = self.ledger.num_host_blocks_of(request_id)
         return Running(request_id, num_tokens, computed, made, is_prefilling, num_blocks, in_zone, True, in_host)
 
     # Carrying a decision out --------------------------------------------------------------------------------------
 
     def _apply(self, snapshot: Snapshot, decision: Decision) -> None:
+        self.desk.begin_step(self.step, self.now_s)
         for refusal in decision.refuse:
-            self._refuse(refusal.request_id)
-            self.controller.refused(refusal.request_id, refusal.reason, refusal_text(snapshot, refusal), self.now_s)
-            self.controller.leave(refusal.request_id, num_output=0, end=End.REFUSED, now_s=self.now_s)
+            self._refuse(refusal, refusal_text(snapshot, refusal))
+        for request_id in decision.store_ahead:
+            live = self.lives[request_id]
+            self.desk.store_ahead(request_id, live.block_ids, live.num_computed)
         for request_id in decision.park:
             self._park(self.lives[request_id])
         for request_id in decision.recompute:
             self._give_up(self.lives[request_id], decision.reasons[request_id])
-        for request_id in decision.store_ahead:
-            live = self.lives[request_id]
-            num_stored = self.ledger.store_ahead(request_id, live.block_ids, live.num_computed)
-            self.controller.stored_ahead(request_id, num_stored, self.now_s)
         for request_id in decision.fetch:
             self._fetch(self.lives[request_id])
         for admission in decision.admit:
-            if admission.layered:
-                self.ledger.admit_layered(
-                    admission.request_id, table_blocks=admission.host_blocks, zone_blocks=admission.zone_blocks
-                )
+            self.desk.reserve(admission)
 
-    def _refuse(self, request_id: str) -> None:
+    def _refuse(self, refusal: Refusal, text: str) -> None:
+        request_id = refusal.request_id
         live = self.lives.pop(request_id)
         self.refused.append(request_id)
-        self.ledger.finish(request_id)
+        self.controller.refused(request_id, refusal.reason, text, self.now_s)
+        self.desk.leave(request_id, num_output=0, end=End.REFUSED, now_s=self.now_s)
         self.end(live, None)
 
     def _park(self, live: Live) -> None:
-        self.ledger.park(live.request_id, live.block_ids, live.num_computed)
-        self.running.remove(live)
-        self.free(live)
-        live.num_parks += 1
-        self.controller.park(
+        self.desk.park(
             live.request_id,
+            live.block_ids,
             num_computed=live.num_computed,
             num_tokens=live.num_tokens,
             num_output=live.num_made,
             reason=self.decision.reasons[live.request_id],
-            now_s=self.now_s,
         )
+        self.running.remove(live)
+        self.free(live)
+        live.num_parks += 1
 
     def _give_up(self, live: Live, reason: Reason = Reason.PREEMPTED) -> None:
         """Stock vLLM's preemption: the KV is computed again."""
         self.running.remove(live)
         self.free(live)
-        self.ledger.drop(live.request_id)
+        self.desk.recomputes(
+            live.request_id, num_tokens=live.num_tokens, num_output=live.num_made, reason=reason, now_s=self.now_s
+        )
         live.num_computed = 0
         live.num_recomputes += 1
-        self.controller.recomputes(live.request_id, live.num_tokens, live.num_made, reason, self.now_s)
 
     def _fetch(self, live: Live) -> None:
         num_tokens = max(live.num_computed + 1, live.num_tokens)
         has_room = self.hold(live, num_tokens)
         assert has_room, "the pool was promised twice"
-        self.ledger.fetch(live.request_id, live.block_ids, 0)
+        self.desk.fetch(live.request_id, live.block_ids)
         size = self.blocks(live.num_computed) * self.geometry.block_bytes
         self._link_free_s = max(self._link_free_s, self.now_s) + self.setup.profile.load(size)
         self._loading[live.request_id] = self._link_free_s
-        self.controller.fetched(live.request_id, step=self.step, now_s=self.now_s)
 
     def _finish_loads(self) -> None:
         for request_id in [r for r, end_s in self._loading.items() if end_s <= self.now_s]:
@@ -259,10 +258,12 @@ class LayeredEngine(VirtualEngine):
         prefilling: list[Live] = []
         for live in self.running:
             (prefilling if live.is_prefilling else decoding).append(live)
-        left = min(self.setup.max_num_batched_tokens, max(len(decoding) + self.decision.prefill_tokens, 1))
-        share = left
-        if prefilling:
-            share = max(min(left - len(decoding), self.decision.prefill_tokens) // len(prefilling), 1)
+        left, share = prefill_share(
+            self.setup.max_num_batched_tokens,
+            decode_tokens=len(decoding),
+            prefill_tokens=self.decision.prefill_tokens,
+            num_prompts=len(prefilling),
+        )
         scheduled: Scheduled = []
         gone: set[str] = set()
         tokens, is_layered = self.geometry.block_tokens, self.ledger.is_layered
@@ -279,16 +280,12 @@ class LayeredEngine(VirtualEngine):
             num_tokens = min(live.remaining, left, share)
             is_new = self.ledger.residency[live.request_id] is Residency.WAITING
             if num_tokens <= 0 or not self._allocate(live, num_tokens, gone, is_new=is_new):
-                if is_new and self.ledger.is_layered(live.request_id):
-                    self.ledger.cancel_layered(live.request_id)
+                if is_new:
+                    self.desk.declined(live.request_id)
                 continue
             if is_new:
                 self.running.append(live)
-                layered = self.ledger.is_layered(live.request_id)
-                reason = self.decision.reasons[live.request_id]
-                self.controller.admitted(
-                    live.request_id, layered=layered, reason=reason, step=self.step, now_s=self.now_s
-                )
+                self.desk.admitted(live.request_id, self.decision.reasons[live.request_id])
             left -= num_tokens
             scheduled.append((live, num_tokens))
         return [entry for entry in scheduled if entry[0].request_id not in gone] if gone else scheduled

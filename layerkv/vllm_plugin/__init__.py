@@ -4,8 +4,6 @@
 more than once. It is cheap, and inert until somebody asks for ``LayerKVConnector``.
 """
 
-CONNECTOR = "LayerKVConnector"
-
 
 def register() -> None:
     """Make ``LayerKVConnector`` known to vLLM. Never raises: vLLM would only log it; problems surface at start-up."""

@@ -18,8 +18,8 @@ from vllm.usage.usage_lib import UsageContext
 
 from layerkv.config import EngineConfig
 from layerkv.errors import LayerKVError
-from layerkv.vllm_plugin import CONNECTOR
 from layerkv.vllm_plugin.our_classes import (
+    CONNECTOR,
     OUR_ASYNC_SCHEDULER,
     OUR_SCHEDULER,
     OUR_WORKERS,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from layerkv.config import EngineConfig
@@ -11,6 +12,8 @@ from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan
 from layerkv.errors import IncompatibleVLLMError
 from layerkv.metrics import MetricSamples, Payload
+from layerkv.scheduler.desk import Desk
+from layerkv.scheduler.reasons import End
 from layerkv.vllm_plugin.kv_events import HostPrefixEvents
 from layerkv.vllm_plugin.setup import Setup
 from layerkv.vllm_plugin.spec import LayerKVManager
@@ -48,6 +51,8 @@ class SchedulerSide:
         self.events: HostPrefixEvents | None = None
         """Of the host prefix cache, where vLLM publishes KV events."""
         self._requests: Mapping[str, Request] = {}
+        self._desk: Desk
+        self._end_of: Callable[[Request], End]
         self._reported = LedgerCounters()
         self._reported_version: tuple[int, ...] | None = None
         self._reported_gauges: dict[tuple[str, str | None], float] = {}
@@ -69,9 +74,9 @@ class SchedulerSide:
             kind, window = kv_cache_manager.kv_cache_event_metadata[0]
             self.events = HostPrefixEvents(self.ledger.host, self.geometry.block_tokens, kind, window)
 
-    def follow(self, requests: Mapping[str, Request]) -> None:
-        """The scheduler's table of requests, for their token counts."""
-        self._requests = requests
+    def follow(self, requests: Mapping[str, Request], desk: Desk, end_of: Callable[[Request], End]) -> None:
+        """Before the first request: the scheduler's table of requests, its desk, and how it sees that one ended."""
+        self._requests, self._desk, self._end_of = requests, desk, end_of
 
     def tokens_to_fetch(self, request_id: str, num_local_tokens: int) -> tuple[int, bool]:
         """Tokens in host memory beyond those in the device's prefix cache, and that they arrive asynchronously."""
@@ -93,9 +98,9 @@ class SchedulerSide:
             self.ledger.load_prefix(request_id, block_ids, self._hashes(self._requests[request_id]), blocks)
         elif num_external_tokens > 0:
             num_local_tokens = self.ledger.parked_tokens(request_id) - num_external_tokens
-            self.ledger.fetch(request_id, block_ids, num_local_tokens)
+            self._desk.fetch(request_id, block_ids, num_local_tokens)
         elif is_parked:
-            self.ledger.resume_without_fetch(request_id)
+            self._desk.resume_without_fetch(request_id)
         else:
             self.ledger.started(request_id)
             if self.ledger.is_layered(request_id):  # hits it was admitted with may be gone: their blocks are computed
@@ -123,8 +128,14 @@ class SchedulerSide:
         """The request leaves; vLLM frees its blocks next."""
         # Of a step still under way, only the token that it computes last is not there yet.
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
-        self.ledger.finish(
-            request.request_id, hashes=self._hashes_to_keep(request), block_ids=block_ids, num_computed=num_computed
+        self._desk.leave(
+            request.request_id,
+            num_output=request.num_output_tokens,
+            end=self._end_of(request),
+            now_s=time.monotonic(),
+            hashes=self._hashes_to_keep(request),
+            block_ids=block_ids,
+            num_computed=num_computed,
         )
 
     def _hashes(self, request: Request | None) -> Sequence[Hashable]:

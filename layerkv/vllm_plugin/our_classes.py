@@ -1,9 +1,10 @@
-"""The classes that take the place of vLLM's, by the paths that vLLM's flags take."""
+"""The classes that take the place of vLLM's, by the names and paths that vLLM's flags take."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
+CONNECTOR = "LayerKVConnector"
 VLLM_WORKERS = {"cpu": "vllm.v1.worker.cpu_worker.CPUWorker", "cuda": "vllm.v1.worker.gpu_worker.Worker"}
 OUR_WORKERS = {
     "cpu": "layerkv.vllm_plugin.cpu_worker.LayerKVCPUWorker",

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm.v1.request import Request
 
 from layerkv.scheduler.snapshot import PrefixHit, WaitingRequest
+from layerkv.vllm_plugin.scheduler_view import SchedulerView
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
-    from layerkv.vllm_plugin.scheduler import LayerKVSchedulerMixin
 
 MOST_PROMPTS = 4
 """First waiting prompts whose hits are known."""
@@ -40,7 +40,7 @@ class _Known(NamedTuple):
 class PrefixHits:
     """Reads one scheduler's caches and changes nothing there. Remembers only prompts that it was last asked about."""
 
-    def __init__(self, scheduler: LayerKVSchedulerMixin, side: SchedulerSide) -> None:
+    def __init__(self, scheduler: SchedulerView, side: SchedulerSide) -> None:
         self._scheduler = scheduler
         self._side = side
         self._known: dict[str, _Known] = {}

@@ -17,12 +17,15 @@ from layerkv.core.suspects import StepsInFlight, Table, follow
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.tracker import MOST_FAILURES
 from layerkv.vllm_plugin.failed_copies import FailedCopies
+from layerkv.vllm_plugin.scheduler_view import SchedulerView
 
 if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
 
+    from layerkv.scheduler.controller import Controller
+    from layerkv.scheduler.desk import Desk
+    from layerkv.vllm_plugin.arrivals import Arrivals
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
-    from layerkv.vllm_plugin.scheduler import LayerKVSchedulerMixin
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -30,10 +33,15 @@ logger = init_logger(f"vllm.{__name__}")
 class Recovery:
     """See the module. One per scheduler. Costs nothing to speak of while no cached prefix is being loaded."""
 
-    def __init__(self, scheduler: LayerKVSchedulerMixin, side: SchedulerSide) -> None:
+    def __init__(
+        self, scheduler: SchedulerView, side: SchedulerSide, controller: Controller, desk: Desk, arrivals: Arrivals
+    ) -> None:
         self._scheduler = scheduler
         self._side = side
         self._ledger = side.ledger
+        self._controller = controller
+        self._desk = desk
+        self._arrivals = arrivals
         self._in_flight = StepsInFlight()
 
     # What is in flight ---------------------------------------------------------------------------------------
@@ -55,7 +63,7 @@ class Recovery:
         s = self._scheduler
         failed = s.failed_recving_kv_req_ids & s.finished_recving_kv_req_ids
         if failed:
-            with s._giving_up_for(Reason.LOAD_FAILED):
+            with self._arrivals.giving_up_for(Reason.LOAD_FAILED):
                 for request_id in failed:
                     self._start_over(s.requests[request_id])  # vLLM would try at once, before everybody who waits
 
@@ -67,7 +75,7 @@ class Recovery:
         failed = received.kv_connector_worker_meta
         if not received.invalid_block_ids and not isinstance(failed, FailedCopies):
             return
-        with s._giving_up_for(Reason.LOAD_FAILED):
+        with self._arrivals.giving_up_for(Reason.LOAD_FAILED):
             if invalid := received.invalid_block_ids:
                 tables = [self._table(request) for request in (*s.running, *s.kv_holding_waiting)]
                 readers = [table.request_id for table in tables if not invalid.isdisjoint(table.block_ids)]
@@ -86,8 +94,7 @@ class Recovery:
             request: Request = s.requests[request_id]
             match ledger.residency[request_id]:
                 case Residency.RESIDENT:
-                    ledger.drop_ahead(request_id)
-                    s._controller.dropped_ahead(request_id)
+                    self._desk.drop_ahead(request_id)
                 case Residency.LAYERED:
                     s.running.remove(request)
                     s._preempt_request(request, now_s, drop_stale_output=True)
@@ -95,8 +102,7 @@ class Recovery:
                 case Residency.PARKED:
                     if request_id in computed_wrong:  # by the step scheduled ahead of this output
                         request.drop_stale_output = True
-                    ledger.drop(request_id)
-                    s._recomputes(request)
+                    self._arrivals.recomputes(request)
                     lost.append(request_id)
                 case _:  # its fetch comes after the store and fails with it, or has the KV from the device's own cache
                     pass
@@ -107,8 +113,8 @@ class Recovery:
         s = self._scheduler
         for request_id in request_ids:
             request = s.requests.get(request_id)
-            if request is not None and s._controller.copy_failed(request_id, request.num_output_tokens):
-                s._refuse(
+            if request is not None and self._controller.copy_failed(request_id, request.num_output_tokens):
+                self._arrivals.refuse(
                     request_id,
                     f"its KV was lost to a failed copy between device and host memory {MOST_FAILURES} times before it "
                     "made another token; the worker's log says why the copies failed",
@@ -143,8 +149,7 @@ class Recovery:
         request.drop_stale_output = request.num_stale_output_tokens > 0
         s, request_id = self._scheduler, request.request_id
         if self._ledger.residency[request_id] is Residency.PARKED:
-            self._ledger.drop(request_id)
-            s._recomputes(request)
+            self._arrivals.recomputes(request)
         elif request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
             s.failed_recving_kv_req_ids.add(request_id)  # `processed` sees it arrive
 
@@ -176,8 +181,7 @@ class Recovery:
             for request in arrived:
                 self._start_over(request)
             for request_id in [r for r in ledger.residency if ledger.residency[r] is Residency.PARKED]:
-                ledger.drop(request_id)
-                s._recomputes(s.requests[request_id])
+                self._arrivals.recomputes(s.requests[request_id])
             ledger.forget_prefixes()
         elif num_moved := self._num_with_kv_on_host():
             # vLLM refuses while blocks are in use; KV in host memory is in use just as well
@@ -210,8 +214,7 @@ class Recovery:
         s.kv_cache_manager.free(request)
         request.num_computed_tokens = 0
         s.waiting.add_request(request)
-        self._ledger.drop(request.request_id)
-        s._recomputes(request)
+        self._arrivals.recomputes(request)
 
     def _num_with_kv_on_host(self) -> int:
         counts = self._ledger.residency.counts

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from layerkv.config import SloPolicy
 from layerkv.errors import ConfigError
-from layerkv.vllm_plugin import CONNECTOR
-from layerkv.vllm_plugin.our_classes import OUR_WORKERS, VLLM_WORKERS, is_our_scheduler
+from layerkv.vllm_plugin.our_classes import CONNECTOR, OUR_WORKERS, VLLM_WORKERS, is_our_scheduler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

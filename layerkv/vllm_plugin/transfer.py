@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from layerkv.vllm_plugin import CONNECTOR
+from layerkv.vllm_plugin.our_classes import CONNECTOR
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig

@@ -144,7 +144,7 @@ class TinyScheduler(LayeredEngine):
         assert len(self.free_ids) == self.geometry.pool_blocks - 1
         controller = self.controller
         books = (controller.tracked, controller.waiting.views, controller.parked.views)
-        assert not any((*books, controller._overtaken, controller._stored_blocks))
+        assert not any((*books, controller.overtaken, controller.stored_blocks))
 
     def _check_lines(self) -> None:
         """The controller's lines are who the ledger says they are."""
@@ -183,10 +183,10 @@ class TinyStock(StockEngine):
 def check_blocks(engine: VirtualEngine, lives: Iterable[Live]) -> None:
     """Each block of pool and zone is either free or held by one request."""
     held = [block for live in lives for block in live.block_ids]
-    first_zone_block = engine.geometry.pool_blocks
-    pool = [*(block for block in held if block < first_zone_block), *engine.free_ids]
-    assert sorted(pool) == list(range(1, first_zone_block))
-    zone = [block for block in held if block >= first_zone_block]
+    is_zone_block = engine.geometry.is_zone_block
+    pool = [*(block for block in held if not is_zone_block(block)), *engine.free_ids]
+    assert sorted(pool) == list(range(1, engine.geometry.pool_blocks))
+    zone = [block for block in held if is_zone_block(block)]
     assert len(zone) == len(set(zone))
     if isinstance(engine, LayeredEngine):
         assert len(zone) == engine.ledger.zone.num_taken

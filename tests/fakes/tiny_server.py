@@ -243,9 +243,9 @@ class TinyServer:
         self.ledger.check()
         self.pool.check()
         held = [b for r in self.requests.values() for b in r.block_ids] + [b for t in self._leaving.values() for b in t]
-        in_pool = [block for block in held if block < self.geometry.pool_blocks]
+        in_pool = [block for block in held if not self.geometry.is_zone_block(block)]
         assert {block: in_pool.count(block) for block in in_pool} == self._users
-        in_zone = [block for block in held if block >= self.geometry.pool_blocks]
+        in_zone = [block for block in held if self.geometry.is_zone_block(block)]
         assert len(in_zone) == len(set(in_zone)) == self.ledger.zone.num_taken
 
     def blocks(self, num_tokens: int) -> int:
@@ -273,10 +273,10 @@ class TinyServer:
         return row
 
     def _free(self, block_ids: Sequence[int]) -> None:
-        in_zone = [block for block in block_ids if block >= self.geometry.pool_blocks]
+        in_zone = [block for block in block_ids if self.geometry.is_zone_block(block)]
         self.ledger.zone.give_back(in_zone)
         for block in block_ids:
-            if block < self.geometry.pool_blocks:
+            if not self.geometry.is_zone_block(block):
                 self._users[block] -= 1
                 if not self._users[block]:
                     del self._users[block]

@@ -128,7 +128,7 @@ class Driver:
         self.scheduler.add_request(self.request(name, tokens, max_tokens, **extra_args))
 
     def park(self, name: str) -> None:
-        self.scheduler._park(Decision(park=(name,), reasons={name: Reason.MAKES_ROOM}), 0.0)
+        self.scheduler._execution.park(Decision(park=(name,), reasons={name: Reason.MAKES_ROOM}), 0.0)
 
     def step(self) -> Any:
         """One step; what vLLM's scheduler scheduled."""

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.vllm
 
 
 def scheduler(*are_prompts: bool) -> Any:
-    """What `_limit_prefill` touches of a scheduler."""
+    """What `limit_prefill` touches of a scheduler."""
     return SimpleNamespace(
         max_num_scheduled_tokens=2048,
         running=[SimpleNamespace(is_prefill_chunk=is_prompt) for is_prompt in are_prompts],
@@ -25,9 +25,9 @@ def scheduler(*are_prompts: bool) -> Any:
 
 
 def limit(s: Any, prefill_tokens: int = 512, **changes: Any) -> Any:
-    from layerkv.vllm_plugin.scheduler import LayerKVSchedulerMixin
+    from layerkv.vllm_plugin.execution import limit_prefill
 
-    s.held = LayerKVSchedulerMixin._limit_prefill(s, snapshot(**changes), Decision(prefill_tokens=prefill_tokens))
+    s.held = limit_prefill(s, snapshot(**changes), Decision(prefill_tokens=prefill_tokens))
     return s
 
 

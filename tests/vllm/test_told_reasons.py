@@ -145,6 +145,6 @@ def test_who_depended_on_a_load_that_failed_is_told_so(scheduler: Scheduler) -> 
 def test_what_was_decided_is_told_with_the_decisions_reason(scheduler: Scheduler) -> None:
     request = scheduler.add("a")
     scheduler.step()
-    with scheduler.vllm._giving_up_for(Reason.RECOMPUTE_CHEAPER):
-        scheduler.vllm._give_up(request, time.monotonic())
+    with scheduler.vllm._arrivals.giving_up_for(Reason.RECOMPUTE_CHEAPER):
+        scheduler.vllm._execution.give_up(request, time.monotonic())
     assert scheduler.told("a") == [ADMITTED, (Event.RECOMPUTES, Reason.RECOMPUTE_CHEAPER)]

@@ -9,7 +9,8 @@ import pytest
 
 from layerkv.config import SloClass
 from layerkv.core.cost import StepWork
-from layerkv.scheduler.controller import EXCHANGE_STEPS, Controller, EngineShape, EngineState, Running
+from layerkv.scheduler.controller import EXCHANGE_STEPS, Controller
+from layerkv.scheduler.engine import EngineShape, EngineState, Running
 from layerkv.scheduler.lengths import MIN_SAMPLES, UNKNOWN_TOKENS, MaxTokens, QuantileLengths
 from layerkv.scheduler.reasons import End, Event, LogEntry, Reason
 from layerkv.scheduler.snapshot import PrefixHit, WaitingRequest
@@ -60,7 +61,7 @@ def test_a_whole_life_leaves_nothing_behind() -> None:
     assert "a" not in c.parked
     c.stored_ahead("a", 10, 10.7)
     c.leave("a", num_output=50, end=End.FINISHED, now_s=11.0)
-    assert not any((c.tracked, c.waiting.views, c.parked.views, c._overtaken, c._stored_blocks))
+    assert not any((c.tracked, c.waiting.views, c.parked.views, c.overtaken, c.stored_blocks))
     assert names(c.take_log()) == [
         ("a", Event.ARRIVED, None),
         ("a", Event.ADMITTED_LAYERED, Reason.FITS),
@@ -87,7 +88,7 @@ def test_a_request_may_leave_from_anywhere(state: str) -> None:
     if state == "stored ahead":
         c.stored_ahead("a", 4, 10.5)
     c.leave("a", num_output=0, end=End.LEFT, now_s=11.0)
-    assert not any((c.tracked, c.waiting.views, c.parked.views, c._overtaken, c._stored_blocks))
+    assert not any((c.tracked, c.waiting.views, c.parked.views, c.overtaken, c.stored_blocks))
 
 
 def test_a_wait_is_counted_only_until_the_first_admission() -> None:

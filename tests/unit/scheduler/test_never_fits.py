@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerkv.config import SloClass
-from layerkv.scheduler.controller import Controller, EngineShape, EngineState
+from layerkv.scheduler.controller import Controller
+from layerkv.scheduler.engine import EngineShape, EngineState
 from layerkv.scheduler.reasons import Reason
 from tests.fakes.tiny_scheduler import BLOCK_BYTES, BLOCK_TOKENS, policy, profile
 

@@ -167,14 +167,14 @@ def test_the_first_token_is_due_its_class_time_after_arrival() -> None:
 
 def test_the_next_token_is_due_when_the_average_keeps_the_objective() -> None:
     tracked = TrackedRequest(CHAT, arrival_s=10.0, first_token_s=11.0)
-    assert tracked.next_token_deadline_s(1, now_s=50.0) == pytest.approx(11.1)
-    assert tracked.next_token_deadline_s(20, now_s=50.0) == pytest.approx(13.0)
+    assert tracked.start_by_s(1, 50.0, CHAT.tpot_s) == pytest.approx(11.1)
+    assert tracked.start_by_s(20, 50.0, CHAT.tpot_s) == pytest.approx(13.0)
 
 
 def test_while_the_first_token_is_on_its_way_now_stands_for_it() -> None:
     tracked = TrackedRequest(CHAT, arrival_s=10.0)
-    assert tracked.next_token_deadline_s(0, now_s=50.0) == pytest.approx(50.1)
-    assert tracked.next_token_deadline_s(1, now_s=50.0) == pytest.approx(50.1)
+    assert tracked.start_by_s(0, 50.0, CHAT.tpot_s) == pytest.approx(50.1)
+    assert tracked.start_by_s(1, 50.0, CHAT.tpot_s) == pytest.approx(50.1)
 
 
 def tracked_with(low_tokens: int = 1, **slo: float) -> TrackedRequest:

@@ -8,30 +8,38 @@ from typing import TYPE_CHECKING
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
-from layerkv.core.cost import StepWork, chunk_pairs
+from layerkv.core.cost import StepWork, chunk_pairs, generic_profile, load_profile
 from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan, num_blocks
-from layerkv.scheduler.controller import EngineState, Running
+from layerkv.metrics import COPY_WAIT
+from layerkv.scheduler.controller import Controller
+from layerkv.scheduler.engine import EngineShape, EngineState, Running
 from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
 from layerkv.vllm_plugin.prefix_hits import PrefixHits
+from layerkv.vllm_plugin.scheduler_view import SchedulerView
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
 
+    from layerkv.config import SloPolicy
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
-    from layerkv.vllm_plugin.scheduler import LayerKVSchedulerMixin
     from layerkv.vllm_plugin.spec import LayerKVManager
 
 
 class EngineReader:
     """Reads one scheduler. Cost per step: one pass over running requests, none over waiting ones."""
 
-    def __init__(self, scheduler: LayerKVSchedulerMixin, side: SchedulerSide, manager: LayerKVManager) -> None:
+    def __init__(
+        self, scheduler: SchedulerView, side: SchedulerSide, manager: LayerKVManager, controller: Controller
+    ) -> None:
         self._scheduler = scheduler
         self._side = side
         self._ledger = side.ledger
         self._geometry = side.geometry
         self._manager = manager
+        self._controller = controller
+        self._tells_waits = scheduler.vllm_config.device_config.device_type == "cpu"
         self.prefix_hits = PrefixHits(scheduler, side)
         self._active_loras: set[int] | None = None
 
@@ -41,7 +49,7 @@ class EngineReader:
         if s._inflight_prefills or self._ledger.layered_ids:
             return False
         free: int = s.kv_cache_manager.block_pool.get_num_free_blocks()
-        return s._controller.is_quiet(len(s.running), free, steps_ahead(s))
+        return self._controller.is_quiet(len(s.running), free, steps_ahead(s))
 
     def state(self) -> EngineState:
         """The engine before the step that is about to be scheduled."""
@@ -87,6 +95,15 @@ class EngineReader:
         hits = num_blocks(plan.hits) * block_bytes if plan else 0
         return StepWork(num_decodes, context, prefill, pairs, num_prefills, stored, loaded, is_layered, parked, hits)
 
+    def waited_s(self, received: KVConnectorOutput | None) -> float | None:
+        """Seconds that the step waited for copies, as its workers saw it; None where devices do not tell."""
+        if not self._tells_waits:
+            return None
+        stats = None if received is None else received.kv_connector_stats
+        counters = {} if stats is None else stats.data.get("counters", {})
+        waited_s: float = counters.get(COPY_WAIT, 0.0)
+        return waited_s / self._scheduler.vllm_config.parallel_config.tensor_parallel_size
+
     def is_startable(self, view: WaitingRequest) -> bool:
         """vLLM would try to start it now: its grammar, if it has one, is compiled, and its adapter has a place."""
         request = self._scheduler.requests[view.request_id]
@@ -104,7 +121,7 @@ class EngineReader:
 
     def _running(self) -> Iterator[Running]:
         ledger, req_to_blocks = self._ledger, self._manager.req_to_blocks
-        layered_ids, first_zone_block = ledger.layered_ids, self._geometry.pool_blocks
+        layered_ids, num_zone_blocks = ledger.layered_ids, self._geometry.num_zone_blocks
         for request in self._scheduler.running:
             request_id = request.request_id
             held = req_to_blocks[request_id]
@@ -116,7 +133,7 @@ class EngineReader:
                 request.num_output_tokens,
                 request.is_prefill_chunk,
                 len(held),
-                sum(block.block_id >= first_zone_block for block in held) if is_layered else 0,
+                num_zone_blocks([block.block_id for block in held]) if is_layered else 0,
                 is_layered,
                 ledger.num_host_blocks_of(request_id) if is_layered else 0,
             )
@@ -154,6 +171,37 @@ class EngineReader:
         return request.lora_request.lora_int_id not in self._active_loras
 
 
-def steps_ahead(scheduler: LayerKVSchedulerMixin) -> int:
+def steps_ahead(scheduler: SchedulerView) -> int:
     """Steps in flight when a step is scheduled; vLLM defers frees exactly when there are any."""
     return 1 if scheduler.defer_block_free else 0
+
+
+def controller_for(scheduler: SchedulerView, side: SchedulerSide, policy: SloPolicy) -> Controller:
+    """A controller with empty books for this engine."""
+    config, geometry = side.config, side.geometry
+    block_bytes = geometry.block_bytes  # of one worker: tensor-parallel ranks copy side by side
+    shape = EngineShape(
+        mode=config.mode,
+        block_tokens=geometry.block_tokens,
+        block_bytes=block_bytes,
+        streamed_block_bytes=geometry.streamed_block_bytes,
+        pool_blocks=geometry.pool_blocks - 1,
+        zone_blocks=geometry.zone_blocks,
+        host_blocks=side.ledger.host.count,
+        can_chunk=scheduler.scheduler_config.enable_chunked_prefill,
+        longest_tokens=scheduler.max_model_len,
+        long_contexts=config.long_contexts,
+    )
+    profile = (
+        generic_profile(block_bytes // geometry.block_tokens)
+        if config.cost_profile is None
+        else load_profile(config.cost_profile)
+    )
+    return Controller(
+        policy,
+        shape,
+        profile,
+        is_measured=config.cost_profile is not None,
+        keep_log=config.decision_log is not None,
+        refuses_late=False,  # the gate does, with HTTP 429; who has passed it is served
+    )

@@ -1,0 +1,288 @@
+"""The books of requests that decisions need: who is here, who stands in which line, how long each will go on.
+
+The host tells what happens to a request, in the order in which it happens; times are handed in.
+"""
+
+from __future__ import annotations
+
+from layerkv.config import SloClass, SloPolicy
+from layerkv.core.cost import CostProfile
+from layerkv.scheduler.backlog import PrefillLine
+from layerkv.scheduler.costs import OnlineCost
+from layerkv.scheduler.engine import EngineShape
+from layerkv.scheduler.journal import Journal
+from layerkv.scheduler.lengths import (
+    LOW_QUANTILE,
+    MIDDLE_QUANTILE,
+    UNKNOWN_TOKENS,
+    LengthPredictor,
+    MaxTokens,
+    QuantileLengths,
+)
+from layerkv.scheduler.reasons import End, Event, Reason
+from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
+from layerkv.scheduler.tracker import DeadlineQueue, TrackedRequest
+
+REPREDICT_TOKENS = 32
+"""Output tokens after which a request's length is predicted anew."""
+
+
+class RequestBooks:
+    """See the module. One per engine; not thread-safe.
+
+    Attributes:
+        policy: The objectives in force.
+        shape: The engine.
+        cost: What steps and copies cost, as far as it is known by now.
+        lengths: Predicts output lengths.
+        journal: What is said of requests.
+        tracked: All requests that are here.
+        waiting: Those without KV.
+        parked: Those with their KV in host memory.
+        line: Prompts under way and in line, for what front ends are told.
+        overtaken: In how many steps a request was the one charged with being overtaken, by id.
+        stored_blocks: Leading blocks of resident requests that host memory holds, by id.
+        step_s: Seconds of a step that computes no prompt, as of the last look.
+    """
+
+    def __init__(
+        self,
+        policy: SloPolicy,
+        shape: EngineShape,
+        profile: CostProfile,
+        *,
+        is_measured: bool,
+        lengths: LengthPredictor | None,
+        keep_log: bool,
+        refuses_late: bool,
+    ) -> None:
+        """Begin with empty books; arguments as for the controller."""
+        self.policy = policy
+        self.shape = shape
+        self.cost = OnlineCost(profile, is_measured=is_measured)
+        self.lengths = lengths or (QuantileLengths() if policy.length_prediction == "quantile" else MaxTokens())
+        self.journal = Journal(keeps_log=keep_log)
+        self.tracked: dict[str, TrackedRequest] = {}
+        self.waiting: DeadlineQueue[WaitingRequest] = DeadlineQueue()
+        self.parked: DeadlineQueue[ParkedRequest] = DeadlineQueue()
+        self.line = PrefillLine()
+        self.overtaken: dict[str, int] = {}
+        self.stored_blocks: dict[str, int] = {}
+        self.step_s = 0.0
+        self._refuses_late = refuses_late
+
+    # What happens to requests -------------------------------------------------------------------------------------
+
+    def arrive(
+        self,
+        request_id: str,
+        slo: SloClass,
+        *,
+        now_s: float,
+        arrival_s: float,
+        num_tokens: int,
+        max_tokens: int,
+        rank: int = 0,
+        can_layer: bool = True,
+        in_one_step: bool = False,
+    ) -> None:
+        """A request has come in and waits."""
+        tracked = TrackedRequest(
+            slo=slo,
+            arrival_s=arrival_s,
+            max_tokens=max_tokens,
+            rank=rank,
+            can_layer=can_layer,
+            in_one_step=in_one_step,
+        )
+        self.tracked[request_id] = tracked
+        self.enqueue(request_id, num_tokens, 0)
+        self.line.came(slo, tracked.prefill_cost_s, now_s)
+        self.journal.write(
+            now_s,
+            request_id,
+            Event.ARRIVED,
+            slo_class=slo.name,
+            ttft_s=slo.ttft_s,
+            tpot_s=slo.tpot_s,
+            prompt_tokens=num_tokens,
+        )
+
+    def enqueue(self, request_id: str, num_tokens: int, num_output: int) -> None:
+        """A request without KV waits for compute: a new one, or one whose KV was given up."""
+        tracked = self.tracked.get(request_id)
+        if tracked is None:
+            return
+        self.waiting.discard(request_id)
+        self.parked.discard(request_id)
+        self.stored_blocks.pop(request_id, None)
+        self.refresh(tracked, num_output)
+        if not self.policy.slo_scheduling:
+            deadline_s = tracked.arrival_s
+        elif tracked.first_token_s is None:
+            deadline_s = tracked.ttft_deadline_s
+        else:
+            deadline_s = tracked.start_by_s(num_output, tracked.first_token_s, self.step_s)
+        most_blocks = self._blocks_if_it_outgrows_pool(tracked, num_tokens, num_output)
+        tracked.outgrows_pool = most_blocks > 0
+        tracked.prefill_cost_s = self.nominal_s(num_tokens)
+        self.waiting.add(
+            WaitingRequest(
+                request_id=request_id,
+                deadline_s=deadline_s,
+                num_tokens=num_tokens,
+                num_blocks=-(-num_tokens // self.shape.block_tokens),
+                can_layer=tracked.can_layer,
+                weight=tracked.slo.weight,
+                rank=tracked.rank,
+                prefill_cost_s=tracked.prefill_cost_s,
+                tokens_left=max(tracked.middle_tokens - num_output, 1),
+                may_refuse=self._refuses_late and tracked.slo.overload == "reject" and tracked.first_token_s is None,
+                most_blocks=most_blocks,
+                in_one_step=tracked.in_one_step,
+            )
+        )
+
+    def admitted(self, request_id: str, *, layered: bool, reason: Reason, step: int, now_s: float) -> float | None:
+        """A waiting request has been given compute; returns how long it waited if that was the first time."""
+        tracked = self.tracked[request_id]
+        self.waiting.discard(request_id)
+        self.overtaken.pop(request_id, None)
+        self.line.started(tracked.prefill_cost_s, was_last=not self.waiting)
+        tracked.resident_since_step = step
+        event = Event.ADMITTED_LAYERED if layered else Event.ADMITTED_RESIDENT
+        self.journal.say(now_s, request_id, tracked, event, reason)
+        if tracked.admitted_s is not None:
+            return None
+        tracked.admitted_s = now_s
+        return max(now_s - tracked.arrival_s, 0.0)
+
+    def park(
+        self, request_id: str, *, num_computed: int, num_tokens: int, num_output: int, reason: Reason, now_s: float
+    ) -> None:
+        """A request has been parked: its KV of ``num_computed`` tokens is in host memory."""
+        tracked = self.tracked[request_id]
+        self.refresh(tracked, num_output)
+        self.stored_blocks.pop(request_id, None)
+        num_blocks = -(-max(num_computed + 1, num_tokens) // self.shape.block_tokens)
+        if self.policy.slo_scheduling:
+            deadline_s = tracked.start_by_s(num_output, now_s, self.step_s)
+            deadline_s -= self.cost.view.load_s(num_blocks * self.shape.block_bytes)
+        else:
+            deadline_s = tracked.arrival_s
+        self.parked.add(
+            ParkedRequest(
+                request_id=request_id,
+                deadline_s=deadline_s,
+                num_blocks=num_blocks,
+                weight=tracked.slo.weight,
+                rank=tracked.rank,
+                tokens_left=max(tracked.middle_tokens - num_output, 1),
+            )
+        )
+        self.journal.say(now_s, request_id, tracked, Event.PARKED, reason)
+
+    def fetched(self, request_id: str, *, step: int, now_s: float) -> None:
+        """A parked request is on its way back into the pool."""
+        tracked = self.tracked[request_id]
+        self.parked.discard(request_id)
+        self.overtaken.pop(request_id, None)
+        tracked.resident_since_step = step
+        self.journal.say(now_s, request_id, tracked, Event.FETCHED, Reason.ITS_TURN)
+
+    def recomputes(self, request_id: str, num_tokens: int, num_output: int, reason: Reason, now_s: float) -> None:
+        """A request's KV has been given up: it waits to be computed again."""
+        self.enqueue(request_id, num_tokens, num_output)
+        tracked = self.tracked.get(request_id)
+        if tracked is not None:
+            self.journal.say(now_s, request_id, tracked, Event.RECOMPUTES, reason)
+
+    def copy_failed(self, request_id: str, num_output: int) -> bool:
+        """A request's KV is lost to a failed copy; whether it is to be ended, and not to be computed again."""
+        tracked = self.tracked.get(request_id)
+        return tracked is not None and tracked.copy_failed(num_output)
+
+    def dropped_ahead(self, request_id: str) -> None:
+        """Nothing of a resident request is in host memory any more."""
+        self.stored_blocks.pop(request_id, None)
+
+    def stored_ahead(self, request_id: str, num_blocks: int, now_s: float) -> None:
+        """So many leading blocks of a resident request are (or are being) copied to host memory."""
+        self.stored_blocks[request_id] = num_blocks
+        self.journal.say(now_s, request_id, self.tracked[request_id], Event.STORED_AHEAD, None)
+
+    def first_token(self, request_id: str, now_s: float) -> tuple[SloClass, bool] | None:
+        """A request's first token has come out; its class and whether that was on time."""
+        tracked = self.tracked.get(request_id)
+        if tracked is None or tracked.first_token_s is not None:
+            return None
+        tracked.first_token_s = now_s
+        on_time = now_s <= tracked.ttft_deadline_s
+        ttft_s = round(now_s - tracked.arrival_s, 6)
+        self.journal.write(now_s, request_id, Event.FIRST_TOKEN, ttft_s=ttft_s, on_time=on_time)
+        return tracked.slo, on_time
+
+    def leave(self, request_id: str, *, num_output: int, end: End, now_s: float) -> None:
+        """A request is gone, after ``num_output`` tokens: what that says about lengths is learned."""
+        tracked = self.tracked.pop(request_id, None)
+        makes_tokens = request_id not in self.parked and request_id not in self.waiting
+        self.waiting.discard(request_id)
+        self.parked.discard(request_id)
+        self.overtaken.pop(request_id, None)
+        self.stored_blocks.pop(request_id, None)
+        if tracked is None:
+            return
+        if num_output and end is not End.REFUSED:
+            is_bound = end is End.CUT_OFF or not makes_tokens
+            self.lengths.observe(tracked.slo.name, num_output, is_bound=is_bound)
+        self.journal.write(now_s, request_id, Event.FINISHED, output_tokens=num_output, end=end.value)
+
+    def refused(self, request_id: str, reason: Reason, text: str, now_s: float) -> None:
+        """A request is not served."""
+        self.waiting.discard(request_id)
+        self.journal.count((reason,))
+        self.journal.write(now_s, request_id, Event.REFUSED, reason, text=text)
+
+    def set_policy(self, policy: SloPolicy) -> None:
+        """New objectives, for requests that come from now on; those here keep the ones they came under.
+
+        What a policy says beside its classes (its switches) holds for all at once, but who waits or is parked keeps
+        its place in line.
+        """
+        if policy.length_prediction != self.policy.length_prediction:
+            self.lengths = QuantileLengths() if policy.length_prediction == "quantile" else MaxTokens()
+        self.policy = policy
+
+    # Predictions ---------------------------------------------------------------------------------------------------
+
+    def _blocks_if_it_outgrows_pool(self, tracked: TrackedRequest, num_tokens: int, num_output: int) -> int:
+        """Blocks of the most tokens it may have, if by its predicted length the pool will not hold it; else 0.
+
+        A wrong guess for the pool is put right when it has filled that: its KV is given up, and it comes here again.
+        """
+        shape = self.shape
+        prompt_tokens = num_tokens - num_output
+        most_tokens = min(prompt_tokens + tracked.max_tokens, shape.longest_tokens)
+        likely_tokens = min(prompt_tokens + tracked.middle_tokens, most_tokens)
+        if not shape.long_contexts or max(likely_tokens, num_tokens + 1) <= shape.pool_blocks * shape.block_tokens:
+            return 0
+        return -(-max(most_tokens, num_tokens) // shape.block_tokens)
+
+    def _predict(self, tracked: TrackedRequest, num_output: int) -> None:
+        """Without anything known: slack as if it made all it may, memory for a while ahead."""
+        name, total = tracked.slo.name, self.lengths.total_tokens
+        most = max(tracked.max_tokens, num_output + 1)
+        low = total(name, num_output, most, LOW_QUANTILE)
+        middle = total(name, num_output, most, MIDDLE_QUANTILE)
+        tracked.low_tokens = most if low is None else low
+        tracked.middle_tokens = min(most, num_output + UNKNOWN_TOKENS) if middle is None else middle
+        tracked.predict_again_at = num_output + REPREDICT_TOKENS
+
+    def refresh(self, tracked: TrackedRequest, num_output: int) -> None:
+        """Predict a request's length anew if that is due."""
+        if num_output >= tracked.predict_again_at:
+            self._predict(tracked, num_output)
+
+    def nominal_s(self, num_tokens: int) -> float:
+        """Seconds of a prefill by the profile, not corrected online."""
+        return self.cost.view._replace(prefill_factor=1.0).prefill_s(num_tokens)

@@ -1,0 +1,100 @@
+"""The engine as its host describes it: what never changes, and what it looks like before a step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from layerkv.scheduler.snapshot import Mode
+
+
+@dataclass(frozen=True, slots=True)
+class EngineShape:
+    """What does not change while the engine runs.
+
+    Attributes:
+        mode: The engine's ``mode`` option.
+        block_tokens: Tokens per block.
+        block_bytes: Bytes of a block over all layers, of whatever ranks the profile's copy curves are.
+        streamed_block_bytes: Of those, what a step loads of a zone block for a request that decodes in the zone.
+        pool_blocks: Pool blocks that requests can ever hold.
+        zone_blocks: Size of the lane zone.
+        host_blocks: Size of host memory.
+        can_chunk: Whether prompts may be computed in chunks; without, a prompt needs its whole length in one step.
+        longest_tokens: Most tokens of one request (``max_model_len``).
+        long_contexts: Whether it may be longer than the pool.
+    """
+
+    mode: Mode
+    block_tokens: int
+    block_bytes: int
+    pool_blocks: int
+    zone_blocks: int
+    host_blocks: int
+    streamed_block_bytes: int = 0
+    long_contexts: bool = False
+    can_chunk: bool = True
+    longest_tokens: int = sys.maxsize
+
+
+class Running(NamedTuple):
+    """A running request as the engine sees it.
+
+    Attributes:
+        request_id: The request.
+        num_tokens: Its tokens, prompt and output, those on their way included.
+        num_computed: Of those, tokens with KV.
+        num_output: Output tokens made.
+        is_prefilling: Whether prompt tokens are still to be computed.
+        num_blocks: Blocks it holds.
+        num_zone_blocks: Of those, blocks of the lane zone.
+        is_layered: Whether its new blocks come from the zone.
+        num_host_blocks: Host blocks it holds.
+    """
+
+    request_id: str
+    num_tokens: int
+    num_computed: int
+    num_output: int
+    is_prefilling: bool
+    num_blocks: int
+    num_zone_blocks: int = 0
+    is_layered: bool = False
+    num_host_blocks: int = 0
+
+
+class EngineState(NamedTuple):
+    """The engine before a step.
+
+    Attributes:
+        step: Its number.
+        running: All running requests.
+        arriving: Requests being fetched: of each the id, its blocks, and output tokens made.
+        free_blocks: Pool blocks free now.
+        reserved_blocks: Pool blocks promised to prefills and fetches under way.
+        free_zone_blocks: Zone blocks neither taken nor promised.
+        free_host_blocks: Host blocks free now.
+        free_slots: Requests that may still be admitted.
+        budget_tokens: Tokens that the step may compute.
+        resuming: Requests whose fetch has ended and that decode from this step on.
+        steps_ahead: Steps in flight when this one is scheduled; frees are deferred exactly when there are any.
+        is_paused: Whether no new request may start.
+        held_tokens: Tokens to compute of requests that hold KV and wait for neither compute nor a fetch by our books
+            (a fetch that failed, the next turn of a session): vLLM takes them up by itself.
+    """
+
+    step: int
+    running: Iterable[Running]
+    arriving: Sequence[tuple[str, int, int]]
+    free_blocks: int
+    reserved_blocks: int
+    free_zone_blocks: int
+    free_host_blocks: int
+    free_slots: int
+    budget_tokens: int
+    resuming: int = 0
+    steps_ahead: int = 0
+    is_paused: bool = False
+    held_tokens: int = 0

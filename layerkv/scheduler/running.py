@@ -1,0 +1,122 @@
+"""The one pass over running requests that a decision takes: what they hold, need and are due at."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from layerkv.scheduler.books import RequestBooks
+from layerkv.scheduler.engine import EngineState
+from layerkv.scheduler.snapshot import LayeredRequest, ResidentRequest
+
+
+class Seen(NamedTuple):
+    """What one pass over the running requests finds."""
+
+    resident: list[ResidentRequest]
+    layered: list[LayeredRequest]
+    num_resident: int
+    growth_blocks: int
+    num_decodes: int
+    decode_context: int
+    prefilling_tokens: int
+    under_way_s: float
+    num_late: int
+    decode_slack_s: float
+    tightest_tpot_s: float
+
+
+def may_start(engine: EngineState, seen: Seen) -> bool:
+    """Whether a waiting prompt could start at all: there are tokens for it, and a slot, or somebody may leave one."""
+    has_tokens = seen.prefilling_tokens + engine.held_tokens + seen.num_decodes < engine.budget_tokens
+    somebody_leaves = any(r.prefill_done for r in seen.layered) or seen.growth_blocks > engine.free_blocks
+    return has_tokens and (engine.free_slots > 0 or somebody_leaves)
+
+
+def look(books: RequestBooks, engine: EngineState, now_s: float) -> Seen:
+    """One pass over the running requests; with hundreds of them, the dearest part of a decision."""
+    tokens, steps_ahead, budget = books.shape.block_tokens, engine.steps_ahead, engine.budget_tokens
+    step_s, step = books.step_s, engine.step
+    tracked_of, stored_of = books.tracked, books.stored_blocks
+    resident: list[ResidentRequest] = []
+    layered: list[LayeredRequest] = []
+    growth = num_decodes = num_late = context = prefilling = num_resident = 0
+    under_way_s = 0.0
+    slack_s = tpot_s = math.inf
+    for r in engine.running:
+        tracked = tracked_of.get(r.request_id)
+        due_s = math.inf
+        left = 1
+        remaining = r.num_tokens - r.num_computed
+        if tracked is not None:
+            if r.num_output >= tracked.predict_again_at:
+                books.refresh(tracked, r.num_output)
+            left = max(tracked.middle_tokens - r.num_output, 1)
+            if not r.is_prefilling:
+                due_s = tracked.start_by_s(r.num_output, now_s, step_s)
+                if due_s < now_s:
+                    num_late += 1  # who is late already holds nobody back
+                elif due_s < now_s + slack_s:
+                    slack_s = due_s - now_s
+                if tracked.tpot_s < tpot_s:
+                    tpot_s = tracked.tpot_s
+        if r.is_prefilling:
+            prefilling += remaining
+            if tracked is not None:
+                under_way_s += tracked.prefill_cost_s * remaining / r.num_tokens
+            new_tokens = min(remaining, budget)
+        else:
+            num_decodes += 1
+            context += r.num_computed
+            new_tokens = 1 + steps_ahead
+        last_block = -(-(r.num_computed + new_tokens) // tokens)
+        missing = max(last_block - r.num_blocks, 0)
+        if r.is_layered:
+            layered.append(
+                LayeredRequest(
+                    r.request_id,
+                    not r.is_prefilling,
+                    -(-max(r.num_computed + 1, r.num_tokens) // tokens),
+                    r.num_zone_blocks,
+                    missing > 0 and not r.is_prefilling,  # a prompt's room is reserved
+                    last_block > r.num_host_blocks,
+                    tracked is not None and tracked.outgrows_pool,
+                )
+            )
+            continue
+        num_resident += 1
+        growth += missing
+        if tracked is not None:
+            num_blocks = -(-r.num_tokens // tokens) if r.is_prefilling else r.num_blocks
+            resident.append(
+                ResidentRequest(
+                    r.request_id,
+                    due_s,
+                    num_blocks,
+                    step - tracked.resident_since_step,
+                    tracked.can_layer and r.num_computed > 0 and not r.is_prefilling,
+                    tracked.weight,
+                    left,
+                    r.num_computed,
+                    stored_of.get(r.request_id, 0),
+                    tracked.rank,
+                )
+            )
+    for request_id, num_blocks, num_output in engine.arriving:
+        num_resident += 1
+        tracked = tracked_of.get(request_id)
+        left = 1 if tracked is None else max(tracked.middle_tokens - num_output, 1)
+        resident.append(ResidentRequest(request_id, math.inf, num_blocks, 0, can_park=False, tokens_left=left))
+    return Seen(
+        resident,
+        layered,
+        num_resident,
+        growth,
+        num_decodes,
+        context,
+        prefilling,
+        under_way_s,
+        num_late,
+        slack_s,
+        tpot_s,
+    )

@@ -1,0 +1,192 @@
+"""Requests that come, start over, are refused and go: what the scheduler's books are told of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
+
+from layerkv.config import SloClass, slo_class_of
+from layerkv.errors import ConfigError
+from layerkv.scheduler.reasons import End, Reason
+from layerkv.vllm_plugin.scheduler_view import SchedulerView
+from layerkv.vllm_plugin.seeded import cannot_cut_seeded, is_seeded
+
+if TYPE_CHECKING:
+    from layerkv.scheduler.controller import Controller
+    from layerkv.scheduler.desk import Desk
+    from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
+    from layerkv.vllm_plugin.reload import PolicySource
+
+logger = init_logger(f"vllm.{__name__}")
+
+MAX_CLOCK_SKEW_S = 3600.0
+"""An arrival time further back than this is a clock that jumped, not a request that waited."""
+
+ENDS = {
+    RequestStatus.FINISHED_STOPPED: End.FINISHED,
+    RequestStatus.FINISHED_LENGTH_CAPPED: End.FINISHED,
+    RequestStatus.FINISHED_REPETITION: End.FINISHED,
+    RequestStatus.FINISHED_ABORTED: End.LEFT,
+}
+"""What vLLM's ends mean here; all others were not served."""
+
+
+class Arrivals:
+    """See the module. One per scheduler.
+
+    Attributes:
+        refused: Why, of requests that are ended with the next step's outputs.
+    """
+
+    def __init__(
+        self,
+        scheduler: SchedulerView,
+        side: SchedulerSide,
+        controller: Controller,
+        desk: Desk,
+        policy_source: PolicySource,
+    ) -> None:
+        self._scheduler = scheduler
+        self._metrics = side.metrics
+        self._controller = controller
+        self._desk = desk
+        self._policy_source = policy_source
+        self._cannot_cut_seeded = cannot_cut_seeded(scheduler.vllm_config)
+        self._no_first_token: set[str] = set()
+        self._gives_up_for = Reason.PREEMPTED  # why KV is given up just now; vLLM's own preemptions say nothing
+        self.refused: dict[str, str] = {}
+        self._ends_all = False
+
+    def track(self, request: Request) -> None:
+        """A request has come: find out its class and let it wait."""
+        slo = self._slo_class_of(request)
+        now_s = time.monotonic()
+        waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_CLOCK_SKEW_S)
+        self._controller.arrive(
+            request.request_id,
+            slo,
+            now_s=now_s,
+            arrival_s=now_s - waited_s,
+            num_tokens=request.num_tokens,
+            max_tokens=request.max_tokens,
+            rank=request.priority if self._scheduler.policy is SchedulingPolicy.PRIORITY else 0,
+            # vLLM does not load external KV for these, or keeps their KV between turns
+            can_layer=not request.skip_reading_prefix_cache and not request.resumable,
+            in_one_step=self._cannot_cut_seeded and is_seeded(request.sampling_params),
+        )
+        self._keep_from_pool(request)
+        self._no_first_token.add(request.request_id)
+
+    def _slo_class_of(self, request: Request) -> SloClass:
+        """Its class. Who has passed the gate is served, though the policy in force here may not have its class.
+
+        The class may have gone since, or have come to a front end on another machine only. With explicit class flags
+        there need not be a gate.
+        """
+        policy, params = self._policy_source.policy, request.sampling_params
+        extra_args = (params.extra_args if params is not None else None) or {}
+        try:
+            return slo_class_of(extra_args, policy)
+        except ConfigError as error:
+            name = extra_args.get("slo_class")
+            if (past := self._policy_source.past_class(name)) is not None:
+                return past
+            logger.warning_once("a request is served as of class %s: %s", policy.default_class, str(error))
+            return policy.classes[policy.default_class]
+
+    def _keep_from_pool(self, request: Request) -> None:
+        """A request that decodes in the zone to its end would hold blocks of a cached prefix as long."""
+        tracked = self._controller.tracked.get(request.request_id)
+        if tracked is not None and tracked.can_layer:  # others may have asked for it themselves
+            request.skip_reading_prefix_cache = tracked.outgrows_pool
+
+    def recomputes(self, request: Request) -> None:
+        """Give the request's KV up: it waits for compute again, with the token that is still on its way."""
+        is_token_coming = request.num_stale_output_tokens > 0 and not request.drop_stale_output
+        num_tokens = request.num_tokens + (1 if is_token_coming else 0)
+        num_output, reason = request.num_output_tokens, self._gives_up_for
+        self._desk.recomputes(
+            request.request_id, num_tokens=num_tokens, num_output=num_output, reason=reason, now_s=time.monotonic()
+        )
+        self._keep_from_pool(request)
+
+    @contextmanager
+    def giving_up_for(self, reason: Reason) -> Iterator[None]:
+        """Whoever gives KV up inside does so for this reason."""
+        before, self._gives_up_for = self._gives_up_for, reason
+        try:
+            yield
+        finally:
+            self._gives_up_for = before
+
+    def untrack(self, request: Request) -> None:
+        """A request is about to end, or to be ended."""
+        request_id = request.request_id
+        if request.num_output_tokens and request_id in self._no_first_token:  # it ends with its first token
+            self._note_first_token(request_id, time.monotonic())
+        self._no_first_token.discard(request_id)
+        self.refused.pop(request_id, None)
+
+    @contextmanager
+    def ending(self, *, everybody: bool) -> Iterator[None]:
+        """Whoever ends inside does so with all others, or by itself."""
+        self._ends_all = everybody
+        try:
+            yield
+        finally:
+            self._ends_all = False
+
+    def end_of(self, request: Request) -> End:
+        """How a request ended that vLLM has finished."""
+        return End.CUT_OFF if self._ends_all else ENDS.get(request.status, End.REFUSED)
+
+    def refuse(self, request_id: str, text: str, reason: Reason) -> None:
+        """End a request with the next step's outputs; until then nobody looks at it."""
+        self.refused[request_id] = text
+        self._controller.refused(request_id, reason, text, time.monotonic())
+
+    def send_refusals(self, outputs: dict[int, EngineCoreOutputs]) -> None:
+        """End those that are refused, with these outputs."""
+        for request_id, reason in list(self.refused.items()):
+            logger.error("request %s refused: %s", request_id, reason)
+            self._metrics.add("layerkv_refused", 1)
+            for request in self._scheduler.finish_requests(request_id, RequestStatus.FINISHED_ERROR):
+                of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+                of_client.outputs.append(
+                    EngineCoreOutput(
+                        request_id=request.request_id,
+                        new_token_ids=[],
+                        finish_reason=request.get_finished_reason(),
+                        stop_reason=reason,
+                        events=request.take_events(),
+                        trace_headers=request.trace_headers,
+                    )
+                )
+
+    def note_first_tokens(self, outputs: Iterable[EngineCoreOutputs], now_s: float) -> bool | None:
+        """Whether any first token of this step was late; None if there was none."""
+        were_late: bool | None = None
+        if not self._no_first_token:
+            return were_late
+        for of_client in outputs:
+            for output in of_client.outputs:
+                if output.new_token_ids and output.request_id in self._no_first_token:
+                    self._no_first_token.discard(output.request_id)
+                    were_late = bool(were_late) or not self._note_first_token(output.request_id, now_s)
+        return were_late
+
+    def _note_first_token(self, request_id: str, now_s: float) -> bool:
+        """Count a first token; whether it was on time."""
+        found = self._controller.first_token(request_id, now_s)
+        if found is None:
+            return True
+        slo, on_time = found
+        self._metrics.add("layerkv_ttft_slo_met" if on_time else "layerkv_ttft_slo_missed", 1, slo.name)
+        return on_time

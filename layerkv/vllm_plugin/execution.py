@@ -1,0 +1,209 @@
+"""Carrying a decision out: before vLLM schedules, and after it has done what it would of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.request import Request, RequestStatus
+
+from layerkv.core.residency import Residency
+from layerkv.errors import CapacityError
+from layerkv.scheduler.prefill import prefill_share
+from layerkv.scheduler.refusals import refusal_text
+from layerkv.scheduler.snapshot import Decision, Snapshot
+from layerkv.vllm_plugin.scheduler_view import SchedulerView
+from layerkv.vllm_plugin.waiting_queue import WaitingQueue
+
+if TYPE_CHECKING:
+    from layerkv.scheduler.controller import Controller
+    from layerkv.scheduler.desk import Desk
+    from layerkv.vllm_plugin.arrivals import Arrivals
+    from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
+    from layerkv.vllm_plugin.prefix_hits import PrefixHits
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class Execution:
+    """See the module. One per scheduler; decides nothing."""
+
+    def __init__(
+        self,
+        scheduler: SchedulerView,
+        side: SchedulerSide,
+        controller: Controller,
+        desk: Desk,
+        arrivals: Arrivals,
+        queue: WaitingQueue,
+        prefix_hits: PrefixHits,
+    ) -> None:
+        self._scheduler = scheduler
+        self._metrics = side.metrics
+        self._ledger = side.ledger
+        self._controller = controller
+        self._desk = desk
+        self._arrivals = arrivals
+        self._queue = queue
+        self._prefix_hits = prefix_hits
+
+    @contextmanager
+    def of(self, snapshot: Snapshot, decision: Decision, now_s: float) -> Iterator[None]:
+        """Whatever vLLM schedules inside is what was decided; its limits and queues are its own again afterwards."""
+        s = self._scheduler
+        self._desk.begin_step(s.current_step + 1, now_s)  # vLLM counts it when it begins to schedule
+        for refusal in decision.refuse:
+            self._arrivals.refuse(refusal.request_id, refusal_text(snapshot, refusal), refusal.reason)
+        for request_id in decision.store_ahead:
+            block_ids = s.kv_cache_manager.get_block_ids(request_id)[0]
+            self._desk.store_ahead(request_id, block_ids, s.requests[request_id].num_computed_tokens)
+        if decision.park:
+            self.park(decision, now_s)
+        for request_id in decision.recompute:
+            with self._arrivals.giving_up_for(decision.reasons[request_id]):
+                self.give_up(s.requests[request_id], now_s)
+        chosen = self._chosen(decision)
+        is_paused = s._pause_state is not PauseState.UNPAUSED
+        saved = (
+            s.max_num_scheduled_tokens,
+            s.scheduler_config.long_prefill_token_threshold,
+            s.adaptive_long_prefill_threshold,
+            s.max_num_active_reqs,
+        )
+        held: list[Request] = []
+        self._metrics.add("layerkv_decide_seconds", time.monotonic() - now_s)
+        try:
+            held = limit_prefill(s, snapshot, decision)
+            if is_paused:
+                self._drain(chosen)
+            else:
+                self._queue.show(chosen)
+            yield
+        finally:
+            (
+                s.max_num_scheduled_tokens,
+                s.scheduler_config.long_prefill_token_threshold,
+                s.adaptive_long_prefill_threshold,
+                s.max_num_active_reqs,
+            ) = saved
+            s.running += held
+            self._queue.show(())
+            if is_paused:
+                self._undrain(chosen)
+        self._note_started(decision)
+
+    def park(self, decision: Decision, now_s: float) -> None:
+        """Park as decided; vLLM sees preemptions."""
+        s = self._scheduler
+        parked = [s.requests[request_id] for request_id in decision.park]
+        leaving = set(parked)
+        s.running = [request for request in s.running if request not in leaving]
+        for request in parked:
+            request_id = request.request_id
+            block_ids = s.kv_cache_manager.get_block_ids(request_id)[0]
+            self._desk.park(
+                request_id,
+                block_ids,
+                num_computed=request.num_computed_tokens,
+                num_tokens=request.num_tokens,
+                num_output=request.num_output_tokens,
+                reason=decision.reasons[request_id],
+            )
+            s._preempt_request(request, now_s)  # resets its counts; its in-flight token is still delivered
+
+    def give_up(self, request: Request, now_s: float) -> None:
+        """vLLM's own preemption: the request's KV is computed again."""
+        s = self._scheduler
+        s.running.remove(request)
+        s._preempt_request(request, now_s)
+
+    def _chosen(self, decision: Decision) -> list[Request]:
+        """Whom vLLM shall find in its waiting queue in this step, in order; layered ones get their reservations."""
+        s = self._scheduler
+        chosen = [s.requests[request_id] for request_id in decision.fetch]
+        for admission in decision.admit:
+            request = s.requests[admission.request_id]
+            try:
+                self._desk.reserve(admission)
+            except CapacityError as error:  # what it was decided from has changed: it waits for the next step
+                logger.debug("request %s is not admitted in this step: %s", admission.request_id, error)
+                continue
+            chosen.append(request)
+        return chosen + self._strangers()
+
+    def _strangers(self) -> list[Request]:
+        """Requests in the queue that the policy does not know: vLLM alone moves them, so they stay visible."""
+        s = self._scheduler
+        controller = self._controller
+        if len(s.waiting) == len(controller.waiting) + len(controller.parked) + len(self._arrivals.refused):
+            return []
+        known = (controller.waiting, controller.parked, self._arrivals.refused)
+        return [request for request in s.waiting if not any(request.request_id in views for views in known)]
+
+    def _drain(self, fetched: list[Request]) -> None:
+        """While new requests are paused, vLLM looks only at those that hold KV; parked ones do, in host memory."""
+        for request in fetched:
+            self._queue.remove_request(request)
+            self._scheduler.kv_holding_waiting.add_request(request)
+
+    def _undrain(self, fetched: list[Request]) -> None:
+        for request in fetched:
+            if self._ledger.residency.get(request.request_id) is Residency.PARKED:
+                self._scheduler.kv_holding_waiting.remove_requests((request,))  # vLLM may have moved it back already
+                self._queue.add_request(request)
+
+    def _note_started(self, decision: Decision) -> None:
+        """Bring the books in line with what vLLM did of what was decided."""
+        metrics = self._metrics
+        for request_id in decision.fetch:
+            if self._ledger.residency[request_id] is Residency.PARKED:
+                metrics.add("layerkv_declined", 1)
+        for admission in decision.admit:
+            request = self._scheduler.requests.get(admission.request_id)
+            if request is None:
+                continue
+            if request.status is RequestStatus.RUNNING:
+                waited_s = self._desk.admitted(admission.request_id, decision.reasons[admission.request_id])
+                if waited_s is not None:
+                    metrics.observe("layerkv_admission_wait_seconds", waited_s)
+                continue
+            metrics.add("layerkv_declined", 1)
+            self._prefix_hits.forget(admission.request_id)
+            self._desk.declined(admission.request_id)
+
+
+def limit_prefill(s: SchedulerView, snapshot: Snapshot, decision: Decision) -> list[Request]:
+    """Hold prompts to the decided tokens, so that decodes and resuming requests get theirs.
+
+    vLLM serves running requests in list order and a prompt takes all it can, so prompts go last and each is
+    limited to its share. Starting a fetch costs no token, but vLLM's scan ends when none is left.
+
+    Returns:
+        Running prompts that vLLM must not see in this step. No limit is low enough for a share of nothing: a
+        single token of a layered prompt would load all its chunks again, and take the token a fetch needs.
+    """
+    prefilling = [request for request in s.running if request.is_prefill_chunk]
+    s.max_num_scheduled_tokens, share = prefill_share(
+        s.max_num_scheduled_tokens,
+        decode_tokens=snapshot.decode_tokens,
+        prefill_tokens=decision.prefill_tokens,
+        num_prompts=len(prefilling),
+        spare_tokens=1 if decision.fetch else 0,
+    )
+    if decision.has_whole_prompt:
+        s.scheduler_config.long_prefill_token_threshold = 0
+    if prefilling:
+        decoding = [request for request in s.running if not request.is_prefill_chunk]
+        if decision.prefill_tokens == 0 and decoding:
+            s.running = decoding
+            s.max_num_active_reqs -= len(prefilling)
+            return prefilling
+        s.running = decoding + prefilling
+        threshold = s.scheduler_config.long_prefill_token_threshold
+        s.scheduler_config.long_prefill_token_threshold = min(share, threshold) if threshold else share
+        s.adaptive_long_prefill_threshold = False  # it would raise the share again
+    return []

@@ -1,0 +1,96 @@
+"""What the engine tells of itself: capacity at the start, then counts of reasons and, to front ends, its backlog."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.v1.engine import EngineCoreOutputs
+
+from layerkv.units import format_bytes
+from layerkv.vllm_plugin.scheduler_view import SchedulerView
+from layerkv.vllm_plugin.words import tell
+
+if TYPE_CHECKING:
+    from layerkv.scheduler.controller import Controller
+    from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
+
+logger = init_logger(f"vllm.{__name__}")
+
+BACKLOG_INTERVAL_S = 0.05
+"""How often the front ends are told what a new request would meet, if their policy refuses under overload."""
+
+
+class Telling:
+    """See the module. One per scheduler.
+
+    Attributes:
+        taken_in_s: When the engine last took requests in.
+    """
+
+    def __init__(self, scheduler: SchedulerView, side: SchedulerSide, controller: Controller) -> None:
+        self._scheduler = scheduler
+        self._side = side
+        self._ledger = side.ledger
+        self._controller = controller
+        self.taken_in_s = 0.0
+        self._last_word_s = 0.0
+        self._owes_word = False
+        # Of a server on another node, an engine learns how many there are from its requests only.
+        self._front_ends = set(range(scheduler.vllm_config.parallel_config._api_process_count))
+
+    def came_from(self, front_end: int) -> None:
+        """A request has come: what a new one would meet has changed."""
+        self._front_ends.add(front_end)
+        self._owes_word = True
+
+    def reasons(self) -> None:
+        """Count the reasons given since the last call."""
+        reasons = self._controller.reasons
+        if reasons:
+            for reason, count in reasons.items():
+                self._side.metrics.add("layerkv_decisions", count, reason)
+            reasons.clear()
+
+    def backlog(self, outputs: dict[int, EngineCoreOutputs], now_s: float) -> None:
+        """Tell the front ends what a new request would meet, if the policy refuses any under overload.
+
+        As long as there are prompts, and once after the last: nothing waits, and all that came is counted.
+        """
+        controller = self._controller
+        rejecting = [slo.name for slo in controller.policy.classes.values() if slo.overload == "reject"]
+        is_due = now_s - self._last_word_s >= BACKLOG_INTERVAL_S
+        if not rejecting or not self._owes_word or not (is_due or not controller.has_prompts()):
+            return
+        word = controller.word(self.taken_in_s, now_s)
+        if word is None:
+            return
+        self._last_word_s, self._owes_word = now_s, controller.has_prompts()
+        for name in rejecting:
+            self._side.metrics.set("layerkv_prefill_backlog_seconds", word.classes[name].wait_s, name)
+        tell(outputs, word, self._front_ends)
+
+    def capacity(self) -> None:
+        """Tell what is active, and correct what vLLM counted as capacity."""
+        s = self._scheduler
+        geometry, config = self._side.geometry, self._side.config
+        pool_tokens = (geometry.pool_blocks - 1) * geometry.block_tokens
+        s.cache_config.kv_cache_size_tokens = pool_tokens
+        s.cache_config.kv_cache_max_concurrency = pool_tokens / s.max_model_len
+        logger.info(
+            "layerkv is on (mode %s): pool %d blocks (%d tokens), lane zone %d blocks (%d tokens) in %d lane(s) taking "
+            "%s of %s, host memory %d blocks (%s per worker), policy %s (%s); vLLM's own figures above count zone "
+            "blocks as if they were pool blocks",
+            config.mode,
+            geometry.pool_blocks - 1,
+            pool_tokens,
+            geometry.zone_blocks,
+            geometry.zone_blocks * geometry.block_tokens,
+            geometry.num_lanes,
+            format_bytes(geometry.num_lanes * geometry.lane_bytes),
+            format_bytes(geometry.physical_bytes),
+            self._ledger.host.count,
+            format_bytes(self._ledger.host.count * geometry.block_bytes),
+            config.policy_path or "built in",
+            ", ".join(self._controller.policy.classes),
+        )
