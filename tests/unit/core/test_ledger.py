@@ -210,6 +210,21 @@ def test_streamed_decode_takes_host_blocks_beyond_the_prompt_one_by_one() -> Non
     ledger.check()
 
 
+def test_streamed_decode_takes_its_next_host_block_from_a_prefix_kept_in_the_same_step() -> None:
+    """Requests come before prefixes: the end of another request must not cost this one its next token."""
+    ledger = make_ledger(num_host_blocks=4)
+    table = layered(ledger, "a", 2)
+    ledger.step_layered("a", table, num_computed=0, num_scheduled=8)
+    ledger.take_plan(8)
+    finished(ledger, "b", (4, 5), ["h0", "h1"], 2 * TOKENS)
+    assert ledger.host.num_free == 0
+    table += tuple(ledger.zone.take("a", 1))
+    ledger.step_layered("a", table, num_computed=8, num_scheduled=1)
+    assert set(pairs(ledger.take_plan(1).stores)) == {table[2]}
+    assert (ledger.num_host_blocks_used, ledger.host.num_cached) == (3, 1)
+    ledger.check()
+
+
 def test_counters_count_blocks_and_events() -> None:
     ledger = make_ledger()
     table = layered(ledger, "a", 3, hits=(5,))
