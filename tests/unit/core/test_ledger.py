@@ -952,7 +952,7 @@ class Lives(RuleBasedStateMachine):
         assert self.ledger.is_idle
 
 
-Lives.TestCase.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
+Lives.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 TestLives = Lives.TestCase
 
 

@@ -297,12 +297,12 @@ def test_a_rank_goes_before_having_been_overtaken_too_often() -> None:
 
 
 BESIDE_THE_BEST = (
-    ("late", 99.0, {}),
+    ("due first", 101.0, {}),
     ("overdue", 101.0, {"beside": MOST}),
     ("late and overdue", 99.0, {"beside": MOST}),
-    ("due first", 100.5, {"nobody": MOST}),
+    ("due first beside one overdue", 101.0, {"last": MOST}),
 )
-"""Who stands beside a request of best rank that is due at 102 s: called what, due when, and who was overtaken."""
+"""What stands beside a request of best rank that is due at 102 s, when that is due, and who was overtaken."""
 
 
 @pytest.mark.parametrize(
@@ -312,10 +312,11 @@ def test_the_best_rank_is_first_in_both_lines_whoever_else_is_late_or_overdue(
     beside_s: float, overtaken: dict[str, int]
 ) -> None:
     """The worse rank stands at both ends of either line if ranks are left out of the order."""
-    waiting = [prompt("best", 10, 102.0), prompt("beside", 10, beside_s, rank=1), prompt("last", 10, 103.0, rank=1)]
+    worse = (("beside", beside_s), ("last", 103.0), ("late", 98.0))
+    waiting = [prompt("best", 10, 102.0), *(prompt(name, 10, due_s, rank=1) for name, due_s in worse)]
     s = snapshot(waiting=waiting, budget_tokens=160, overtaken=overtaken)
     assert admitted(decide(s)) == [("best", False)]
-    in_host = [parked("best", 102.0), parked("beside", beside_s, rank=1), parked("last", 103.0, rank=1)]
+    in_host = [parked("best", 102.0), *(parked(name, due_s, rank=1) for name, due_s in worse)]
     s = snapshot(parked=in_host, free_blocks=14, overtaken=overtaken, **crowd(2))
     assert decide(s).fetch == ("best",)
 
