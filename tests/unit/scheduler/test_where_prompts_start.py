@@ -116,7 +116,9 @@ def test_what_host_memory_has_of_a_prompt_leaves_tokens_to_the_next_one_if_it_is
     assert admitted(decide(s)) == [("a", False)]
     found = replace(s, hits={"a": PrefixHit(num_host_blocks=1)})
     assert admitted(decide(found)) == [("a", False), ("b", False)]
-    assert admitted(decide(replace(found, free_blocks=0, **crowd(3)))) == [("a", True)]
+    layered = replace(found, free_blocks=0, budget_tokens=320 + 159, **crowd(3))
+    assert admitted(decide(layered)) == [("a", True)]
+    assert admitted(decide(replace(layered, budget_tokens=320 + 160))) == [("a", True), ("b", True)]
 
 
 # The zone -------------------------------------------------------------------------------------------------------------
