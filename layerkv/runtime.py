@@ -6,6 +6,8 @@ process ids are used again, so the file says when its process started.
 The file is also a bell: whoever wants the policy read again appends a byte (:func:`ring`), and every process of the
 engine, whatever started it, looks at the size now and then. No process needs to know of the others, or to be able to
 catch a signal.
+
+What a user sets for this process in its environment is read here too.
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ def runtime_dir(environment: Mapping[str, str] = os.environ) -> Path:
     """The folder of announcements: one per user."""
     base = environment.get("XDG_RUNTIME_DIR")
     return Path(base) / "layerkv" if base else Path(tempfile.gettempdir()) / f"layerkv-{os.getuid()}"
+
+
+def checks_books(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether engines of this environment check their books when they are idle: ``LAYERKV_CHECK=1``, to find faults."""
+    return environment.get("LAYERKV_CHECK", "") not in ("", "0")
 
 
 def announce(policy_path: str | Path, num_rings: int = 0) -> Path | None:

@@ -362,12 +362,18 @@ class KVLedger:
         return self.host.num_held
 
     def check(self) -> None:
-        """Assert that every block is accounted for exactly once (tests call it after every operation)."""
+        """Assert that every block is accounted for exactly once.
+
+        Tests call it after every operation, an engine with ``LAYERKV_CHECK=1`` whenever it has nothing to copy.
+        """
         self.zone.check()
         self.host.check()
         held = [block for copy in (*self._copies.values(), *self._orphans.values()) for block in copy.blocks]
-        assert len(held) == len(set(held)) == self.num_host_blocks_used
-        assert not any(self.host.is_free(block) for block in held)
+        used = self.num_host_blocks_used
+        assert len(held) == len(set(held)) == used, (
+            f"host memory: {used} blocks are taken; requests hold {len(held)}, {len(set(held))} different ones"
+        )
+        assert not any(self.host.is_free(block) for block in held), "host memory: a request holds a free block"
         for request_id, state in ((r, self.residency[r]) for r in self.residency):
             has_copy = request_id in self._copies
             if state in (Residency.LAYERED, Residency.PARKED, Residency.FETCHING):

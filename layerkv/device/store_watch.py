@@ -47,10 +47,13 @@ class StoreWatch:
         found: list[Event] = []
         blocks = host_blocks(runs)
         for layer in layers:
-            under_way = self._under_way.get(layer, ())
-            found += [store.event for store in under_way if not blocks.isdisjoint(host_blocks(store.runs))]
-            if self._failed:
-                found += [self._failed[layer, block] for block in blocks if (layer, block) in self._failed]
+            lost = {block for block in blocks if (layer, block) in self._failed} if self._failed else set()
+            for store in self._under_way.get(layer, ()):
+                stored = host_blocks(store.runs)
+                if not blocks.isdisjoint(stored):
+                    found.append(store.event)
+                    lost -= stored  # it came after the one that failed
+            found += [self._failed[layer, block] for block in lost]
         return list(dict.fromkeys(found))
 
     def look(self) -> None:

@@ -12,6 +12,7 @@ from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan
 from layerkv.errors import IncompatibleVLLMError
 from layerkv.metrics import MetricSamples, Payload
+from layerkv.runtime import checks_books
 from layerkv.scheduler.desk import Desk
 from layerkv.scheduler.reasons import End
 from layerkv.vllm_plugin.kv_events import HostPrefixEvents
@@ -53,6 +54,7 @@ class SchedulerSide:
         self._requests: Mapping[str, Request] = {}
         self._desk: Desk
         self._end_of: Callable[[Request], End]
+        self._checks_books = checks_books()
         self._reported = LedgerCounters()
         self._reported_version: tuple[int, ...] | None = None
         self._reported_gauges: dict[tuple[str, str | None], float] = {}
@@ -153,6 +155,8 @@ class SchedulerSide:
         self.last_plan = None
         if self.ledger.is_idle:
             self.ledger.host.unpin()  # no plan, so nobody uses what was pinned for one
+            if self._checks_books:
+                self._check_books()
             return None
         state = output.kv_connector_block_state
         assert state is not None
@@ -165,6 +169,12 @@ class SchedulerSide:
             )
         self.last_plan = self.ledger.take_plan(output.total_num_scheduled_tokens)
         return self.last_plan
+
+    def _check_books(self) -> None:
+        """Assert that every block is accounted for once, and that nobody who has left still holds any."""
+        self.ledger.check()
+        gone = [request_id for request_id in self.ledger.residency if request_id not in self._requests]
+        assert not gone, f"requests that vLLM no longer has are in the books: {', '.join(gone)}"
 
     def take_metrics(self) -> Payload | None:
         """What changed since the last call; None if nothing did."""

@@ -8,8 +8,9 @@ unordered comes out in either order.
 - `SlowEngine` copies at the latest possible moment: a copy begins when compute, or the host, cannot go on without it.
 - `ReorderingEngine` asks a `Chooser`: a fixed preference among the queues, a random one, or whatever a test draws.
 
-Foreground loads may overtake background ones that have not begun. These engines decide late, so for them "not begun"
-is a matter of choice: a background load runs before or after later foreground ones, never before earlier ones.
+Foreground copies may overtake background ones of their direction that have not begun. These engines decide late, so for
+them "not begun" is a matter of choice: a background copy runs before or after later foreground ones, never before
+earlier ones.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from layerkv.device.base import Arena, Direction
 from layerkv.device.host_memory import MmapHostMemory
 from layerkv.errors import TransferError
 
-COMPUTE, STORE, LOAD, BACKGROUND = "compute", "store", "load", "background"
+COMPUTE, STORE, AHEAD, LOAD, BACKGROUND = "compute", "store", "store ahead", "load", "background load"
+QUEUES = (COMPUTE, STORE, AHEAD, LOAD, BACKGROUND)
+LINES = ((COMPUTE, COMPUTE), (STORE, AHEAD), (LOAD, BACKGROUND))
+"""What runs one at a time: of each, the queue in the foreground and the one in the background."""
 
 Chooser = Callable[[Sequence[str]], str]
 """Picks the queue that makes the next move, out of those that can."""
@@ -67,7 +71,7 @@ class StreamEngine:
     def __init__(self, arena: Arena, host: MmapHostMemory) -> None:
         self._arena, self._host = arena, host
         self._base = arena.tensor().data_ptr()
-        self._queues: dict[str, deque[_Operation]] = {name: deque() for name in (COMPUTE, STORE, LOAD, BACKGROUND)}
+        self._queues: dict[str, deque[_Operation]] = {name: deque() for name in QUEUES}
         self._sequence = count()
         self._seconds = dict.fromkeys(Direction, 0.0)
         self._is_closed = False
@@ -102,8 +106,8 @@ class StreamEngine:
             for i in range(run.num_blocks)
         ]
         self._shuffle(moves)  # the contract orders copies, not the blocks of one
-        queue = STORE if direction is Direction.STORE else BACKGROUND if background else LOAD
-        return self._enqueue(queue, moves, after)
+        in_front, behind = (STORE, AHEAD) if direction is Direction.STORE else (LOAD, BACKGROUND)
+        return self._enqueue(behind if background else in_front, moves, after)
 
     def wait_compute(self, event: StreamEvent) -> None:
         if event.error is not None:
@@ -139,7 +143,7 @@ class StreamEngine:
 
     def synchronize(self) -> None:
         """Run all that is enqueued."""
-        for name in (COMPUTE, STORE, LOAD, BACKGROUND):
+        for name in QUEUES:
             while self._queues[name]:
                 assert self.wait_host(self._queues[name][-1].event, 0.0), f"{name} waits for what never ends"
 
@@ -157,14 +161,15 @@ class StreamEngine:
 
     def _ready(self) -> list[_Operation]:
         """The operations that may move now, one per queue at most."""
-        heads = [operation for name in (COMPUTE, STORE) for operation in list(self._queues[name])[:1]]
-        foreground, background = self._queues[LOAD], self._queues[BACKGROUND]
-        loads = [queue[0] for queue in (foreground, background) if queue]
-        if any(operation.begun for operation in loads):
-            loads = [operation for operation in loads if operation.begun]
-        elif len(loads) == 2 and foreground[0].sequence < background[0].sequence:
-            loads = [foreground[0]]
-        return [operation for operation in heads + loads if all(event.is_done() for event in operation.after)]
+        heads = [head for line in LINES for head in self._heads(*line)]
+        return [operation for operation in heads if all(event.is_done() for event in operation.after)]
+
+    def _heads(self, in_front: str, behind: str) -> list[_Operation]:
+        """What may be next of one line: of two that have not begun either, if the one in the background came first."""
+        heads = [self._queues[name][0] for name in dict.fromkeys((in_front, behind)) if self._queues[name]]
+        if begun := [operation for operation in heads if operation.begun]:
+            return begun
+        return heads[:1] if len(heads) == 2 and heads[0].sequence < heads[1].sequence else heads
 
     def _move(self, operation: _Operation) -> None:
         operation.begun = True
@@ -231,10 +236,10 @@ class SlowEngine(StreamEngine):
         if operation in ready:
             return None
         before = [other for other in self._queues[operation.queue] if other.sequence < operation.sequence]
-        if operation.queue in (LOAD, BACKGROUND):
-            before += [other for other in self._queues[BACKGROUND] if other.begun and other is not operation]
-            before += [other for other in self._queues[LOAD] if other.begun or other.sequence < operation.sequence]
-            before = [other for other in before if other is not operation]
+        in_front, behind = next(line for line in LINES if operation.queue in line)
+        before += [other for other in self._queues[behind] if other.begun]
+        before += [other for other in self._queues[in_front] if other.begun or other.sequence < operation.sequence]
+        before = [other for other in before if other is not operation]
         if before:
             return before[0].event
         return next(event for event in operation.after if not event.is_done())

@@ -149,6 +149,11 @@ class TinyServer:
         tokens = self.geometry.block_tokens
         return [tuple(token_ids[: end * tokens]) for end in range(1, len(token_ids) // tokens + 1)]
 
+    def store_ahead(self, request_id: str) -> None:
+        """Copy a resident request's whole blocks in the background."""
+        request = self.requests[request_id]
+        self.ledger.store_ahead(request_id, tuple(request.block_ids), request.num_computed)
+
     def park(self, request_id: str) -> None:
         """Park a request that has computed something."""
         request = self.requests[request_id]

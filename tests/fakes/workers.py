@@ -16,6 +16,7 @@ from layerkv.device.pinned_memory import PinnedHostMemory
 from tests.fakes.cuda_bindings import FakeBindings
 from tests.fakes.cuda_streams import FakeCuda
 from tests.fakes.stream_engine import (
+    AHEAD,
     BACKGROUND,
     COMPUTE,
     LOAD,
@@ -28,12 +29,12 @@ from tests.fakes.stream_engine import (
 from tests.fakes.tiny_server import TinyModel, TinyServer
 
 FIXED_ORDERS = {
-    "compute-first": (COMPUTE, LOAD, BACKGROUND, STORE),
-    "stores-first": (STORE, COMPUTE, BACKGROUND, LOAD),
-    "loads-first": (LOAD, BACKGROUND, COMPUTE, STORE),
-    "fetches-first": (BACKGROUND, COMPUTE, LOAD, STORE),
-    "compute-last": (LOAD, BACKGROUND, STORE, COMPUTE),
-    "stores-then-loads": (STORE, LOAD, BACKGROUND, COMPUTE),
+    "compute-first": (COMPUTE, LOAD, BACKGROUND, STORE, AHEAD),
+    "stores-first": (STORE, AHEAD, COMPUTE, BACKGROUND, LOAD),
+    "loads-first": (LOAD, BACKGROUND, COMPUTE, STORE, AHEAD),
+    "fetches-first": (BACKGROUND, COMPUTE, LOAD, AHEAD, STORE),
+    "compute-last": (LOAD, BACKGROUND, STORE, AHEAD, COMPUTE),
+    "stores-then-loads": (STORE, LOAD, BACKGROUND, COMPUTE, AHEAD),
 }
 RANDOM_ORDERS = tuple(f"random-{seed}" for seed in range(4))
 CUDA_ORDERS = tuple(f"cuda-{seed}" for seed in range(4))

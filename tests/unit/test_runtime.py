@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from layerkv.runtime import announce, num_rings, ring, running_engines, runtime_dir
+from layerkv.runtime import announce, checks_books, num_rings, ring, running_engines, runtime_dir
 
 ANNOUNCE_AND_WAIT = """
 import os, sys
@@ -176,3 +176,8 @@ def test_without_a_folder_to_write_to_an_engine_runs_unannounced(
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "file"))
     assert announce("slo.yaml") is None
     assert running_engines() == []
+
+
+@pytest.mark.parametrize(("value", "checks"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_books_are_checked_where_the_environment_says_so(value: str | None, checks: bool) -> None:
+    assert checks_books({} if value is None else {"LAYERKV_CHECK": value}) is checks

@@ -83,6 +83,7 @@ class HandEngine:
         self._policy_decides, self._policy_is_quiet = controller.decide, controller.is_quiet
         controller.decide, controller.is_quiet = self._decide, self._is_quiet
         self._forced: dict[str, tuple[str, ...]] = {}
+        self._forced_tokens: int | None = None
         self.held: set[str] = set()
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, hash_fn)
         self._is_ahead = ahead
@@ -123,17 +124,19 @@ class HandEngine:
 
     # What the policy decides ---------------------------------------------------------------------------------
 
-    def force(self, **changes: Iterable[str]) -> None:
+    def force(self, *, prefill_tokens: int | None = None, **changes: Iterable[str]) -> None:
         """The next step is decided as the policy would, but for these requests.
 
         Args:
+            prefill_tokens: So many tokens of prompts are to be computed.
             changes: ``park``, ``recompute``, ``store_ahead``: to do that with besides, if they run by then;
                 ``layered``: whoever of these starts does so in the lane zone.
         """
         self._forced = {name: tuple(request_ids) for name, request_ids in changes.items()}
+        self._forced_tokens = prefill_tokens
 
     def _is_quiet(self, *args: Any) -> bool:
-        return not self._forced and not self.held and self._policy_is_quiet(*args)
+        return not self._forced and self._forced_tokens is None and not self.held and self._policy_is_quiet(*args)
 
     def _decide(self, *args: Any, **kwargs: Any) -> Any:
         snapshot, decision = self._policy_decides(*args, **kwargs)
@@ -153,7 +156,10 @@ class HandEngine:
             for name in ("park", "recompute", "store_ahead")
         }
         reasons = {**dict.fromkeys(taken, Reason.MAKES_ROOM), **decision.reasons}
-        return snapshot, replace(decision, admit=admit, fetch=fetch, reasons=reasons, **moves)
+        decision = replace(decision, admit=admit, fetch=fetch, reasons=reasons, **moves)
+        if self._forced_tokens is not None:
+            decision, self._forced_tokens = replace(decision, prefill_tokens=self._forced_tokens), None
+        return snapshot, decision
 
     def _layered_room(self, name: str) -> tuple[int, int]:
         """Blocks in the zone and in host memory for a whole prompt."""

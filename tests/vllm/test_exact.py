@@ -1,7 +1,8 @@
 """layerkv's greedy tokens are stock vLLM's, in float32, whatever the mix; and afterwards every block is back.
 
-Each engine runs in a process of its own (vLLM keeps one KV connector per process) and takes ten random mixes one
-after the other. The reference is stock vLLM with KV memory for everything, whose tokens depend on the prompt alone.
+Each engine takes ten random mixes one after the other, and a few engines in turn share a process, since most of an
+engine's start is imports. The reference is stock vLLM with KV memory for everything, whose tokens depend on the prompt
+alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -25,6 +27,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 PLENTIFUL_BYTES = 128 << 20
 SCARCE_BYTES = 6 << 20  # 32 blocks of the tiny model: two or three requests
+ENGINES_PER_PROCESS = 6
 MIXES = [
     {"seed": seed, "sharing": sharing, "aborts": aborts}
     for (sharing, aborts), seed in product(product((False, True), (False, True)), range(3))
@@ -45,6 +48,7 @@ class Setting:
     fail_copies_every: int = 0
     pause_step: int | None = None
     reset_while_fetching: bool = False
+    alone: bool = False
     must_move: tuple[str, ...] = ("parks", "fetches", "layered_admissions")
 
 
@@ -106,8 +110,13 @@ SETTINGS = [
         {"kv_cache_memory_bytes": 2 << 20},
         must_move=("layered_admissions", "recomputes"),
     ),
-    Setting("tensor-parallel-2", {"zone_tokens": 320}, {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 3 << 20}),
-    Setting("compiled", {"zone_tokens": 320}, {"enforce_eager": False}, env={"VLLM_CPU_CI_ENV": "1"}),
+    Setting(
+        "tensor-parallel-2",
+        {"zone_tokens": 320},
+        {"tensor_parallel_size": 2, "kv_cache_memory_bytes": 3 << 20},
+        alone=True,
+    ),
+    Setting("compiled", {"zone_tokens": 320}, {"enforce_eager": False}, env={"VLLM_CPU_CI_ENV": "1"}, alone=True),
     Setting("priorities-and-watermark", {"zone_tokens": 320}, {"scheduling_policy": "priority", "watermark": 0.05}),
 ]  # fmt: skip
 
@@ -141,7 +150,7 @@ def engine_args(model: Path) -> dict[str, Any]:
     }
 
 
-def run_engine(folder: Path, spec: dict[str, Any], env: dict[str, str] | None = None) -> list[dict[str, Any]]:
+def run_engine(folder: Path, spec: dict[str, Any], env: dict[str, str] | None = None) -> Any:
     spec_path, out_path, log_path = folder / "spec.json", folder / "out.json", folder / "log"
     spec_path.write_text(json.dumps(spec))
     with log_path.open("wb") as log:
@@ -157,24 +166,62 @@ def run_engine(folder: Path, spec: dict[str, Any], env: dict[str, str] | None = 
     return json.loads(out_path.read_text())
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_tokens_are_stock_vllms_and_every_block_comes_back(
-    setting: Setting, model: Path, reference: list[list[list[int]]], tmp_path: Path
-) -> None:
+def spec_of(setting: Setting, model: Path, folder: Path) -> dict[str, Any]:
     extra = {"host_memory": "64MiB", **setting.extra}
     if setting.policy is not None:
-        policy_path = tmp_path / "slo.yaml"
+        policy_path = folder / f"{setting.name}.yaml"
         policy_path.write_text(setting.policy)
         extra["policy"] = str(policy_path)
     connector = {"kv_connector": "LayerKVConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
-    args = {**engine_args(model), **setting.engine, "kv_transfer_config": connector}
-    spec = {"engine_args": args, "mixes": MIXES, "ahead": setting.ahead, "fail_every": setting.fail_every}
-    spec |= {"fail_copies_every": setting.fail_copies_every}
-    spec |= {"pause_step": setting.pause_step, "reset_while_fetching": setting.reset_while_fetching}
-    results = run_engine(tmp_path, spec, setting.env)
+    return {
+        "engine_args": {**engine_args(model), **setting.engine, "kv_transfer_config": connector},
+        "mixes": MIXES,
+        "ahead": setting.ahead,
+        "fail_every": setting.fail_every,
+        "fail_copies_every": setting.fail_copies_every,
+        "pause_step": setting.pause_step,
+        "reset_while_fetching": setting.reset_while_fetching,
+    }
 
-    assert len(results) == len(MIXES)
-    for mix, expected, result in zip(MIXES, reference, results, strict=True):
+
+class Results:
+    """What each setting's engine did; those that this session asks for run together, a few to a process."""
+
+    def __init__(self, model: Path, folder: Path, settings: Sequence[Setting]) -> None:
+        self._model, self._folder = model, folder
+        together = [setting for setting in settings if not setting.alone]
+        self._groups = [together[i : i + ENGINES_PER_PROCESS] for i in range(0, len(together), ENGINES_PER_PROCESS)]
+        self._groups += [[setting] for setting in settings if setting.alone]
+        self._outcomes: dict[str, Any] = {}
+
+    def of(self, setting: Setting) -> list[dict[str, Any]]:
+        if setting.name not in self._outcomes:
+            group = next(group for group in self._groups if setting in group)
+            folder = self._folder / group[0].name
+            folder.mkdir()
+            # An engine that ends its process leaves nothing; then its own test says so, and those after it.
+            self._outcomes |= {each.name: {"error": f"no result; see {folder / 'log'}"} for each in group}
+            self._outcomes |= run_engine(
+                folder, {each.name: spec_of(each, self._model, folder) for each in group}, setting.env
+            )
+        outcome = self._outcomes[setting.name]
+        assert "error" not in outcome, outcome["error"]
+        return outcome["results"]
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    asked = [item.callspec.params["setting"] for item in request.session.items if item.module is request.module]
+    return Results(model, tmp_path_factory.mktemp("exact"), asked)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_tokens_are_stock_vllms_and_every_block_comes_back(
+    setting: Setting, reference: list[list[list[int]]], results: Results
+) -> None:
+    found = results.of(setting)
+    assert len(found) == len(MIXES)
+    for mix, expected, result in zip(MIXES, reference, found, strict=True):
         for request, want, got in zip(make_mix(**mix), expected, result["tokens"], strict=True):
             assert len(want) == request.max_tokens
             assert got == (want if request.abort_step is None else want[: len(got)]), mix

@@ -1,56 +1,94 @@
-"""How the adapter holds prompts to their share of a step, without an engine."""
+"""How the adapter holds prompts to their share of a step: what vLLM's own scheduler then computes of each."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+from pathlib import Path
 
 import pytest
 
-from layerkv.scheduler.snapshot import Decision
-from tests.fakes.snapshots import snapshot
+from tests.vllm.hand_engine import HandEngine
 
 pytestmark = pytest.mark.vllm
 
 
-def scheduler(*are_prompts: bool) -> Any:
-    """What `limit_prefill` touches of a scheduler."""
-    return SimpleNamespace(
-        max_num_scheduled_tokens=2048,
-        running=[SimpleNamespace(is_prefill_chunk=is_prompt) for is_prompt in are_prompts],
-        scheduler_config=SimpleNamespace(long_prefill_token_threshold=0),
-        adaptive_long_prefill_threshold=True,
-        max_num_active_reqs=16,
-    )
+def scheduled(engine: HandEngine) -> dict[str, int]:
+    """Tokens of each request in the next step."""
+    step = engine.schedule()
+    engine.process()
+    return dict(step.scheduled.num_scheduled_tokens)
 
 
-def limit(s: Any, prefill_tokens: int = 512, **changes: Any) -> Any:
-    from layerkv.vllm_plugin.execution import limit_prefill
-
-    s.held = limit_prefill(s, snapshot(**changes), Decision(prefill_tokens=prefill_tokens))
-    return s
-
-
-def test_prompts_go_last_and_share_the_budget() -> None:
-    s = limit(scheduler(True, False, True), decode_tokens=1, prefilling_tokens=900)
-    assert [request.is_prefill_chunk for request in s.running] == [False, True, True]
-    assert s.scheduler_config.long_prefill_token_threshold == 256
-    assert not s.adaptive_long_prefill_threshold, "it would raise the share again"
-    assert s.max_num_scheduled_tokens == 513
+def two_prompts_and_one_that_decodes(model: Path, **engine_args: int) -> HandEngine:
+    """The prompts have 100 tokens, 20 a step, and began first."""
+    engine = HandEngine(model, long_prefill_token_threshold=20, **engine_args)
+    engine.add("a", range(100))
+    engine.add("b", range(1, 101))
+    assert scheduled(engine) == {"a": 20, "b": 20}
+    engine.add("decodes", range(2, 12), max_tokens=100)
+    assert scheduled(engine) == {"a": 20, "b": 20, "decodes": 10}
+    return engine
 
 
-def test_tokens_of_requests_that_do_not_run_are_shared_among_nobody() -> None:
-    """A fetch that failed, or has ended and found no block, has tokens to compute though no prompt runs."""
-    s = limit(scheduler(False), decode_tokens=1, prefilling_tokens=1)
-    assert s.scheduler_config.long_prefill_token_threshold == 0
-    assert s.max_num_scheduled_tokens == 513
+@pytest.fixture
+def engine(tiny_model: Path) -> HandEngine:
+    return two_prompts_and_one_that_decodes(tiny_model)
 
 
-def test_with_no_tokens_for_prompts_vllm_sees_none_of_them() -> None:
+def test_prompts_share_what_is_decided(engine: HandEngine) -> None:
+    engine.force(prefill_tokens=30)
+    assert scheduled(engine) == {"a": 15, "b": 15, "decodes": 1}
+    assert scheduled(engine) == {"a": 20, "b": 20, "decodes": 1}, "vLLM's own limit holds again"
+    engine.run()
+
+
+def test_prompts_go_last(engine: HandEngine) -> None:
+    """They began first, and a share is a token at least: the second has none left, and not the one that decodes."""
+    engine.force(prefill_tokens=1)
+    assert scheduled(engine) == {"decodes": 1, "a": 1}
+    engine.run()
+
+
+def test_with_no_tokens_for_prompts_vllm_sees_none_of_them(engine: HandEngine) -> None:
     """A limit of one token each would make every layered prompt load all its chunks for it."""
-    s = limit(scheduler(True, False, True), 0, decode_tokens=1, prefilling_tokens=900)
-    assert [request.is_prefill_chunk for request in s.running] == [False]
-    assert [request.is_prefill_chunk for request in s.held] == [True, True]
-    assert s.max_num_active_reqs == 14, "they keep their places"
-    alone = limit(scheduler(True), 0, prefilling_tokens=900)
-    assert (len(alone.running), alone.held) == (1, []), "the engine never stands still"
+    for _ in range(3):
+        engine.force(prefill_tokens=0)
+        assert scheduled(engine) == {"decodes": 1}
+    assert scheduled(engine) == {"a": 20, "b": 20, "decodes": 1}
+    engine.run()
+
+
+def test_prompts_that_vllm_does_not_see_keep_their_places(tiny_model: Path) -> None:
+    """One that came in for them would be one request too many, once they are seen again."""
+    engine = two_prompts_and_one_that_decodes(tiny_model, max_num_seqs=3)
+    engine.add("waits", range(3, 13))
+    engine.force(prefill_tokens=0)
+    assert scheduled(engine) == {"decodes": 1}
+    assert scheduled(engine) == {"a": 20, "b": 20, "decodes": 1}
+    engine.run()
+
+
+def test_the_engine_never_stands_still(tiny_model: Path) -> None:
+    engine = HandEngine(tiny_model, long_prefill_token_threshold=20)
+    engine.add("alone", range(100))
+    engine.step()
+    engine.force(prefill_tokens=0)
+    assert scheduled(engine) == {"alone": 1}
+    engine.run()
+
+
+def test_tokens_of_a_fetch_that_failed_are_not_cut_to_a_share(tiny_model: Path) -> None:
+    """They are to be computed though no prompt runs."""
+    engine = HandEngine(tiny_model)
+    engine.add("fetched", range(100), max_tokens=20)
+    engine.add("decodes", range(2, 12), max_tokens=100)
+    engine.step()
+    engine.force(park=["fetched"])
+    engine.step()
+    engine.forget_on_device()
+    engine.fail_fetches = True
+    engine.step()
+    while "fetched" not in (tokens := scheduled(engine)):
+        engine.force(prefill_tokens=64)
+    assert tokens["decodes"] == 1
+    assert tokens["fetched"] >= 64
+    engine.run()

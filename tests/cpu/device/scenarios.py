@@ -339,7 +339,7 @@ def prefix_of_parked_and_fetched_requests(server: TinyServer) -> None:
     said = server.finish("a", keeps=True)
     assert server.arrive_again("b", said, 24) == 5
     server.step(b=4)
-    server.ledger.store_ahead("b", tuple(server.requests["b"].block_ids), 20)
+    server.store_ahead("b")
     server.step(b=1)
     server.park("b")
     said = server.finish("b", keeps=True)
@@ -354,15 +354,50 @@ def prefix_of_parked_and_fetched_requests(server: TinyServer) -> None:
 def prefix_stored_ahead_and_finished_at_once(server: TinyServer) -> None:
     server.arrive("a", 18, layered=False)
     server.step(a=18)
-    server.ledger.store_ahead("a", tuple(server.requests["a"].block_ids), 16)
+    server.store_ahead("a")
     said = server.finish("a", keeps=True)
     assert server.arrive_again("b", said, 19) == 4
     server.step(b=3)
-    server.ledger.store_ahead("b", tuple(server.requests["b"].block_ids), 16)
+    server.store_ahead("b")
     server.step(b=1)
     server.finish("b", keeps=True)
     assert server.arrive_again("c", said, 19) == 4
     server.step(c=3)
+    server.end()
+
+
+def stored_ahead_and_overwritten_in_the_step_that_parks(server: TinyServer) -> None:
+    """What was stored ahead is not stored by the park, whose pool blocks a prompt takes in the same step."""
+    server.arrive("r", 33, layered=False)
+    server.step(r=33)
+    server.store_ahead("r")
+    server.step(r=1)
+    server.step(r=1)
+    server.park("r")
+    server.arrive("thief", 60, layered=False)
+    server.step(thief=60)
+    server.finish("thief")
+    server.fetch("r")
+    server.await_fetch("r")
+    server.step(r=2)
+    server.end()
+
+
+def host_blocks_stored_ahead_given_to_others(server: TinyServer) -> None:
+    """The request ends while it is stored ahead; layered prompts store into all of host memory in the next steps."""
+    server.arrive("r", 33, layered=False)
+    server.step(r=33)
+    server.store_ahead("r")
+    server.step(r=1)
+    server.finish("r")
+    server.arrive("a", 44, layered=True)
+    server.step(a=30)
+    server.step(a=14)
+    server.park("a")
+    server.step()
+    server.fetch("a")
+    server.await_fetch("a")
+    server.step(a=1)
     server.end()
 
 
@@ -388,4 +423,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     prefix_loaded_into_blocks_finished_in_the_same_step,
     prefix_of_parked_and_fetched_requests,
     prefix_stored_ahead_and_finished_at_once,
+    stored_ahead_and_overwritten_in_the_step_that_parks,
+    host_blocks_stored_ahead_given_to_others,
 )

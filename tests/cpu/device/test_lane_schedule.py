@@ -14,6 +14,7 @@ from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan
 from layerkv.device.base import Direction
 from layerkv.device.lane_schedule import LaneSchedule
 from layerkv.errors import LostCopyError, TransferError
+from tests.fakes.stream_engine import AHEAD, BACKGROUND, STORE
 from tests.fakes.workers import Worker, make_worker, small_geometry
 
 NUM_LAYERS, LANES = 4, 2
@@ -243,6 +244,21 @@ def test_a_lost_copy_ends_the_step(monkeypatch: pytest.MonkeyPatch, real: tuple[
     goes_on.set()
 
 
+def test_a_fetch_that_failed_because_of_a_lost_copy_ends_the_step(
+    monkeypatch: pytest.MonkeyPatch, real: tuple[Worker, LaneSchedule]
+) -> None:
+    """What is computed in the fetch's place must not be overtaken by a copy that may still write."""
+    worker, lanes = real
+    goes_on = threading.Event()
+    monkeypatch.setattr("layerkv.device.cpu_engine.COPY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(worker.engine._threads[Direction.STORE], "_copy", lambda *_: goes_on.wait(30.0))
+    lanes.begin_step(StepPlan(ahead=(BlockRun(2, 0, 3),)))
+    lanes.begin_step(StepPlan(fetches=(FetchPlan("a", (BlockRun(6, 0, 3),)),)))
+    with pytest.raises(LostCopyError):
+        lanes.poll_fetches(wait_s=5.0)
+    goes_on.set()
+
+
 def test_a_layered_step_whose_hooks_did_not_run_is_an_error(lanes: LaneSchedule) -> None:
     lanes.begin_step(StepPlan(stores=(BlockRun(ZONE, 0, 1),), num_tokens=1))
     lanes.layer_done(0)
@@ -279,11 +295,11 @@ def test_a_foreground_copy_waits_for_one_unit_of_a_background_one_at_most(
 
 
 def test_draining_waits_for_stores_and_fetches(worker: Worker, lanes: LaneSchedule) -> None:
-    plan = StepPlan(stores=(BlockRun(ZONE, 0, 3),), fetches=(FetchPlan("a", (BlockRun(2, 4, 2),)),), num_tokens=12)
-    layered_step(lanes, plan)
+    fetch = FetchPlan("a", (BlockRun(2, 4, 2),))
+    ahead = (BlockRun(6, 6, 2),)
+    layered_step(lanes, StepPlan(stores=(BlockRun(ZONE, 0, 3),), fetches=(fetch,), ahead=ahead, num_tokens=12))
     lanes.drain(5.0)
-    assert not worker.engine._queues["store"]
-    assert not worker.engine._queues["background"]
+    assert not any(worker.engine._queues[name] for name in (STORE, AHEAD, BACKGROUND))
     assert [fetch.request_id for fetch in lanes.poll_fetches()] == ["a"]
 
 

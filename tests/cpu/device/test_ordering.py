@@ -84,7 +84,7 @@ class DeafEngine:
         if direction is Direction.LOAD:
             kind = "fetch" if background else "hit" if runs is self.plan.hits else "load"
         else:
-            kind = "park" if runs is self.plan.parks else "store"
+            kind = "ahead" if background else "park" if runs is self.plan.parks else "store"
         is_first_of_lane = kind == "load" and layers[0] < self._lanes
         if kind == "store":
             self._is_between_steps = layers[0] == self._num_layers - 1
@@ -109,7 +109,8 @@ class DeafEngine:
     def wait_compute(self, event: Event) -> None:
         kind = self._kinds[id(event)]
         within_step = "4, across steps" if self._is_between_steps else "4"
-        if self._rule == {"load": "3", "store": within_step, "park": "5", "hit": "8"}.get(kind):
+        rule = self._rule.removesuffix(", for host blocks")
+        if rule == {"load": "3", "store": within_step, "park": "5", "ahead": "7", "hit": "8"}.get(kind):
             self.num_ignored += 1
         else:
             self._engine.wait_compute(event)
@@ -132,6 +133,8 @@ MUTANTS = {
     "5": scenarios.parked_prefix_overwritten_in_the_same_step,
     "6": scenarios.fetched_right_after_the_park,
     "6, for compute": scenarios.fetched_into_blocks_finished_in_the_same_step,
+    "7": scenarios.stored_ahead_and_overwritten_in_the_step_that_parks,
+    "7, for host blocks": scenarios.host_blocks_stored_ahead_given_to_others,
     "8": scenarios.prefix_found_in_host_memory,
     "8, for stores": scenarios.prefix_found_in_the_step_that_stores_it,
     "8, for compute": scenarios.prefix_loaded_into_blocks_finished_in_the_same_step,
@@ -261,6 +264,21 @@ class AnyLife(RuleBasedStateMachine):
     @rule(data=st.data())
     def park(self, data: st.DataObject) -> None:
         self.server.park(data.draw(st.sampled_from(self.parkable)))
+
+    @property
+    def storable(self) -> list[str]:
+        server = self.server
+        return [
+            request_id
+            for request_id in self._in(Residency.RESIDENT)
+            if server.ledger.can_park(server.requests[request_id].num_computed // 4)
+        ]
+
+    @precondition(lambda self: self.storable)
+    @rule(data=st.data())
+    def store_ahead(self, data: st.DataObject) -> None:
+        self.server.store_ahead(data.draw(st.sampled_from(self.storable)))
+        self.server.step()  # one of each request in a step at most
 
     @property
     def fetchable(self) -> list[str]:

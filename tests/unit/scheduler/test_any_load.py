@@ -76,7 +76,7 @@ policies = st.fixed_dictionaries(
 ).map(lambda changes: policy(**changes))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(loads(), engines, policies)
 def test_every_load_is_served_whatever_the_memory(jobs: list[SimRequest], engine: dict[str, Any], slo: Any) -> None:
     limits = PolicyLimits(max_overtakes=8, min_prefill_tokens=16)

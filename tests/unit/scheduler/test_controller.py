@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -275,6 +276,38 @@ def test_who_is_late_holds_prefill_back_no_more() -> None:
     c.first_token("d", 10.2)
     assert c.snapshot(engine(decoding("d")), 10.5).decode_slack_s < 10
     assert c.snapshot(engine(decoding("d")), 99.0).decode_slack_s == float("inf")
+
+
+def test_the_longest_stall_of_a_class_bounds_how_long_prefill_may_hold_its_decodes_up() -> None:
+    """By its mean time per token it could wait much longer."""
+    c = controller(length_prediction="none")
+    arrive(c, "d")
+    arrive(c, "s", slo=SloClass(name="steady", ttft_s=1.0, tpot_s=0.05, max_stall_s=0.2))
+    for name in ("d", "s"):
+        c.admitted(name, layered=False, reason=Reason.FITS, step=0, now_s=10.0)
+        c.first_token(name, 10.2)
+    assert c.snapshot(engine(decoding("d")), 10.2).decode_slack_s > 1.0
+    s = c.snapshot(engine(decoding("d"), decoding("s")), 10.2)
+    assert s.decode_slack_s == pytest.approx(0.2)
+    assert [r.deadline_s for r in s.resident][1] == pytest.approx(10.4)
+
+
+def test_tokens_of_requests_that_the_engine_takes_up_by_itself_are_taken_from_the_step() -> None:
+    c = controller()
+    arrive(c, "a", "b")
+    prefilling = Running("b", 160, 60, 0, True, 4)
+    assert c.snapshot(engine(prefilling, held_tokens=500), 10.0).prefilling_tokens == 100 + 500
+    assert c.decide(engine(held_tokens=2048), 10.0)[1].waits["a"] is Reason.NO_TOKENS_LEFT
+    assert c.decide(engine(held_tokens=2000), 10.0)[1].admit
+
+
+@pytest.mark.parametrize(("longest_tokens", "blocks"), [(1700, 107), (1601, 101), (1600, 0)])
+def test_no_request_is_given_room_for_more_than_the_longest_there_can_be(longest_tokens: int, blocks: int) -> None:
+    """1,590 tokens of a prompt and 1,000 more that it asks for; the pool holds 1,600."""
+    shape = replace(SHAPE, long_contexts=True, longest_tokens=longest_tokens)
+    c = Controller(policy(), shape, profile(), is_measured=True)
+    c.arrive("long", CHAT, now_s=10.0, arrival_s=10.0, num_tokens=1590, max_tokens=1000)
+    assert c.waiting.views[0].most_blocks == blocks
 
 
 def test_a_paused_engine_starts_nobody() -> None:

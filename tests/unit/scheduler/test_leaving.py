@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import LayeredRequest
-from tests.fakes.snapshots import NOW_S, admitted, cost, parked, prompt, resident, snapshot
+from tests.fakes.snapshots import HOST, NOW_S, ZONE, admitted, cost, parked, prompt, resident, snapshot
+
+MOST = PolicyLimits().max_overtakes
 
 # The zone -------------------------------------------------------------------------------------------------------------
 
@@ -33,6 +36,14 @@ def test_streamed_decode_goes_on_until_pool_or_waiting_prompts_speak_against_it(
     assert decide(replace(s, waiting=[prompt("a", 20)])).park == ("r",)
     needy = layered[0]._replace(needs_host_block=True)
     assert decide(replace(s, layered=[needy], free_host_blocks=0)).park == ("r",)
+
+
+def test_pool_blocks_for_one_that_leaves_the_zone_are_not_there_for_the_next() -> None:
+    """Both would fit alone: the second goes on streaming instead of being parked for blocks that it will not get."""
+    layered = [LayeredRequest(f"r{i}", prefill_done=True, num_blocks=5, num_zone_blocks=5) for i in range(2)]
+    s = snapshot(streamed_decode=True, layered=layered, num_resident=3, free_zone_blocks=10)
+    assert decide(replace(s, free_blocks=9)).park == ("r0",)
+    assert decide(replace(s, free_blocks=10)).park == ("r0", "r1")
 
 
 def test_streamed_decode_leaves_when_the_zone_has_no_next_block() -> None:
@@ -208,6 +219,7 @@ def test_room_is_made_by_one_who_is_late_anyway_and_weighs_less() -> None:
         {"parked": [URGENT._replace(deadline_s=NOW_S - 0.01)]},  # late already
         {"parked": [URGENT._replace(tokens_left=1000)]},  # stays for 10 s, more than the patient one has
         {"parked": [URGENT._replace(num_blocks=18)]},  # both would have to leave
+        {"parked": [URGENT._replace(rank=1)]},  # of worse rank than they
         {"can_exchange": False},  # the last exchange is still under way
         {"cost": None},
         {"slo_scheduling": False},
@@ -262,6 +274,15 @@ def test_who_is_stored_to_the_half_is_not_stored_again_and_the_next_only_if_need
 )
 def test_nothing_is_stored_ahead_without_need_or_room(changes: dict[str, Any]) -> None:
     assert decide(snapshot(**{**GROWING, **changes})).store_ahead == ()
+
+
+def test_nothing_is_stored_ahead_while_the_room_drains_for_one_overtaken_too_often() -> None:
+    """It waits for host memory, which a store ahead would take again."""
+    s = snapshot(**GROWING, waiting=[prompt("large", 39)], free_host_blocks=HOST // 2 + 10, zone_blocks=ZONE)
+    s = replace(s, early_host_blocks=38)
+    assert decide(s).waits == {"large": Reason.HOST_FULL}
+    assert decide(s).store_ahead == ("patient",)
+    assert decide(replace(s, overtaken={"large": MOST})).store_ahead == ()
 
 
 def test_nothing_is_stored_ahead_in_a_step_that_parks() -> None:

@@ -76,6 +76,22 @@ def test_a_fetch_waits_if_the_forecast_says_that_it_would_soon_be_parked_again()
     assert decide(replace(s, resident=shorter, parked=[parked("p", blocks=20, tokens_left=64)])).fetch == ("p",)
 
 
+@pytest.mark.parametrize(("limits", "most_tokens"), [(PolicyLimits(), 373), (PolicyLimits(overcommit=1.0), 320)])
+def test_by_the_forecast_the_pool_may_be_filled_a_tenth_more_than_it_holds(
+    limits: PolicyLimits, most_tokens: int
+) -> None:
+    """Two residents of 10 blocks and a claim of 20 that all grow alike: 20 tokens each are 60 blocks, 23 are 70."""
+
+    def fetches(tokens_left: int) -> tuple[str, ...]:
+        residents = [resident(f"r{i}", tokens_left=tokens_left) for i in range(2)]
+        claim = parked("p", blocks=20, tokens_left=tokens_left)
+        s = snapshot(parked=[claim], resident=residents, num_resident=2, free_blocks=POOL - 20)
+        return decide(s, limits).fetch
+
+    assert fetches(most_tokens) == ("p",)
+    assert fetches(most_tokens + 1) == ()
+
+
 def test_blocks_promised_to_others_are_not_free() -> None:
     s = snapshot(parked=[parked("p", blocks=20)], free_blocks=30)
     assert decide(replace(s, reserved_blocks=6, growth_blocks=4)).fetch == ("p",)
@@ -278,6 +294,37 @@ def test_a_rank_goes_before_having_been_overtaken_too_often() -> None:
     in_host = [parked("first", 101.0), parked("overdue", 99.0, rank=100)]
     s = snapshot(parked=in_host, free_blocks=14, overtaken={"overdue": MOST}, **crowd(2))
     assert decide(s).fetch == ("first",)
+
+
+BESIDE_THE_BEST = (
+    ("due first", 101.0, {}),
+    ("overdue", 101.0, {"beside": MOST}),
+    ("late and overdue", 99.0, {"beside": MOST}),
+    ("due first beside one overdue", 101.0, {"last": MOST}),
+)
+"""What stands beside a request of best rank that is due at 102 s, when that is due, and who was overtaken."""
+
+
+@pytest.mark.parametrize(
+    ("beside_s", "overtaken"), [row[1:] for row in BESIDE_THE_BEST], ids=[r[0] for r in BESIDE_THE_BEST]
+)
+def test_the_best_rank_is_first_in_both_lines_whoever_else_is_late_or_overdue(
+    beside_s: float, overtaken: dict[str, int]
+) -> None:
+    """The worse rank stands at both ends of either line if ranks are left out of the order."""
+    worse = (("beside", beside_s), ("last", 103.0), ("late", 98.0))
+    waiting = [prompt("best", 10, 102.0), *(prompt(name, 10, due_s, rank=1) for name, due_s in worse)]
+    s = snapshot(waiting=waiting, budget_tokens=160, overtaken=overtaken)
+    assert admitted(decide(s)) == [("best", False)]
+    in_host = [parked("best", 102.0), *(parked(name, due_s, rank=1) for name, due_s in worse)]
+    s = snapshot(parked=in_host, free_blocks=14, overtaken=overtaken, **crowd(2))
+    assert decide(s).fetch == ("best",)
+
+
+def test_within_a_worse_rank_who_was_overtaken_too_often_comes_first_as_well() -> None:
+    waiting = [prompt("best", 10, 102.0), prompt("other", 10, 101.0, rank=1), prompt("overdue", 10, 103.0, rank=1)]
+    s = snapshot(waiting=waiting, budget_tokens=320, overtaken={"overdue": MOST})
+    assert admitted(decide(s)) == [("best", False), ("overdue", False)]
 
 
 def test_to_be_passed_by_a_better_rank_is_not_to_be_overtaken() -> None:

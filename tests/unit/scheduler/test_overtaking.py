@@ -111,7 +111,7 @@ engines = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(loads(), engines)
 def test_nobody_is_overtaken_more_often_than_documented_and_never_by_a_worse_rank(
     jobs: list[SimRequest], engine: dict[str, Any]

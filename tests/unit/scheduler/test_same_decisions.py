@@ -23,7 +23,7 @@ from tests.fakes import policy_before
 from tests.fakes.snapshots import NOW_S, snapshot
 from tests.fakes.tiny_scheduler import profile
 
-NUM_SNAPSHOTS = 10000
+NUM_SNAPSHOTS = 1_000
 
 
 def made_up(rng: random.Random) -> Snapshot:

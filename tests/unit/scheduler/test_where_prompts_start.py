@@ -110,6 +110,17 @@ def test_without_tokens_left_nobody_starts() -> None:
     assert decision.waits == {"a": Reason.NO_TOKENS_LEFT, "late": Reason.LATE}
 
 
+def test_what_host_memory_has_of_a_prompt_leaves_tokens_to_the_next_one_if_it_is_loaded() -> None:
+    """A resident prompt loads it; a layered one computes all that the device's cache has not."""
+    s = snapshot(waiting=[prompt("a", 20), prompt("b", 10)], budget_tokens=320)
+    assert admitted(decide(s)) == [("a", False)]
+    found = replace(s, hits={"a": PrefixHit(num_host_blocks=1)})
+    assert admitted(decide(found)) == [("a", False), ("b", False)]
+    layered = replace(found, free_blocks=0, budget_tokens=320 + 159, **crowd(3))
+    assert admitted(decide(layered)) == [("a", True)]
+    assert admitted(decide(replace(layered, budget_tokens=320 + 160))) == [("a", True), ("b", True)]
+
+
 # The zone -------------------------------------------------------------------------------------------------------------
 
 
