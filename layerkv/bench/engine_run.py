@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import msgspec
 
 from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, LoadSpec, ScheduledRequest, make_load
-from layerkv.bench.probes import Counters, QueueTimer, StateLog, StepTimer
+from layerkv.bench.probes import EngineCounters, QueueTimer, StateLog, StepTimer
 from layerkv.bench.records import (
     EngineRun,
     EngineSpec,
@@ -122,7 +122,7 @@ def _drive(engine: LLMEngine, spec: EngineSpec, report_progress: ReportProgress)
     queue_timer = QueueTimer(spec.deep_queue or 0)
     if spec.deep_queue is not None:
         queue_timer.watch(engine)
-    counters_before = Counters.read()
+    counters_before = EngineCounters.read()
     start_s = time.monotonic()
     next_report_s = start_s
     while (pending or engine.has_unfinished_requests()) and len(queue_timer.schedule_s) < MAX_DEEP_STEPS:
@@ -140,7 +140,7 @@ def _drive(engine: LLMEngine, spec: EngineSpec, report_progress: ReportProgress)
     wall_s = time.monotonic() - start_s
     report_progress(num_done, num_total)
 
-    counted = Counters.read() - counters_before
+    counted = EngineCounters.read() - counters_before
     return EngineRun(
         name=spec.name,
         requests=[
@@ -201,6 +201,7 @@ def _record(flight: _Flight, start_s: float, moves: list[StateChange]) -> Reques
         request_id=flight.request.request_id,
         arrival_s=flight.request.arrival_s,
         prompt_tokens=len(flight.request.prompt_token_ids),
+        output_tokens=flight.request.max_tokens,
         first_scheduled_s=None if flight.scheduled_s is None else flight.scheduled_s - start_s,
         token_times_s=[time_s - start_s for time_s in flight.token_times_s],
         token_ids=flight.token_ids,

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from layerkv.bench import records
+from layerkv.bench.board import ProgressBoard
 from layerkv.bench.load import LoadSpec
 from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
 from layerkv.bench.policy_file import write_policy
 from layerkv.bench.supervise import run_engine
-from layerkv.bench.terminal import ProgressBoard
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 from layerkv.core.cost import load_profile
 from layerkv.errors import ConfigError

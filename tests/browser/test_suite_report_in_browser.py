@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from layerkv.bench.report import write_report as write_demo_report
+from layerkv.bench.demo import as_case
 from layerkv.bench.suite import summary
 from layerkv.bench.suite.report import write_report
 from tests.browser.chromium import Page, browser_page, find_chromium
@@ -123,7 +123,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     short = made.load_runs(rates=(6.0,), engines=("vllm-cpu-offload", "layerkv"), seeds=(0,), num_requests=20)
     short.append(made.load_run("stock", 6.0, 0, num_requests=20, num_failed=5))
     write_report(made.case_result(short, {"oracle": made.FAILURE}, interrupted=True), short, paths["short"])
-    write_demo_report(made_records.result(), made_records.all_runs(), paths["demo"])
+    write_report(*as_case(made_records.result(), made_records.all_runs()), paths["demo"])
     return paths
 
 

@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from layerkv.bench.charts import LOG_AXIS_SPREAD, format_tick, round_values
-
+# Above this spread of times a linear axis would press the fast engines against its edge.
+LOG_AXIS_SPREAD = 20.0
+MAX_TICKS = 8
 MAX_MARKS = 6
 # What a mark's label takes of the narrowest plot, a phone's with about 270 pixels: per character and as a gap.
 LABEL_CHARACTER_PERCENT = 2.7
@@ -93,3 +94,20 @@ def of_points(xs: Sequence[float]) -> Axis:
     low, high = (math.log10(least), math.log10(most)) if is_log else (least, most)
     margin = 0.06 * (high - low)
     return Axis(low - margin, high + margin, is_log).marked(sorted(set(xs)), lambda value: f"{value:g}")
+
+
+def round_values(end: float) -> list[float]:
+    """0 and the multiples of a round step (1, 2 or 5 times a power of ten) up to `end`, at most 8."""
+    if end <= 0:
+        return [0.0]
+    rough = end / (MAX_TICKS - 1)
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    step = next(magnitude * factor for factor in (1, 2, 5, 10) if magnitude * factor >= rough)
+    return [round(index * step, 10) for index in range(int(end / step + 1e-9) + 1)]
+
+
+def format_tick(value_s: float) -> str:
+    """A round time without trailing zeros: `0`, `30 ms`, `0.3 s`, `10 s`."""
+    if value_s == 0:
+        return "0"
+    return f"{value_s * 1e3:g} ms" if value_s < 0.0995 else f"{value_s:g} s"

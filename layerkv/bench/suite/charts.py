@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from layerkv.bench.charts import format_tick
-from layerkv.bench.suite.axes import Axis, Mark, from_zero, of_points, of_times
+from layerkv.bench.suite.axes import Axis, Mark, format_tick, from_zero, of_points, of_times
 from layerkv.bench.suite.result import CaseResult, Figures, PointResult, Spread
 from layerkv.bench.suite.titles import ENGINE_TITLES, engine_order, has_first_tokens, main_point, point_label
-from layerkv.bench.summary import format_duration
+from layerkv.bench.words import format_duration
 
 
 @dataclass(frozen=True, slots=True)

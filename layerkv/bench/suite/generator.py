@@ -25,10 +25,9 @@ from pathlib import Path
 import msgspec
 import uvloop
 
-from layerkv.bench.records import Progress, read_json, write_json
+from layerkv.bench.records import HUNG_UP, STOPPED, Progress, RequestRecord, Sample, read_json, write_json
 from layerkv.bench.suite.http_stream import Begun, StreamError, Target, fetch
 from layerkv.bench.suite.plan import LoadPlan, PlannedRequest
-from layerkv.bench.suite.records import HUNG_UP, STOPPED, RequestRecord, Sample
 from layerkv.bench.suite.server_metrics import ServerMetrics, read_metrics
 
 PROGRESS_INTERVAL_S = 1.0

@@ -9,11 +9,10 @@ import hashlib
 from dataclasses import dataclass, field
 
 from layerkv.bench.machine import Machine, installed_versions, source_commit, this_command, utc_now
-from layerkv.bench.metrics import EngineFailure
+from layerkv.bench.records import EngineFailure, LoadRun
 from layerkv.bench.suite.case import Case, Point
 from layerkv.bench.suite.engines import kv_memory_bytes
 from layerkv.bench.suite.figures import engine_figures, engine_ratios, have_equal_tokens
-from layerkv.bench.suite.records import LoadRun
 from layerkv.bench.suite.result import CaseResult, Figures, PointResult, Ratios
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import jinja2
 
+from layerkv.bench.records import LoadRun
 from layerkv.bench.suite import charts, run_charts, summary
-from layerkv.bench.suite.records import LoadRun
 from layerkv.bench.suite.result import CaseResult
 from layerkv.bench.suite.tables import PLUS_MINUS
 from layerkv.bench.suite.titles import main_point, point_label

@@ -7,30 +7,51 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from statistics import median
 
-from layerkv.bench.charts import Bar, TimelinePanel, TimelineRow
+from layerkv.bench.records import LoadRun, RequestRecord, Sample, ttft_s
 from layerkv.bench.suite.axes import Axis, Mark, from_zero, of_times
 from layerkv.bench.suite.charts import Curve, CurvePoint, Plot, is_ours
-from layerkv.bench.suite.figures import ttft_s
-from layerkv.bench.suite.records import LoadRun, RequestRecord, Sample
 from layerkv.bench.suite.result import CaseResult
 from layerkv.bench.suite.titles import ENGINE_TITLES, engine_order
-from layerkv.bench.summary import format_duration
+from layerkv.bench.timeline import Phase, PhaseKind, phases
+from layerkv.bench.words import format_duration
 from layerkv.units import format_bytes
 
 # More corners than pixels only make the file larger.
 MAX_CDF_STEPS = 300
 MAX_CDF_TITLES = 40
 MAX_ROWS = 60
-# A gap between two tokens is a pause when it is longer than both: this many of the request's median gaps, this time.
-PAUSE_GAPS = 10.0
-PAUSE_S = 0.25
-KINDS = ("waiting", "decoding", "paused", "failed")
 MAX_SAMPLES = 240
 # A capacity so far above the engine's own use, as the oracle's is, would press the areas flat: it is in words only.
 CAPACITY_SHOWN_UP_TO = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One phase of one request; `title` is shown on hover."""
+
+    kind: str
+    left: float
+    width: float
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineRow:
+    """One request: its phases, and where its first token came (None: never)."""
+
+    bars: list[Bar]
+    first_token: float | None
+    first_token_title: str
+
+
+@dataclass(frozen=True, slots=True)
+class TimelinePanel:
+    """The requests of one engine in order of arrival."""
+
+    engine: str
+    title: str
+    rows: list[TimelineRow]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +134,7 @@ def timeline(runs: Mapping[str, LoadRun]) -> Timeline:
     ]
     seen = {bar.kind for panel in panels for row in panel.rows for bar in row.bars}
     counts = {name: len(run.requests) for name, run in runs.items()}
-    return Timeline(panels, axis.marks, [kind for kind in KINDS if kind in seen], counts)
+    return Timeline(panels, axis.marks, [kind.value for kind in PhaseKind if kind.value in seen], counts)
 
 
 def memory(result: CaseResult, runs: Mapping[str, LoadRun]) -> Memory:
@@ -139,10 +160,7 @@ def _end_s(requests: Sequence[RequestRecord], run: LoadRun) -> float:
 
 
 def _row(number: int, request: RequestRecord, end_s: float, axis: Axis) -> TimelineRow:
-    bars = [
-        Bar(kind, axis.position(start_s), axis.position(stop_s) - axis.position(start_s), f"request {number}: {text}")
-        for kind, start_s, stop_s, text in _phases(request, end_s)
-    ]
+    bars = [_bar(phase, number, request, axis) for phase in phases(request, end_s)]
     if not request.token_times_s:
         return TimelineRow(bars, None, "")
     first_s = request.token_times_s[0]
@@ -150,33 +168,14 @@ def _row(number: int, request: RequestRecord, end_s: float, axis: Axis) -> Timel
     return TimelineRow(bars, axis.position(first_s), title)
 
 
-def _phases(request: RequestRecord, end_s: float) -> list[tuple[str, float, float, str]]:
-    """Kind, start, end and words of each phase, in order; without a next sign of life the last one goes to `end_s`."""
-    times_s = request.token_times_s
-    found = []
-    if times_s or request.error is None:
-        until_s = times_s[0] if times_s else end_s
-        found.append(_phase("waiting", request.arrival_s, until_s))
-    gaps_s = [after - before for before, after in pairwise(times_s)]
-    pause_s = max(PAUSE_GAPS * median(gaps_s), PAUSE_S) if gaps_s else 0.0
-    start_s = times_s[0] if times_s else 0.0
-    for before_s, after_s in pairwise(times_s):
-        if after_s - before_s > pause_s:
-            if before_s > start_s:
-                found.append(_phase("decoding", start_s, before_s))
-            found.append(_phase("paused", before_s, after_s))
-            start_s = after_s
-    if times_s and times_s[-1] > start_s:
-        found.append(_phase("decoding", start_s, times_s[-1]))
-    if request.error is not None:
-        last_s = times_s[-1] if times_s else request.arrival_s
-        found.append(("failed", last_s, max(end_s, last_s), f"failed after {len(times_s)} tokens: {request.error}"))
-    return found
-
-
-def _phase(kind: str, start_s: float, stop_s: float) -> tuple[str, float, float, str]:
-    text = f"{kind} for {format_duration(stop_s - start_s)} (from {start_s:.2f} s to {stop_s:.2f} s)"
-    return kind, start_s, stop_s, text
+def _bar(phase: Phase, number: int, request: RequestRecord, axis: Axis) -> Bar:
+    left, right = axis.position(phase.start_s), axis.position(phase.end_s)
+    if phase.kind is PhaseKind.FAILED:
+        text = f"failed after {len(request.token_times_s)} tokens: {request.error}"
+    else:
+        lasts = format_duration(phase.end_s - phase.start_s)
+        text = f"{phase.kind.value} for {lasts} (from {phase.start_s:.2f} s to {phase.end_s:.2f} s)"
+    return Bar(phase.kind.value, left, right - left, f"request {number}: {text}")
 
 
 def _used_bytes(sample: Sample) -> int:

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerkv.bench.charts import TimelineRow
+from layerkv.bench.records import RequestRecord
 from layerkv.bench.suite import axes, charts, run_charts
 from layerkv.bench.suite.charts import Plot
-from layerkv.bench.suite.records import RequestRecord
+from layerkv.bench.suite.run_charts import TimelineRow
 from tests.unit.bench.suite import made_results as made
 
 TIMES = st.floats(min_value=1e-4, max_value=1e4)
@@ -211,3 +211,11 @@ def test_points_of_an_axis_are_apart_from_its_ends_and_labels_from_each_other(xs
 def test_an_axis_of_one_value_is_refused() -> None:
     with pytest.raises(ValueError, match="found the one value 4 on the axis"):
         axes.of_points([4.0, 4.0])
+
+
+@pytest.mark.parametrize(
+    ("end", "values"),
+    [(0.7, [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]), (53, [0, 10, 20, 30, 40, 50]), (8.4, [0, 2, 4, 6, 8])],
+)
+def test_axis_marks_are_round_and_few(end: float, values: list[float]) -> None:
+    assert axes.round_values(end) == pytest.approx(values)

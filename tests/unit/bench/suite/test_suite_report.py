@@ -6,8 +6,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from layerkv.bench.records import LoadRun, RequestRecord
 from layerkv.bench.suite import summary
-from layerkv.bench.suite.records import LoadRun, RequestRecord
 from layerkv.bench.suite.report import render_report, write_report
 from layerkv.bench.suite.result import CaseResult
 from tests.unit.bench.suite import made_results as made
