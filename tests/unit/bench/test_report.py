@@ -9,6 +9,7 @@ from layerkv.bench.records import EngineFailure
 from layerkv.bench.suite import summary
 from layerkv.bench.suite.result import CaseResult
 from tests.unit.bench import made_records as made
+from tests.unit.bench.suite.test_suite_report import has_marks
 from tests.unit.bench.suite.test_suite_report import rendered as rendered_case
 
 ENGINES = ("stock", "layerkv", "oracle")
@@ -29,8 +30,9 @@ def test_a_complete_report_has_headline_table_timeline_and_distributions() -> No
     said = "First tokens came 5.5x sooner than with stock vLLM on average (1.00 s against 5.50 s)"
     assert summary.headline(case_of()).startswith(said)
     assert "<h1>First tokens came 5.5x sooner than" in html
-    assert all(f"Timeline of 2 requests through {summary.ENGINE_TITLES[name]}" in html for name in ENGINES)
-    assert all(f'<polyline class="engine curve {name}"' in html for name in ENGINES)
+    for plot in ("bars-ttft", "cdf"):
+        assert all(has_marks(html, plot, name) for name in ENGINES)
+    assert all(f'<figure id="plot-requests-{name}"' in html for name in ENGINES)
     assert "Every request got exactly the same tokens" in html
     assert "<title>layerkv demo</title>" in html
 
@@ -65,8 +67,8 @@ def test_a_failed_engine_says_why_and_the_others_are_still_shown(missing: str) -
     html = rendered(Outcomes(runs=runs, failures={missing: FAILURE}))
     assert f"{summary.ENGINE_TITLES[missing]} ended with exit status 1." in html
     assert "&lt;script&gt;alert(1)" in html
-    assert f'<polyline class="engine curve {missing}"' not in html
-    assert all(f'<polyline class="engine curve {name}"' in html for name in runs)
+    assert not has_marks(html, "cdf", missing)
+    assert all(has_marks(html, "cdf", name) for name in runs)
 
 
 def test_a_report_without_any_run_still_renders() -> None:
@@ -79,7 +81,7 @@ def test_an_interrupted_demo_is_marked_and_shows_what_was_measured() -> None:
     failures = {"layerkv": EngineFailure(reason="was interrupted", log_tail=[])}
     html = rendered(Outcomes(runs={"stock": made.stock_run()}, failures=failures, interrupted=True))
     assert "<strong>Interrupted.</strong>" in html
-    assert '<polyline class="engine curve stock"' in html
+    assert has_marks(html, "cdf", "stock")
 
 
 def test_different_tokens_are_an_alarm() -> None:
@@ -92,4 +94,4 @@ def test_requests_without_any_token_are_drawn_as_waiting() -> None:
     stuck = made.engine_run("stock", [made.request(0, 0.0, None, [])])
     html = rendered(Outcomes(runs={"stock": stuck}))
     assert "request 1: waiting for 20.0 s" in html
-    assert "<polyline" not in html
+    assert 'id="plot-cdf"' not in html
