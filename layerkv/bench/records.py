@@ -12,28 +12,18 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from layerkv.bench.load import LoadSpec
+from layerkv.bench.load import LoadSpec, PlannedRequest
 
 T = TypeVar("T")
 
 STOPPED, HUNG_UP = "stop", "hang_up"
 
 
-class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One request of a load that is given request by request; its prompt is random, of that length."""
-
-    request_id: str
-    arrival_s: float
-    prompt_tokens: int
-    output_tokens: int
-    slo_class: str | None = None
-
-
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One engine to build and the load to drive through it.
 
     `engine_args` are the keyword arguments of vLLM's `EngineArgs`. `planned` takes the place of the requests of
-    `load`, whose vocabulary, seed and longest prompt are used. With a `deep_queue`, the scheduler's time is
+    `load`, of which only the longest prompt is used then, to warm up. With a `deep_queue`, the scheduler's time is
     recorded for steps that begin with so many requests queued, and the run ends as soon as enough of them are.
     """
 

@@ -42,7 +42,7 @@ def test_the_quick_demo_succeeds_and_leaves_result_and_report(quick_demo: QuickD
 
 
 def test_every_request_gets_exactly_the_tokens_asked_for(quick_demo: QuickDemo) -> None:
-    asked = {request.request_id: request.max_tokens for request in make_load(quick_demo.result.load)}
+    asked = {request.request_id: request.output_tokens for request in make_load(quick_demo.result.load)}
     for run in quick_demo.runs.values():
         got = {request.request_id: len(request.token_ids) for request in run.requests}
         assert got == asked

@@ -25,9 +25,10 @@ from pathlib import Path
 import msgspec
 import uvloop
 
+from layerkv.bench.load import PlannedRequest
 from layerkv.bench.records import HUNG_UP, STOPPED, Progress, RequestRecord, Sample, read_json, write_json
 from layerkv.bench.suite.http_stream import Begun, StreamError, Target, fetch
-from layerkv.bench.suite.plan import LoadPlan, PlannedRequest
+from layerkv.bench.suite.plan import LoadPlan
 from layerkv.bench.suite.server_metrics import ServerMetrics, read_metrics
 
 PROGRESS_INTERVAL_S = 1.0

@@ -15,11 +15,12 @@ from random import Random
 import msgspec
 from rich.console import Console
 
+from layerkv.bench.load import PlannedRequest
 from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
 from layerkv.bench.metrics import Distribution
 from layerkv.bench.records import read_json, write_json
 from layerkv.bench.suite.generator import GeneratorRun
-from layerkv.bench.suite.plan import LoadPlan, PlannedRequest
+from layerkv.bench.suite.plan import LoadPlan
 from layerkv.bench.suite.server import Server, free_port
 from layerkv.bench.supervise import run_child
 from layerkv.errors import LayerKVError

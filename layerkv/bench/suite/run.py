@@ -21,6 +21,7 @@ import msgspec
 from rich.console import Console
 
 from layerkv.bench.board import SuiteBoard
+from layerkv.bench.load import PlannedRequest
 from layerkv.bench.records import EngineFailure, LoadRun, Progress, read_json, write_json
 from layerkv.bench.suite.case import ENGINE_NAMES, Case, Point, load_case, load_suite
 from layerkv.bench.suite.counters import counted
@@ -34,7 +35,7 @@ from layerkv.bench.suite.engines import (
 from layerkv.bench.suite.generator import GeneratorRun
 from layerkv.bench.suite.lmcache_peer import Lmcache, lmcache_env, running_cache_server
 from layerkv.bench.suite.outcome import Outcome, case_result
-from layerkv.bench.suite.plan import LoadPlan, PlannedRequest, plan_requests, warm_up_requests
+from layerkv.bench.suite.plan import LoadPlan, plan_requests, warm_up_requests
 from layerkv.bench.suite.report import write_report
 from layerkv.bench.suite.result import CaseResult
 from layerkv.bench.suite.scheduler_probe import TIMES_VARIABLE, SchedulerTimes, probe_options, read_scheduler_times
