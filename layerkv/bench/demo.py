@@ -18,7 +18,7 @@ from rich.console import Console
 
 from layerkv.bench import metrics, records
 from layerkv.bench.board import ProgressBoard
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.machine import measured_here
 from layerkv.bench.plan import ENGINE_NAMES, check_engine_names, demo_load, engine_specs
 from layerkv.bench.suite import figures
 from layerkv.bench.suite.report import write_report
@@ -141,11 +141,8 @@ def compare(specs: Sequence[records.EngineSpec], outcomes: Outcomes) -> metrics.
         failures=outcomes.failures,
         load=load,
         kv_cache_memory_bytes={spec.name: spec.engine_args["kv_cache_memory_bytes"] for spec in specs},
-        command=this_command(),
-        machine=Machine.here(),
-        versions=installed_versions(),
+        **measured_here(),
         seed=load.seed,
-        date=utc_now(),
     )
 
 

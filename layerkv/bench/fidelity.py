@@ -24,7 +24,7 @@ from rich.table import Table
 from layerkv.bench import records
 from layerkv.bench.board import ProgressBoard
 from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, LoadSpec, PlannedRequest
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.machine import measured_here
 from layerkv.bench.policy_file import write_policy
 from layerkv.bench.supervise import run_engine
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
@@ -65,11 +65,8 @@ def run_fidelity(
             console.print(_table(rows, rate))
     result = {
         "schema": 1,
-        "command": this_command(),
-        "date": utc_now(),
+        **msgspec.to_builtins(measured_here()),
         "profile": {"name": config.profile.name, **config.profile.made},
-        "machine": msgspec.to_builtins(Machine.here()),
-        "versions": installed_versions(),
         "rows": rows,
         "medians": _over_seeds(rows),
     }

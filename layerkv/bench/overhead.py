@@ -23,7 +23,7 @@ import layerkv
 from layerkv.bench import records
 from layerkv.bench.board import ProgressBoard
 from layerkv.bench.load import LoadSpec
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.machine import Machine, measured_here
 from layerkv.bench.supervise import run_engine
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 
@@ -118,10 +118,7 @@ def run_overhead(json_path: Path | None, *, rounds: int = NUM_ROUNDS) -> int:
     result = OverheadResult(
         cases=results,
         rounds=rounds,
-        command=this_command(),
-        date=utc_now(),
-        machine=Machine.here(),
-        versions=installed_versions(),
+        **measured_here(),
     )
     _print(result, console)
     if json_path is not None:

@@ -16,7 +16,7 @@ import msgspec
 from rich.console import Console
 
 from layerkv.bench.load import PlannedRequest
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.machine import Machine, measured_here
 from layerkv.bench.metrics import Distribution
 from layerkv.bench.records import read_json, write_json
 from layerkv.bench.suite.generator import GeneratorRun
@@ -126,8 +126,5 @@ def _result(run: GeneratorRun, arrivals_s: list[float]) -> PunctualityResult:
         arrival_error_s=Distribution.of(errors_s),
         arrival_error_max_s=max(errors_s),
         sent_error_s=Distribution.of(r.sent_s - r.arrival_s for r in run.requests if r.sent_s is not None),
-        command=this_command(),
-        date=utc_now(),
-        machine=Machine.here(),
-        versions=installed_versions(),
+        **measured_here(),
     )
