@@ -14,24 +14,18 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-
+from layerkv.bench.child import ReportProgress, run_spec
 from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, LoadSpec, PlannedRequest, make_load
 from layerkv.bench.probes import EngineCounters, QueueTimer, StateLog, StepTimer
 from layerkv.bench.records import (
     EngineRun,
     EngineSpec,
-    Progress,
     RequestRecord,
     StateChange,
-    read_json,
-    write_json,
 )
 
 if TYPE_CHECKING:
@@ -53,8 +47,6 @@ PROGRESS_INTERVAL_S = 1.0
 NUM_WARM_UP_REQUESTS = 3
 WARM_UP_OUTPUT_TOKENS = 8
 MAX_DEEP_STEPS = 200
-
-ReportProgress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
@@ -194,27 +186,10 @@ def _record(flight: _Flight, start_s: float, moves: list[StateChange]) -> Reques
     )
 
 
-def _claim_stdout() -> TextIO:
-    """Gives this module alone the process's standard output; everybody else's prints go to standard error."""
-    stream = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    return stream
-
-
 def main(argv: list[str]) -> int:
     """Runs the spec file `argv[0]` and writes the outcome to `argv[1]`; returns the exit status."""
-    if len(argv) != 2:
-        print("usage: python -m layerkv.bench.engine_run SPEC.json OUT.json", file=sys.stderr)
-        return 2
     os.environ.update(ENGINE_ENV)
-    progress_stream = _claim_stdout()
-
-    def report_progress(num_done: int, num_total: int) -> None:
-        print(msgspec.json.encode(Progress(num_done, num_total)).decode(), file=progress_stream)
-
-    run = run_engine(read_json(Path(argv[0]), EngineSpec), report_progress)
-    write_json(run, Path(argv[1]))
-    return 0
+    return run_spec(argv, "layerkv.bench.engine_run", EngineSpec, run_engine)
 
 
 if __name__ == "__main__":
