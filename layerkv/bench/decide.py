@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.machine import measured_here
 from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile, Curve, StepWork
 from layerkv.figures import percentile
@@ -44,11 +44,8 @@ def run_decide(json_path: Path | None, *, seed: int = 0, console: Console | None
         )
     result: dict[str, Any] = {
         "schema": 1,
-        "command": this_command(),
-        "date": utc_now(),
+        **msgspec.to_builtins(measured_here()),
         "seed": seed,
-        "machine": msgspec.to_builtins(Machine.here()),
-        "versions": installed_versions(),
         "waiting": WAITING,
         "running": RUNNING,
         "parked": PARKED,

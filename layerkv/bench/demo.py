@@ -9,7 +9,7 @@ something fails.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,14 +17,19 @@ import msgspec
 from rich.console import Console
 
 from layerkv.bench import metrics, records
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.board import ProgressBoard
+from layerkv.bench.machine import measured_here
 from layerkv.bench.plan import ENGINE_NAMES, check_engine_names, demo_load, engine_specs
-from layerkv.bench.report import write_report
+from layerkv.bench.suite import figures
+from layerkv.bench.suite.report import write_report
+from layerkv.bench.suite.result import CaseResult, PointResult
+from layerkv.bench.suite.terminal import print_result
 from layerkv.bench.supervise import child_env, log_tail, run_child
-from layerkv.bench.terminal import ProgressBoard, print_result
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
+from layerkv.config import default_policy
 
 MODEL_SHAPE = "demo"
+POINT = "demo"
 ENGINE_COMMAND = (sys.executable, "-m", "layerkv.bench.engine_run")
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
@@ -34,7 +39,7 @@ class Outcomes:
     """What became of the engines, by name; an engine that was never started is in neither mapping."""
 
     runs: dict[str, records.EngineRun] = field(default_factory=dict)
-    failures: dict[str, metrics.EngineFailure] = field(default_factory=dict)
+    failures: dict[str, records.EngineFailure] = field(default_factory=dict)
     interrupted: bool = False
 
 
@@ -59,8 +64,10 @@ def run_demo(out_dir: Path, *, seed: int = 0, quick: bool = False, engines: Sequ
     outcomes = run_engines(specs, out_dir, console)
     result = compare(specs, outcomes)
     records.write_json(result, out_dir / "result.json")
-    write_report(result, outcomes.runs, out_dir / "report.html")
-    print_result(result, out_dir, console)
+    case, loads = as_case(result, outcomes.runs)
+    write_report(case, loads, out_dir / "report.html")
+    print_result(case, console)
+    console.print(f"\nresult  {out_dir / 'result.json'}\nreport  {out_dir / 'report.html'}", highlight=False)
     if outcomes.interrupted:
         return EXIT_INTERRUPTED
     return EXIT_OK if result.complete and result.tokens_equal is not False else EXIT_FAILED
@@ -81,11 +88,11 @@ def run_engines(
             try:
                 outcome = _run_engine(spec, out_dir, board, command)
             except KeyboardInterrupt:
-                outcomes.failures[spec.name] = metrics.EngineFailure(reason="was interrupted", log_tail=[])
+                outcomes.failures[spec.name] = records.EngineFailure(reason="was interrupted", log_tail=[])
                 outcomes.interrupted = True
                 board.ends(spec.name, "stopped")
                 break
-            if isinstance(outcome, metrics.EngineFailure):
+            if isinstance(outcome, records.EngineFailure):
                 outcomes.failures[spec.name] = outcome
                 board.ends(spec.name, "FAILED")
             else:
@@ -102,7 +109,7 @@ def _remove_earlier_results(out_dir: Path) -> None:
 
 def _run_engine(
     spec: records.EngineSpec, out_dir: Path, board: ProgressBoard, command: Sequence[str]
-) -> records.EngineRun | metrics.EngineFailure:
+) -> records.EngineRun | records.EngineFailure:
     spec_path, run_path = out_dir / f"{spec.name}.spec.json", out_dir / f"{spec.name}.json"
     log_path = out_dir / f"{spec.name}.log"
     records.write_json(spec, spec_path)
@@ -117,7 +124,7 @@ def _run_engine(
     try:
         return records.read_json(run_path, records.EngineRun)
     except (OSError, msgspec.DecodeError) as error:
-        return metrics.EngineFailure(reason=f"left no readable result ({error})", log_tail=log_tail(log_path))
+        return records.EngineFailure(reason=f"left no readable result ({error})", log_tail=log_tail(log_path))
 
 
 def compare(specs: Sequence[records.EngineSpec], outcomes: Outcomes) -> metrics.DemoResult:
@@ -134,9 +141,58 @@ def compare(specs: Sequence[records.EngineSpec], outcomes: Outcomes) -> metrics.
         failures=outcomes.failures,
         load=load,
         kv_cache_memory_bytes={spec.name: spec.engine_args["kv_cache_memory_bytes"] for spec in specs},
-        command=this_command(),
-        machine=Machine.here(),
-        versions=installed_versions(),
+        **measured_here(),
         seed=load.seed,
-        date=utc_now(),
     )
+
+
+def as_case(
+    result: metrics.DemoResult, runs: Mapping[str, records.EngineRun]
+) -> tuple[CaseResult, list[records.LoadRun]]:
+    """The demo as the suite shows it: a case of one point and one seed, and its runs."""
+    load, policy = result.load, default_policy()
+    loads = [metrics.as_load(run, point=POINT, seed=result.seed) for run in runs.values()]
+    engines = {run.engine: figures.engine_figures([run], policy) for run in loads}
+    by_seed = {run.engine: {run.seed: run} for run in loads}
+    point = PointResult(
+        name=POINT,
+        x=load.rate_per_s,
+        rate_per_s=load.rate_per_s,
+        engines=engines,
+        ratios=figures.engine_ratios(by_seed, policy),
+        tokens_equal=result.tokens_equal,
+        failures=result.failures,
+    )
+    objectives = policy.classes[policy.default_class]
+    case = CaseResult(
+        case="demo",
+        question="How much sooner do first tokens come when KV memory is full?",
+        size=f"{load.num_requests} requests",
+        complete=result.complete,
+        interrupted=result.interrupted,
+        axis="requests per second",
+        main_point=POINT,
+        engines=engines,
+        ratios=point.ratios,
+        tokens_equal=result.tokens_equal,
+        failures=result.failures,
+        goodput_rps={name: {POINT: found.goodput_rps} for name, found in engines.items()},
+        slo_attainment={name: {POINT: found.slo_attainment} for name, found in engines.items()},
+        points=[point],
+        kv_cache_memory_bytes=result.kv_cache_memory_bytes,
+        notes=[
+            f"{load.num_requests} requests, Poisson arrivals, prompts of {_range(load.prompt_tokens)} tokens, "
+            f"outputs of {_range(load.output_tokens)} tokens",
+            f"objectives are layerkv's defaults: TTFT {objectives.ttft_s:g} s, TPOT {objectives.tpot_s:g} s",
+        ],
+        command=result.command,
+        machine=result.machine,
+        versions=result.versions,
+        seeds=[result.seed],
+        date=result.date,
+    )
+    return case, loads
+
+
+def _range(of: tuple[int, int]) -> str:
+    return f"{of[0]}-{of[1]}"

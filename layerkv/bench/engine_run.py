@@ -11,28 +11,21 @@ arrival.
 from __future__ import annotations
 
 import os
-import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, LoadSpec, ScheduledRequest, make_load
-from layerkv.bench.probes import Counters, QueueTimer, StateLog, StepTimer
+from layerkv.bench.child import ReportProgress, run_spec
+from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, LoadSpec, PlannedRequest, make_load
+from layerkv.bench.probes import EngineCounters, QueueTimer, StateLog, StepTimer
 from layerkv.bench.records import (
     EngineRun,
     EngineSpec,
-    Progress,
     RequestRecord,
     StateChange,
-    read_json,
-    write_json,
 )
 
 if TYPE_CHECKING:
@@ -55,14 +48,12 @@ NUM_WARM_UP_REQUESTS = 3
 WARM_UP_OUTPUT_TOKENS = 8
 MAX_DEEP_STEPS = 200
 
-ReportProgress = Callable[[int, int], None]
-
 
 @dataclass(slots=True)
 class _Flight:
     """A request under way; times are `time.monotonic()` seconds."""
 
-    request: ScheduledRequest
+    request: PlannedRequest
     scheduled_s: float | None = None
     token_times_s: list[float] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -85,13 +76,16 @@ def run_engine(spec: EngineSpec, report_progress: ReportProgress) -> EngineRun:
 def _warm_up(engine: LLMEngine, load: LoadSpec) -> None:
     prompt = [FIRST_ORDINARY_TOKEN_ID] * load.prompt_tokens[1]
     for index in range(NUM_WARM_UP_REQUESTS):
-        _add_request(engine, ScheduledRequest(f"warm-up-{index}", 0.0, tuple(prompt), WARM_UP_OUTPUT_TOKENS, None))
+        warm_up = PlannedRequest(
+            request_id=f"warm-up-{index}", arrival_s=0.0, prompt=prompt, output_tokens=WARM_UP_OUTPUT_TOKENS
+        )
+        _add_request(engine, warm_up)
     while engine.has_unfinished_requests():
         engine.step()
     engine.reset_prefix_cache(reset_connector=True)
 
 
-def _add_request(engine: LLMEngine, request: ScheduledRequest) -> str:
+def _add_request(engine: LLMEngine, request: PlannedRequest) -> str:
     """Hands over a request and returns vLLM's internal id for it (the given one with a random suffix)."""
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input
@@ -99,21 +93,21 @@ def _add_request(engine: LLMEngine, request: ScheduledRequest) -> str:
 
     params = SamplingParams(
         temperature=0.0,
-        max_tokens=request.max_tokens,
+        max_tokens=request.output_tokens,
         ignore_eos=True,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         extra_args=None if request.slo_class is None else {"slo_class": request.slo_class},
     )
-    prompt = tokens_input(prompt_token_ids=list(request.prompt_token_ids))
+    prompt = tokens_input(prompt_token_ids=list(request.prompt))
     return engine.add_request(request.request_id, prompt, params)
 
 
 def _drive(engine: LLMEngine, spec: EngineSpec, report_progress: ReportProgress) -> EngineRun:
-    pending = deque(_requests(spec))
+    pending = deque(spec.planned or make_load(spec.load))
     flights = {request.request_id: _Flight(request) for request in pending}
     internal_ids: dict[str, str] = {}
-    num_total = sum(request.max_tokens for request in pending)
+    num_total = sum(request.output_tokens for request in pending)
     num_done = 0
 
     timer = StepTimer()
@@ -122,7 +116,7 @@ def _drive(engine: LLMEngine, spec: EngineSpec, report_progress: ReportProgress)
     queue_timer = QueueTimer(spec.deep_queue or 0)
     if spec.deep_queue is not None:
         queue_timer.watch(engine)
-    counters_before = Counters.read()
+    counters_before = EngineCounters.read()
     start_s = time.monotonic()
     next_report_s = start_s
     while (pending or engine.has_unfinished_requests()) and len(queue_timer.schedule_s) < MAX_DEEP_STEPS:
@@ -140,7 +134,7 @@ def _drive(engine: LLMEngine, spec: EngineSpec, report_progress: ReportProgress)
     wall_s = time.monotonic() - start_s
     report_progress(num_done, num_total)
 
-    counted = Counters.read() - counters_before
+    counted = EngineCounters.read() - counters_before
     return EngineRun(
         name=spec.name,
         requests=[
@@ -179,28 +173,12 @@ def _step(engine: LLMEngine, flights: dict[str, _Flight], timer: StepTimer, stat
     return num_tokens
 
 
-def _requests(spec: EngineSpec) -> Sequence[ScheduledRequest]:
-    if not spec.planned:
-        return make_load(spec.load)
-    rng = random.Random(spec.load.seed)
-    ordinary = range(FIRST_ORDINARY_TOKEN_ID, spec.load.vocab_size)
-    return [
-        ScheduledRequest(
-            request_id=planned.request_id,
-            arrival_s=planned.arrival_s,
-            prompt_token_ids=tuple(rng.choices(ordinary, k=planned.prompt_tokens)),
-            max_tokens=planned.output_tokens,
-            slo_class=planned.slo_class,
-        )
-        for planned in spec.planned
-    ]
-
-
 def _record(flight: _Flight, start_s: float, moves: list[StateChange]) -> RequestRecord:
     return RequestRecord(
         request_id=flight.request.request_id,
         arrival_s=flight.request.arrival_s,
-        prompt_tokens=len(flight.request.prompt_token_ids),
+        prompt_tokens=len(flight.request.prompt),
+        output_tokens=flight.request.output_tokens,
         first_scheduled_s=None if flight.scheduled_s is None else flight.scheduled_s - start_s,
         token_times_s=[time_s - start_s for time_s in flight.token_times_s],
         token_ids=flight.token_ids,
@@ -208,27 +186,10 @@ def _record(flight: _Flight, start_s: float, moves: list[StateChange]) -> Reques
     )
 
 
-def _claim_stdout() -> TextIO:
-    """Gives this module alone the process's standard output; everybody else's prints go to standard error."""
-    stream = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    return stream
-
-
 def main(argv: list[str]) -> int:
     """Runs the spec file `argv[0]` and writes the outcome to `argv[1]`; returns the exit status."""
-    if len(argv) != 2:
-        print("usage: python -m layerkv.bench.engine_run SPEC.json OUT.json", file=sys.stderr)
-        return 2
     os.environ.update(ENGINE_ENV)
-    progress_stream = _claim_stdout()
-
-    def report_progress(num_done: int, num_total: int) -> None:
-        print(msgspec.json.encode(Progress(num_done, num_total)).decode(), file=progress_stream)
-
-    run = run_engine(read_json(Path(argv[0]), EngineSpec), report_progress)
-    write_json(run, Path(argv[1]))
-    return 0
+    return run_spec(argv, "layerkv.bench.engine_run", EngineSpec, run_engine)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -21,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from layerkv.bench import records
-from layerkv.bench.load import LoadSpec
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.board import ProgressBoard
+from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, LoadSpec, PlannedRequest
+from layerkv.bench.machine import measured_here
 from layerkv.bench.policy_file import write_policy
 from layerkv.bench.supervise import run_engine
-from layerkv.bench.terminal import ProgressBoard
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 from layerkv.core.cost import load_profile
 from layerkv.errors import ConfigError
@@ -64,11 +65,8 @@ def run_fidelity(
             console.print(_table(rows, rate))
     result = {
         "schema": 1,
-        "command": this_command(),
-        "date": utc_now(),
+        **msgspec.to_builtins(measured_here()),
         "profile": {"name": config.profile.name, **config.profile.made},
-        "machine": msgspec.to_builtins(Machine.here()),
-        "versions": installed_versions(),
         "rows": rows,
         "medians": _over_seeds(rows),
     }
@@ -129,6 +127,7 @@ def _spec(config: SimConfig, name: str, load: Sequence[SimRequest], seed: int, f
     elif name == "stock-watermark":
         args["watermark"] = WATERMARK
     shape = SHAPES[SHAPE]
+    rng, ordinary = Random(seed), range(FIRST_ORDINARY_TOKEN_ID, shape.vocab_size)
     return records.EngineSpec(
         name=name,
         engine_args=args,
@@ -141,10 +140,10 @@ def _spec(config: SimConfig, name: str, load: Sequence[SimRequest], seed: int, f
             seed=seed,
         ),
         planned=[
-            records.PlannedRequest(
+            PlannedRequest(
                 request_id=request.request_id,
                 arrival_s=request.arrival_s,
-                prompt_tokens=request.prompt_tokens,
+                prompt=rng.choices(ordinary, k=request.prompt_tokens),
                 output_tokens=request.output_tokens,
                 slo_class=request.slo.name if is_ours else None,
             )

@@ -1,4 +1,4 @@
-"""The open-loop load of a benchmark run, as data.
+"""The open-loop load of a benchmark run, as data: requests to send, and a spec that a random load follows from.
 
 Pure functions of a `LoadSpec`: every process that holds the same spec builds the same requests, so only the
 spec travels between the demo and its engine processes. Invariant: two engines given one spec see the same
@@ -6,8 +6,6 @@ prompts, lengths and arrival times.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -56,32 +54,46 @@ class LoadSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.prompt_tokens[1] + self.output_tokens[1]
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """One request and the moment, in seconds after the start of the load, at which a user sends it."""
+class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One request to send.
+
+    Attributes:
+        request_id: Unique in its load.
+        arrival_s: When it is due, in seconds after the start; for a later turn, after the end of the turn before.
+        prompt: Token ids; those of a later turn follow all that was said before.
+        output_tokens: Tokens to generate, whatever the model would rather do; with `stop`, at most.
+        max_tokens: Tokens that its client asks for at most, if that is more: then the generator hangs up after
+            `output_tokens`, and no engine can know the length before.
+        stop: Strings that end the answer where its text contains one.
+        slo_class: Its SLO class; None is the policy's default.
+        after: The request whose answer this one waits for.
+    """
 
     request_id: str
     arrival_s: float
-    prompt_token_ids: tuple[int, ...]
-    max_tokens: int
-    slo_class: str | None
+    prompt: list[int]
+    output_tokens: int
+    max_tokens: int | None = None
+    stop: list[str] = []
+    slo_class: str | None = None
+    after: str | None = None
 
 
-def make_load(spec: LoadSpec) -> tuple[ScheduledRequest, ...]:
+def make_load(spec: LoadSpec) -> list[PlannedRequest]:
     """The requests of `spec` in order of arrival. Equal specs give equal requests, on every machine."""
     rng = np.random.default_rng(spec.seed)
     arrivals_s = np.cumsum(rng.exponential(1 / spec.rate_per_s, spec.num_requests))
     prompt_lengths = rng.integers(*spec.prompt_tokens, size=spec.num_requests, endpoint=True)
     output_lengths = rng.integers(*spec.output_tokens, size=spec.num_requests, endpoint=True)
-    return tuple(
-        ScheduledRequest(
+    return [
+        PlannedRequest(
             request_id=f"request-{index:03d}",
             arrival_s=float(arrival_s),
-            prompt_token_ids=tuple(rng.integers(FIRST_ORDINARY_TOKEN_ID, spec.vocab_size, size=prompt_length).tolist()),
-            max_tokens=int(max_tokens),
+            prompt=rng.integers(FIRST_ORDINARY_TOKEN_ID, spec.vocab_size, size=prompt_length).tolist(),
+            output_tokens=int(output_tokens),
             slo_class=spec.slo_class,
         )
-        for index, (arrival_s, prompt_length, max_tokens) in enumerate(
+        for index, (arrival_s, prompt_length, output_tokens) in enumerate(
             zip(arrivals_s, prompt_lengths, output_lengths, strict=True)
         )
-    )
+    ]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -85,3 +86,13 @@ def this_command() -> str:
 def utc_now() -> str:
     """The date and time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def measured_here() -> dict[str, Any]:
+    """What every result says of its making, by the names that all of them use; `machine` is a `Machine`."""
+    return {
+        "command": this_command(),
+        "date": utc_now(),
+        "machine": Machine.here(),
+        "versions": installed_versions(),
+    }

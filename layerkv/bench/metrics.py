@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
-import numpy as np
 
 from layerkv.bench.load import LoadSpec
 from layerkv.bench.machine import Machine
-from layerkv.bench.records import EngineRun, RequestRecord
+from layerkv.bench.records import Counters, EngineFailure, EngineRun, LoadRun, RequestRecord
+from layerkv.bench.suite import figures, result
+from layerkv.config import default_policy
 from layerkv.figures import distribution
 
 SCHEMA_VERSION = 1
@@ -69,13 +70,6 @@ class Ratios(msgspec.Struct, frozen=True, kw_only=True):
     ttft_mean_over_oracle: float | None
 
 
-class EngineFailure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why an engine has no figures, and the last lines that its process printed."""
-
-    reason: str
-    log_tail: list[str]
-
-
 class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     """The whole of `result.json`.
 
@@ -99,28 +93,36 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     date: str
 
 
-def ttft_s(request: RequestRecord) -> float | None:
-    """Seconds from scheduled arrival to the first token; None when there was none."""
-    return request.token_times_s[0] - request.arrival_s if request.token_times_s else None
+def as_load(run: EngineRun, *, point: str = "", seed: int = 0) -> LoadRun:
+    """An in-process run in the suite's terms. What only a server tells is 0, or None where that can be said."""
+    counters = Counters(
+        preemptions=run.preemptions,
+        parks=run.parks,
+        fetches=run.fetches,
+        bytes_stored=run.bytes_stored,
+        bytes_loaded=run.bytes_loaded,
+    )
+    return LoadRun(
+        engine=run.name,
+        point=point,
+        seed=seed,
+        requests=run.requests,
+        samples=[],
+        counters=counters,
+        wall_s=run.wall_s,
+    )
 
 
 def engine_figures(run: EngineRun) -> EngineFigures:
     """The figures of one run. A request without the tokens that a figure needs is left out of that figure."""
-    gaps_s = [np.diff(request.token_times_s) for request in run.requests if len(request.token_times_s) > 1]
-    token_times_s = [time_s for request in run.requests for time_s in request.token_times_s]
-    span_s = max(token_times_s) - min(request.arrival_s for request in run.requests) if token_times_s else 0.0
-    first_tokens_s = (ttft_s(request) for request in run.requests)
+    found = figures.engine_figures([as_load(run)], default_policy())
     return EngineFigures(
-        ttft_s=Distribution.of(value for value in first_tokens_s if value is not None),
-        tpot_s=Distribution.of(float(gaps.mean()) for gaps in gaps_s),
-        time_between_tokens_s=Distribution.of(gap for gaps in gaps_s for gap in gaps),
-        second_token_s=Distribution.of(gaps[0] for gaps in gaps_s),
-        queue_s=Distribution.of(
-            request.first_scheduled_s - request.arrival_s
-            for request in run.requests
-            if request.first_scheduled_s is not None
-        ),
-        output_tokens_per_s=len(token_times_s) / span_s if span_s else 0.0,
+        ttft_s=_of_one_seed(found.ttft_s),
+        tpot_s=_of_one_seed(found.tpot_s),
+        time_between_tokens_s=_of_one_seed(found.time_between_tokens_s),
+        second_token_s=_of_one_seed(found.second_token_s),
+        queue_s=_of_one_seed(found.queue_s),
+        output_tokens_per_s=found.output_tokens_per_s.median,
         preemptions=run.preemptions,
         bytes_stored=run.bytes_stored,
         bytes_loaded=run.bytes_loaded,
@@ -131,6 +133,10 @@ def engine_figures(run: EngineRun) -> EngineFigures:
         step_s=run.step_s,
         host_s_per_step=run.host_s_per_step,
     )
+
+
+def _of_one_seed(over_seeds: result.Distribution) -> Distribution:
+    return Distribution(over_seeds.mean.median, over_seeds.p50.median, over_seeds.p90.median, over_seeds.p99.median)
 
 
 def engine_ratios(engines: Mapping[str, EngineFigures]) -> Ratios:

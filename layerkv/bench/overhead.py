@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import msgspec
@@ -21,10 +21,10 @@ from rich.table import Table
 
 import layerkv
 from layerkv.bench import records
+from layerkv.bench.board import ProgressBoard
 from layerkv.bench.load import LoadSpec
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.machine import Machine, measured_here
 from layerkv.bench.supervise import run_engine
-from layerkv.bench.terminal import ProgressBoard
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 
 NUM_ROUNDS = 3
@@ -118,10 +118,7 @@ def run_overhead(json_path: Path | None, *, rounds: int = NUM_ROUNDS) -> int:
     result = OverheadResult(
         cases=results,
         rounds=rounds,
-        command=this_command(),
-        date=utc_now(),
-        machine=Machine.here(),
-        versions=installed_versions(),
+        **measured_here(),
     )
     _print(result, console)
     if json_path is not None:
@@ -205,8 +202,7 @@ def _tokens_per_s(run: records.EngineRun) -> float:
 
 
 def _ttft_mean_s(run: records.EngineRun) -> float:
-    started = [request for request in run.requests if request.token_times_s]
-    return sum(request.token_times_s[0] - request.arrival_s for request in started) / len(started)
+    return mean(waited_s for request in run.requests if (waited_s := records.ttft_s(request)) is not None)
 
 
 def _print(result: OverheadResult, console: Console) -> None:

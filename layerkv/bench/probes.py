@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Counters:
+class EngineCounters:
     """Totals since the process started, from its Prometheus registry; 0 for a counter that does not exist."""
 
     vllm_preemptions: int = 0
@@ -29,7 +29,7 @@ class Counters:
     bytes_loaded: int = 0
 
     @classmethod
-    def read(cls) -> Counters:
+    def read(cls) -> EngineCounters:
         """Adds up the counters over all engines and label values of this process."""
         from prometheus_client import REGISTRY
 
@@ -46,8 +46,8 @@ class Counters:
             bytes_loaded=int(totals.get(("layerkv_bytes_total", "load"), 0)),
         )
 
-    def __sub__(self, earlier: Counters) -> Counters:
-        return Counters(
+    def __sub__(self, earlier: EngineCounters) -> EngineCounters:
+        return EngineCounters(
             vllm_preemptions=self.vllm_preemptions - earlier.vllm_preemptions,
             parks=self.parks - earlier.parks,
             fetches=self.fetches - earlier.fetches,

@@ -14,17 +14,15 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
-from layerkv.bench.engine_run import _claim_stdout
+from layerkv.bench.child import ReportProgress, run_spec
 from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID
-from layerkv.bench.records import Progress, read_json, write_json
 from layerkv.core.cost import StepWork, chunk_pairs
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import BlockRun, StepPlan, num_blocks
@@ -46,8 +44,6 @@ COPY_ARENA_BYTES = 256 << 20
 REPORT_INTERVAL_S = 0.5
 WARM_UP_PROMPTS = 6
 CHECK_SEED = 20
-
-ReportProgress = Callable[[int, int], None]
 
 
 class ProfileSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -445,17 +441,7 @@ def _settings(engine: LLMEngine, limits: Limits) -> dict[str, str]:
 
 def main(argv: list[str]) -> int:
     """Run the spec file `argv[0]` and write the outcome to `argv[1]`; returns the exit status."""
-    if len(argv) != 2:
-        print("usage: python -m layerkv.bench.profile_run SPEC.json OUT.json", file=sys.stderr)
-        return 2
-    progress_stream = _claim_stdout()
-
-    def report_progress(num_done: int, num_total: int) -> None:
-        print(msgspec.json.encode(Progress(num_done, num_total)).decode(), file=progress_stream)
-
-    run = run_profile_engine(read_json(Path(argv[0]), ProfileSpec), report_progress)
-    write_json(run, Path(argv[1]))
-    return 0
+    return run_spec(argv, "layerkv.bench.profile_run", ProfileSpec, run_profile_engine)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.machine import measured_here
 from layerkv.errors import ConfigError
 from layerkv.sim.config import SimConfig, load_sim_config
 from layerkv.sim.run import STRIDE, SimRun, medians, report, simulate
@@ -43,10 +43,7 @@ def run_simulate(
     for rate in config.rates:
         console.print(_table(config, [run for run in runs if run.rate_per_s == rate], rate))
     result = {
-        "command": this_command(),
-        "date": utc_now(),
-        "machine": msgspec.to_builtins(Machine.here()),
-        "versions": installed_versions(),
+        **msgspec.to_builtins(measured_here()),
         "config": str(config_path),
         **report(config, runs),
     }

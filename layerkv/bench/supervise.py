@@ -22,8 +22,7 @@ from typing import IO
 import msgspec
 
 import layerkv
-from layerkv.bench.metrics import EngineFailure
-from layerkv.bench.records import EngineRun, EngineSpec, Progress, read_json, write_json
+from layerkv.bench.records import EngineFailure, EngineRun, EngineSpec, Progress, read_json, write_json
 from layerkv.errors import LayerKVError
 
 # Longer than any start-up seen (15-60 s, nearly all imports) and any single step.

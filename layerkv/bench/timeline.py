@@ -1,7 +1,8 @@
 """A request's life as phases, for the timeline plot.
 
-Pure functions of request records. Invariant: the phases of a request are in order, do not overlap, and cover
-everything from its arrival to its last token.
+Pure functions of request records: what the engine did with it where that was recorded, else what its client saw.
+Invariant: the phases of a request are in order, do not overlap, and cover everything from its arrival to its last
+token.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
+from statistics import median
 
 from layerkv.bench.records import RequestRecord, StateChange
 
@@ -17,12 +20,18 @@ class PhaseKind(StrEnum):
     """What a user of the request would say it is doing."""
 
     QUEUED = "queued"
+    WAITING = "waiting"
     PREFILL = "prefill"
+    DECODE = "decoding"
     PARKED = "parked"
     PREEMPTED = "preempted"
-    DECODE = "decode"
+    PAUSED = "paused"
+    FAILED = "failed"
 
 
+# A gap between two tokens is a pause when it is longer than both: this many of the request's median gaps, this time.
+PAUSE_GAPS = 10.0
+PAUSE_S = 0.25
 # States in which the request does not run, and the phase that each begins. Fetching belongs to being parked.
 _STOPPED = {"parked": PhaseKind.PARKED, "fetching": PhaseKind.PARKED, "preempted": PhaseKind.PREEMPTED}
 _RUNNING = frozenset({"resident", "layered"})
@@ -38,15 +47,44 @@ class Phase:
 
 
 def phases(request: RequestRecord, run_end_s: float) -> list[Phase]:
-    """The phases of `request`; one that never had a token is followed up to `run_end_s`.
+    """The phases of `request`; without a next sign of life the last one goes to `run_end_s`."""
+    if request.states or request.first_scheduled_s is not None:
+        return _of_engine(request, run_end_s)
+    return _of_client(request, run_end_s)
 
-    queued: arrival to first scheduling. prefill: to the first token. decode: to the last token. parked or
-    preempted is cut out of these: from the stop to the first token after the request runs again.
+
+def _of_client(request: RequestRecord, run_end_s: float) -> list[Phase]:
+    """waiting: to the first token. decoding: to the last one, but for pauses between them."""
+    tokens_s = request.token_times_s
+    found = []
+    if tokens_s or request.error is None:
+        found.append(Phase(PhaseKind.WAITING, request.arrival_s, tokens_s[0] if tokens_s else run_end_s))
+    gaps_s = [after_s - before_s for before_s, after_s in pairwise(tokens_s)]
+    pause_s = max(PAUSE_GAPS * median(gaps_s), PAUSE_S) if gaps_s else 0.0
+    start_s = tokens_s[0] if tokens_s else 0.0
+    for before_s, after_s in pairwise(tokens_s):
+        if after_s - before_s > pause_s:
+            found.append(Phase(PhaseKind.DECODE, start_s, before_s))
+            found.append(Phase(PhaseKind.PAUSED, before_s, after_s))
+            start_s = after_s
+    if tokens_s:
+        found.append(Phase(PhaseKind.DECODE, start_s, tokens_s[-1]))
+    found = _cleaned(found)
+    if request.error is not None:
+        last_s = tokens_s[-1] if tokens_s else request.arrival_s
+        found.append(Phase(PhaseKind.FAILED, last_s, max(run_end_s, last_s)))
+    return found
+
+
+def _of_engine(request: RequestRecord, run_end_s: float) -> list[Phase]:
+    """queued: arrival to first scheduling. prefill: to the first token. decoding: to the last token.
+
+    parked or preempted is cut out of these: from the stop to the first token after the request runs again.
     """
     tokens_s = request.token_times_s
     scheduled_s = request.first_scheduled_s
     if scheduled_s is None:
-        return _cleaned([Phase(PhaseKind.QUEUED, request.arrival_s, tokens_s[-1] if tokens_s else run_end_s)])
+        return [Phase(PhaseKind.QUEUED, request.arrival_s, tokens_s[-1] if tokens_s else run_end_s)]
     first_token_s, last_token_s = (tokens_s[0], tokens_s[-1]) if tokens_s else (run_end_s, run_end_s)
     whole = [
         Phase(PhaseKind.QUEUED, request.arrival_s, scheduled_s),

@@ -21,7 +21,7 @@ import msgspec
 import torch
 from rich.console import Console
 
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.machine import Machine, measured_here
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import BlockRun, StepPlan, merge_runs
 from layerkv.device.base import Direction
@@ -71,10 +71,7 @@ def run_transfer(json_path: Path | None, *, console: Console | None = None, quic
         )
     result: dict[str, Any] = {
         "schema": 1,
-        "command": this_command(),
-        "date": utc_now(),
-        "machine": msgspec.to_builtins(Machine.here()),
-        "versions": installed_versions(),
+        **msgspec.to_builtins(measured_here()),
         "device": torch.cuda.get_device_name() if device == "cuda" else Machine.here().cpu,
         "volume_bytes": VOLUME[device],
         "rounds": rounds,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from layerkv.bench.report import write_report as write_demo_report
+from layerkv.bench.demo import as_case
 from layerkv.bench.suite import summary
 from layerkv.bench.suite.report import write_report
 from tests.browser.chromium import Page, browser_page, find_chromium
@@ -23,13 +23,13 @@ PLOTS = ("ttft", "goodput", "attainment", "cdf")
 DRAWN = """
 [...document.querySelectorAll('svg[role=img]')].map(svg => {
   const panel = svg.closest('.panel').getBoundingClientRect(), area = svg.getBoundingClientRect();
-  const marks = [...svg.querySelectorAll('polyline, polygon, circle, rect, line, text')];
+  const marks = [...svg.querySelectorAll('path, use, text')].filter(mark => !mark.closest('defs'));
   const boxes = marks.map(mark => [mark.outerHTML.slice(0, 80), mark.getBoundingClientRect()]);
   const outside = box => box.left < panel.left - 1 || box.right > panel.right + 1
       || box.top < panel.top - 1 || box.bottom > panel.bottom + 1;
   return {
     label: svg.getAttribute('aria-label'), width: area.width, height: area.height, marks: marks.length,
-    flat: boxes.filter(([html, box]) => box.width + box.height <= 0 && !/<rect|whisker/.test(html)).map(it => it[0]),
+    flat: boxes.filter(([html, box]) => box.width + box.height <= 0 && !/<path/.test(html)).map(it => it[0]),
     outside: boxes.filter(([, box]) => outside(box)).map(([html]) => html),
   };
 })
@@ -37,8 +37,9 @@ DRAWN = """
 
 # Pairs of neighbouring labels on a horizontal axis that run into each other.
 OVERLAPS = """
-[...document.querySelectorAll('svg.x-axis')].flatMap(axis => {
-  const labels = [...axis.querySelectorAll('text')];
+[...document.querySelectorAll('.x-axis')].flatMap(axis => {
+  const all = [...axis.querySelectorAll('text')], top = Math.min(...all.map(it => it.getBoundingClientRect().top));
+  const labels = all.filter(label => label.getBoundingClientRect().top < top + 2);  // the others are the axis's title
   const pairs = labels.slice(1).map((label, index) => [labels[index], label]);
   return pairs.filter(([a, b]) => a.getBoundingClientRect().right + 2 > b.getBoundingClientRect().left)
       .map(([a, b]) => a.textContent + ' | ' + b.textContent);
@@ -46,13 +47,14 @@ OVERLAPS = """
 """
 
 LINES = """
-Object.fromEntries([...document.querySelectorAll('figure[id^=plot-]')].map(figure => {
-  const panel = figure.querySelector('svg.area').getBoundingClientRect();
-  const lines = [...figure.querySelectorAll('polyline.engine')].map(line => {
-    const box = line.getBoundingClientRect();
+Object.fromEntries([...document.querySelectorAll('figure[id^=plot-]:not(.engine)')].map(figure => {
+  const panel = figure.querySelector('.panel').getBoundingClientRect();
+  const groups = [...figure.querySelectorAll('g.engine')].filter(group => group.getBoundingClientRect().width > 20);
+  const lines = groups.map(group => {
+    const line = group.querySelector('path'), box = line.getBoundingClientRect();
     const inside = box.left >= panel.left - 1 && box.right <= panel.right + 1
         && box.top >= panel.top - 1 && box.bottom <= panel.bottom + 1;
-    return [line.classList[line.classList.length - 1], inside && box.width > 20, getComputedStyle(line).stroke];
+    return [group.classList[group.classList.length - 1], inside && box.width > 20, getComputedStyle(line).stroke];
   });
   return [figure.id.slice(5), lines];
 }))
@@ -123,7 +125,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     short = made.load_runs(rates=(6.0,), engines=("vllm-cpu-offload", "layerkv"), seeds=(0,), num_requests=20)
     short.append(made.load_run("stock", 6.0, 0, num_requests=20, num_failed=5))
     write_report(made.case_result(short, {"oracle": made.FAILURE}, interrupted=True), short, paths["short"])
-    write_demo_report(made_records.result(), made_records.all_runs(), paths["demo"])
+    write_report(*as_case(made_records.result(), made_records.all_runs()), paths["demo"])
     return paths
 
 
@@ -200,7 +202,7 @@ def test_a_click_on_an_engine_hides_it_everywhere_and_another_shows_it_again(
 def test_the_legend_stays_in_sight_beside_the_plots(chromium: str, reports: dict[str, Path]) -> None:
     async def check(page: Page) -> None:
         await page.show(reports["full"], width=390, height=844, scheme="light")
-        await page.evaluate("document.querySelector('#memory-oracle').scrollIntoView({block: 'center'})")
+        await page.evaluate("document.querySelector('#plot-memory-oracle').scrollIntoView({block: 'center'})")
         top, bottom = await page.evaluate(
             "(box => [box.top, box.bottom])(document.querySelector('.keys').getBoundingClientRect())"
         )

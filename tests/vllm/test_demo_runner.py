@@ -38,11 +38,11 @@ def test_the_quick_demo_succeeds_and_leaves_result_and_report(quick_demo: QuickD
     assert quick_demo.result.complete
     assert quick_demo.result.tokens_equal
     assert json.loads((quick_demo.out_dir / "result.json").read_bytes())["schema"] == 1
-    assert "<h2>Timeline" in (quick_demo.out_dir / "report.html").read_text()
+    assert "<h2>Requests" in (quick_demo.out_dir / "report.html").read_text()
 
 
 def test_every_request_gets_exactly_the_tokens_asked_for(quick_demo: QuickDemo) -> None:
-    asked = {request.request_id: request.max_tokens for request in make_load(quick_demo.result.load)}
+    asked = {request.request_id: request.output_tokens for request in make_load(quick_demo.result.load)}
     for run in quick_demo.runs.values():
         got = {request.request_id: len(request.token_ids) for request in run.requests}
         assert got == asked

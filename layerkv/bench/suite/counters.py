@@ -5,8 +5,8 @@ Pure functions. Invariant: what an engine does not tell is None, not 0.
 
 from __future__ import annotations
 
+from layerkv.bench.records import Counters
 from layerkv.bench.suite.engines import KEEPERS, is_layerkv
-from layerkv.bench.suite.records import Counters
 from layerkv.bench.suite.scheduler_probe import SchedulerTimes
 from layerkv.bench.suite.server import CpuTimes
 from layerkv.bench.suite.server_metrics import ServerMetrics

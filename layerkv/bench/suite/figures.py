@@ -1,7 +1,8 @@
 """From raw runs to the figures of a case's JSON.
 
 Pure functions. Invariant: latencies are computed from what the client saw, never from what a server says of itself;
-only the time in the queue, which no client can see, is the server's.
+only the time in the queue, which no client can see, is the engine's: of each request where it is in the records, else
+the server's histogram.
 """
 
 from __future__ import annotations
@@ -13,16 +14,10 @@ from itertools import pairwise
 import numpy as np
 
 from layerkv import figures
-from layerkv.bench import metrics
-from layerkv.bench.suite.records import Counters, LoadRun, RequestRecord
+from layerkv.bench.records import Counters, LoadRun, RequestRecord, ttft_s
 from layerkv.bench.suite.result import Distribution, Figures, Ratios, Spread
 from layerkv.bench.suite.server_metrics import quantile
 from layerkv.config import SloPolicy
-
-
-def ttft_s(request: RequestRecord) -> float | None:
-    """Seconds from the due time to the first token; None when there was none."""
-    return request.token_times_s[0] - request.arrival_s if request.token_times_s else None
 
 
 def tpot_s(request: RequestRecord) -> float | None:
@@ -55,10 +50,8 @@ def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
         tpot_s=_over_seeds([_some(map(tpot_s, run.requests)) for run in runs]),
         time_between_tokens_s=_over_seeds([[gap for r in run.requests for gap in _gaps_s(r)] for run in runs]),
         second_token_s=_over_seeds([[gaps[0] for r in run.requests if (gaps := _gaps_s(r))] for run in runs]),
-        end_to_end_s=_over_seeds(
-            [[r.token_times_s[-1] - r.arrival_s for r in run.requests if r.error is None] for run in runs]
-        ),
-        queue_s=_queue([run.counters for run in runs]),
+        end_to_end_s=_over_seeds([[r.token_times_s[-1] - r.arrival_s for r in _answered(run)] for run in runs]),
+        queue_s=_queue(runs),
         arrival_error_s=_over_seeds(
             [[r.sent_s - r.arrival_s for r in run.requests if r.sent_s is not None] for run in runs]
         ),
@@ -178,13 +171,17 @@ def _where_known(values: Sequence[float | None]) -> Spread | None:
     return Spread.of(known) if len(known) == len(values) else None
 
 
+def _answered(run: LoadRun) -> list[RequestRecord]:
+    return [request for request in run.requests if request.error is None and request.token_times_s]
+
+
 def _ends(runs: Sequence[LoadRun]) -> dict[str, Spread]:
     known = sorted({request.end for run in runs for request in run.requests if request.end is not None})
     return {end: Spread.of([sum(r.end == end for r in run.requests) for run in runs]) for end in known}
 
 
 def _mean_output_tokens(run: LoadRun) -> float | None:
-    finished = [len(request.token_times_s) for request in run.requests if request.error is None]
+    finished = [len(request.token_times_s) for request in _answered(run)]
     return _mean(finished) if finished else None
 
 
@@ -206,22 +203,24 @@ def _ratio(numerator: float, denominator: float) -> float | None:
 
 def _over_seeds(samples_by_seed: Sequence[Sequence[float]]) -> Distribution:
     # A seed without a sample knows no latency; 0 s would be the best of all.
-    each = [metrics.Distribution.of(samples) for samples in samples_by_seed if samples] or [metrics.Distribution.of(())]
-    return Distribution(
-        mean=Spread.of([d.mean for d in each]),
-        p50=Spread.of([d.p50 for d in each]),
-        p90=Spread.of([d.p90 for d in each]),
-        p99=Spread.of([d.p99 for d in each]),
-    )
+    each = [found for samples in samples_by_seed if (found := figures.distribution(samples)) is not None]
+    names = ("mean", *(name for name, _ in figures.PERCENTILES))
+    return Distribution(**{name: Spread.of([found[name] for found in each] or [0.0]) for name in names})
 
 
-def _queue(counters: Sequence[Counters]) -> Distribution:
-    return Distribution(
-        mean=Spread.of([c.queue_sum_s / c.queue_count if c.queue_count else 0.0 for c in counters]),
-        p50=Spread.of([quantile(c.queue_buckets, c.queue_count, 0.50) for c in counters]),
-        p90=Spread.of([quantile(c.queue_buckets, c.queue_count, 0.90) for c in counters]),
-        p99=Spread.of([quantile(c.queue_buckets, c.queue_count, 0.99) for c in counters]),
-    )
+def _queue(runs: Sequence[LoadRun]) -> Distribution:
+    told = [
+        [r.first_scheduled_s - r.arrival_s for r in run.requests if r.first_scheduled_s is not None] for run in runs
+    ]
+    if any(told):
+        return _over_seeds(told)
+    counters = [run.counters for run in runs]
+    means = [c.queue_sum_s / c.queue_count if c.queue_count else 0.0 for c in counters]
+    percentiles = {
+        name: Spread.of([quantile(c.queue_buckets, c.queue_count, share) for c in counters])
+        for name, share in figures.PERCENTILES
+    }
+    return Distribution(mean=Spread.of(means), **percentiles)
 
 
 def _scheduler(counters: Sequence[Counters]) -> Spread | None:

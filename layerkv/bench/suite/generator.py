@@ -20,15 +20,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from pathlib import Path
 
 import msgspec
 import uvloop
 
-from layerkv.bench.records import Progress, read_json, write_json
+from layerkv.bench.child import run_spec
+from layerkv.bench.load import PlannedRequest
+from layerkv.bench.records import HUNG_UP, STOPPED, RequestRecord, Sample
 from layerkv.bench.suite.http_stream import Begun, StreamError, Target, fetch
-from layerkv.bench.suite.plan import LoadPlan, PlannedRequest
-from layerkv.bench.suite.records import HUNG_UP, STOPPED, RequestRecord, Sample
+from layerkv.bench.suite.plan import LoadPlan
 from layerkv.bench.suite.server_metrics import ServerMetrics, read_metrics
 
 PROGRESS_INTERVAL_S = 1.0
@@ -334,19 +334,10 @@ def _host_kv_bytes(metrics: ServerMetrics, plan: LoadPlan) -> int | None:
 
 def main(argv: list[str]) -> int:
     """Runs the plan file `argv[0]` and writes the outcome to `argv[1]`; returns the exit status."""
-    if len(argv) != 2:
-        print("usage: python -m layerkv.bench.suite.generator PLAN.json OUT.json", file=sys.stderr)
-        return 2
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection each, however many wait
-
-    def report_progress(num_done: int, num_total: int) -> None:
-        print(msgspec.json.encode(Progress(num_done, num_total)).decode(), flush=True)
-
-    plan = read_json(Path(argv[0]), LoadPlan)
-    write_json(uvloop.run(Generator(plan, report_progress).run()), Path(argv[1]))
-    return 0
+    return run_spec(argv, "layerkv.bench.suite.generator", LoadPlan, lambda *args: uvloop.run(Generator(*args).run()))
 
 
 if __name__ == "__main__":

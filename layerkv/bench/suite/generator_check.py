@@ -15,11 +15,12 @@ from random import Random
 import msgspec
 from rich.console import Console
 
-from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
+from layerkv.bench.load import PlannedRequest
+from layerkv.bench.machine import Machine, measured_here
 from layerkv.bench.metrics import Distribution
 from layerkv.bench.records import read_json, write_json
 from layerkv.bench.suite.generator import GeneratorRun
-from layerkv.bench.suite.plan import LoadPlan, PlannedRequest
+from layerkv.bench.suite.plan import LoadPlan
 from layerkv.bench.suite.server import Server, free_port
 from layerkv.bench.supervise import run_child
 from layerkv.errors import LayerKVError
@@ -125,8 +126,5 @@ def _result(run: GeneratorRun, arrivals_s: list[float]) -> PunctualityResult:
         arrival_error_s=Distribution.of(errors_s),
         arrival_error_max_s=max(errors_s),
         sent_error_s=Distribution.of(r.sent_s - r.arrival_s for r in run.requests if r.sent_s is not None),
-        command=this_command(),
-        date=utc_now(),
-        machine=Machine.here(),
-        versions=installed_versions(),
+        **measured_here(),
     )

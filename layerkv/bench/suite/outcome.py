@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from layerkv.bench.machine import Machine, installed_versions, source_commit, this_command, utc_now
-from layerkv.bench.metrics import EngineFailure
+from layerkv.bench.machine import measured_here, source_commit
+from layerkv.bench.records import EngineFailure, LoadRun
 from layerkv.bench.suite.case import Case, Point
 from layerkv.bench.suite.engines import kv_memory_bytes
 from layerkv.bench.suite.figures import engine_figures, engine_ratios, have_equal_tokens
-from layerkv.bench.suite.records import LoadRun
 from layerkv.bench.suite.result import CaseResult, Figures, PointResult, Ratios
 
 
@@ -67,13 +66,10 @@ def case_result(case: Case, outcome: Outcome) -> CaseResult:
         points=points,
         kv_cache_memory_bytes={engine: kv_memory_bytes(case, engine, seeds) for engine in case.engines},
         notes=list(case.notes),
-        command=this_command(),
-        machine=Machine.here(),
-        versions=installed_versions(),
+        **measured_here(),
         load=load_digest(case),
         commit=source_commit(),
         seeds=seeds,
-        date=utc_now(),
     )
 
 

@@ -10,35 +10,10 @@ from random import Random
 
 import msgspec
 
-from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID
+from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, PlannedRequest
 from layerkv.bench.suite.case import Case, Point
 from layerkv.bench.suite.ends import Ends
 from layerkv.sim.workload import SimRequest, make_workload
-
-
-class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One request.
-
-    Attributes:
-        request_id: Unique in the plan.
-        arrival_s: When it is due, in seconds after the start; for a later turn, after the end of the turn before.
-        prompt: Token ids; those of a later turn follow all that was said before.
-        output_tokens: Tokens to generate, whatever the model would rather do; with `stop`, at most.
-        max_tokens: Tokens that its client asks for at most, if that is more: then the generator hangs up after
-            `output_tokens`, and no engine can know the length before.
-        stop: Strings that end the answer where its text contains one.
-        slo_class: Its SLO class; None is the policy's default.
-        after: The request whose answer this one waits for.
-    """
-
-    request_id: str
-    arrival_s: float
-    prompt: list[int]
-    output_tokens: int
-    max_tokens: int | None = None
-    stop: list[str] = []
-    slo_class: str | None = None
-    after: str | None = None
 
 
 class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import jinja2
 
-from layerkv.bench.suite import charts, run_charts, summary
-from layerkv.bench.suite.records import LoadRun
+from layerkv.bench.records import LoadRun
+from layerkv.bench.suite import charts, summary
 from layerkv.bench.suite.result import CaseResult
 from layerkv.bench.suite.tables import PLUS_MINUS
 from layerkv.bench.suite.titles import main_point, point_label
@@ -32,9 +32,10 @@ def render_report(result: CaseResult, runs: Sequence[LoadRun]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["unbroken"] = _unbroken
-    plots = charts.against_axis(result)
-    cdf = run_charts.cdf(result, runs)
-    first_runs = run_charts.first_runs(result, runs)
+    curves = charts.against_axis(result)
+    cdf = charts.cdf(result, runs)
+    first_runs = charts.first_runs(result, runs)
+    requests, kinds = charts.timeline(first_runs)
     point = main_point(result)
     return environment.get_template(TEMPLATE).render(
         result=result,
@@ -49,10 +50,11 @@ def render_report(result: CaseResult, runs: Sequence[LoadRun]) -> str:
         point_columns=summary.POINT_COLUMNS,
         point_groups=[(label, list(group)) for label, group in groupby(summary.point_rows(result), lambda r: r.point)],
         plus_minus=PLUS_MINUS,
-        plots=[*plots, *([cdf] if cdf.curves else [])],
-        bars=[] if plots else charts.bars(result),
-        timeline=run_charts.timeline(first_runs),
-        memory=run_charts.memory(result, first_runs),
+        plots=[*curves, *([] if cdf is None else [cdf])],
+        bars=[] if curves else charts.bars(result),
+        requests=requests,
+        kinds=[(kind.value, kind in charts.THICK) for kind in kinds],
+        memory=charts.memory(result, first_runs),
         seed=next((run.seed for run in first_runs.values()), None),
         facts=_facts(result),
     )

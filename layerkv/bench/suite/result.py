@@ -12,7 +12,7 @@ from statistics import median
 import msgspec
 
 from layerkv.bench.machine import Machine
-from layerkv.bench.metrics import EngineFailure
+from layerkv.bench.records import EngineFailure
 
 SCHEMA_VERSION = 1
 

@@ -20,9 +20,9 @@ from typing import TypeAlias
 import msgspec
 from rich.console import Console
 
-from layerkv.bench.metrics import EngineFailure
-from layerkv.bench.records import Progress, read_json, write_json
-from layerkv.bench.suite.board import SuiteBoard, print_result
+from layerkv.bench.board import SuiteBoard
+from layerkv.bench.load import PlannedRequest
+from layerkv.bench.records import EngineFailure, LoadRun, Progress, read_json, write_json
 from layerkv.bench.suite.case import ENGINE_NAMES, Case, Point, load_case, load_suite
 from layerkv.bench.suite.counters import counted
 from layerkv.bench.suite.engines import (
@@ -35,12 +35,12 @@ from layerkv.bench.suite.engines import (
 from layerkv.bench.suite.generator import GeneratorRun
 from layerkv.bench.suite.lmcache_peer import Lmcache, lmcache_env, running_cache_server
 from layerkv.bench.suite.outcome import Outcome, case_result
-from layerkv.bench.suite.plan import LoadPlan, PlannedRequest, plan_requests, warm_up_requests
-from layerkv.bench.suite.records import LoadRun
+from layerkv.bench.suite.plan import LoadPlan, plan_requests, warm_up_requests
 from layerkv.bench.suite.report import write_report
 from layerkv.bench.suite.result import CaseResult
 from layerkv.bench.suite.scheduler_probe import TIMES_VARIABLE, SchedulerTimes, probe_options, read_scheduler_times
 from layerkv.bench.suite.server import CpuTimes, Server, free_port
+from layerkv.bench.suite.terminal import print_result
 from layerkv.bench.supervise import child_env, run_child
 from layerkv.bench.tiny_model import make_tiny_model
 from layerkv.errors import ConfigError, LayerKVError

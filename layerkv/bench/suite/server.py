@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from layerkv.bench.metrics import EngineFailure
+from layerkv.bench.records import EngineFailure
 from layerkv.bench.supervise import log_tail
 from layerkv.errors import ConfigError
 

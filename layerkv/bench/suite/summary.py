@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeGuard
 
-from layerkv.bench.suite.records import HUNG_UP, STOPPED
+from layerkv.bench.records import HUNG_UP, STOPPED
 from layerkv.bench.suite.result import CaseResult, Distribution, Figures, PointResult, Ratios, Spread
 from layerkv.bench.suite.tables import POINT_COLUMNS, PointRow, figure_rows, point_rows
 from layerkv.bench.suite.titles import ENGINE_NOTES, ENGINE_TITLES, engine_order, has_first_tokens, point_label
-from layerkv.bench.summary import SAME_WITHIN, format_duration, format_ratio
+from layerkv.bench.words import SAME_WITHIN, format_duration, format_ratio, is_same
 from layerkv.units import format_bytes
 
 __all__ = [
@@ -41,7 +41,7 @@ def headline(result: CaseResult) -> str:
         missing = [ENGINE_TITLES[name] for name in ("stock", "layerkv") if _served(result, name) is None]
         return f"Nothing to compare: no figures of {' and '.join(missing) or 'first tokens'}."
     stock_ttft, layerkv_ttft = format_duration(stock.ttft_s.mean.median), format_duration(layerkv.ttft_s.mean.median)
-    joined = "as" if _is_same(mean.median) else "than"
+    joined = "as" if is_same(mean.median) else "than"
     return (
         f"First tokens came {_sooner(mean)} {joined} with stock vLLM on average "
         f"({layerkv_ttft} against {stock_ttft}) and {_sooner(p99)} at p99, "
@@ -103,7 +103,7 @@ def _goodput(result: CaseResult, stock: Figures, layerkv: Figures) -> str:
     ratio = result.ratios.goodput_ratio
     if not theirs or not ours or not _positive(ratio):
         return f"Objectives were met by {ours:.2f} requests per second with layerkv, {theirs:.2f} with stock: {shares}."
-    times = "about stock's" if _is_same(ratio.median) else f"{format_ratio(ratio.median)}x stock's"
+    times = "about stock's" if is_same(ratio.median) else f"{format_ratio(ratio.median)}x stock's"
     return f"Goodput was {times} ({_over_seeds(ratio)}{ours:.2f} against {theirs:.2f} requests per second): {shares}."
 
 
@@ -129,7 +129,7 @@ def _against_peer(result: CaseResult, name: str, layerkv: Figures) -> str:
         parts.append(f"{_share(throughput)} of its throughput")
     rates = f"{layerkv.goodput_rps.median:.2f} against {peer.goodput_rps.median:.2f} requests per second"
     if _positive(goodput):
-        same = _is_same(goodput.median)
+        same = is_same(goodput.median)
         times = "about the same" if same else f"{format_ratio(goodput.median)}x its"
         parts.append(f"{times} goodput ({_over_seeds(goodput)}{rates})")
     else:
@@ -227,12 +227,8 @@ def _mean_and_p99(distribution: Distribution) -> str:
     return f"{format_duration(distribution.mean.median)} on average, p99 {format_duration(distribution.p99.median)}"
 
 
-def _is_same(ratio: float) -> bool:
-    return 1 / (1 + SAME_WITHIN) <= ratio <= 1 + SAME_WITHIN
-
-
 def _sooner(ratio: Spread) -> str:
-    if _is_same(ratio.median):
+    if is_same(ratio.median):
         return "about as soon"
     median = ratio.median
     return f"{format_ratio(median)}x sooner" if median > 1 else f"{format_ratio(1 / median)}x later"

@@ -10,12 +10,34 @@ from dataclasses import dataclass
 
 from layerkv.bench.suite.result import CaseResult, Figures, Spread
 from layerkv.bench.suite.titles import ENGINE_TITLES, engine_order, has_first_tokens
-from layerkv.bench.summary import MISSING, Row, format_duration
+from layerkv.bench.words import MISSING, format_duration
 from layerkv.units import format_bytes
 
 # Between a cell's figure and its uncertainty; the report prints what follows it small.
 PLUS_MINUS = " ±"
 POINT_COLUMNS = ("TTFT mean", "TTFT p99", "Goodput", "SLOs met", "Throughput")
+
+
+# What only a server tells: these rows are left out where no engine was one.
+_OF_SERVERS = frozenset(
+    (
+        "Hits device / host",
+        "Peak device KV",
+        "Peak host KV",
+        "Peak resident memory",
+        "Engine CPU",
+        "Scheduler per step",
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure of all engines: `cells[i]` belongs to the i-th engine of `engine_order`."""
+
+    label: str
+    meaning: str
+    cells: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +63,11 @@ class PointRow:
 def figure_rows(result: CaseResult) -> list[Row]:
     """The main point's table: one row per figure, one cell per engine of `engine_order`."""
     engines = [result.engines.get(name) for name in engine_order(result)]
+    has_servers = not result.engines or any(figures.peak_rss_bytes.median for figures in result.engines.values())
     return [
         Row(label, meaning, tuple(MISSING if figures is None else cell(figures) for figures in engines))
         for label, meaning, cell in _ROWS
+        if has_servers or label not in _OF_SERVERS
     ]
 
 

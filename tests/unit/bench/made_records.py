@@ -26,6 +26,7 @@ def request(
         request_id=f"request-{index:03d}",
         arrival_s=arrival_s,
         prompt_tokens=8,
+        output_tokens=3,
         first_scheduled_s=first_scheduled_s,
         token_times_s=list(token_times_s),
         token_ids=[10 + index + i for i in range(len(token_times_s))],

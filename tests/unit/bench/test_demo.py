@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from layerkv.bench import demo, records
-from layerkv.bench.metrics import EngineFailure
 from layerkv.bench.plan import demo_load, engine_specs
+from layerkv.bench.records import EngineFailure
+from layerkv.bench.suite.terminal import print_result
 from layerkv.bench.supervise import LOG_TAIL_LINES, run_child
-from layerkv.bench.terminal import print_result
 from layerkv.bench.tiny_model import SHAPES
 from layerkv.errors import ConfigError
 from tests.unit.bench import made_records as made
@@ -161,7 +161,8 @@ def test_the_terminal_shows_table_ratios_and_the_failed_engines_log(tmp_path: Pa
     runs = {name: run for name, run in made.all_runs().items() if name != "oracle"}
     failure = EngineFailure(reason="ended with exit status 1", log_tail=["[not markup] boom"])
     console = Console(record=True, width=120, quiet=False, file=(tmp_path / "terminal").open("w"))
-    print_result(made.result(demo.Outcomes(runs=runs, failures={"oracle": failure})), tmp_path, console)
+    result = made.result(demo.Outcomes(runs=runs, failures={"oracle": failure}))
+    print_result(demo.as_case(result, runs)[0], console)
     shown = console.export_text()
     assert "TTFT mean" in shown
     assert "oracle (FAILED)" in shown

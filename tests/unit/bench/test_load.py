@@ -22,15 +22,15 @@ def test_equal_specs_give_equal_loads() -> None:
 
 def test_another_seed_gives_other_prompts_and_arrivals() -> None:
     one, other = make_load(spec(seed=3)), make_load(spec(seed=4))
-    assert [r.prompt_token_ids for r in one] != [r.prompt_token_ids for r in other]
+    assert [r.prompt for r in one] != [r.prompt for r in other]
     assert [r.arrival_s for r in one] != [r.arrival_s for r in other]
 
 
 def test_lengths_and_tokens_stay_within_the_ranges_asked_for_and_reach_both_ends() -> None:
     load = make_load(spec(num_requests=200))
-    assert {len(r.prompt_token_ids) for r in load} == {5, 6, 7, 8, 9}
-    assert {r.max_tokens for r in load} == {2, 3, 4}
-    tokens = [token for r in load for token in r.prompt_token_ids]
+    assert {len(r.prompt) for r in load} == {5, 6, 7, 8, 9}
+    assert {r.output_tokens for r in load} == {2, 3, 4}
+    tokens = [token for r in load for token in r.prompt]
     assert min(tokens) == FIRST_ORDINARY_TOKEN_ID
     assert max(tokens) == 99
 

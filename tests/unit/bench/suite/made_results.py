@@ -13,9 +13,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 
 from layerkv.bench.machine import Machine
-from layerkv.bench.metrics import EngineFailure
+from layerkv.bench.records import Counters, EngineFailure, LoadRun, RequestRecord, Sample
 from layerkv.bench.suite.figures import engine_figures, engine_ratios
-from layerkv.bench.suite.records import Counters, LoadRun, RequestRecord, Sample
 from layerkv.bench.suite.result import CaseResult, Figures, PointResult, Spread
 from layerkv.config import SloClass, SloPolicy
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from layerkv.bench.metrics import EngineFailure
-from layerkv.bench.records import write_json
+from layerkv.bench.records import EngineFailure, write_json
 from layerkv.bench.suite.compare import compare, run_compare, verdict
 from layerkv.bench.suite.result import CaseResult, Spread
 from layerkv.errors import ConfigError

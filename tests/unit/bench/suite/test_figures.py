@@ -2,8 +2,8 @@
 
 import pytest
 
+from layerkv.bench.records import Counters, LoadRun, RequestRecord, Sample
 from layerkv.bench.suite.figures import engine_figures, engine_ratios, has_met_slo, have_equal_tokens
-from layerkv.bench.suite.records import Counters, LoadRun, RequestRecord, Sample
 from layerkv.config import SloClass, SloPolicy
 
 POLICY = SloPolicy(

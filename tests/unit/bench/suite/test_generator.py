@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from layerkv.bench.load import PlannedRequest
+from layerkv.bench.records import RequestRecord
 from layerkv.bench.suite.generator import Generator, GeneratorRun
 from layerkv.bench.suite.http_stream import StreamError
-from layerkv.bench.suite.plan import LoadPlan, PlannedRequest
-from layerkv.bench.suite.records import RequestRecord
+from layerkv.bench.suite.plan import LoadPlan
 from tests.fakes.toy_server import TOKEN_S, ToyServer
 
 

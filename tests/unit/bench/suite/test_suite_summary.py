@@ -5,7 +5,7 @@ import pytest
 
 from layerkv.bench.suite import summary, tables
 from layerkv.bench.suite.result import CaseResult, Figures, Spread
-from layerkv.bench.summary import Row
+from layerkv.bench.words import format_duration
 from tests.unit.bench.suite import made_results as made
 
 
@@ -35,7 +35,7 @@ def said(result: CaseResult) -> str:
 
 
 def cells(result: CaseResult, label: str) -> dict[str, str]:
-    row: Row = next(row for row in summary.figure_rows(result) if row.label == label)
+    row: tables.Row = next(row for row in summary.figure_rows(result) if row.label == label)
     return dict(zip(summary.engine_order(result), row.cells, strict=True))
 
 
@@ -49,15 +49,35 @@ def test_how_requests_ended_is_said_where_they_did_not_name_a_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ratio", "words"),
+    ("mean", "p99", "words"),
     [
-        (15.0, "First tokens came 15x sooner than with stock vLLM on average"),
-        (1.02, "First tokens came about as soon as with stock vLLM on average"),
-        (0.5, "First tokens came 2.0x later than with stock vLLM on average"),
+        (15.0, 30.4, ("15x sooner than with stock vLLM on average", "and 30x sooner at p99")),
+        (1.02, 0.97, ("about as soon as with stock vLLM on average", "and about as soon at p99")),
+        (0.5, 2.5, ("2.0x later than with stock vLLM on average", "and 2.5x sooner at p99")),
     ],
 )
-def test_the_headline_says_sooner_later_or_the_same_as_the_ratios_have_it(ratio: float, words: str) -> None:
-    assert words in summary.headline(with_ratios(case(), ttft_mean_speedup=Spread.of([ratio])))
+def test_the_headline_says_sooner_later_or_the_same_as_the_ratios_have_it(
+    mean: float, p99: float, words: tuple[str, str]
+) -> None:
+    ratios = {"ttft_mean_speedup": Spread.of([mean]), "ttft_p99_speedup": Spread.of([p99])}
+    said = summary.headline(with_ratios(case(), **ratios))
+    assert said.startswith(f"First tokens came {words[0]}")
+    assert words[1] in said
+
+
+@pytest.mark.parametrize(
+    ("duration_s", "text"),
+    [
+        (0, "0 s"),
+        (0.00052, "0.52 ms"),
+        (0.0123, "12.3 ms"),
+        (0.9, "900 ms"),
+        (1.234, "1.23 s"),
+        (37.31, "37.3 s"),
+    ],
+)
+def test_durations_have_three_digits_and_the_unit_that_suits(duration_s: float, text: str) -> None:
+    assert format_duration(duration_s) == text
 
 
 def test_the_headline_gives_both_times_and_the_throughput() -> None:
