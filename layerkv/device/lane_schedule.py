@@ -14,7 +14,7 @@ they have in the docs:
 5. blocks that a park frees are stored before this step's compute may overwrite them.
 6. a fetch begins after every store submitted so far, among them the request's own last one.
 7. stores ahead of a park run in the background; a step that settles waits for all of them first, before it reads
-   what they wrote or writes where they write.
+   what they wrote, writes where they write, or computes over what they read.
 8. a cached prefix is loaded after every store submitted so far, and before this step's compute reads it.
 
 A copy that fails changes nothing of that: whoever waits for it goes on when it has ended, and what it should have

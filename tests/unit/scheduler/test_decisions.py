@@ -144,8 +144,9 @@ def test_every_decision_is_about_the_right_requests_each_once_and_in_order(s: Sn
     admits, refused = [a.request_id for a in d.admit], [r.request_id for r in d.refuse]
     late = late_prompts(s, s.waiting, d.prefill_tokens)
     late |= {view.request_id for view in (*s.waiting, *s.parked) if s.slo_scheduling and view.deadline_s < NOW_S}
-    turn = {
-        view.request_id: (s.overtaken.get(view.request_id, 0) < MOST, view.request_id in late, view.deadline_s)
+    overdue = {view.request_id for view in (*s.waiting, *s.parked) if s.overtaken.get(view.request_id, 0) >= MOST}
+    turn = {  # of those overtaken too often, deadlines alone decide
+        view.request_id: (view.request_id not in overdue, view.request_id in late - overdue, view.deadline_s)
         for view in (*s.waiting, *s.parked)
     }
     assert sorted(d.fetch, key=lambda r: turn[r]) == list(d.fetch), "on time before late, by deadline"
