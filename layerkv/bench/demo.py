@@ -29,7 +29,6 @@ from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 from layerkv.config import default_policy
 
 MODEL_SHAPE = "demo"
-POINT = "demo"
 ENGINE_COMMAND = (sys.executable, "-m", "layerkv.bench.engine_run")
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
@@ -151,11 +150,12 @@ def as_case(
 ) -> tuple[CaseResult, list[records.LoadRun]]:
     """The demo as the suite shows it: a case of one point and one seed, and its runs."""
     load, policy = result.load, default_policy()
-    loads = [metrics.as_load(run, point=POINT, seed=result.seed) for run in runs.values()]
+    point_name = f"{load.rate_per_s:g} requests per second"
+    loads = [metrics.as_load(run, point=point_name, seed=result.seed) for run in runs.values()]
     engines = {run.engine: figures.engine_figures([run], policy) for run in loads}
     by_seed = {run.engine: {run.seed: run} for run in loads}
     point = PointResult(
-        name=POINT,
+        name=point_name,
         x=load.rate_per_s,
         rate_per_s=load.rate_per_s,
         engines=engines,
@@ -171,13 +171,13 @@ def as_case(
         complete=result.complete,
         interrupted=result.interrupted,
         axis="requests per second",
-        main_point=POINT,
+        main_point=point_name,
         engines=engines,
         ratios=point.ratios,
         tokens_equal=result.tokens_equal,
         failures=result.failures,
-        goodput_rps={name: {POINT: found.goodput_rps} for name, found in engines.items()},
-        slo_attainment={name: {POINT: found.slo_attainment} for name, found in engines.items()},
+        goodput_rps={name: {point_name: found.goodput_rps} for name, found in engines.items()},
+        slo_attainment={name: {point_name: found.slo_attainment} for name, found in engines.items()},
         points=[point],
         kv_cache_memory_bytes=result.kv_cache_memory_bytes,
         notes=[
