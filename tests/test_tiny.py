@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_flag_and_its_policy_file_are_read() -> None:
     policy = ROOT / "configs" / "slo" / "chat-and-batch.yaml"
     config = EngineConfig.from_extra_config({"policy": str(policy), "host_memory": "8GiB"})
-    assert (set(config.policy.classes), config.host_memory_bytes) == ({"chat", "batch"}, 8 << 30)
+    assert (set(config.read_policy().classes), config.host_memory_bytes) == ({"chat", "batch"}, 8 << 30)
 
 
 def test_a_prompt_starts_in_the_zone_while_the_pool_is_full() -> None:

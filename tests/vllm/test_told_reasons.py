@@ -124,10 +124,10 @@ def test_after_a_reset_all_are_told_of_it_the_parked_too(scheduler: Scheduler) -
     parked = scheduler.add("parked")
     scheduler.step()
     decision = Decision(park=("parked",), reasons={"parked": Reason.MAKES_ROOM})
-    scheduler.vllm._park(decision, time.monotonic())
+    scheduler.vllm._execution.park(decision, time.monotonic())
     assert scheduler.vllm.reset_prefix_cache(reset_running_requests=True)
     assert parked.num_computed_tokens == 0
-    assert scheduler.vllm._gives_up_for is Reason.PREEMPTED, "what comes after is vLLM's own again"
+    assert scheduler.vllm._arrivals._gives_up_for is Reason.PREEMPTED, "what comes after is vLLM's own again"
     told = scheduler.told("running")
     assert told == [ADMITTED, (Event.RECOMPUTES, Reason.CACHE_RESET)]
     entries = [(e.event, e.reason) for e in read_log(scheduler.log_path) if e.request_id == "parked"]

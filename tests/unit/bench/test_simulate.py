@@ -133,7 +133,7 @@ def test_what_is_wrong_is_one_line_with_status_2(
         "unknown policy": ("$.policies[1]", "did you mean layerkv"),
         "no folder": ("out.json", "found no folder"),
         "too little KV memory": ("engine.kv_memory", "the longest request"),
-        "no YAML": ("sim.yaml", "found what is not YAML"),
+        "no YAML": ("sim.yaml", "mend the YAML there"),
     }[trouble]
     assert run("simulate", config, *arguments) == 2
     error = capsys.readouterr().err
