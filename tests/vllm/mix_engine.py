@@ -35,7 +35,7 @@ def build(spec: dict[str, Any]) -> Any:
 
     config = EngineArgs(**spec["engine_args"]).create_engine_config()
     if spec.get("ahead"):
-        from layerkv.vllm_plugin.support import OUR_ASYNC_SCHEDULER
+        from layerkv.vllm_plugin.our_classes import OUR_ASYNC_SCHEDULER
 
         config.scheduler_config.scheduler_cls = OUR_ASYNC_SCHEDULER
     engine = LLMEngine(config, Executor.get_class(config), log_stats=False)
