@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ class HandEngine:
         Args:
             prefill_tokens: So many tokens of prompts are to be computed.
             changes: ``park``, ``recompute``, ``store_ahead``: to do that with besides, if they run by then;
-                ``layered``: whoever of these starts does so in the lane zone.
+                ``layered``: whoever of these starts does so in the lane zone; ``fetch``: parked ones that come back.
         """
         self._forced = {name: tuple(request_ids) for name, request_ids in changes.items()}
         self._forced_tokens = prefill_tokens
@@ -139,15 +139,16 @@ class HandEngine:
         return not self._forced and self._forced_tokens is None and not self.held and self._policy_is_quiet(*args)
 
     def _decide(self, *args: Any, **kwargs: Any) -> Any:
+        for name in ("is_startable", "is_fetchable"):
+            kwargs[name] = self._unless_held(kwargs[name])
         snapshot, decision = self._policy_decides(*args, **kwargs)
         forced, self._forced = self._forced, {}
-        layered = forced.pop("layered", ())
+        layered, fetched = forced.pop("layered", ()), forced.pop("fetch", ())
         admit = tuple(
             Admission(a.request_id, True, *self._layered_room(a.request_id)) if a.request_id in layered else a
             for a in decision.admit
-            if a.request_id not in self.held
         )
-        fetch = tuple(request_id for request_id in decision.fetch if request_id not in self.held)
+        fetch = (*(r for r in decision.fetch if r not in fetched), *fetched)
         running = {request.request_id for request in self.scheduler.running}
         forced = {name: tuple(r for r in more if r in running) for name, more in forced.items()}
         taken = {request_id for more in forced.values() for request_id in more}
@@ -155,11 +156,14 @@ class HandEngine:
             name: (*(r for r in getattr(decision, name) if r not in taken), *forced.get(name, ()))
             for name in ("park", "recompute", "store_ahead")
         }
-        reasons = {**dict.fromkeys(taken, Reason.MAKES_ROOM), **decision.reasons}
+        reasons = {**dict.fromkeys((*taken, *fetched), Reason.MAKES_ROOM), **decision.reasons}
         decision = replace(decision, admit=admit, fetch=fetch, reasons=reasons, **moves)
         if self._forced_tokens is not None:
             decision, self._forced_tokens = replace(decision, prefill_tokens=self._forced_tokens), None
         return snapshot, decision
+
+    def _unless_held(self, may_go_on: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        return lambda view: view.request_id not in self.held and may_go_on(view)
 
     def _layered_room(self, name: str) -> tuple[int, int]:
         """Blocks in the zone and in host memory for a whole prompt."""

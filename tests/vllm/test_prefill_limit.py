@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from layerkv.core.residency import Residency
 from tests.vllm.hand_engine import HandEngine
 
 pytestmark = pytest.mark.vllm
@@ -49,7 +50,6 @@ def test_prompts_go_last(engine: HandEngine) -> None:
 
 
 def test_with_no_tokens_for_prompts_vllm_sees_none_of_them(engine: HandEngine) -> None:
-    """A limit of one token each would make every layered prompt load all its chunks for it."""
     for _ in range(3):
         engine.force(prefill_tokens=0)
         assert scheduled(engine) == {"decodes": 1}
@@ -57,22 +57,62 @@ def test_with_no_tokens_for_prompts_vllm_sees_none_of_them(engine: HandEngine) -
     engine.run()
 
 
-def test_prompts_that_vllm_does_not_see_keep_their_places(tiny_model: Path) -> None:
-    """One that came in for them would be one request too many, once they are seen again."""
-    engine = two_prompts_and_one_that_decodes(tiny_model, max_num_seqs=3)
-    engine.add("waits", range(3, 13))
-    engine.force(prefill_tokens=0)
+def parked_before(model: Path, *names: str, **engine_args: int) -> HandEngine:
+    """One request is parked, and then prompts of 100 tokens begin, 20 a step."""
+    engine = HandEngine(model, long_prefill_token_threshold=20, **engine_args)
+    engine.add("parked", range(5, 15), max_tokens=100)
+    engine.step()
+    engine.held = {"parked"}
+    engine.force(park=["parked"])
+    engine.step()
+    for first, name in enumerate(names):
+        engine.add(name, range(first, first + 100))
+    assert scheduled(engine) == dict.fromkeys(names, 20)
+    assert engine.residency("parked") is Residency.PARKED
+    return engine
+
+
+@pytest.mark.parametrize("prefill_tokens", [5, 4])
+def test_prompts_leave_the_token_without_which_no_fetch_begins(tiny_model: Path, prefill_tokens: int) -> None:
+    engine = parked_before(tiny_model, "a", "b")
+    engine.force(prefill_tokens=prefill_tokens, fetch=["parked"])
+    assert scheduled(engine) == {"a": 2, "b": 2}
+    assert engine.residency("parked") is not Residency.PARKED
+    engine.held.clear()
+    engine.run()
+
+
+def test_prompts_without_tokens_leave_it_too(tiny_model: Path) -> None:
+    """And a layered one would load all its chunks for a single token."""
+    engine = parked_before(tiny_model, "a", "b")
+    engine.add("decodes", range(2, 12), max_tokens=100)
+    assert scheduled(engine) == {"a": 20, "b": 20, "decodes": 10}
+    engine.force(prefill_tokens=0, fetch=["parked"])
     assert scheduled(engine) == {"decodes": 1}
-    assert scheduled(engine) == {"a": 20, "b": 20, "decodes": 1}
+    assert engine.residency("parked") is not Residency.PARKED
+    engine.held.clear()
+    engine.run()
+
+
+def test_prompts_that_vllm_does_not_see_keep_their_places(tiny_model: Path) -> None:
+    """Whoever came in for them would be one too many, once they are seen again."""
+    engine = parked_before(tiny_model, "a", "b", max_num_seqs=3)
+    engine.add("decodes", range(2, 12), max_tokens=100)
+    assert scheduled(engine) == {"a": 20, "b": 20, "decodes": 10}
+    engine.force(prefill_tokens=0, fetch=["parked"])
+    assert scheduled(engine) == {"decodes": 1}
+    assert engine.residency("parked") is Residency.PARKED
+    engine.held.clear()
     engine.run()
 
 
 def test_the_engine_never_stands_still(tiny_model: Path) -> None:
     engine = HandEngine(tiny_model, long_prefill_token_threshold=20)
-    engine.add("alone", range(100))
+    engine.add("a", range(100))
+    engine.add("b", range(1, 101))
     engine.step()
     engine.force(prefill_tokens=0)
-    assert scheduled(engine) == {"alone": 1}
+    assert scheduled(engine) == {"a": 1}
     engine.run()
 
 
