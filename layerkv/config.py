@@ -63,7 +63,8 @@ class SloPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     `streamed_decode` allows a layered request to go on decoding while its KV stays in host memory.
     `slo_scheduling` off leaves the objectives out of every decision: arrival order, no prefill budget (to compare
-    with). `length_prediction` is `quantile` (learned per class from finished requests) or `none` (`max_tokens`).
+    with). `length_prediction` is `quantile` (learned per class from requests that ended) or `none` (lengths stay
+    unknown).
     `adapt_host_share` lets eLLM's 3-of-5 rule limit how much host memory early prefills may take.
     """
 

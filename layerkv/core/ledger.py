@@ -244,6 +244,11 @@ class KVLedger:
         self.counters.parks += 1
         self.counters.stored_blocks += num_to_store
 
+    def host_blocks_of(self, request_id: str) -> Sequence[int]:
+        """Host blocks that the request holds, by position; a copy, good for as long as anybody keeps it."""
+        copy = self._copies.get(request_id)
+        return () if copy is None else tuple(copy.blocks)
+
     def num_host_blocks_of(self, request_id: str) -> int:
         """Host blocks that the request holds."""
         copy = self._copies.get(request_id)

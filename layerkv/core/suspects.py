@@ -9,7 +9,7 @@ bookkeeping on block ids; one per scheduler.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import dropwhile
 from typing import NamedTuple
@@ -26,6 +26,7 @@ class Table(NamedTuple):
 class _Step:
     loads_prefixes: bool
     left: list[Table] = field(default_factory=list)
+    left_zone: list[Table] = field(default_factory=list)
 
 
 class StepsInFlight:
@@ -54,6 +55,15 @@ class StepsInFlight:
     def left(self, request_id: str, block_ids: Sequence[int]) -> None:
         """A request that the steps in flight compute gives its blocks up: parked, preempted, finished or aborted."""
         self._steps[-1].left.append(Table(request_id, block_ids))
+
+    def left_zone(self, request_id: str, host_blocks: Sequence[int]) -> None:
+        """A layered request that the steps in flight compute leaves the zone, and these host blocks perhaps too."""
+        self._steps[-1].left_zone.append(Table(request_id, host_blocks))
+
+    def that_left_zone(self, host_blocks: Set[int]) -> list[str]:
+        """Requests that have left the zone since the oldest step was scheduled, and had any of these host blocks."""
+        left = [table for step in self._steps for table in step.left_zone]
+        return [table.request_id for table in left if not host_blocks.isdisjoint(table.block_ids)]
 
     def tables_left(self) -> list[Table]:
         """What was given up since the oldest step was scheduled; a request may be in it more than once."""

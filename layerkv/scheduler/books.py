@@ -222,10 +222,12 @@ class RequestBooks:
         self.journal.write(now_s, request_id, Event.FIRST_TOKEN, ttft_s=ttft_s, on_time=on_time)
         return tracked.slo, on_time
 
-    def leave(self, request_id: str, *, num_output: int, end: End, now_s: float) -> None:
-        """A request is gone, after ``num_output`` tokens: what that says about lengths is learned."""
+    def leave(self, request_id: str, *, num_output: int, end: End, now_s: float, made_tokens: bool = True) -> None:
+        """A request is gone, after ``num_output`` tokens: what that says about lengths is learned.
+
+        ``made_tokens`` is False if it was not making any when it left: it waited, was parked, or was being fetched.
+        """
         tracked = self.tracked.pop(request_id, None)
-        makes_tokens = request_id not in self.parked and request_id not in self.waiting
         self.waiting.discard(request_id)
         self.parked.discard(request_id)
         self.overtaken.pop(request_id, None)
@@ -233,7 +235,7 @@ class RequestBooks:
         if tracked is None:
             return
         if num_output and end is not End.REFUSED:
-            is_bound = end is End.CUT_OFF or not makes_tokens
+            is_bound = end is End.CUT_OFF or not made_tokens
             self.lengths.observe(tracked.slo.name, num_output, is_bound=is_bound)
         self.journal.write(now_s, request_id, Event.FINISHED, output_tokens=num_output, end=end.value)
 

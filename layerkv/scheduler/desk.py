@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from layerkv.core.ledger import KVLedger
+from layerkv.core.residency import Residency
 from layerkv.scheduler.controller import Controller
 from layerkv.scheduler.reasons import End, Reason
 from layerkv.scheduler.snapshot import Admission
@@ -125,5 +126,6 @@ class Desk:
             block_ids: Its block table.
             num_computed: Tokens whose KV its blocks hold.
         """
+        made_tokens = self._ledger.residency.get(request_id) in (Residency.RESIDENT, Residency.LAYERED)
         self._ledger.finish(request_id, hashes=hashes, block_ids=block_ids, num_computed=num_computed)
-        self._controller.leave(request_id, num_output=num_output, end=end, now_s=now_s)
+        self._controller.leave(request_id, num_output=num_output, end=end, now_s=now_s, made_tokens=made_tokens)

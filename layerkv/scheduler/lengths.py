@@ -43,7 +43,7 @@ class LengthPredictor(Protocol):
 
 
 class MaxTokens:
-    """No prediction: every request makes as many tokens as it may."""
+    """No prediction: nothing is learned, and every length stays unknown."""
 
     def observe(self, slo_class: str, num_tokens: int, *, is_bound: bool = False) -> None:
         """Nothing is learned."""

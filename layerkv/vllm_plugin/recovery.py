@@ -53,7 +53,11 @@ class Recovery:
 
     def leaves(self, request: Request) -> None:
         """A request is about to give up its blocks, for whatever reason."""
-        if self._in_flight.are_loading and request.num_in_flight_tokens:
+        if not request.num_in_flight_tokens:
+            return
+        if self._ledger.is_layered(request.request_id):  # a layer's load may fail in the step under way
+            self._in_flight.left_zone(request.request_id, self._ledger.host_blocks_of(request.request_id))
+        if self._in_flight.are_loading:
             block_ids = self._scheduler.kv_cache_manager.get_block_ids(request.request_id)[0]
             self._in_flight.left(request.request_id, block_ids)
 
@@ -78,7 +82,11 @@ class Recovery:
         with self._arrivals.giving_up_for(Reason.LOAD_FAILED):
             if invalid := received.invalid_block_ids:
                 tables = [self._table(request) for request in (*s.running, *s.kv_holding_waiting)]
-                readers = [table.request_id for table in tables if not invalid.isdisjoint(table.block_ids)]
+                # Ranks may tell of one failed fetch in different steps: it counts once.
+                told = s.failed_recving_kv_req_ids
+                readers = [
+                    t.request_id for t in tables if t.request_id not in told and not invalid.isdisjoint(t.block_ids)
+                ]
                 self._distrust(invalid)
                 self._end_hopeless(readers)
             if isinstance(failed, FailedCopies):
@@ -88,7 +96,11 @@ class Recovery:
         """Start requests over whose copies in host memory are not what they should be; which lost KV by it."""
         s, ledger, now_s = self._scheduler, self._ledger, time.monotonic()
         ledger.forget_prefixes()
-        computed_wrong = set(ledger.holders(failed.unloaded))
+        left_zone = self._in_flight.that_left_zone(failed.unloaded)
+        computed_wrong = {*ledger.holders(failed.unloaded), *left_zone}
+        for request_id in left_zone:  # by the step scheduled ahead of this output, which may have taken its copy too
+            if (left := s.requests.get(request_id)) is not None and left.num_stale_output_tokens:
+                left.drop_stale_output = True
         lost: list[str] = []
         for request_id in ledger.holders(failed.unstored | failed.unloaded):
             request: Request = s.requests[request_id]
@@ -96,11 +108,10 @@ class Recovery:
                 case Residency.RESIDENT:
                     self._desk.drop_ahead(request_id)
                 case Residency.LAYERED:
-                    s.running.remove(request)
-                    s._preempt_request(request, now_s, drop_stale_output=True)
+                    self._take_off(request, now_s)
                     lost.append(request_id)
                 case Residency.PARKED:
-                    if request_id in computed_wrong:  # by the step scheduled ahead of this output
+                    if request_id in computed_wrong:
                         request.drop_stale_output = True
                     self._arrivals.recomputes(request)
                     lost.append(request_id)
@@ -134,8 +145,7 @@ class Recovery:
         wrong, affected = follow(invalid_block_ids, [*tables, *self._in_flight.tables_left()])
         for request in [s.requests[request_id] for request_id in affected if request_id in s.requests]:
             if request.status is RequestStatus.RUNNING:
-                s.running.remove(request)
-                s._preempt_request(request, now_s, drop_stale_output=True)
+                self._take_off(request, now_s)
             elif not request.is_finished():
                 self._give_up(request)
         s.kv_cache_manager.evict_blocks(wrong)
@@ -143,6 +153,14 @@ class Recovery:
             logger.warning(
                 "%d request(s) start over: KV was not loaded that they, or others before them, had read", len(affected)
             )
+
+    def _take_off(self, request: Request, now_s: float) -> None:
+        """Preempt a running request between two steps; nothing of it that is under way is delivered."""
+        s = self._scheduler
+        s.running.remove(request)
+        s._preempt_request(request, now_s, drop_stale_output=True)
+        # As in vLLM's reset: it may resume in the very next step, and the worker must get its tokens then.
+        s.prev_step_scheduled_req_ids.discard(request.request_id)
 
     def _give_up(self, request: Request) -> None:
         """Distrust the KV of a request that does not run, and what it computed last."""
@@ -177,6 +195,11 @@ class Recovery:
             if s.defer_block_free and s.sched_step_seq > s.processed_step_seq:
                 raise RuntimeError(  # vLLM would raise after everybody's KV is gone: it frees blocks after the step
                     "cannot reset the prefix cache while a step is under way; nothing was changed, pause first"
+                )
+            if any(r.status is RequestStatus.WAITING_FOR_STREAMING_REQ for r in s.kv_holding_waiting):
+                raise RuntimeError(
+                    "cannot reset the prefix cache while a session waits for its next input: it keeps its KV; nothing "
+                    "was changed, end the session first"
                 )
             for request in arrived:
                 self._start_over(request)

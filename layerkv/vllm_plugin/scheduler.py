@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -19,6 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
+from layerkv.config import SloPolicy
 from layerkv.core.cost import StepWork
 from layerkv.core.residency import Residency
 from layerkv.errors import ConfigError
@@ -77,7 +77,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         policy = side.config.read_policy()
         require_gate(policy, self.vllm_config.model_config.logits_processors)
         self._policy_source = follow_policy(side.config.policy_path, policy)
-        self._policy_source.require = partial(require_heard, has_metrics=self.log_stats)
+        self._policy_source.require = self._require_keepable
         self._controller = controller_for(self, side, self._policy_source.policy)
         desk = Desk(self._controller, side.ledger)
         path, rank = side.config.decision_log, self.vllm_config.parallel_config.data_parallel_index
@@ -97,6 +97,15 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self.kv_cache_manager.watermark_blocks = 0  # the policy's headroom takes its place
         self._telling = Telling(self, side, self._controller)
         self._telling.capacity()
+
+    def _require_keepable(self, policy: SloPolicy) -> None:
+        """A policy comes into force only if this engine's front end can keep it.
+
+        Raises:
+            ConfigError: it refuses requests under overload, and there are no metrics to do so by, or no gate.
+        """
+        require_heard(policy, has_metrics=self.log_stats)
+        require_gate(policy, self.vllm_config.model_config.logits_processors)
 
     # What the engine calls -----------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ class SchedulerView(Protocol):
     processed_step_seq: int
     finished_recving_kv_req_ids: set[str]
     failed_recving_kv_req_ids: set[str]
+    prev_step_scheduled_req_ids: set[str]
     _pause_state: PauseState
     _inflight_prefills: Any
 

@@ -48,7 +48,7 @@ class HandEngine:
 
     Set ``fail_hits`` or ``fail_fetches`` before :meth:`schedule` to make the loads of that step fail: nothing is
     copied, and the blocks are reported with the step's output (fetches after ``fetch_steps`` steps). Requests in
-    ``held`` are neither started nor fetched.
+    ``held`` are neither started nor fetched, those in ``keep_in_zone`` are not parked after their first token.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class HandEngine:
         self._forced: dict[str, tuple[str, ...]] = {}
         self._forced_tokens: int | None = None
         self.held: set[str] = set()
+        self.keep_in_zone: set[str] = set()
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, hash_fn)
         self._is_ahead = ahead
         self._now_s = 1000.0
@@ -153,7 +154,10 @@ class HandEngine:
         forced = {name: tuple(r for r in more if r in running) for name, more in forced.items()}
         taken = {request_id for more in forced.values() for request_id in more}
         moves = {
-            name: (*(r for r in getattr(decision, name) if r not in taken), *forced.get(name, ()))
+            name: (
+                *(r for r in getattr(decision, name) if r not in taken and r not in self.keep_in_zone),
+                *forced.get(name, ()),
+            )
             for name in ("park", "recompute", "store_ahead")
         }
         reasons = {**dict.fromkeys((*taken, *fetched), Reason.MAKES_ROOM), **decision.reasons}

@@ -252,3 +252,60 @@ def test_any_order_of_failures_parks_and_aborts_leaves_every_answer_right(
                 engine.process()
     engine.run()
     assert num_failed > 0
+
+
+# Layers that could not be loaded -------------------------------------------------------------------------------------
+
+
+def fail_layer_load(engine: HandEngine, *names: str) -> None:
+    """The next step's layer-wise loads of these requests have not arrived."""
+    from layerkv.vllm_plugin.failed_copies import FailedCopies
+
+    blocks = [block for name in names for block in engine.ledger.host_blocks_of(name)]
+    step = engine.schedule()
+    assert step.request_ids >= set(names)
+    for index, name in enumerate(step.output.req_ids):
+        if name in names:
+            step.output.sampled_token_ids[index] = [WRONG]
+    from vllm.v1.outputs import KVConnectorOutput
+
+    received = step.output.kv_connector_output or KVConnectorOutput()
+    received.kv_connector_worker_meta = FailedCopies(unloaded=frozenset(blocks))
+    step.output.kv_connector_output = received
+
+
+WRONG = 7
+
+
+def streaming(model: Path, *, ahead: bool) -> HandEngine:
+    """An engine with a request that decodes in the zone, with nothing under way."""
+    engine = HandEngine(model, ahead=ahead)
+    engine.add("streams", list(range(70)), max_tokens=12)
+    engine.force(layered=["streams"])
+    engine.keep_in_zone.add("streams")
+    while len(engine.tokens["streams"]) < 3:
+        engine.step()
+    engine.drain()
+    assert engine.residency("streams") is Residency.LAYERED
+    return engine
+
+
+@pytest.mark.parametrize("move", ["park", "recompute"])
+def test_a_request_that_leaves_the_zone_before_a_failed_load_is_known_delivers_nothing_of_it(
+    tiny_model: Path, move: str
+) -> None:
+    engine = streaming(tiny_model, ahead=True)
+    fail_layer_load(engine, "streams")
+    engine.keep_in_zone.clear()
+    engine.force(**{move: ["streams"]})
+    engine.schedule()
+    engine.run()
+
+
+def test_a_request_that_starts_over_between_two_steps_may_resume_in_the_next(tiny_model: Path) -> None:
+    engine = streaming(tiny_model, ahead=True)
+    engine.schedule()
+    engine.drain()
+    fail_layer_load(engine, "streams")
+    engine.drain()  # as a pause does: no step is scheduled ahead of this output
+    engine.run()

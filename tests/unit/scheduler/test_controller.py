@@ -441,7 +441,13 @@ def test_a_request_that_is_cut_off_would_have_become_longer(how: str) -> None:
         c.admitted(f"cut{i}", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
         if how == "parked":
             c.park(f"cut{i}", num_computed=160, num_tokens=161, num_output=1, reason=Reason.POOL_SHORT, now_s=10.5)
-        c.leave(f"cut{i}", num_output=1, end=End.LEFT if how == "parked" else End.CUT_OFF, now_s=11.0)
+        c.leave(
+            f"cut{i}",
+            num_output=1,
+            end=End.LEFT if how == "parked" else End.CUT_OFF,
+            now_s=11.0,
+            made_tokens=how != "parked",
+        )
     arrive(c, "new")
     assert c.tracked["new"].middle_tokens == 40
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
 from layerkv.core.ledger import KVLedger
@@ -67,6 +69,19 @@ def test_both_books_follow_a_request_from_its_start_to_its_end() -> None:
     said = [(entry.event, entry.time_s) for entry in books.controller.take_log()]
     events = (Event.ADMITTED_RESIDENT, Event.STORED_AHEAD, Event.PARKED, Event.FETCHED, Event.RECOMPUTES)
     assert said[1:-1] == list(zip(events, (1.0, 1.0, 1.0, 2.0, 3.0), strict=True))
+
+
+@pytest.mark.parametrize("state", ["resident", "parked", "fetching"])
+def test_only_a_request_that_makes_tokens_says_how_long_it_became(state: str) -> None:
+    books = Books("a")
+    if state != "resident":
+        books.park("a", 1, 2)
+    if state == "fetching":
+        books.desk.begin_step(9, 2.0)
+        books.desk.fetch("a", [3, 4])
+    with mock.patch.object(books.controller.lengths, "observe") as observed:
+        books.desk.leave("a", num_output=3, end=End.LEFT, now_s=4.0)
+    assert observed.call_args.kwargs["is_bound"] is (state != "resident")
 
 
 def test_what_the_ledger_refuses_the_controller_never_hears_of() -> None:
