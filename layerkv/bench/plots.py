@@ -125,6 +125,7 @@ def format_tick(value_s: float) -> str:
 def inline_svg(axes: Axes, name: str, label: str) -> str:
     """The drawing as an element of a page; `name` is unique there, `label` is for those who do not see it."""
     written = io.StringIO()
+    assert isinstance(axes.figure, Figure)
     with mpl.rc_context(STYLE):
         axes.figure.savefig(written, format="svg", transparent=True)
     drawing = written.getvalue()
