@@ -125,8 +125,7 @@ def format_tick(value_s: float) -> str:
 def inline_svg(axes: Axes, name: str, label: str) -> str:
     """The drawing as an element of a page; `name` is unique there, `label` is for those who do not see it."""
     written = io.StringIO()
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    assert isinstance(axes.figure, Figure)
     with mpl.rc_context(STYLE):
         figure.savefig(written, format="svg", transparent=True)
     drawing = written.getvalue()
