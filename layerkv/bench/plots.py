@@ -127,7 +127,7 @@ def inline_svg(axes: Axes, name: str, label: str) -> str:
     written = io.StringIO()
     assert isinstance(axes.figure, Figure)
     with mpl.rc_context(STYLE):
-        figure.savefig(written, format="svg", transparent=True)
+        axes.figure.savefig(written, format="svg", transparent=True)
     drawing = written.getvalue()
     opening = drawing.index("<svg")
     body = drawing[drawing.index(">", opening) + 1 :]
