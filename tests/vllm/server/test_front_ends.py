@@ -132,7 +132,7 @@ def test_both_refuse_under_overload_and_let_in_again_after_it(two: TwoFrontEnds)
     counted_before = server.metrics()("layerkv_overload_refused_total", "strict")
     flood = [(body(prompt(900, seed=seed), 8, vllm_xargs={"slo_class": "patient"}), 0.0) for seed in range(40)]
     strict = [
-        (body(prompt(900, seed=100 + index), 8, vllm_xargs={"slo_class": "strict"}), 0.02 * index)
+        (body(prompt(900, seed=100 + index), 8, vllm_xargs={"slo_class": "strict"}), 0.004 * index)
         for index in range(60)
     ]
     found = [response.status_code for response in answers(server, [*flood, *strict])]
