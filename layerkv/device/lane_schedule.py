@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 
 from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan, cut
 from layerkv.device.base import Direction, Event, TransferEngine
@@ -309,12 +309,16 @@ class LaneSchedule:
         """
         event: Event | None = None
         units = [runs] if self._unit_blocks is None or not runs else cut(runs, self._unit_blocks)
-        for layer, unit in product(self._all_layers, units):
-            if direction is Direction.STORE:
-                event = self._submit_store([layer], unit, after, background=True)
-                continue
-            before = [*after, *self._watch.before_load([layer], unit), *([event] if event is not None else ())]
-            event = self._engine.submit(direction, [layer], unit, after=before, background=True)
+        for layer in self._all_layers:
+            # One load comes after the other, so the first is told what they all come after.
+            before = self._watch.before_load([layer], runs) if direction is Direction.LOAD else []
+            for unit in units:
+                if direction is Direction.STORE:
+                    event = self._submit_store([layer], unit, after, background=True)
+                    continue
+                before = [*after, *before, *([event] if event is not None else ())]
+                event = self._engine.submit(direction, [layer], unit, after=before, background=True)
+                before = []
         assert event is not None
         return event
 
