@@ -8,6 +8,7 @@ stores into the blocks that it reads, and fails with them, however late that is;
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 from layerkv.core.transfer import BlockRun
@@ -81,8 +82,12 @@ class StoreWatch:
         """Note which stores have ended since the last look."""
         self._extents.clear()
         for layer, stores in list(self._under_way.items()):
-            if rest := [store for store in stores if not self._has_ended(layer, store)]:
-                self._under_way[layer] = rest
+            # The last one first: when it has ended, so have those before it, and they are told in their order.
+            ended = [store.event.is_done() for store in reversed(stores)][::-1]
+            for store in compress(stores, ended):
+                self._note_end(layer, store)
+            if not all(ended):
+                self._under_way[layer] = [store for store, is_done in zip(stores, ended, strict=True) if not is_done]
             else:
                 del self._under_way[layer]
 
@@ -91,9 +96,7 @@ class StoreWatch:
         failed, self._unreported = self._unreported, None
         return failed
 
-    def _has_ended(self, layer: int, store: _Store) -> bool:
-        if not store.event.is_done():
-            return False
+    def _note_end(self, layer: int, store: _Store) -> None:
         blocks = store.extent.host_blocks
         if (error := store.event.error) is not None:
             self._failed.setdefault(layer, {}).update(dict.fromkeys(blocks, store.event))
@@ -104,7 +107,6 @@ class StoreWatch:
                 del failed[block]
             if not failed:
                 del self._failed[layer]
-        return True
 
     def _extent_of(self, runs: Sequence[BlockRun]) -> _Extent:
         extent = self._extents.get(id(runs))

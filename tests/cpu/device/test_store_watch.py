@@ -145,3 +145,30 @@ def test_a_fetch_in_units_fails_with_the_store_of_any_of_its_blocks(host_block: 
         pass
     assert "host memory is gone" in str(finished[0].error)
     worker.engine.close()
+
+
+class EndsWhileLookedAt(CopyEvent):
+    """Has not ended when somebody looks, and has, with an error, right afterwards; and so has the next one."""
+
+    def __init__(self, following: CopyEvent) -> None:
+        super().__init__()
+        self._following: CopyEvent | None = following
+
+    def is_done(self) -> bool:
+        was_done = super().is_done()
+        if self._following is not None:
+            following, self._following = self._following, None
+            self.end(OSError("host memory is gone"))
+            following.end()
+        return was_done
+
+
+def test_stores_that_end_during_a_look_are_seen_in_their_order() -> None:
+    """Regression: the later one was seen to end, the earlier one was not, and its failure then counted as the last."""
+    watch = StoreWatch()
+    again = CopyEvent()
+    watch.add(EndsWhileLookedAt(again), [2], RUNS)
+    watch.add(again, [2], RUNS)
+    watch.look()
+    watch.look()
+    assert watch.before_load([2], RUNS) == []
