@@ -124,10 +124,12 @@ class LaneSchedule:
         """Submit what this step's compute depends on, and its fetches; make compute wait for layer 0's lane.
 
         Raises:
-            LostCopyError: a copy that compute must not overtake has not ended.
+            LostCopyError: a copy that compute must not overtake has not ended, or a store of an earlier step has not.
         """
         engine = self._engine
         self._watch.look()
+        if (lost := self._watch.lost) is not None:  # who was to wait for it may have been enqueued long ago
+            raise LostCopyError(f"a store of an earlier step is lost: {lost}") from lost
         self._stores, self._loads = plan.stores, plan.loads
         hooks_run = plan.needs_layer_hooks or (self._hooks_always_run and plan.num_tokens > 0)
         self._next_layer = 0 if hooks_run and (plan.stores or plan.hits or plan.parks) else self._num_layers
@@ -299,7 +301,7 @@ class LaneSchedule:
         Not those known to have failed: they have ended, and fail only who reads what they should have stored.
         """
         stores = (self._last_store, *self._lane_stored)
-        return [store for store in stores if store is not None and store.error is None]
+        return [store for store in stores if store is not None and not _has_failed(store)]
 
     def _submit_by_layer(self, direction: Direction, runs: Sequence[BlockRun], after: Sequence[Event]) -> Event:
         """Background copies of one layer each, or less, so that what a step waits for never waits for a whole request.
@@ -343,7 +345,12 @@ class LaneSchedule:
 
 
 def _unless_failed(store: Event | None) -> list[Event]:
-    return [] if store is None or store.error is not None else [store]
+    return [] if store is None or _has_failed(store) else [store]
+
+
+def _has_failed(store: Event) -> bool:
+    """Whether it is known to have ended with an error: one that is lost has not ended."""
+    return store.error is not None and not isinstance(store.error, LostCopyError)
 
 
 def device_blocks(runs: Sequence[BlockRun]) -> tuple[int, ...]:

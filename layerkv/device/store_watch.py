@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from layerkv.core.transfer import BlockRun
 from layerkv.device.base import Event
+from layerkv.errors import LostCopyError
 
 
 class FailedStores(NamedTuple):
@@ -52,6 +53,8 @@ class StoreWatch:
         self._under_way: dict[int, list[_Store]] = {}  # by layer, in the order in which they were submitted
         self._failed: dict[int, dict[int, Event]] = {}  # by layer and host block; until it is stored again
         self._unreported: FailedStores | None = None
+        self.lost: LostCopyError | None = None
+        """The error of a store that was given up without having ended."""
         self._extents: dict[int, _Extent] = {}  # by the runs' id, which is theirs for as long as they are kept here
 
     def add(self, event: Event, layers: Sequence[int], runs: Sequence[BlockRun]) -> None:
@@ -99,6 +102,8 @@ class StoreWatch:
     def _note_end(self, layer: int, store: _Store) -> None:
         blocks = store.extent.host_blocks
         if (error := store.event.error) is not None:
+            if isinstance(error, LostCopyError):
+                self.lost = error
             self._failed.setdefault(layer, {}).update(dict.fromkeys(blocks, store.event))
             before = self._unreported or FailedStores(error, frozenset())
             self._unreported = FailedStores(before.error, before.host_blocks | blocks)
