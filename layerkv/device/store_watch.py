@@ -125,12 +125,13 @@ class StoreWatch:
 def _last_stores(blocks: frozenset[int], stores: Sequence[_Store], failed: Mapping[int, Event]) -> list[Event]:
     """Of each block the last store: those under way in their order, then those that failed before them."""
     last: list[Event] = []
+    left = set(blocks)
     for store in reversed(stores):
-        if not blocks.isdisjoint(store.extent.host_blocks):
+        if not left.isdisjoint(store.extent.host_blocks):
             last.append(store.event)
-            blocks -= store.extent.host_blocks
+            left.difference_update(store.extent.host_blocks)
     last.reverse()
-    return last + [failed[block] for block in failed.keys() & blocks]
+    return last + [failed[block] for block in failed.keys() & left]
 
 
 def host_blocks(runs: Sequence[BlockRun]) -> set[int]:
