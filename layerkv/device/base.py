@@ -14,6 +14,7 @@ import torch
 
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import BlockRun
+from layerkv.errors import LostCopyError, TransferError
 
 COPY_TIMEOUT_S = 60.0
 """A copy that takes longer than this, in a process that runs meanwhile, is taken for lost."""
@@ -40,6 +41,11 @@ class Event(Protocol):
     @property
     def error(self) -> BaseException | None:
         """Why the copy failed; None while under way or after success."""
+
+
+def of_same_kind(error: BaseException) -> type[TransferError]:
+    """The error of what depends on a copy that failed: behind a copy that is lost, it is lost as well."""
+    return LostCopyError if isinstance(error, LostCopyError) else TransferError
 
 
 class Arena(Protocol):
@@ -101,7 +107,7 @@ class TransferEngine(Protocol):
             TransferError: the copy failed and compute must not read what it should have written (where the
                 implementation can tell at once; otherwise the event carries the error). It has ended, or what is
                 computed from now on comes after its end all the same.
-            LostCopyError: neither is so.
+            LostCopyError: it has not ended in the time that any copy takes, or stands behind one that has not.
         """
 
     def wait_host(self, event: Event, timeout_s: float) -> bool:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from layerkv.core.transfer import BlockRun
-from layerkv.device.base import COPY_TIMEOUT_S, Direction, Event
+from layerkv.device.base import COPY_TIMEOUT_S, Direction, Event, of_same_kind
 from layerkv.device.host_memory import MmapHostMemory
 from layerkv.device.mmap_arena import MmapArena
 from layerkv.device.patience import wait_patiently
@@ -132,7 +132,7 @@ class _CopyThread(threading.Thread):
             if not event.wait(COPY_TIMEOUT_S):
                 raise LostCopyError(f"{self._direction}: the copy it depends on did not end in {COPY_TIMEOUT_S:.0f} s")
             if event.error is not None:
-                raise _of_same_kind(event.error)(
+                raise of_same_kind(event.error)(
                     f"{self._direction}: the copy it depends on failed: {event.error}"
                 ) from event.error
 
@@ -152,11 +152,6 @@ def _blocks(layers: torch.Tensor, page_bytes: int) -> list[npt.NDArray[np.void]]
     """Each layer's blocks as elements of an array: numpy copies them one by one in C, and without the GIL."""
     in_whole_blocks = layers.shape[1] // page_bytes * page_bytes
     return [layer[:in_whole_blocks].numpy().view(f"V{page_bytes}") for layer in layers]
-
-
-def _of_same_kind(error: BaseException) -> type[TransferError]:
-    """Whatever depends on a copy that was lost may be overtaken by it still, and is no better."""
-    return LostCopyError if isinstance(error, LostCopyError) else TransferError
 
 
 class CPUTransferEngine:
@@ -191,7 +186,7 @@ class CPUTransferEngine:
         if not event.is_done():
             raise LostCopyError(f"a copy did not end in {COPY_TIMEOUT_S:.0f} s")
         if event.error is not None:
-            raise _of_same_kind(event.error)(f"a copy failed: {event.error}") from event.error
+            raise of_same_kind(event.error)(f"a copy failed: {event.error}") from event.error
 
     def wait_host(self, event: Event, timeout_s: float) -> bool:
         assert isinstance(event, CopyEvent)

@@ -16,12 +16,12 @@ import torch
 
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import BlockRun
-from layerkv.device.base import COPY_TIMEOUT_S, Arena, Direction, Event
+from layerkv.device.base import COPY_TIMEOUT_S, Arena, Direction, Event, of_same_kind
 from layerkv.device.cuda_driver import Addresses, CudaDriver
 from layerkv.device.patience import Patience
 from layerkv.device.pinned_memory import PinnedHostMemory
 from layerkv.device.run_table import DEVICE_COLUMN, HOST_COLUMN, RunCache, RunTable, block_pairs
-from layerkv.errors import TransferError
+from layerkv.errors import LostCopyError, TransferError
 from layerkv.kernels.block_copy import copy_blocks
 from layerkv.kernels.layout import BlockLayout
 
@@ -56,7 +56,7 @@ class CudaEvent:
             except RuntimeError as error:  # sticky: nothing on this device will ever end again
                 self.fail(TransferError(f"the CUDA device failed: {error}"))
             if not self._is_done and self._takes_too_long():
-                self.fail(TransferError(f"a copy did not end in {COPY_TIMEOUT_S:.0f} s"))
+                self.fail(LostCopyError(f"a copy did not end in {COPY_TIMEOUT_S:.0f} s"))
         return self._is_done
 
     def _takes_too_long(self) -> bool:
@@ -151,7 +151,7 @@ class CudaTransferEngine:
         assert isinstance(event, CudaEvent)
         self._cuda.current_stream().wait_event(event.event)  # even if given up: compute never passes what still writes
         if event.error is not None:
-            raise TransferError(f"a copy failed: {event.error}") from event.error
+            raise of_same_kind(event.error)(f"a copy failed: {event.error}") from event.error
 
     def wait_host(self, event: Event, timeout_s: float) -> bool:
         patience = Patience(timeout_s)
@@ -230,4 +230,6 @@ class _KernelCopies:
 def _require_success(events: Sequence[Event], direction: Direction) -> None:
     for event in events:
         if event.error is not None:
-            raise TransferError(f"{direction}: the copy it depends on failed: {event.error}") from event.error
+            raise of_same_kind(event.error)(
+                f"{direction}: the copy it depends on failed: {event.error}"
+            ) from event.error

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise
 
 from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan, cut
 from layerkv.device.base import Direction, Event, TransferEngine
@@ -124,10 +124,12 @@ class LaneSchedule:
         """Submit what this step's compute depends on, and its fetches; make compute wait for layer 0's lane.
 
         Raises:
-            LostCopyError: a copy that compute must not overtake has not ended.
+            LostCopyError: a copy that compute must not overtake has not ended, or a store of an earlier step has not.
         """
         engine = self._engine
         self._watch.look()
+        if (lost := self._watch.lost) is not None:  # who was to wait for it may have been enqueued long ago
+            raise LostCopyError(f"a store of an earlier step is lost: {lost}") from lost
         self._stores, self._loads = plan.stores, plan.loads
         hooks_run = plan.needs_layer_hooks or (self._hooks_always_run and plan.num_tokens > 0)
         self._next_layer = 0 if hooks_run and (plan.stores or plan.hits or plan.parks) else self._num_layers
@@ -299,7 +301,7 @@ class LaneSchedule:
         Not those known to have failed: they have ended, and fail only who reads what they should have stored.
         """
         stores = (self._last_store, *self._lane_stored)
-        return [store for store in stores if store is not None and store.error is None]
+        return [store for store in stores if store is not None and not _has_failed(store)]
 
     def _submit_by_layer(self, direction: Direction, runs: Sequence[BlockRun], after: Sequence[Event]) -> Event:
         """Background copies of one layer each, or less, so that what a step waits for never waits for a whole request.
@@ -309,12 +311,16 @@ class LaneSchedule:
         """
         event: Event | None = None
         units = [runs] if self._unit_blocks is None or not runs else cut(runs, self._unit_blocks)
-        for layer, unit in product(self._all_layers, units):
-            if direction is Direction.STORE:
-                event = self._submit_store([layer], unit, after, background=True)
-                continue
-            before = [*after, *self._watch.before_load([layer], unit), *([event] if event is not None else ())]
-            event = self._engine.submit(direction, [layer], unit, after=before, background=True)
+        for layer in self._all_layers:
+            # One load comes after the other, so the first is told what they all come after.
+            before = self._watch.before_load([layer], runs) if direction is Direction.LOAD else []
+            for unit in units:
+                if direction is Direction.STORE:
+                    event = self._submit_store([layer], unit, after, background=True)
+                    continue
+                before = [*after, *before, *([event] if event is not None else ())]
+                event = self._engine.submit(direction, [layer], unit, after=before, background=True)
+                before = []
         assert event is not None
         return event
 
@@ -339,7 +345,12 @@ class LaneSchedule:
 
 
 def _unless_failed(store: Event | None) -> list[Event]:
-    return [] if store is None or store.error is not None else [store]
+    return [] if store is None or _has_failed(store) else [store]
+
+
+def _has_failed(store: Event) -> bool:
+    """Whether it is known to have ended with an error: one that is lost has not ended."""
+    return store.error is not None and not isinstance(store.error, LostCopyError)
 
 
 def device_blocks(runs: Sequence[BlockRun]) -> tuple[int, ...]:

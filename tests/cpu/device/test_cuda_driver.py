@@ -10,7 +10,7 @@ from layerkv.core.transfer import BlockRun
 from layerkv.device.base import Direction
 from layerkv.device.cuda_driver import Addresses, CudaDriver
 from layerkv.device.run_table import RunCache, block_pairs, host_stretches, run_table
-from layerkv.errors import TransferError
+from layerkv.errors import LostCopyError, TransferError
 from tests.fakes.cuda_bindings import FakeBindings
 from tests.fakes.workers import make_worker, small_geometry
 
@@ -75,7 +75,7 @@ def test_a_copy_given_up_holds_compute_back_all_the_same(monkeypatch: pytest.Mon
     while not late.is_done():
         pass
     assert "did not end" in str(late.error)
-    with pytest.raises(TransferError, match="did not end"):
+    with pytest.raises(LostCopyError, match="did not end"):
         worker.engine.wait_compute(late)
     worker.compute(lambda: seen.append(worker.arena.tensor()[0].item()))
     worker.engine.record_compute().is_done()

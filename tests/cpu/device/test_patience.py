@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from layerkv.core.transfer import BlockRun
+from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan
 from layerkv.device.base import COPY_TIMEOUT_S, Direction
 from layerkv.device.cpu_engine import CopyEvent
+from layerkv.device.lane_schedule import LaneSchedule
 from layerkv.device.patience import LOOK_S, Patience, wait_patiently
 from layerkv.errors import LostCopyError
 from tests.fakes.workers import make_worker, small_geometry
@@ -171,3 +174,94 @@ def test_what_waits_for_a_lost_copy_is_lost_too(monkeypatch: pytest.MonkeyPatch)
             worker.engine.wait_compute(event)
     gate.end()
     worker.engine.close()
+
+
+class LostStore:
+    """On a CUDA worker's lanes, and in each layer: a store that does not end, which somebody notices at last."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        geometry = small_geometry(4, 2)
+        self.worker = make_worker("cuda-0", geometry, 16)
+        self.lanes = LaneSchedule(self.worker.engine, geometry.lane_layers())
+        clock = Clocked()
+        monkeypatch.setattr("layerkv.device.patience.running_s", clock.monotonic)
+        self._clock, cuda = clock, self.worker.engine._cuda
+        self._goes_on: list[bool] = []
+        for background in (0, 1):
+            stream = self.worker.engine._streams[Direction.STORE, background]
+            cuda.enqueue_wait(stream, lambda: bool(self._goes_on))
+
+    def time_passes(self) -> None:
+        for _ in range(int(COPY_TIMEOUT_S / LOOK_S) + 2):
+            self.lanes.take_failed_stores()
+            self._clock.now_s += LOOK_S
+
+    def end(self) -> None:
+        self._goes_on.append(True)
+        self.worker.engine.close()
+
+
+@pytest.fixture
+def lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[LostStore]:
+    store = LostStore(monkeypatch)
+    yield store
+    store.end()
+
+
+def test_what_waits_for_a_lost_cuda_copy_is_lost_too(lost: LostStore) -> None:
+    engine = lost.worker.engine
+    lost.lanes.begin_step(StepPlan(ahead=(BlockRun(1, 0, 1),)))
+    ahead = lost.lanes._last_ahead
+    assert ahead is not None
+    lost.time_passes()
+    assert isinstance(ahead.error, LostCopyError)
+    later = engine.submit(Direction.LOAD, [0], [BlockRun(1, 0, 1)], after=[ahead])
+    last = engine.submit(Direction.LOAD, [0], [BlockRun(1, 0, 1)], after=[later])
+    for event in (later, last):
+        assert "depends on" in str(event.error)
+        with pytest.raises(LostCopyError):
+            engine.wait_compute(event)
+
+
+@pytest.mark.parametrize("then", [StepPlan(), StepPlan(settle=True), StepPlan(num_tokens=1)])
+def test_a_lost_store_ahead_ends_the_next_step_on_cuda(lost: LostStore, then: StepPlan) -> None:
+    lost.lanes.begin_step(StepPlan(ahead=(BlockRun(1, 0, 1),)))
+    lost.time_passes()
+    with pytest.raises(LostCopyError, match="did not end in 60 s"):
+        lost.lanes.begin_step(then)
+
+
+def test_a_lost_store_of_a_layer_ends_the_next_step_though_compute_is_stuck_behind_it(lost: LostStore) -> None:
+    """The lane's next store has not begun, so it is not lost itself."""
+    lost.lanes.begin_step(StepPlan(stores=(BlockRun(16, 0, 1),), num_tokens=1))
+    for layer in range(4):
+        lost.lanes.layer_done(layer)
+    lost.time_passes()
+    with pytest.raises(LostCopyError, match="did not end in 60 s"):
+        lost.lanes.begin_step(StepPlan(num_tokens=1))
+
+
+@pytest.fixture
+def lost_meanwhile() -> Iterator[LaneSchedule]:
+    """Lanes whose stores were found lost by a copying thread, after the step's look at them."""
+    geometry = small_geometry(4, 2)
+    worker = make_worker("cpu", geometry, 16)
+    lanes = LaneSchedule(worker.engine, geometry.lane_layers())
+    store = CopyEvent()
+    store.end(LostCopyError("store: the copy it depends on did not end in 60 s"))
+    lanes._last_store, lanes._lane_stored = store, [store, store]
+    yield lanes
+    worker.engine.close()
+
+
+def test_a_lane_that_a_lost_store_may_still_read_is_not_loaded_into(lost_meanwhile: LaneSchedule) -> None:
+    """Regression: it was passed over like one that has ended with an error."""
+    plan = StepPlan(stores=(BlockRun(16, 0, 1),), loads=(BlockRun(16, 8, 1),), num_tokens=1)
+    with pytest.raises(LostCopyError, match="depends on"):
+        lost_meanwhile.begin_step(plan)
+
+
+def test_a_fetch_does_not_pass_a_lost_store(lost_meanwhile: LaneSchedule) -> None:
+    lost_meanwhile.begin_step(StepPlan(fetches=(FetchPlan("a", (BlockRun(2, 4, 1),)),)))
+    with pytest.raises(LostCopyError, match="depends on"):
+        lost_meanwhile.poll_fetches(wait_s=5.0)
