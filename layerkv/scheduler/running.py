@@ -103,6 +103,7 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> Seen:
                     r.num_computed,
                     stored_of.get(r.request_id, 0),
                     tracked.rank,
+                    tracked.in_one_step and r.num_tokens > budget,
                 )
             )
     for request_id, num_blocks, num_output in engine.arriving:

@@ -327,6 +327,20 @@ def test_the_snapshot_has_the_running_as_they_are() -> None:
     assert s.tightest_tpot_s == 0.05
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "in_one_step", "cannot"), [(129, True, True), (128, True, False), (305, False, False)]
+)
+def test_who_must_be_computed_in_one_step_and_has_outgrown_it_is_seen_as_not_to_be_computed_again(
+    num_tokens: int, *, in_one_step: bool, cannot: bool
+) -> None:
+    c = controller()
+    c.arrive("d", CHAT, now_s=10.0, arrival_s=10.0, num_tokens=120, max_tokens=500, in_one_step=in_one_step)
+    c.admitted("d", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
+    c.first_token("d", 10.2)
+    [d] = c.snapshot(engine(decoding("d", num_tokens - 120, num_tokens), budget_tokens=128), 10.5).resident
+    assert d.cannot_recompute is cannot
+
+
 def test_who_is_late_holds_prefill_back_no_more() -> None:
     c = controller(length_prediction="none")
     arrive(c, "d")
