@@ -31,7 +31,7 @@ class Backlog:
         self._lock = threading.Lock()
         self._words: dict[int, tuple[float, Word]] = {}
         self._engines: set[int] = set()
-        self._let_in: deque[tuple[float, SloClass]] = deque()
+        self._let_in: deque[tuple[float, SloClass, int]] = deque()
         self._num_front_ends = 1
         self._count_refusal: Callable[[str], None] = lambda _: None
 
@@ -57,11 +57,11 @@ class Backlog:
             known_s = min(said_s - said.age_s for said_s, said in self._words.values())
             self._forget(max(known_s, now_s - FORGET_S))
 
-    def let_in(self, slo: SloClass, now_s: float) -> None:
-        """A request is let in."""
+    def let_in(self, slo: SloClass, now_s: float, num_answers: int = 1) -> None:
+        """A request is let in; the engine gets one for each answer that it asks for."""
         with self._lock:
             if self._words:  # before the first, what a request costs is not known
-                self._let_in.append((now_s, slo))
+                self._let_in.append((now_s, slo, num_answers))
                 self._forget(now_s - FORGET_S)
 
     def meets(self, slo: SloClass, now_s: float) -> ClassWait:
@@ -78,13 +78,13 @@ class Backlog:
         known_s = at_s - word.age_s
         wait_s, request_s = word.classes.get(slo.name, _NOTHING)
         share = self._num_front_ends / len(self._engines)
-        for let_in_s, other in self._let_in:
+        for let_in_s, other, num_answers in self._let_in:
             if let_in_s <= known_s or let_in_s + other.ttft_s > now_s + slo.ttft_s:
                 continue
             if let_in_s > at_s:
                 wait_s = max(wait_s - (let_in_s - at_s), 0.0)
                 at_s = let_in_s
-            wait_s += word.classes.get(other.name, _NOTHING).request_s * share
+            wait_s += word.classes.get(other.name, _NOTHING).request_s * num_answers * share
         return ClassWait(max(wait_s - (now_s - at_s), 0.0), request_s)
 
     def _forget(self, until_s: float) -> None:

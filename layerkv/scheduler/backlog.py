@@ -70,6 +70,10 @@ class Pace:
         self._started_s += cost_s
         self._ran_out |= was_last
 
+    def gave_up(self, rest_s: float) -> None:
+        """A prompt that has begun is not computed further: what it still cost has not been done, and will not be."""
+        self._started_s -= rest_s
+
     def look(self, now_s: float, under_way_s: float) -> None:
         """Before a step: what prompts that have begun still cost."""
         done_s = self._started_s - under_way_s
@@ -134,6 +138,10 @@ class PrefillLine:
     def started(self, cost_s: float, *, was_last: bool) -> None:
         """A prompt of this cost has been given compute; ``was_last``: nobody waits behind it."""
         self._pace.started(cost_s, was_last=was_last)
+
+    def gave_up(self, rest_s: float) -> None:
+        """A prompt that has begun is not computed further; ``rest_s``: what it still cost when last looked at."""
+        self._pace.gave_up(rest_s)
 
     def look(self, now_s: float, under_way_s: float) -> None:
         """Before a step: what prompts that have begun still cost."""

@@ -148,6 +148,7 @@ class RequestBooks:
         tracked = self.tracked[request_id]
         self.waiting.discard(request_id)
         self.overtaken.pop(request_id, None)
+        tracked.prefill_rest_s = tracked.prefill_cost_s
         self.line.started(tracked.prefill_cost_s, was_last=not self.waiting)
         tracked.resident_since_step = step
         event = Event.ADMITTED_LAYERED if layered else Event.ADMITTED_RESIDENT
@@ -163,6 +164,7 @@ class RequestBooks:
         """A request has been parked: its KV of ``num_computed`` tokens is in host memory."""
         tracked = self.tracked[request_id]
         self.refresh(tracked, num_output)
+        tracked.prefill_rest_s = 0.0
         self.stored_blocks.pop(request_id, None)
         num_blocks = -(-max(num_computed + 1, num_tokens) // self.shape.block_tokens)
         if self.policy.slo_scheduling:
@@ -192,9 +194,10 @@ class RequestBooks:
 
     def recomputes(self, request_id: str, num_tokens: int, num_output: int, reason: Reason, now_s: float) -> None:
         """A request's KV has been given up: it waits to be computed again."""
-        self.enqueue(request_id, num_tokens, num_output)
         tracked = self.tracked.get(request_id)
         if tracked is not None:
+            self._give_up_prefill(tracked)
+            self.enqueue(request_id, num_tokens, num_output)
             self.journal.say(now_s, request_id, tracked, Event.RECOMPUTES, reason)
 
     def copy_failed(self, request_id: str, num_output: int) -> bool:
@@ -217,6 +220,7 @@ class RequestBooks:
         if tracked is None or tracked.first_token_s is not None:
             return None
         tracked.first_token_s = now_s
+        tracked.prefill_rest_s = 0.0
         on_time = now_s <= tracked.ttft_deadline_s
         ttft_s = round(now_s - tracked.arrival_s, 6)
         self.journal.write(now_s, request_id, Event.FIRST_TOKEN, ttft_s=ttft_s, on_time=on_time)
@@ -234,6 +238,8 @@ class RequestBooks:
         self.stored_blocks.pop(request_id, None)
         if tracked is None:
             return
+        if end is not End.FINISHED:
+            self._give_up_prefill(tracked)
         if num_output and end is not End.REFUSED:
             is_bound = end is End.CUT_OFF or not made_tokens
             self.lengths.observe(tracked.slo.name, num_output, is_bound=is_bound)
@@ -244,6 +250,11 @@ class RequestBooks:
         self.waiting.discard(request_id)
         self.journal.count((reason,))
         self.journal.write(now_s, request_id, Event.REFUSED, reason, text=text)
+
+    def _give_up_prefill(self, tracked: TrackedRequest) -> None:
+        """If a request's prefill is under way, it does not go on."""
+        self.line.gave_up(tracked.prefill_rest_s)
+        tracked.prefill_rest_s = 0.0
 
     def set_policy(self, policy: SloPolicy) -> None:
         """New objectives, for requests that come from now on; those here keep the ones they came under.

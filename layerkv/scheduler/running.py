@@ -60,10 +60,13 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> Seen:
                     slack_s = due_s - now_s
                 if tracked.tpot_s < tpot_s:
                     tpot_s = tracked.tpot_s
+                if tracked.prefill_rest_s:
+                    tracked.prefill_rest_s = 0.0
         if r.is_prefilling:
             prefilling += remaining
             if tracked is not None:
-                under_way_s += tracked.prefill_cost_s * remaining / r.num_tokens
+                tracked.prefill_rest_s = tracked.prefill_cost_s * remaining / r.num_tokens
+                under_way_s += tracked.prefill_rest_s
             new_tokens = min(remaining, budget)
         else:
             num_decodes += 1
@@ -100,6 +103,7 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> Seen:
                     r.num_computed,
                     stored_of.get(r.request_id, 0),
                     tracked.rank,
+                    tracked.in_one_step and r.num_tokens > budget,
                 )
             )
     for request_id, num_blocks, num_output in engine.arriving:

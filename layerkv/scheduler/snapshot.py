@@ -100,6 +100,7 @@ class ResidentRequest(NamedTuple):
         num_tokens: Tokens whose KV it has.
         num_stored: Leading blocks of it that host memory holds already (stored ahead).
         rank: As for a waiting request.
+        cannot_recompute: It must be computed in one step and has more tokens than a step: giving its KV up ends it.
     """
 
     request_id: str
@@ -112,6 +113,7 @@ class ResidentRequest(NamedTuple):
     num_tokens: int = 0
     num_stored: int = 0
     rank: int = 0
+    cannot_recompute: bool = False
 
 
 class LayeredRequest(NamedTuple):

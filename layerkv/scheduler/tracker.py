@@ -136,6 +136,8 @@ class TrackedRequest:
         low_tokens: Output tokens it is predicted to make in all, low quantile (for slack),
         middle_tokens: and middle quantile (for memory).
         prefill_cost_s: Seconds of its prefill by the profile, not corrected online, as of when it last had no KV.
+        prefill_rest_s: Of those, what its prefill still cost when running requests were last looked at; 0 unless one is
+            under way.
         predict_again_at: Output tokens at which the prediction is made anew.
         num_failures: How often its KV was lost to a failed copy since it last made a token,
         failed_at: and how many output tokens it had then.
@@ -158,6 +160,7 @@ class TrackedRequest:
     low_tokens: int = 1
     middle_tokens: int = 1
     prefill_cost_s: float = 0.0
+    prefill_rest_s: float = 0.0
     predict_again_at: int = 0
     num_failures: int = 0
     failed_at: int = 0

@@ -103,7 +103,7 @@ DECISIONS: tuple[Decision, ...] = (
     ),
     _decide(Verdict.WORKS, "without chunks a prompt runs in one step", "enable_chunked_prefill"),
     _decide(Verdict.WORKS, "each has a scheduler class of ours", "async_scheduling"),
-    _decide(Verdict.WORKS, "priorities shift deadlines", "scheduling_policy"),
+    _decide(Verdict.WORKS, "priorities go before deadlines", "scheduling_policy"),
     _decide(Verdict.WORKS, "the front end's own limits, beside overload", "max_num_queued_reqs max_num_queued_tokens"),
     _decide(Verdict.WORKS, "the engine's steps are as before", "stream_interval"),
     _decide(Verdict.REFUSED, "metrics carry the backlog: not with overload: reject", "disable_log_stats"),

@@ -39,8 +39,12 @@ BACKLOG = Backlog()
 """This process's; metrics come in on one thread, requests on another."""
 
 
-def refuse_if_late(slo: SloClass, backlog: Backlog = BACKLOG, now_s: float | None = None) -> None:
+def refuse_if_late(
+    slo: SloClass, backlog: Backlog = BACKLOG, now_s: float | None = None, *, num_answers: int = 1
+) -> None:
     """Let a request in, or refuse it if its class asks for that and its first token is not to be expected in time.
+
+    The gate is asked once for a request with ``n`` answers (``num_answers``), of which the engine makes as many.
 
     Raises:
         OverloadedError: it would be late.
@@ -48,7 +52,7 @@ def refuse_if_late(slo: SloClass, backlog: Backlog = BACKLOG, now_s: float | Non
     now_s = time.monotonic() if now_s is None else now_s
     meets = backlog.meets(slo, now_s)
     if slo.overload != "reject" or not would_be_late(slo, meets):
-        backlog.let_in(slo, now_s)
+        backlog.let_in(slo, now_s, num_answers)
         return
     backlog.refuse(slo.name)
     retry_s = max(math.ceil(meets.wait_s - slo.ttft_s), 1)

@@ -46,7 +46,7 @@ class _Gate:
             OverloadedError: (HTTP 429) its class asks to be refused when late, and it would be.
         """
         policy = follow_policy(cls.policy_path, cls.policy).policy
-        refuse_if_late(slo_class_of(sampling_params.extra_args, policy))
+        refuse_if_late(slo_class_of(sampling_params.extra_args, policy), num_answers=sampling_params.n)
 
 
 def slo_gate(policy: SloPolicy, policy_path: str | None, *, for_v2: bool) -> _GateMeta:

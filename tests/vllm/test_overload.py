@@ -112,6 +112,20 @@ def test_the_gate_refuses_by_the_class_that_a_request_names_or_by_the_default(
         gate.validate_params(SamplingParams(extra_args={"slo_class": "nope"}))
 
 
+def test_the_gate_counts_every_answer_that_a_request_asks_for(backlog: Backlog) -> None:
+    """Regression: vLLM asks the gate once for all of them, and gives the engine each as a request of its own."""
+    from vllm import SamplingParams
+
+    from layerkv.vllm_plugin.slo_gate import slo_gate
+
+    gate: Any = slo_gate(POLICY, "a-policy-of-this-test.yaml", for_v2=False)
+    backlog.note(0, Word(0.0, {"chat": ClassWait(0.0, 10.0)}), time.monotonic())
+    gate.validate_params(SamplingParams(n=8))
+    assert backlog.meets(REJECTS, time.monotonic()).wait_s > 70.0
+    with pytest.raises(OverloadedError):
+        gate.validate_params(SamplingParams())
+
+
 def test_vllms_own_validation_lets_the_refusal_through_as_it_is(backlog: Backlog) -> None:
     from vllm import SamplingParams
     from vllm.v1.sample.logits_processor import validate_logits_processors_parameters

@@ -28,14 +28,18 @@ def relieve_pool(now: Outlook, draft: Draft) -> None:
 
 
 def _leavers(now: Outlook, draft: Draft) -> Iterator[tuple[ResidentRequest, Reason]]:
-    """Residents in the order in which they leave the pool, and why: parked if it is short, else computed again."""
+    """Residents in the order in which they leave the pool, and why: parked if it is short, else computed again.
+
+    One that cannot be computed again is parked even where that is dearer, and gives its KV up only after all others:
+    that ends it.
+    """
     s = now.s
     without_room: list[ResidentRequest] = []
     for r in now.victims:
         if r.num_blocks >= s.pool_blocks:  # with its next block it could never be fetched
             if not s.is_paused:
                 yield r, Reason.LONGER_THAN_POOL
-        elif not s.is_paused and recompute_is_cheaper(s, r):
+        elif not s.is_paused and not r.cannot_recompute and recompute_is_cheaper(s, r):
             yield r, Reason.RECOMPUTE_CHEAPER
         elif blocks_to_store(r) <= draft.host:
             yield r, Reason.POOL_SHORT
@@ -44,4 +48,5 @@ def _leavers(now: Outlook, draft: Draft) -> Iterator[tuple[ResidentRequest, Reas
     # Left to vLLM, layered prompts would be preempted first, which hold no pool blocks. While paused that must be: KV
     # that is given up then could not be computed again.
     if not s.is_paused:
+        without_room.sort(key=lambda r: r.cannot_recompute)
         yield from ((r, Reason.NO_ROOM_TO_PARK) for r in without_room)

@@ -120,3 +120,15 @@ def test_who_would_begin_at_once_is_never_late_however_long_it_takes_itself() ->
 @pytest.mark.parametrize(("wait_s", "is_late"), [(CERTAIN_SHARE - 0.2, False), (CERTAIN_SHARE - 0.05, True)])
 def test_a_request_is_to_begin_early_enough_for_its_own_prefill(wait_s: float, *, is_late: bool) -> None:
     assert would_be_late(CHAT, ClassWait(wait_s, 0.1)) is is_late
+
+
+def test_a_request_for_several_answers_counts_as_so_many() -> None:
+    """The engine gets each of them as a request of its own."""
+    one_by_one, at_once = Backlog(), Backlog()
+    for backlog in (one_by_one, at_once):
+        backlog.note(0, Word(0.0, {"chat": ClassWait(0.2, 0.1)}), 100.0)
+    for _ in range(5):
+        one_by_one.let_in(CHAT, 100.1)
+    at_once.let_in(CHAT, 100.1, 5)
+    assert at_once.meets(CHAT, 100.1) == one_by_one.meets(CHAT, 100.1)
+    assert at_once.meets(CHAT, 100.1).wait_s == pytest.approx(0.1 + 5 * 0.1)

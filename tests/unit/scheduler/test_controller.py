@@ -142,6 +142,64 @@ def test_a_refused_request_waits_no_more_and_is_counted() -> None:
     assert c.take_log()[-1] == LogEntry(10.0, "a", Event.REFUSED, Reason.NEVER_FITS, {"text": "too long"})
 
 
+def observed_pace(c: Controller) -> float:
+    """Nominal seconds of prefill per second, of what was observed alone."""
+    return c.line._pace.per_second(0.0)
+
+
+def begun(c: Controller, num_tokens: int = 100_000, *, computed: int = 1000, seconds: int = 10) -> float:
+    """A long prompt is under way and gets on by so many tokens a second, while another waits."""
+    arrive(c, "long", num_tokens=num_tokens)
+    arrive(c, "next")
+    c.admitted("long", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
+    for second in range(seconds + 1):
+        done = computed * second
+        c.decide(engine(Running("long", num_tokens, done, 0, True, 1), step=second, free_slots=0), 10.0 + second)
+    return observed_pace(c)
+
+
+@pytest.mark.parametrize("way", ["leaves", "refused", "recomputes"])
+def test_what_a_prompt_had_still_to_compute_when_it_was_given_up_counts_as_no_work(way: str) -> None:
+    """Regression: one client that hung up made the pace four times as fast, and the gate opened."""
+    c = controller()
+    before = begun(c)
+    if way == "recomputes":
+        c.recomputes("long", 100_000, 0, Reason.PREEMPTED, 20.5)
+    else:
+        c.leave("long", num_output=0, end=End.LEFT if way == "leaves" else End.REFUSED, now_s=20.5)
+    c.decide(engine(step=11, free_slots=0), 20.6)
+    assert observed_pace(c) <= before
+
+
+def test_a_prompt_that_is_given_up_before_its_first_step_counts_as_no_work() -> None:
+    c = controller()
+    arrive(c, "long", num_tokens=100_000)
+    arrive(c, "next")
+    c.decide(engine(free_slots=0), 10.0)
+    c.admitted("long", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
+    c.recomputes("long", 100_000, 0, Reason.PREEMPTED, 10.1)
+    c.decide(engine(step=2, free_slots=0), 11.0)
+    assert observed_pace(c) == 0.0
+
+
+@pytest.mark.parametrize("end", ["first token", "parked", "finished", "decodes"])
+def test_a_prompt_that_was_computed_to_its_end_counts_as_work_whatever_becomes_of_it_then(end: str) -> None:
+    c = controller()
+    arrive(c, "a", num_tokens=1000)
+    arrive(c, "next")
+    c.decide(engine(free_slots=0), 10.0)
+    c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
+    if end == "decodes":
+        c.decide(engine(decoding("a", 1, 1001), step=2, free_slots=0), 10.5)
+    if end == "first token":
+        c.first_token("a", 10.5)
+    if end == "parked":
+        c.park("a", num_computed=1000, num_tokens=1001, num_output=1, reason=Reason.FIRST_TOKEN_DONE, now_s=10.5)
+    c.leave("a", num_output=1, end=End.FINISHED if end == "finished" else End.LEFT, now_s=10.6)
+    c.decide(engine(step=3, free_slots=0), 11.0)
+    assert observed_pace(c) > 0.05
+
+
 def test_a_first_token_is_noted_once_and_judged_by_its_class() -> None:
     c = controller()
     arrive(c, "a", "b")
@@ -267,6 +325,20 @@ def test_the_snapshot_has_the_running_as_they_are() -> None:
     step_s = 0.01 + 3 * 1e-4
     assert s.decode_slack_s == pytest.approx(10.2 + 16 * 0.05 + 34 * (0.05 - step_s) - 10.5)
     assert s.tightest_tpot_s == 0.05
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "in_one_step", "cannot"), [(129, True, True), (128, True, False), (305, False, False)]
+)
+def test_who_must_be_computed_in_one_step_and_has_outgrown_it_is_seen_as_not_to_be_computed_again(
+    num_tokens: int, *, in_one_step: bool, cannot: bool
+) -> None:
+    c = controller()
+    c.arrive("d", CHAT, now_s=10.0, arrival_s=10.0, num_tokens=120, max_tokens=500, in_one_step=in_one_step)
+    c.admitted("d", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
+    c.first_token("d", 10.2)
+    [d] = c.snapshot(engine(decoding("d", num_tokens - 120, num_tokens), budget_tokens=128), 10.5).resident
+    assert d.cannot_recompute is cannot
 
 
 def test_who_is_late_holds_prefill_back_no_more() -> None:

@@ -178,6 +178,24 @@ def test_a_victim_is_computed_again_where_that_costs_less_than_two_copies() -> N
     assert decide(replace(s, cost=None)).park == ("b",)
 
 
+def test_who_could_not_be_computed_again_is_parked_even_where_that_is_dearer() -> None:
+    """Regression: a seeded request gave its KV up of free will, and was refused in mid-stream for its length."""
+    residents = [resident("a", 101), resident("b", 102, cannot_recompute=True)]
+    s = snapshot(free_blocks=0, growth_blocks=1, num_resident=2, resident=residents, cost=cost(block_copy_s=0.001))
+    assert (decide(s).park, decide(s).recompute) == (("b",), ())
+    assert decide(s).reasons == {"b": Reason.POOL_SHORT}
+
+
+def test_who_could_not_be_computed_again_gives_its_kv_up_after_all_others() -> None:
+    residents = [resident("a", 101), resident("b", 102, cannot_recompute=True), resident("c", 100.5)]
+    s = snapshot(free_blocks=0, growth_blocks=1, num_resident=3, resident=residents, free_host_blocks=0)
+    assert decide(s).recompute == ("a",)
+    assert decide(replace(s, cost=cost(block_copy_s=0.001))).recompute == ("a",)
+    assert decide(replace(s, growth_blocks=11)).recompute == ("a", "c")
+    only = [resident("a", 101, can_park=False), resident("b", 102, cannot_recompute=True)]
+    assert decide(replace(s, resident=only)).recompute == ("b",), "or the pool would stay short"
+
+
 # Making room ----------------------------------------------------------------------------------------------------------
 
 URGENT = parked("claim", NOW_S + 0.03, weight=2.0)
