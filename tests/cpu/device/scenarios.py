@@ -384,7 +384,10 @@ def stored_ahead_and_overwritten_in_the_step_that_parks(server: TinyServer) -> N
 
 
 def host_blocks_stored_ahead_given_to_others(server: TinyServer) -> None:
-    """The request ends while it is stored ahead; layered prompts store into all of host memory in the next steps."""
+    """The request ends while it is stored ahead; a layered prompt stores into nearly all of host memory next.
+
+    It is fetched when every store ahead has ended: then nothing is left of the first one, had it come too late.
+    """
     server.arrive("r", 33, layered=False)
     server.step(r=33)
     server.store_ahead("r")
@@ -395,6 +398,11 @@ def host_blocks_stored_ahead_given_to_others(server: TinyServer) -> None:
     server.step(a=14)
     server.park("a")
     server.step()
+    server.arrive("b", 4, layered=False)
+    server.step(b=4)
+    server.store_ahead("b")
+    server.step(b=1)
+    server.lanes.drain(5.0)
     server.fetch("a")
     server.await_fetch("a")
     server.step(a=1)
