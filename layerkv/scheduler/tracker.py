@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Generic, TypeVar
 
 from layerkv.config import SloClass
@@ -24,16 +25,38 @@ LATE_SHARE = 8
 """One in so many of a queue's head is kept for requests that are late already, so that they are seen at all."""
 
 
-class DeadlineQueue(Generic[View]):
-    """Views sorted by rank and deadline; entering and leaving cost O(log n) comparisons and one short memory move."""
+UNREADY_LOOKS = 128
+"""Of those that cannot go on yet, so many are found out in one step at most, and so many asked about again."""
+
+
+class _Sorted(Generic[View]):
+    """Views in the order of their keys."""
 
     def __init__(self) -> None:
-        self._keys: list[tuple[int, float, str]] = []
-        self._views: list[View] = []
+        self.keys: list[tuple[int, float, str]] = []
+        self.views: list[View] = []
+
+    def add(self, key: tuple[int, float, str], view: View) -> None:
+        at = bisect_left(self.keys, key)
+        self.keys.insert(at, key)
+        self.views.insert(at, view)
+
+    def remove(self, key: tuple[int, float, str]) -> None:
+        at = bisect_left(self.keys, key)
+        del self.keys[at], self.views[at]
+
+
+class DeadlineQueue(Generic[View]):
+    """Views sorted by rank and deadline; entering and leaving cost O(log n) comparisons and short memory moves."""
+
+    def __init__(self) -> None:
+        self._all: _Sorted[View] = _Sorted()
+        self._open: _Sorted[View] = _Sorted()  # but for those set aside
+        self._aside: dict[str, View] = {}  # not ready when last asked about; next to be asked first
         self._key_of: dict[str, tuple[int, float, str]] = {}
 
     def __len__(self) -> int:
-        return len(self._views)
+        return len(self._key_of)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._key_of
@@ -41,27 +64,27 @@ class DeadlineQueue(Generic[View]):
     def view(self, request_id: str) -> View | None:
         """A request's view, if it is here."""
         key = self._key_of.get(request_id)
-        return None if key is None else self._views[bisect_left(self._keys, key)]
+        return None if key is None else self._all.views[bisect_left(self._all.keys, key)]
 
     @property
     def views(self) -> Sequence[View]:
         """All views in order. The list lives on: do not keep it across steps, do not change it."""
-        return self._views
+        return self._all.views
 
     def add(self, view: View) -> None:
         """Insert a request that is not here yet."""
         key = (view.rank, view.deadline_s, view.request_id)
-        at = bisect_left(self._keys, key)
-        self._keys.insert(at, key)
-        self._views.insert(at, view)
+        self._all.add(key, view)
+        self._open.add(key, view)
         self._key_of[view.request_id] = key
 
     def discard(self, request_id: str) -> None:
         """Remove a request if it is here."""
         key = self._key_of.pop(request_id, None)
         if key is not None:
-            at = bisect_left(self._keys, key)
-            del self._keys[at], self._views[at]
+            self._all.remove(key)
+            if self._aside.pop(request_id, None) is None:
+                self._open.remove(key)
 
     def due_before(self, now_s: float, due_s: float) -> list[View]:
         """Whom a newcomer of rank 0 stands behind that is due at ``due_s`` and can be on time.
@@ -69,53 +92,74 @@ class DeadlineQueue(Generic[View]):
         Those of better rank, and of its own those that are due no later and not late yet.
         """
         start = self._start_of_rank_0()
-        on_time = bisect_left(self._keys, (0, now_s, ""), start)
-        end = bisect_left(self._keys, (0, math.nextafter(due_s, math.inf), ""), on_time)
-        return self._views[:start] + self._views[on_time:end]
+        on_time = bisect_left(self._all.keys, (0, now_s, ""), start)
+        end = bisect_left(self._all.keys, (0, math.nextafter(due_s, math.inf), ""), on_time)
+        return self._all.views[:start] + self._all.views[on_time:end]
 
     def late(self, now_s: float, most: int) -> list[View]:
         """The first ``most`` of rank 0 whose deadline has passed."""
         start = self._start_of_rank_0()
-        return self._views[start : min(bisect_left(self._keys, (0, now_s, ""), start), start + most)]
+        return self._all.views[start : min(bisect_left(self._all.keys, (0, now_s, ""), start), start + most)]
 
     def _start_of_rank_0(self) -> int:
-        return bisect_left(self._keys, (0, float("-inf"), ""))
+        return bisect_left(self._all.keys, (0, float("-inf"), ""))
 
     def head(self, most: int, now_s: float, is_ready: Callable[[View], bool] | None = None) -> list[View]:
         """The first ``most`` views: rank by rank, those whose deadline is to come before those whose has passed.
 
-        Costs a few binary searches for each rank that it shows, however many there are.
+        Costs a few binary searches for each rank that it shows, however many there are, and few questions however
+        many are not ready: those are set aside, and asked about again in turn, all in each step while there are no
+        more than :data:`UNREADY_LOOKS`. Behind more of them than that, one that is ready is shown some steps later.
 
         Args:
             most: How many; of each rank one in :data:`LATE_SHARE`, and one at least, is a late one if there are any.
             now_s: Current time.
-            is_ready: Leaves out those it says False of: each of them before the last one shown is asked about.
+            is_ready: Leaves out those it says False of.
         """
-        found: list[View] = []
+        if is_ready is not None:
+            self._ask_again(is_ready)
+        line = self._all if is_ready is None else self._open
+        keys, found, unready = line.keys, list[View](), list[View]()
         start = 0
-        while start < len(self._keys) and len(found) < most:  # one round per rank: nearly always one
+        # one round per rank: nearly always one
+        while start < len(keys) and len(found) < most and len(unready) < UNREADY_LOOKS:
             room = most - len(found)
-            rank = self._keys[start][0]
-            split = bisect_left(self._keys, (rank, now_s, ""), start)
-            end = bisect_left(self._keys, (rank + 1, float("-inf"), ""), split)
-            late = self._ready(start, split, room, is_ready)
-            on_time = self._ready(split, end, room, is_ready)
+            rank = keys[start][0]
+            split = bisect_left(keys, (rank, now_s, ""), start)
+            end = bisect_left(keys, (rank + 1, float("-inf"), ""), split)
+            late = _ready(line.views, range(start, split), room, is_ready, unready)
+            on_time = _ready(line.views, range(split, end), room, is_ready, unready)
             num_late = min(len(late), max(room - len(on_time), room // LATE_SHARE, 1))
             found += on_time[: room - num_late]
             found += late[:num_late]
             start = end
+        for view in unready:
+            self._open.remove(self._key_of[view.request_id])
+            self._aside[view.request_id] = view
         return found
 
-    def _ready(self, start: int, end: int, most: int, is_ready: Callable[[View], bool] | None) -> list[View]:
-        if is_ready is None:
-            return self._views[start : min(end, start + most)]
-        found: list[View] = []
-        for at in range(start, end):
-            if len(found) >= most:
-                break
-            if is_ready(self._views[at]):
-                found.append(self._views[at])
-        return found
+    def _ask_again(self, is_ready: Callable[[View], bool]) -> None:
+        """Take back those set aside that have become ready, of those not asked about for longest."""
+        for request_id, view in list(islice(self._aside.items(), UNREADY_LOOKS)):
+            del self._aside[request_id]
+            if is_ready(view):
+                self._open.add(self._key_of[request_id], view)
+            else:
+                self._aside[request_id] = view
+
+
+def _ready(
+    views: Sequence[View], where: range, most: int, is_ready: Callable[[View], bool] | None, unready: list[View]
+) -> list[View]:
+    """The first ``most`` that are ready; others met on the way are added to ``unready``, while that has room."""
+    if is_ready is None:
+        return list(views[where.start : min(where.stop, where.start + most)])
+    found: list[View] = []
+    for at in where:
+        if len(found) >= most or len(unready) >= UNREADY_LOOKS:
+            break
+        (found if is_ready(views[at]) else unready).append(views[at])
+    return found
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from layerkv.config import SloClass
 from layerkv.scheduler import tracker
 from layerkv.scheduler.snapshot import ParkedRequest
-from layerkv.scheduler.tracker import LATE_SHARE, DeadlineQueue, TrackedRequest
+from layerkv.scheduler.tracker import LATE_SHARE, UNREADY_LOOKS, DeadlineQueue, TrackedRequest
 
 CHAT = SloClass(name="chat", ttft_s=2.0, tpot_s=0.1)
 
@@ -156,6 +156,40 @@ def test_however_many_ranks_wait_only_those_that_are_shown_are_looked_for(
 def test_who_is_not_ready_takes_no_place_in_the_head() -> None:
     queue = queue_of(*(ParkedRequest(name, deadline_s, 1) for deadline_s, name in enumerate("abcdef")))
     assert ids(queue.head(2, 0.0, lambda view: view.request_id not in "ac")) == "bd"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 5000])
+@pytest.mark.parametrize("now_s", [0.0, 1e6])
+def test_however_many_are_not_ready_a_few_are_asked_about_in_a_step_and_nobody_is_never_asked(
+    now_s: float, num_ranks: int
+) -> None:
+    queue = queue_of(*(ParkedRequest(f"r{i:04d}", 10.0 + i, 1, rank=i % num_ranks) for i in range(5000)))
+    asked: list[str] = []
+
+    def is_ready(view: ParkedRequest) -> bool:
+        asked.append(view.request_id)
+        return view.request_id in ready
+
+    ready: set[str] = set()
+    for _ in range(100):
+        before = len(asked)
+        assert queue.head(64, now_s, is_ready) == []
+        assert len(asked) - before <= 2 * UNREADY_LOOKS
+    assert len(set(asked)) == 5000
+    ready = {"r0007", "r4990"}
+    heads = [[view.request_id for view in queue.head(64, now_s, is_ready)] for _ in range(50)]
+    assert heads[-1] == ["r0007", "r4990"], "once seen to be ready they are shown in every step"
+    assert len(queue) == len(queue.views) == 5000
+    queue.discard("r0007")
+    ready = set()
+    assert queue.head(64, now_s, is_ready) == []
+    assert len(queue) == 4999
+
+
+def test_those_that_are_ready_are_shown_behind_however_many_that_are_not_after_a_few_steps() -> None:
+    queue = queue_of(*(ParkedRequest(f"r{i:04d}", 10.0 + i, 1) for i in range(1000)))
+    heads = [queue.head(64, 0.0, lambda view: view.request_id >= "r0900") for _ in range(8)]
+    assert [view.request_id for view in heads[-1]] == [f"r{i:04d}" for i in range(900, 964)]
 
 
 # TrackedRequest ---------------------------------------------------------------------------------------------------
