@@ -183,9 +183,11 @@ def _print_checks(checks: list[Check], console: Console) -> None:
 def _print_classes(policy: SloPolicy, console: Console) -> None:
     table = Table(title="SLO classes", title_justify="left")
     table.add_column("class", overflow="fold")
-    for title in ("ttft", "tpot", "weight"):
+    for title in ("ttft", "tpot", "weight", "max_stall", "overload"):
         table.add_column(title, justify="right", no_wrap=True)
     for slo in policy.classes.values():
         name = f"{slo.name} (default)" if slo.name == policy.default_class else slo.name
-        table.add_row(escape(name), format_seconds(slo.ttft_s), format_seconds(slo.tpot_s), f"{slo.weight:g}")
+        stall = "" if slo.max_stall_s is None else format_seconds(slo.max_stall_s)
+        promises = (format_seconds(slo.ttft_s), format_seconds(slo.tpot_s), f"{slo.weight:g}", stall, slo.overload)
+        table.add_row(escape(name), *promises)
     console.print(table)
