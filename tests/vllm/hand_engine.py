@@ -69,7 +69,7 @@ class HandEngine:
 
         from layerkv.vllm_plugin.scheduler import LayerKVAsyncScheduler, LayerKVScheduler
 
-        config, kv_cache_config = _configs(model, pool_blocks, host_blocks, extra_config or {}, engine_args)
+        config, kv_cache_config = configs(model, pool_blocks, host_blocks, extra_config or {}, engine_args)
         scheduler_cls = LayerKVAsyncScheduler if ahead else LayerKVScheduler
         self.scheduler: Any = scheduler_cls(
             config, kv_cache_config, StructuredOutputManager(config), BLOCK_TOKENS, log_stats=False
@@ -269,7 +269,7 @@ class HandEngine:
         return mock.patch.multiple(time, monotonic=lambda: self._now_s, time=lambda: self._now_s)
 
 
-def _configs(
+def configs(
     model: Path, pool_blocks: int, host_blocks: int, extra_config: dict[str, Any], engine_args: dict[str, Any]
 ) -> tuple[Any, Any]:
     """VllmConfig and KVCacheConfig as an engine core would have them after start-up."""

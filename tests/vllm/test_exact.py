@@ -117,7 +117,7 @@ SETTINGS = [
         alone=True,
     ),
     Setting("compiled", {"zone_tokens": 320}, {"enforce_eager": False}, env={"VLLM_CPU_CI_ENV": "1"}, alone=True),
-    Setting("priorities-and-watermark", {"zone_tokens": 320}, {"scheduling_policy": "priority", "watermark": 0.05}),
+    Setting("priorities", {"zone_tokens": 320}, {"scheduling_policy": "priority"}),
 ]  # fmt: skip
 
 

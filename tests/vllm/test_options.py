@@ -13,6 +13,7 @@ import pytest
 from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.options import DECISIONS, Verdict
 from tests.vllm.engines_in_turn import Case, Turns, flag, prompt, run_in_turn
+from tests.vllm.hand_engine import BLOCK_TOKENS, configs
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -271,13 +272,20 @@ def test_a_lost_copy_leads_to_recomputing_without_the_wrapper_too(small_pool: di
     assert config.kv_transfer_config.kv_load_failure_policy == "recompute"
 
 
-def test_a_policy_that_rejects_needs_the_gate(small_engine: dict[str, Any]) -> None:
-    from layerkv.vllm_plugin.cpu_worker import LayerKVCPUWorker
+def test_a_policy_that_rejects_needs_the_gate(tiny_model: Path) -> None:
+    from vllm.v1.structured_output import StructuredOutputManager
 
-    config = args_of(small_engine, {"kv_transfer_config": flag(policy=REJECTING)}).create_engine_config()
+    from layerkv.vllm_plugin.scheduler import LayerKVScheduler
+    from layerkv.vllm_plugin.slo_gate import without_gates
+
+    config, caches = configs(tiny_model, 40, 200, {"policy": REJECTING}, {})
+    gates = config.model_config.logits_processors
+    for processors in (gates, without_gates(gates)):  # a worker in this process takes them out
+        config.model_config.logits_processors = processors
+        LayerKVScheduler(config, caches, StructuredOutputManager(config), BLOCK_TOKENS, log_stats=True)
     config.model_config.logits_processors = None  # as it is where no wrapper has added the gate
     with pytest.raises(ConfigError, match=r"overload: reject \(class .*found no gate in the front end.*VLLM_PLUGINS"):
-        LayerKVCPUWorker(config, 0, 0, "tcp://127.0.0.1:1")
+        LayerKVScheduler(config, caches, StructuredOutputManager(config), BLOCK_TOKENS, log_stats=True)
 
 
 def test_a_policy_that_rejects_is_not_reloaded_where_metrics_are_off(
