@@ -288,6 +288,20 @@ def test_a_policy_that_rejects_needs_the_gate(tiny_model: Path) -> None:
         LayerKVScheduler(config, caches, StructuredOutputManager(config), BLOCK_TOKENS, log_stats=True)
 
 
+def test_a_policy_that_rejects_is_not_reloaded_where_no_gate_is(tiny_model: Path) -> None:
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    from layerkv.config import default_policy, load_policy
+    from layerkv.vllm_plugin.scheduler import LayerKVScheduler
+
+    config, caches = configs(tiny_model, 40, 200, {}, {})
+    config.model_config.logits_processors = None  # explicit class flags, without the plugin: nothing is refused yet
+    scheduler = LayerKVScheduler(config, caches, StructuredOutputManager(config), BLOCK_TOKENS, log_stats=True)
+    scheduler._policy_source.require(default_policy())
+    with pytest.raises(ConfigError, match="found no gate in the front end"):
+        scheduler._policy_source.require(load_policy(REJECTING))
+
+
 def test_a_policy_that_rejects_is_not_reloaded_where_metrics_are_off(
     small_engine: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -309,3 +309,20 @@ def test_a_request_that_starts_over_between_two_steps_may_resume_in_the_next(tin
     fail_layer_load(engine, "streams")
     engine.drain()  # as a pause does: no step is scheduled ahead of this output
     engine.run()
+
+
+def test_a_fetch_that_ranks_report_one_after_the_other_is_one_failure(tiny_model: Path) -> None:
+    from vllm.v1.outputs import KVConnectorOutput
+
+    engine = HandEngine(tiny_model, fetch_steps=3)
+    engine.add("fetched", list(range(40)), max_tokens=8)
+    engine.step()
+    engine.force(park=["fetched"])
+    engine.step()
+    while engine.residency("fetched") is not Residency.FETCHING:
+        engine.step()
+    blocks = set(engine.scheduler.kv_cache_manager.get_block_ids("fetched")[0])
+    for _ in range(3):
+        engine.scheduler._recovery.copies_failed(KVConnectorOutput(invalid_block_ids=blocks))
+    assert engine.scheduler._controller.tracked["fetched"].num_failures == 1
+    engine.run()
