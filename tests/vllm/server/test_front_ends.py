@@ -30,6 +30,7 @@ default_class: patient
 classes:
   patient: {ttft: 60s, tpot: 1s}
   strict: {ttft: 100ms, tpot: 1s, overload: reject}
+  long: {ttft: 100ms, tpot: 1s, overload: reject}
 """
 ENOUGH = 16
 """Connections of which both front ends get some."""
@@ -59,15 +60,19 @@ def two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def answers(server: Server, requests: list[tuple[dict[str, object], float]]) -> list[httpx.Response]:
     """What each gets, sent so many seconds from now and over a connection of its own."""
-    options = {"base_url": server.client.base_url, "timeout": REQUEST_LIMIT_S, "trust_env": False}
-
-    async def send(request: dict[str, object], after_s: float) -> httpx.Response:
-        await asyncio.sleep(after_s)
-        async with httpx.AsyncClient(**options) as client:
-            return await client.post("/v1/completions", json=request)
+    a_connection_each = httpx.Limits(max_connections=None, max_keepalive_connections=0)
 
     async def send_all() -> list[httpx.Response]:
-        return await asyncio.gather(*(send(*both) for both in requests))
+        # One client: making one takes longer than the gap between two of these requests.
+        async with httpx.AsyncClient(
+            base_url=server.client.base_url, timeout=REQUEST_LIMIT_S, trust_env=False, limits=a_connection_each
+        ) as client:
+
+            async def send(request: dict[str, object], after_s: float) -> httpx.Response:
+                await asyncio.sleep(after_s)
+                return await client.post("/v1/completions", json=request)
+
+            return await asyncio.gather(*(send(*both) for both in requests))
 
     return asyncio.run(send_all())
 
@@ -128,19 +133,26 @@ def test_while_the_policy_changes_nobody_gets_a_server_error(two: TwoFrontEnds) 
 
 def test_both_refuse_under_overload_and_let_in_again_after_it(two: TwoFrontEnds) -> None:
     server = two.server
-    assert statuses(server, "strict") == {200}
-    counted_before = server.metrics()("layerkv_overload_refused_total", "strict")
-    flood = [(body(prompt(900, seed=seed), 8, vllm_xargs={"slo_class": "patient"}), 0.0) for seed in range(40)]
-    strict = [
-        (body(prompt(900, seed=100 + index), 8, vllm_xargs={"slo_class": "strict"}), 0.004 * index)
-        for index in range(60)
-    ]
-    found = [response.status_code for response in answers(server, [*flood, *strict])]
+
+    def long(seed: int) -> dict[str, object]:
+        return body(prompt(900, seed=seed), 8, vllm_xargs={"slo_class": "long"})
+
+    def wait_until_all_are_let_in() -> None:
+        server.wait_until_idle()
+        end_s = time.monotonic() + POLL_LIMIT_S
+        while statuses(server, "strict") != {200}:
+            assert time.monotonic() < end_s, server.log()[-2000:]
+            time.sleep(POLL_S)
+
+    wait_until_all_are_let_in()
+    for seed in range(8):  # What a request of this class costs is learned: a gate that lets some in counts with it.
+        assert answers(server, [(long(200 + seed), 0.0)])[0].status_code == 200
+    counted_before = server.metrics()("layerkv_overload_refused_total", "long")
+    patient = [(body(prompt(900, seed=seed), 8, vllm_xargs={"slo_class": "patient"}), 0.0) for seed in range(40)]
+    at_once = [(long(100 + index), 0.0) for index in range(60)]
+    found = [response.status_code for response in answers(server, [*patient, *at_once])]
     assert set(found[:40]) == {200}
     assert set(found[40:]) == {200, 429}
-    assert server.metrics()("layerkv_overload_refused_total", "strict") - counted_before == found.count(429)
-    server.wait_until_idle()
-    end_s = time.monotonic() + POLL_LIMIT_S
-    while statuses(server, "strict") != {200}:
-        assert time.monotonic() < end_s, server.log()[-2000:]
-        time.sleep(POLL_S)
+    assert server.metrics()("layerkv_overload_refused_total", "long") - counted_before == found.count(429)
+    wait_until_all_are_let_in()
+    assert answers(server, [(long(300), 0.0)])[0].status_code == 200
