@@ -5,6 +5,7 @@ frozen afterwards. Invariant: whatever is wrong with the input is one `ConfigErr
 allocated, whose one-line message says where it is, what was found, what was expected, and what to set.
 """
 
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from layerkv.strict_yaml import above_zero, did_you_mean, join_path, load_yaml, read_keys, show, wrong
+from layerkv.strict_yaml import above_zero, at_least_zero, did_you_mean, join_path, load_yaml, read_keys, show, wrong
 from layerkv.units import format_bytes, parse_bytes, parse_seconds
 
 __all__ = [
@@ -46,8 +47,11 @@ class SloClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     `ttft_s` bounds the time to the first token, `tpot_s` the mean time per output token after it; both are
     seconds above zero. `weight` says how much a missed promise of this class counts against another's.
-    `max_stall_s` bounds the time between any two tokens, `None` leaves it to the mean. `overload` says what becomes
-    of a request that cannot have its first token in time: it queues behind those that can, or is rejected.
+    `max_stall_s` bounds the time between any two tokens, `None` leaves it to the mean. `max_lag_s` bounds all waits
+    together of a reader who takes a token every `tpot_s` from the first one on. `stream` says whether there is such a
+    reader: False for what is used when it is whole (batches). Without a TPOT (`tpot_s` is infinite) nobody reads.
+    `overload` says what becomes of a request that cannot have its first token in time: it queues behind those that can,
+    or is rejected.
     """
 
     name: str
@@ -55,7 +59,19 @@ class SloClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     tpot_s: float
     weight: float = 1.0
     max_stall_s: float | None = None
+    max_lag_s: float = 1.0
+    stream: bool = True
     overload: Overload = "queue"
+
+    @property
+    def has_reader(self) -> bool:
+        """Whether somebody reads its tokens as they come, at the pace of its TPOT."""
+        return self.stream and self.tpot_s < math.inf
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds in which its reader takes a token; infinite where nobody reads."""
+        return self.tpot_s if self.stream else math.inf
 
 
 class SloPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -233,6 +249,13 @@ _Stall: TypeAlias = Annotated[
     str | int | float | None,
     Meta(description="a duration above zero such as 500ms, 30s or 2m", examples=["2s"]),
 ]
+_Tpot: TypeAlias = Annotated[
+    str | int | float | None,
+    Meta(description="a duration above zero such as 50ms, or no such key where nobody reads along", examples=["50ms"]),
+]
+_Lag: TypeAlias = Annotated[
+    str | int | float, Meta(description="a duration such as 500ms or 2s, or 0", examples=["1s"])
+]
 _LengthPrediction: TypeAlias = Annotated[LengthPrediction, Meta(description="quantile or none", examples=["quantile"])]
 _ProfilePath: TypeAlias = Annotated[
     str | None, Meta(description="the path of a file that `layerkv profile` wrote", examples=["profile.json"])
@@ -259,9 +282,11 @@ class _ClassKeys(msgspec.Struct, frozen=True):
     """One entry under `classes`."""
 
     ttft: _Duration
-    tpot: _Duration
+    tpot: _Tpot = None
     weight: _Weight = 1.0
     max_stall: _Stall = None
+    max_lag: _Lag = "1s"
+    stream: _Switch = True
     overload: _ClassOverload = None
 
 
@@ -296,15 +321,19 @@ class _EngineKeys(msgspec.Struct, frozen=True):
 
 def _read_class(name: str, promises: Any, *, where: str, overload: Overload) -> SloClass:
     keys = read_keys(promises, _ClassKeys, where=where)
-    max_stall_s = None
+    tpot_s, max_stall_s = math.inf, None
+    if keys.tpot is not None:
+        tpot_s = above_zero(parse_seconds, keys.tpot, where=f"{where}.tpot", example="50ms")
     if keys.max_stall is not None:
         max_stall_s = above_zero(parse_seconds, keys.max_stall, where=f"{where}.max_stall", example="2s")
     return SloClass(
         name=name,
         ttft_s=above_zero(parse_seconds, keys.ttft, where=f"{where}.ttft", example="500ms"),
-        tpot_s=above_zero(parse_seconds, keys.tpot, where=f"{where}.tpot", example="50ms"),
+        tpot_s=tpot_s,
         weight=keys.weight,
         max_stall_s=max_stall_s,
+        max_lag_s=at_least_zero(parse_seconds, keys.max_lag, where=f"{where}.max_lag", example="1s"),
+        stream=keys.stream,
         overload=keys.overload or overload,
     )
 

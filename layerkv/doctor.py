@@ -5,6 +5,7 @@ it is what it reports.
 """
 
 import ctypes
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -183,11 +184,13 @@ def _print_checks(checks: list[Check], console: Console) -> None:
 def _print_classes(policy: SloPolicy, console: Console) -> None:
     table = Table(title="SLO classes", title_justify="left")
     table.add_column("class", overflow="fold")
-    for title in ("ttft", "tpot", "weight", "max_stall", "overload"):
+    for title in ("ttft", "tpot", "max_lag", "weight", "max_stall", "overload"):
         table.add_column(title, justify="right", no_wrap=True)
     for slo in policy.classes.values():
         name = f"{slo.name} (default)" if slo.name == policy.default_class else slo.name
         stall = "" if slo.max_stall_s is None else format_seconds(slo.max_stall_s)
-        promises = (format_seconds(slo.ttft_s), format_seconds(slo.tpot_s), f"{slo.weight:g}", stall, slo.overload)
+        tpot = format_seconds(slo.tpot_s) if slo.tpot_s < math.inf else ""
+        lag = format_seconds(slo.max_lag_s) if slo.has_reader else ""
+        promises = (format_seconds(slo.ttft_s), tpot, lag, f"{slo.weight:g}", stall, slo.overload)
         table.add_row(escape(name), *promises)
     console.print(table)

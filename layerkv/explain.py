@@ -163,7 +163,8 @@ def _sentence(entry: LogEntry, until_s: float | None) -> str:
     if entry.event is Event.ARRIVED:
         return (
             f"arrived: class {facts.get('slo_class')}, {facts.get('prompt_tokens')} prompt tokens, first token due "
-            f"within {_seconds(facts.get('ttft_s'))}, then {_seconds(facts.get('tpot_s'))} per token"
+            f"within {_seconds(facts.get('ttft_s'))}"
+            + (f", then {_seconds(facts['tpot_s'])} per token" if facts.get("tpot_s") is not None else "")
         )
     if entry.event is Event.WAITS:
         how_long = "" if until_s is None else f" {_seconds(until_s - entry.time_s)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from layerkv.config import SloClass
 
@@ -62,3 +63,90 @@ def met_slo(slo: SloClass, ttft_s: float | None, tpot_s: float | None, longest_g
         and (tpot_s is None or tpot_s <= slo.tpot_s)
         and (slo.max_stall_s is None or longest_gap_s <= slo.max_stall_s)
     )
+
+
+@dataclass(slots=True)
+class ReaderClock:
+    """Somebody who reads a stream as it comes, one token each ``pace_s`` from the first one on, and waits where there
+    is none.
+
+    Each wait moves the times of all later tokens. Feed it a stream's tokens in order; what it holds does not grow.
+    (Andes, arXiv 2404.16283, and TokenFlow, arXiv 2510.02758, rate streams by such a reader's buffer.)
+
+    Attributes:
+        pace_s: Seconds that a token takes to read: the class's TPOT. 0 reads each token as it comes: waits for all.
+        lag_s: All waits together: ``max over k of (t_k - t_first - k * pace_s)``.
+        longest_pause_s: The longest single wait,
+        paused_at: and the number of the token that it was for (the first is 0).
+        num_tokens: Tokens so far.
+        wants_next_s: When the reader has read them all; infinite before the first.
+    """
+
+    pace_s: float
+    lag_s: float = 0.0
+    longest_pause_s: float = 0.0
+    paused_at: int = 0
+    num_tokens: int = 0
+    wants_next_s: float = math.inf
+
+    def add(self, at_s: float, num_tokens: int = 1) -> float:
+        """So many tokens come out at once; returns how long the reader waited for them."""
+        if self.num_tokens == 0:
+            self.wants_next_s = at_s
+        wait_s = max(at_s - self.wants_next_s, 0.0)
+        if wait_s > self.longest_pause_s:
+            self.longest_pause_s, self.paused_at = wait_s, self.num_tokens
+        self.lag_s += wait_s
+        self.num_tokens += num_tokens
+        self.wants_next_s += wait_s + num_tokens * self.pace_s
+        return wait_s
+
+
+def reader_of(slo: SloClass, token_times_s: Iterable[float]) -> ReaderClock:
+    """The reader of a whole stream whose tokens came out at these times."""
+    reader = ReaderClock(slo.pace_s)
+    for at_s in token_times_s:
+        reader.add(at_s)
+    return reader
+
+
+def is_fluid(slo: SloClass, ttft_s: float | None, lag_s: float) -> bool:
+    """Whether a finished stream flowed: its first token met TTFT, and its reader's waits together the class's
+    ``max_lag``.
+
+    Args:
+        slo: A class with a reader; what nobody reads as it comes (``slo.has_reader`` is False) is fluid if
+            :func:`met_slo` says so, which the caller asks.
+        ttft_s: Arrival to first token; None if none came.
+        lag_s: :attr:`ReaderClock.lag_s` of its tokens.
+    """
+    return met_ttft(slo, ttft_s) and lag_s <= slo.max_lag_s
+
+
+def due_s(slo: SloClass, arrival_s: float, k: int) -> float:
+    """When token ``k`` (the first is 0) is due if the stream is to be on time: ``arrival + TTFT + k * TPOT``."""
+    return arrival_s + slo.ttft_s + k * slo.tpot_s if k else arrival_s + slo.ttft_s
+
+
+def num_on_time(slo: SloClass, arrival_s: float, token_times_s: Iterable[float]) -> int:
+    """Tokens that came no later than :func:`due_s`."""
+    return sum(at_s <= due_s(slo, arrival_s, k) for k, at_s in enumerate(token_times_s))
+
+
+def fluidity_index(slo: SloClass, arrival_s: float, token_times_s: Iterable[float]) -> float | None:
+    """Etalon's fluidity index (arXiv 2407.07000): ``1 - deadlines missed / deadlines``; None without tokens.
+
+    Token ``k`` has its deadline one TPOT after the last one's; tokens that come early bank the difference. A token
+    that is late misses its own deadline and one more for each TPOT that passes, and the next deadline counts from it.
+    """
+    deadlines = missed = 0
+    deadline_s = arrival_s + slo.ttft_s
+    for at_s in token_times_s:
+        deadlines += 1
+        if at_s > deadline_s:
+            late = 1 + int((at_s - deadline_s) / slo.tpot_s)
+            missed += late
+            deadlines += late - 1
+            deadline_s = at_s
+        deadline_s += slo.tpot_s
+    return 1 - missed / deadlines if deadlines else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from rich.console import Console
 
-from layerkv.config import SloPolicy, load_policy
+from layerkv.config import SloClass, SloPolicy, load_policy
 from layerkv.errors import LayerKVError
 from layerkv.runtime import ring, running_engines
 from layerkv.units import format_seconds
@@ -58,7 +59,16 @@ def describe(policy: SloPolicy) -> list[str]:
         late = "refused" if slo.overload == "reject" else "served behind the others"
         default = " (default)" if slo.name == policy.default_class else ""
         lines.append(
-            f"{slo.name}{default}: first token within {format_seconds(slo.ttft_s)}, then {format_seconds(slo.tpot_s)} "
-            f"per token{stall}; weight {slo.weight:g}; when late, {late}"
+            f"{slo.name}{default}: first token within {format_seconds(slo.ttft_s)}, {_pace(slo)}{stall}; "
+            f"weight {slo.weight:g}; when late, {late}"
         )
     return lines
+
+
+def _pace(slo: SloClass) -> str:
+    if slo.tpot_s == math.inf:
+        return "the rest when it is ready (nobody reads along)"
+    if not slo.stream:
+        return f"then {format_seconds(slo.tpot_s)} per token on average (nobody reads along)"
+    waits = f"waits of {format_seconds(slo.max_lag_s)} in all" if slo.max_lag_s else "no wait"
+    return f"then {format_seconds(slo.tpot_s)} per token, {waits} at most"

@@ -55,14 +55,22 @@ def read_keys(raw: Any, keys_type: type[_Keys], *, where: str) -> _Keys:
 
 def above_zero(parse: Callable[[Any], _Number], value: object, *, where: str, example: str) -> _Number:
     """Parse a size or a duration that must not be zero, adding to the parser's message where it stands."""
-    fix = f"set {where.rpartition('.')[2]} to {example}, say"
-    try:
-        quantity = parse(value)
-    except ValueError as error:
-        raise wrong(where, str(error), fix) from None
+    quantity = at_least_zero(parse, value, where=where, example=example)
     if not quantity:
-        raise wrong(where, f"found {show(value)}; expected more than zero", fix)
+        raise wrong(where, f"found {show(value)}; expected more than zero", _fix(where, example))
     return quantity
+
+
+def at_least_zero(parse: Callable[[Any], _Number], value: object, *, where: str, example: str) -> _Number:
+    """Parse a size or a duration, adding to the parser's message where it stands."""
+    try:
+        return parse(value)
+    except ValueError as error:
+        raise wrong(where, str(error), _fix(where, example)) from None
+
+
+def _fix(where: str, example: str) -> str:
+    return f"set {where.rpartition('.')[2]} to {example}, say"
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -5,6 +5,9 @@ The host tells what happens to a request, in the order in which it happens; time
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile
 from layerkv.scheduler.backlog import PrefillLine
@@ -98,15 +101,10 @@ class RequestBooks:
         self.tracked[request_id] = tracked
         self.enqueue(request_id, num_tokens, 0)
         self.line.came(slo, tracked.prefill_cost_s, now_s)
-        self.journal.write(
-            now_s,
-            request_id,
-            Event.ARRIVED,
-            slo_class=slo.name,
-            ttft_s=slo.ttft_s,
-            tpot_s=slo.tpot_s,
-            prompt_tokens=num_tokens,
-        )
+        facts: dict[str, Any] = {"slo_class": slo.name, "ttft_s": slo.ttft_s, "prompt_tokens": num_tokens}
+        if slo.tpot_s < math.inf:
+            facts["tpot_s"] = slo.tpot_s
+        self.journal.write(now_s, request_id, Event.ARRIVED, **facts)
 
     def enqueue(self, request_id: str, num_tokens: int, num_output: int) -> None:
         """A request without KV waits for compute: a new one, or one whose KV was given up."""

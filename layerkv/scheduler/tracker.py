@@ -21,6 +21,10 @@ View = TypeVar("View", WaitingRequest, ParkedRequest)
 MOST_FAILURES = 3
 """So many times a request's KV may be lost to failed copies before it makes a token; then it is ended with an error."""
 
+NO_TPOT_S = 1.0
+"""Seconds per token by which a request is scheduled whose class promises none: it waits longer than those that are
+read, and not for ever. Not measured: chosen ten times slower than people read."""
+
 LATE_SHARE = 8
 """One in so many of a queue's head is kept for requests that are late already, so that they are seen at all."""
 
@@ -186,7 +190,7 @@ class TrackedRequest:
         num_failures: How often its KV was lost to a failed copy since it last made a token,
         failed_at: and how many output tokens it had then.
         said: The last thing said of it in the decision log: the same is not said twice.
-        tpot_s: Its class's TPOT objective,
+        tpot_s: Its class's TPOT objective (:data:`NO_TPOT_S` if it has none),
         weight: weight,
         max_stall_s: and longest stall (infinite if it has none), at hand for the pass over running requests.
     """
@@ -214,7 +218,8 @@ class TrackedRequest:
     max_stall_s: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.tpot_s, self.weight = self.slo.tpot_s, self.slo.weight
+        self.tpot_s = self.slo.tpot_s if self.slo.tpot_s < math.inf else NO_TPOT_S
+        self.weight = self.slo.weight
         self.max_stall_s = math.inf if self.slo.max_stall_s is None else self.slo.max_stall_s
 
     @property

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,27 @@ def test_three_policies_are_shipped() -> None:
     assert [path.name for path in SHIPPED_POLICIES] == ["chat-and-batch.yaml", "demo.yaml", "overload.yaml"]
 
 
+def test_a_class_says_how_much_its_readers_may_wait_or_that_nobody_reads(write: WriteFile) -> None:
+    def read(promises: str) -> SloClass:
+        return load_policy(write(one_class(promises))).classes["chat"]
+
+    assert read("{ttft: 1s, tpot: 50ms}").max_lag_s == 1.0
+    assert read("{ttft: 1s, tpot: 50ms, max_lag: 0}").max_lag_s == 0.0
+    assert read("{ttft: 1s, tpot: 50ms, max_lag: 250ms}").max_lag_s == 0.25
+    assert read("{ttft: 1s, tpot: 50ms}").has_reader
+    for nobody in (read("{ttft: 1s}"), read("{ttft: 1s, tpot: 50ms, stream: false}")):
+        assert not nobody.has_reader
+        assert nobody.pace_s == math.inf
+
+
 @pytest.mark.parametrize(
     ("text", "where", "complaint"),
     [
         pytest.param(
             one_class("{tfft: 1s, tpot: 1s}"),
             "$.classes.chat.tfft",
-            "found an unknown key; expected one of ttft, tpot, weight, max_stall, overload; did you mean ttft?",
+            "found an unknown key; expected one of ttft, tpot, weight, max_stall, max_lag, stream, overload; "
+            "did you mean ttft?",
             id="mistyped key",
         ),
         pytest.param("vresion: 1", "$.vresion", "did you mean version?", id="mistyped key at the top"),
@@ -103,10 +118,13 @@ def test_three_policies_are_shipped() -> None:
         pytest.param(one_class("{ttft: .nan, tpot: 1s}"), "$.classes.chat.ttft", "not finite", id="nan"),
         pytest.param(one_class("{ttft: , tpot: 1s}"), "$.classes.chat.ttft", "found None", id="key without a value"),
         pytest.param(
-            one_class("{ttft: 1s}"),
-            "$.classes.chat.tpot",
+            one_class("{tpot: 1s}"),
+            "$.classes.chat.ttft",
             "found nothing; expected a duration",
             id="missing key",
+        ),
+        pytest.param(
+            one_class("{ttft: 1s, tpot: 1s, max_lag: -1}"), "$.classes.chat.max_lag", "negative", id="negative lag"
         ),
         pytest.param(
             one_class("{ttft: 1s, tpot: 1s, weight: 0}"),

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from layerkv.config import SloClass
-from layerkv.figures import distribution, met_slo, percentile, tpot_s
+from layerkv.figures import (
+    ReaderClock,
+    distribution,
+    fluidity_index,
+    is_fluid,
+    met_slo,
+    num_on_time,
+    percentile,
+    reader_of,
+    tpot_s,
+)
 
 CHAT = SloClass(name="chat", ttft_s=1.0, tpot_s=0.1)
 
@@ -47,3 +59,72 @@ def test_an_slo_is_met_if_every_objective_of_the_class_is(
 ) -> None:
     slo = SloClass(name="chat", ttft_s=1.0, tpot_s=0.1, max_stall_s=stall_s)
     assert met_slo(slo, ttft_s, tpot, gap_s) is is_met
+
+
+# A reader's clock ------------------------------------------------------------------------------------------------
+
+READS = SloClass(name="reads", ttft_s=2.0, tpot_s=0.5)
+
+
+def test_a_reader_who_always_finds_a_token_never_waits() -> None:
+    reader = reader_of(READS, [3.0, 3.1, 3.2, 3.3])
+    assert (reader.lag_s, reader.longest_pause_s, reader.num_tokens) == (0.0, 0.0, 4)
+    assert reader.wants_next_s == pytest.approx(5.0)
+
+
+def test_each_wait_moves_what_comes_after_it() -> None:
+    reader = reader_of(READS, [0.0, 0.1, 3.0, 3.4, 5.0])
+    assert reader.longest_pause_s == pytest.approx(2.0)
+    assert reader.paused_at == 2
+    assert reader.lag_s == pytest.approx(3.0)  # then wanted at 3.5, had; at 4.0, came at 5.0
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=40).map(sorted), st.floats(0.01, 3))
+def test_lag_is_how_far_the_latest_token_is_behind_the_pace(times_s: list[float], pace_s: float) -> None:
+    reader = reader_of(SloClass(name="any", ttft_s=1.0, tpot_s=pace_s), times_s)
+    assert reader.lag_s == pytest.approx(max(at_s - times_s[0] - k * pace_s for k, at_s in enumerate(times_s)))
+    assert 0 <= reader.longest_pause_s <= reader.lag_s + 1e-9
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 5)), min_size=1, max_size=20))
+def test_tokens_that_come_at_once_are_tokens_one_by_one(batches: list[tuple[float, int]]) -> None:
+    times = [(math.fsum(gap for gap, _ in batches[: i + 1]), num) for i, (_, num) in enumerate(batches)]
+    at_once, one_by_one = ReaderClock(0.3), ReaderClock(0.3)
+    for at_s, num in times:
+        at_once.add(at_s, num)
+        for _ in range(num):
+            one_by_one.add(at_s)
+    assert at_once.lag_s == pytest.approx(one_by_one.lag_s)
+    assert at_once.wants_next_s == pytest.approx(one_by_one.wants_next_s)
+
+
+def test_a_stream_is_fluid_if_it_begins_in_time_and_its_reader_hardly_waits() -> None:
+    strict = SloClass(name="strict", ttft_s=2.0, tpot_s=0.5, max_lag_s=0.0)
+    assert is_fluid(READS, 2.0, 1.0)
+    assert not is_fluid(READS, 2.1, 0.0)
+    assert not is_fluid(READS, None, 0.0)
+    assert not is_fluid(READS, 1.0, 1.1)
+    assert is_fluid(strict, 1.0, 0.0)
+    assert not is_fluid(strict, 1.0, 0.1)
+
+
+def test_nobody_waits_for_what_nobody_reads() -> None:
+    for slo in (
+        SloClass(name="batch", ttft_s=2.0, tpot_s=math.inf),
+        SloClass(name="whole", ttft_s=2.0, tpot_s=0.1, stream=False),
+    ):
+        assert not slo.has_reader
+        assert reader_of(slo, [0.0, 5.0, 50.0]).lag_s == 0.0
+
+
+def test_a_token_is_on_time_by_the_request_s_arrival_and_not_by_its_first_token() -> None:
+    assert num_on_time(READS, 10.0, [10.1, 12.5, 13.0, 13.6]) == 3  # due at 12.0, 12.5, 13.0, 13.5
+    assert num_on_time(SloClass(name="batch", ttft_s=2.0, tpot_s=math.inf), 0.0, [2.0, 99.0]) == 2
+
+
+def test_the_fluidity_index_counts_every_deadline_that_passes_and_begins_anew_after_a_late_token() -> None:
+    assert fluidity_index(READS, 0.0, []) is None
+    assert fluidity_index(READS, 0.0, [1.0, 1.1, 1.2]) == 1.0
+    assert fluidity_index(READS, 0.0, [1.0, 2.6]) == pytest.approx(1 - 1 / 2)  # due at 2.5
+    # 1.3 s late are three deadlines missed; the next one counts from there
+    assert fluidity_index(READS, 0.0, [1.0, 3.8, 4.3]) == pytest.approx(1 - 3 / 5)

@@ -56,9 +56,11 @@ def engine(policy_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_check_says_what_each_class_is_promised(policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["policy", "check", str(policy_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "chat (default): first token within 500ms, then 50ms per token, never more than 2s between tokens; weight 4; "
+        "chat (default): first token within 500ms, then 50ms per token, waits of 1s in all at most, never more "
+        "than 2s between tokens; weight 4; "
         "when late, refused",
-        "batch: first token within 30s, then 200ms per token; weight 1; when late, served behind the others",
+        "batch: first token within 30s, then 200ms per token, waits of 1s in all at most; weight 1; when late, "
+        "served behind the others",
     ]
 
 
