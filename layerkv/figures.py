@@ -89,16 +89,28 @@ class ReaderClock:
     num_tokens: int = 0
     wants_next_s: float = math.inf
 
-    def add(self, at_s: float, num_tokens: int = 1) -> float:
-        """So many tokens come out at once; returns how long the reader waited for them."""
+    def add(self, at_s: float, num_tokens: int = 1, every_s: float = 0.0) -> float:
+        """So many tokens come out, the first at ``at_s`` and one more each ``every_s`` (0: all at once).
+
+        Returns how long the reader waited for them.
+        """
         if self.num_tokens == 0:
             self.wants_next_s = at_s
         wait_s = max(at_s - self.wants_next_s, 0.0)
         if wait_s > self.longest_pause_s:
             self.longest_pause_s, self.paused_at = wait_s, self.num_tokens
+        wants_s = self.wants_next_s + wait_s
+        if every_s > self.pace_s and num_tokens > 1:  # they come more slowly than they are read
+            each_s = every_s - self.pace_s
+            later_s = max(each_s * (num_tokens - 1) - (wants_s - at_s), 0.0)
+            longest_s = min(each_s, later_s)
+            if longest_s > self.longest_pause_s:
+                self.longest_pause_s, self.paused_at = longest_s, self.num_tokens + num_tokens - 1
+            wait_s += later_s
+            wants_s += later_s
         self.lag_s += wait_s
         self.num_tokens += num_tokens
-        self.wants_next_s += wait_s + num_tokens * self.pace_s
+        self.wants_next_s = wants_s + num_tokens * self.pace_s
         return wait_s
 
 

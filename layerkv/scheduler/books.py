@@ -88,6 +88,7 @@ class RequestBooks:
         rank: int = 0,
         can_layer: bool = True,
         in_one_step: bool = False,
+        has_reader: bool = True,
     ) -> None:
         """A request has come in and waits."""
         tracked = TrackedRequest(
@@ -97,6 +98,7 @@ class RequestBooks:
             rank=rank,
             can_layer=can_layer,
             in_one_step=in_one_step,
+            has_reader=has_reader,
         )
         self.tracked[request_id] = tracked
         self.enqueue(request_id, num_tokens, 0)
@@ -223,6 +225,12 @@ class RequestBooks:
         ttft_s = round(now_s - tracked.arrival_s, 6)
         self.journal.write(now_s, request_id, Event.FIRST_TOKEN, ttft_s=ttft_s, on_time=on_time)
         return tracked.slo, on_time
+
+    def made_tokens(self, request_id: str, at_s: float, num_tokens: int = 1, every_s: float = 0.0) -> None:
+        """Tokens of a request have come out: see :meth:`layerkv.figures.ReaderClock.add`."""
+        tracked = self.tracked.get(request_id)
+        if tracked is not None:
+            tracked.reader.add(at_s, num_tokens, every_s)
 
     def leave(self, request_id: str, *, num_output: int, end: End, now_s: float, made_tokens: bool = True) -> None:
         """A request is gone, after ``num_output`` tokens: what that says about lengths is learned.

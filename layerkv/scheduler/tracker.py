@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Generic, TypeVar
 
 from layerkv.config import SloClass
+from layerkv.figures import ReaderClock
 from layerkv.scheduler.reasons import Event, Reason
 from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
 
@@ -178,6 +179,7 @@ class TrackedRequest:
         can_layer: Whether it may be parked and fetched.
         in_one_step: Whether its prompt must not be computed in chunks.
         outgrows_pool: Whether it may become larger than the pool.
+        has_reader: Whether somebody gets its tokens as they come, at the pace of its class if that has one.
         first_token_s: When its first token came out; None before.
         admitted_s: When it was first given compute; None before.
         resident_since_step: Step of its last admission or fetch.
@@ -193,6 +195,7 @@ class TrackedRequest:
         tpot_s: Its class's TPOT objective (:data:`NO_TPOT_S` if it has none),
         weight: weight,
         max_stall_s: and longest stall (infinite if it has none), at hand for the pass over running requests.
+        reader: Who reads its tokens, by its class's pace.
     """
 
     slo: SloClass
@@ -202,6 +205,7 @@ class TrackedRequest:
     can_layer: bool = True
     in_one_step: bool = False
     outgrows_pool: bool = False
+    has_reader: bool = True
     first_token_s: float | None = None
     admitted_s: float | None = None
     resident_since_step: int = 0
@@ -216,11 +220,14 @@ class TrackedRequest:
     tpot_s: float = field(init=False)
     weight: float = field(init=False)
     max_stall_s: float = field(init=False)
+    reader: ReaderClock = field(init=False)
 
     def __post_init__(self) -> None:
         self.tpot_s = self.slo.tpot_s if self.slo.tpot_s < math.inf else NO_TPOT_S
         self.weight = self.slo.weight
         self.max_stall_s = math.inf if self.slo.max_stall_s is None else self.slo.max_stall_s
+        self.has_reader &= self.slo.has_reader
+        self.reader = ReaderClock(self.slo.pace_s if self.has_reader else math.inf)
 
     @property
     def ttft_deadline_s(self) -> float:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from layerkv.config import SloClass
 from layerkv.core.cost import CostProfile, CostView, StepWork, chunk_pairs
 from layerkv.core.geometry import KVGeometry
+from layerkv.figures import ReaderClock
 from layerkv.scheduler.reasons import End
 from layerkv.sim.outcome import GapHistogram, RequestOutcome, SimOutcome
 
@@ -80,8 +81,10 @@ class Live:
     longest_gap_s: float = 0.0
     num_parks: int = 0
     num_recomputes: int = 0
+    reader: ReaderClock = field(init=False)
 
     def __post_init__(self) -> None:
+        self.reader = ReaderClock(self.request.slo.pace_s)
         # Asked for millions of times in a run.
         self.request_id, self.prompt_tokens = self.request.request_id, self.request.prompt_tokens
 
@@ -138,6 +141,10 @@ class VirtualEngine(ABC):
     def copies(self) -> tuple[int, int, int, bool]:
         """What the step copies: bytes stored and loaded layer by layer, stored before it; and if it is layered."""
         return 0, 0, 0, False
+
+    def made_tokens(self, live: Live, at_s: float, num_tokens: int, every_s: float) -> None:
+        """A request has made tokens, the first at ``at_s`` and one more each ``every_s``."""
+        live.reader.add(at_s, num_tokens, every_s)
 
     def stepped(self, work: StepWork, seconds: float, firsts: Sequence[Live]) -> None:  # noqa: B027 (may do nothing)
         """A step (or several alike, each of which took so long) has ended; ``firsts`` made their first token."""
@@ -250,6 +257,7 @@ class VirtualEngine(ABC):
                 live.longest_gap_s = max(live.longest_gap_s, gap_s)
             live.last_token_s = now_s
             live.num_made += repeats
+            self.made_tokens(live, first_gap_end_s, repeats, seconds)
             if live.num_made >= live.request.output_tokens:
                 self._finish(live)
         if steady:

@@ -121,6 +121,10 @@ class LayeredEngine(VirtualEngine):
             plan.is_layered,
         )
 
+    def made_tokens(self, live: Live, at_s: float, num_tokens: int, every_s: float) -> None:
+        super().made_tokens(live, at_s, num_tokens, every_s)
+        self.controller.made_tokens(live.request_id, at_s, num_tokens, every_s)
+
     def stepped(self, work: StepWork, seconds: float, firsts: Sequence[Live]) -> None:
         were_late = None
         for live in firsts:

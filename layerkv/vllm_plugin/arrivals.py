@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
+from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
@@ -80,6 +81,7 @@ class Arrivals:
             # vLLM does not load external KV for these, or keeps their KV between turns
             can_layer=not request.skip_reading_prefix_cache and not request.resumable,
             in_one_step=self._cannot_cut_seeded and is_seeded(request.sampling_params),
+            has_reader=_is_streamed(request),
         )
         self._keep_from_pool(request)
         self._no_first_token.add(request.request_id)
@@ -129,8 +131,12 @@ class Arrivals:
     def untrack(self, request: Request) -> None:
         """A request is about to end, or to be ended."""
         request_id = request.request_id
+        now_s = time.monotonic()
         if request.num_output_tokens and request_id in self._no_first_token:  # it ends with its first token
-            self._note_first_token(request_id, time.monotonic())
+            self._note_first_token(request_id, now_s)
+        tracked = self._controller.tracked.get(request_id)
+        if tracked is not None and (num_last := request.num_output_tokens - tracked.reader.num_tokens) > 0:
+            self._controller.made_tokens(request_id, now_s, num_last)  # it ends before its last ones are noted
         self._no_first_token.discard(request_id)
         self.refused.pop(request_id, None)
 
@@ -170,16 +176,20 @@ class Arrivals:
                     )
                 )
 
-    def note_first_tokens(self, outputs: Iterable[EngineCoreOutputs], now_s: float) -> bool | None:
-        """Whether any first token of this step was late; None if there was none."""
+    def note_tokens(self, outputs: Iterable[EngineCoreOutputs], now_s: float) -> bool | None:
+        """Tokens of this step have come out. Whether any first one was late; None if there was none."""
         were_late: bool | None = None
-        if not self._no_first_token:
-            return were_late
+        made_tokens, no_first_token = self._controller.made_tokens, self._no_first_token
         for of_client in outputs:
             for output in of_client.outputs:
-                if output.new_token_ids and output.request_id in self._no_first_token:
-                    self._no_first_token.discard(output.request_id)
-                    were_late = bool(were_late) or not self._note_first_token(output.request_id, now_s)
+                num_tokens = len(output.new_token_ids)
+                if not num_tokens:
+                    continue
+                request_id = output.request_id
+                if request_id in no_first_token:
+                    no_first_token.discard(request_id)
+                    were_late = bool(were_late) or not self._note_first_token(request_id, now_s)
+                made_tokens(request_id, now_s, num_tokens)
         return were_late
 
     def _note_first_token(self, request_id: str, now_s: float) -> bool:
@@ -190,3 +200,9 @@ class Arrivals:
         slo, on_time = found
         self._metrics.add("layerkv_ttft_slo_met" if on_time else "layerkv_ttft_slo_missed", 1, slo.name)
         return on_time
+
+
+def _is_streamed(request: Request) -> bool:
+    """Whether somebody gets its tokens as they come."""
+    params = request.sampling_params
+    return params is None or params.output_kind is not RequestOutputKind.FINAL_ONLY

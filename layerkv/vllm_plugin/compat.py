@@ -110,6 +110,7 @@ _SURFACES: tuple[Surface, ...] = (
     Surface("vllm.v1.worker.gpu_worker", "Worker.get_kv_cache_spec"),
     Surface("vllm.v1.worker.gpu_worker", "Worker.execute_model", ("scheduler_output",)),
     Surface("vllm.v1.request", "Request.get_skip_reading_prefix_cache"),
+    Surface("vllm.sampling_params", "RequestOutputKind.FINAL_ONLY"),
     Surface("vllm.config", "ParallelConfig.use_ubatching"),
     Surface("vllm.config", "ParallelConfig.nnodes_within_dp"),
     Surface("vllm.config", "ModelConfig.get_num_layers", ("parallel_config",)),

@@ -162,7 +162,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._recovery.processed()
         now_s = time.monotonic()
-        firsts_late = self._arrivals.note_first_tokens(outputs.values(), now_s)
+        firsts_late = self._arrivals.note_tokens(outputs.values(), now_s)
         if scheduler_output.total_num_scheduled_tokens and self._steps_in_flight:
             started_s, work = self._steps_in_flight.popleft()
             if work is not None:

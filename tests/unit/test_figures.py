@@ -86,16 +86,19 @@ def test_lag_is_how_far_the_latest_token_is_behind_the_pace(times_s: list[float]
     assert 0 <= reader.longest_pause_s <= reader.lag_s + 1e-9
 
 
-@given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 5)), min_size=1, max_size=20))
-def test_tokens_that_come_at_once_are_tokens_one_by_one(batches: list[tuple[float, int]]) -> None:
-    times = [(math.fsum(gap for gap, _ in batches[: i + 1]), num) for i, (_, num) in enumerate(batches)]
-    at_once, one_by_one = ReaderClock(0.3), ReaderClock(0.3)
-    for at_s, num in times:
-        at_once.add(at_s, num)
-        for _ in range(num):
-            one_by_one.add(at_s)
-    assert at_once.lag_s == pytest.approx(one_by_one.lag_s)
-    assert at_once.wants_next_s == pytest.approx(one_by_one.wants_next_s)
+@given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 5), st.floats(0, 1) | st.just(0.0)), min_size=1, max_size=20))
+def test_tokens_told_together_are_tokens_one_by_one(batches: list[tuple[float, int, float]]) -> None:
+    together, one_by_one = ReaderClock(0.3), ReaderClock(0.3)
+    at_s = 0.0
+    for gap_s, num, every_s in batches:
+        at_s += gap_s
+        together.add(at_s, num, every_s)
+        for k in range(num):
+            one_by_one.add(at_s + k * every_s)
+        at_s += (num - 1) * every_s
+    assert together.lag_s == pytest.approx(one_by_one.lag_s)
+    assert together.wants_next_s == pytest.approx(one_by_one.wants_next_s)
+    assert together.longest_pause_s == pytest.approx(one_by_one.longest_pause_s)
 
 
 def test_a_stream_is_fluid_if_it_begins_in_time_and_its_reader_hardly_waits() -> None:
