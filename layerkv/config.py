@@ -81,7 +81,6 @@ class SloPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     `slo_scheduling` off leaves the objectives out of every decision: arrival order, no prefill budget (to compare
     with). `length_prediction` is `quantile` (learned per class from requests that ended) or `none` (lengths stay
     unknown).
-    `adapt_host_share` lets eLLM's 3-of-5 rule limit how much host memory early prefills may take.
     """
 
     classes: dict[str, SloClass]
@@ -89,7 +88,6 @@ class SloPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     streamed_decode: bool = False
     slo_scheduling: bool = True
     length_prediction: LengthPrediction = "quantile"
-    adapt_host_share: bool = False
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -201,7 +199,6 @@ def parse_policy(raw: Any, *, where: str) -> SloPolicy:
         streamed_decode=keys.streamed_decode,
         slo_scheduling=keys.slo_scheduling,
         length_prediction=keys.length_prediction,
-        adapt_host_share=keys.adapt_host_share,
     )
 
 
@@ -300,7 +297,6 @@ class _PolicyKeys(msgspec.Struct, frozen=True):
     overload: _Overload = "queue"
     slo_scheduling: _Switch = True
     length_prediction: _LengthPrediction = "quantile"
-    adapt_host_share: _Switch = False
 
 
 class _EngineKeys(msgspec.Struct, frozen=True):

@@ -23,7 +23,6 @@ def write_policy(policy: SloPolicy, path: Path) -> Path:
         "streamed_decode": policy.streamed_decode,
         "slo_scheduling": policy.slo_scheduling,
         "length_prediction": policy.length_prediction,
-        "adapt_host_share": policy.adapt_host_share,
     }
     path.write_text(yaml.safe_dump(document), encoding="utf-8")
     return path

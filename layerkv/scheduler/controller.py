@@ -15,14 +15,13 @@ from layerkv.core.cost import CostProfile, StepWork
 from layerkv.scheduler.backlog import Word
 from layerkv.scheduler.books import RequestBooks
 from layerkv.scheduler.engine import EngineShape, EngineState
-from layerkv.scheduler.host_share import HostShare
 from layerkv.scheduler.lengths import LengthPredictor
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.prefill import late_prompts, step_seconds
 from layerkv.scheduler.reasons import LogEntry, Reason
 from layerkv.scheduler.running import look, may_start
-from layerkv.scheduler.snapshot import Decision, ParkedRequest, PrefixHit, Snapshot, WaitingRequest
+from layerkv.scheduler.snapshot import Decision, Lines, ParkedRequest, PrefixHit, Snapshot, WaitingRequest
 
 EXCHANGE_STEPS = 3
 """Steps until the blocks of a request parked to make room are surely free, asynchronous scheduling included."""
@@ -68,29 +67,21 @@ class Controller(RequestBooks):
             keep_log=keep_log,
             refuses_late=refuses_late,
         )
-        self.host_share = HostShare(shape.host_blocks, floor=shape.zone_blocks)
         self._limits = limits or PolicyLimits()
         self._is_cost_known = is_measured
         self._steps_without_prefill = 0
         self._last_exchange_step = -EXCHANGE_STEPS
         self._last_decided: tuple[Snapshot, int] | None = None
-        self._most_are_late: bool | None = None
 
-    def step_done(
-        self, work: StepWork, seconds: float, *, waited_s: float | None = None, firsts_late: bool | None = None
-    ) -> None:
-        """A step has ended: correct the costs, and eLLM's share of host memory.
+    def step_done(self, work: StepWork, seconds: float, *, waited_s: float | None = None) -> None:
+        """A step has ended: correct the costs.
 
         Args:
             work: What it did.
             seconds: How long it took.
             waited_s: How much of that it waited for copies; None if nobody knows.
-            firsts_late: Whether any first token of it was late; None if there was none.
         """
         self._is_cost_known |= self.cost.observe(work, seconds, waited_s)
-        if self.policy.adapt_host_share and (self._most_are_late is not None or firsts_late is not None):
-            self.host_share.observe(decodes_are_late=self._most_are_late, first_was_late=firsts_late)
-        self._most_are_late = None
 
     # Decisions ----------------------------------------------------------------------------------------------------
 
@@ -128,57 +119,37 @@ class Controller(RequestBooks):
     ) -> Snapshot:
         """The engine before a step, as the policy sees it; arguments as for :meth:`decide`.
 
-        Renews predictions of lengths that are due, and remembers for later calls how long a bare step takes now and
-        whether most requests that decode are late.
+        Renews predictions of lengths that are due, and remembers for later calls how long a bare step takes now.
         """
-        shape, policy = self.shape, self.policy
+        policy = self.policy
         waiting = [] if engine.is_paused else self.waiting.head(self._limits.scan, now_s, is_startable)
-        seen = look(self, engine, now_s)
-        self.line.look(now_s, seen.under_way_s)
-        self._most_are_late = 2 * seen.num_late > seen.num_decodes if seen.num_decodes else None
+        load, under_way_s = look(self, engine, now_s)
+        self.line.look(now_s, under_way_s)
         cost = self.cost.view if self._is_cost_known and policy.slo_scheduling else None
-        num_decodes = seen.num_decodes + engine.resuming
         if cost is not None:
-            self.step_s = cost.step_s(StepWork(num_decodes=max(num_decodes, 1), decode_context=seen.decode_context))
-        host_used = shape.host_blocks - engine.free_host_blocks
-        return Snapshot(
-            now_s=now_s,
-            mode=shape.mode,
-            streamed_decode=policy.streamed_decode,
-            long_contexts=shape.long_contexts,
-            slo_scheduling=policy.slo_scheduling,
-            frees_are_deferred=engine.steps_ahead > 0,
-            block_tokens=shape.block_tokens,
-            block_bytes=shape.block_bytes,
-            streamed_block_bytes=shape.streamed_block_bytes or shape.block_bytes,
-            pool_blocks=shape.pool_blocks,
-            free_blocks=engine.free_blocks,
-            growth_blocks=seen.growth_blocks,
-            reserved_blocks=engine.reserved_blocks,
-            zone_blocks=shape.zone_blocks,
-            free_zone_blocks=engine.free_zone_blocks,
-            host_blocks=shape.host_blocks,
-            free_host_blocks=engine.free_host_blocks,
-            early_host_blocks=max(min(self.host_share.limit - host_used, engine.free_host_blocks), 0),
-            free_slots=engine.free_slots,
-            budget_tokens=engine.budget_tokens,
-            decode_tokens=num_decodes,
-            decode_context=seen.decode_context,
-            prefilling_tokens=seen.prefilling_tokens + engine.held_tokens,
-            decode_slack_s=seen.decode_slack_s if shape.can_chunk and cost is not None else math.inf,
-            tightest_tpot_s=seen.tightest_tpot_s,
-            steps_without_prefill=self._steps_without_prefill,
-            is_paused=engine.is_paused,
-            can_exchange=engine.step - self._last_exchange_step >= EXCHANGE_STEPS,
-            can_store_ahead=engine.step % STORE_AHEAD_STEPS == 0,
-            cost=cost,
-            num_resident=seen.num_resident,
+            self.step_s = cost.step_s(
+                StepWork(num_decodes=max(load.decode_tokens, 1), decode_context=load.decode_context)
+            )
+        if cost is None or not self.shape.can_chunk:
+            load = load._replace(decode_slack_s=math.inf)
+        lines = Lines(
             waiting=waiting,
             parked=self.parked.head(self._limits.scan_parked, now_s, is_fetchable),
-            resident=seen.resident,
-            layered=seen.layered,
-            hits=hits(waiting) if hits is not None and waiting and may_start(engine, seen) else {},
+            hits=hits(waiting) if hits is not None and waiting and may_start(engine, load) else {},
             overtaken=self.overtaken,
+        )
+        return Snapshot(
+            now_s=now_s,
+            shape=self.shape,
+            engine=engine,
+            load=load,
+            lines=lines,
+            cost=cost,
+            slo_scheduling=policy.slo_scheduling,
+            streamed_decode=policy.streamed_decode,
+            steps_without_prefill=self._steps_without_prefill,
+            can_exchange=engine.step - self._last_exchange_step >= EXCHANGE_STEPS,
+            can_store_ahead=engine.step % STORE_AHEAD_STEPS == 0,
         )
 
     def is_quiet(self, num_running: int, free_blocks: int, steps_ahead: int) -> bool:
@@ -213,7 +184,7 @@ class Controller(RequestBooks):
             self.policy,
             self.waiting,
             lambda request_id: self.tracked[request_id].slo,
-            late_prompts(snapshot, snapshot.waiting, prefill_tokens),
+            late_prompts(snapshot, snapshot.lines.waiting, prefill_tokens),
             now_s=now_s,
             age_s=max(now_s - taken_in_s, 0.0),
             expected_pace=self.nominal_s(tokens) / step_s if step_s > 0 else 1.0,
@@ -234,7 +205,7 @@ class Controller(RequestBooks):
             self.overtaken[request_id] = self.overtaken.get(request_id, 0) + 1
         if decision.made_room:
             self._last_exchange_step = step
-        wants_prefill = bool(snapshot.waiting) or snapshot.prefilling_tokens > 0
+        wants_prefill = bool(snapshot.lines.waiting) or snapshot.load.prefilling_tokens > 0
         self._steps_without_prefill = (
             self._steps_without_prefill + 1 if wants_prefill and decision.prefill_tokens == 0 else 0
         )

@@ -38,8 +38,7 @@ class Draft:
     Attributes:
         pool: Pool blocks left, what running requests need in this step deducted.
         zone: Zone blocks left.
-        host: Host blocks left,
-        early_host: and those of them that prompts which start layered may take.
+        host: Host blocks left.
         slots: Requests that may still start.
         tokens: Prompt tokens of this step that are left for prompts that start.
         residents: Requests in the pool, those let in so far included.
@@ -57,7 +56,6 @@ class Draft:
     pool: int = field(init=False)
     zone: int = field(init=False)
     host: int = field(init=False)
-    early_host: int = field(init=False)
     slots: int = field(init=False)
     tokens: int = field(init=False)
     residents: int = field(init=False)
@@ -84,16 +82,15 @@ class Draft:
 
     def __post_init__(self) -> None:
         s = self.now.s
-        self.pool = s.free_blocks - s.reserved_blocks - s.growth_blocks
-        self.zone = s.free_zone_blocks
-        self.host = s.free_host_blocks
-        self.early_host = s.free_host_blocks if s.early_host_blocks is None else s.early_host_blocks
-        self.slots = s.free_slots
-        self.tokens = max(self.now.prefill_tokens - s.prefilling_tokens, 0)
-        self.residents = s.num_resident
-        held = [(r.tokens_left, r.num_blocks) for r in s.resident]
-        usable = s.free_blocks - s.reserved_blocks + sum([num_blocks for _, num_blocks in held])
-        self.forecast = Forecast(int(usable * self.now.limits.overcommit), s.block_tokens, held)
+        self.pool = s.engine.free_blocks - s.engine.reserved_blocks - s.load.growth_blocks
+        self.zone = s.engine.free_zone_blocks
+        self.host = s.engine.free_host_blocks
+        self.slots = s.engine.free_slots
+        self.tokens = max(self.now.prefill_tokens - s.load.prefilling_tokens, 0)
+        self.residents = s.load.num_resident
+        held = [(r.tokens_left, r.num_blocks) for r in s.load.resident]
+        usable = s.engine.free_blocks - s.engine.reserved_blocks + sum([num_blocks for _, num_blocks in held])
+        self.forecast = Forecast(int(usable * self.now.limits.overcommit), s.shape.block_tokens, held)
 
     # Leaving ------------------------------------------------------------------------------------------------------
 
@@ -105,7 +102,7 @@ class Draft:
 
     def park_layered(self, r: LayeredRequest, reason: Reason) -> None:
         """Its KV is in host memory already."""
-        if not self.now.s.frees_are_deferred:
+        if not self.now.s.engine.frees_are_deferred:
             self.zone += r.num_zone_blocks
         self.slots += 1
         self.park.append(r.request_id)
@@ -176,7 +173,6 @@ class Draft:
         self._take_tokens(w, resident=False)
         self.zone -= zone_blocks
         self.host -= host_blocks
-        self.early_host -= host_blocks
         self.pool -= hit.num_evictable
         self.slots -= 1
         self._admit(Admission(w.request_id, layered=True, zone_blocks=zone_blocks, host_blocks=host_blocks), reason)

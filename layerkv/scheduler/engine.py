@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from layerkv.scheduler.snapshot import Mode
+from layerkv.config import Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,8 @@ class EngineShape:
         mode: The engine's ``mode`` option.
         block_tokens: Tokens per block.
         block_bytes: Bytes of a block over all layers, of whatever ranks the profile's copy curves are.
-        streamed_block_bytes: Of those, what a step loads of a zone block for a request that decodes in the zone.
+        streamed_block_bytes: Of those, what a step loads of a zone block for a request that decodes in the zone; 0 is
+            all.
         pool_blocks: Pool blocks that requests can ever hold.
         zone_blocks: Size of the lane zone.
         host_blocks: Size of host memory.
@@ -80,7 +81,7 @@ class EngineState(NamedTuple):
         budget_tokens: Tokens that the step may compute.
         resuming: Requests whose fetch has ended and that decode from this step on.
         steps_ahead: Steps in flight when this one is scheduled; frees are deferred exactly when there are any.
-        is_paused: Whether no new request may start.
+        is_paused: Whether no new request may start: what gives its KV up now could not be computed again.
         held_tokens: Tokens to compute of requests that hold KV and wait for neither compute nor a fetch by our books
             (a fetch that failed, the next turn of a session): vLLM takes them up by itself.
     """
@@ -98,3 +99,9 @@ class EngineState(NamedTuple):
     steps_ahead: int = 0
     is_paused: bool = False
     held_tokens: int = 0
+
+    @property
+    def frees_are_deferred(self) -> bool:
+        """Whether blocks given up now come back only after the step in flight (asynchronous scheduling), so that this
+        step cannot use them."""
+        return self.steps_ahead > 0

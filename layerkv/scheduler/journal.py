@@ -51,9 +51,9 @@ class Journal:
                     request_id,
                     Event.WAITS,
                     reason,
-                    free_blocks=snapshot.free_blocks,
-                    free_zone_blocks=snapshot.free_zone_blocks,
-                    free_host_blocks=snapshot.free_host_blocks,
+                    free_blocks=snapshot.engine.free_blocks,
+                    free_zone_blocks=snapshot.engine.free_zone_blocks,
+                    free_host_blocks=snapshot.engine.free_host_blocks,
                     prefill_tokens=decision.prefill_tokens,
                 )
 

@@ -10,7 +10,7 @@ _NO_HIT = PrefixHit()
 
 def hit_of(s: Snapshot, claim: Claim) -> PrefixHit:
     """What the prefix caches hold of it."""
-    return s.hits.get(claim.request_id, _NO_HIT)
+    return s.lines.hits.get(claim.request_id, _NO_HIT)
 
 
 def pool_blocks(s: Snapshot, claim: Claim) -> int:
@@ -26,18 +26,18 @@ def layered_blocks(w: WaitingRequest) -> int:
 
 def outgrows_pool(s: Snapshot, w: WaitingRequest) -> bool:
     """Whether it is expected to become longer than the pool: then it decodes in the zone, to its end."""
-    return layered_blocks(w) > s.pool_blocks
+    return layered_blocks(w) > s.shape.pool_blocks
 
 
 def can_ever_layer(s: Snapshot, w: WaitingRequest) -> bool:
     """Whether an empty zone and empty host memory would take it."""
     num_blocks = layered_blocks(w)
     return (
-        s.mode != "resident"
+        s.shape.mode != "resident"
         and w.can_layer
-        and num_blocks - hit_of(s, w).num_blocks <= s.zone_blocks
-        and num_blocks <= s.host_blocks
-        and (s.long_contexts or not outgrows_pool(s, w))
+        and num_blocks - hit_of(s, w).num_blocks <= s.shape.zone_blocks
+        and num_blocks <= s.shape.host_blocks
+        and (s.shape.long_contexts or not outgrows_pool(s, w))
     )
 
 
@@ -45,16 +45,16 @@ def tokens_to_compute(s: Snapshot, w: WaitingRequest, *, resident: bool = False)
     """Prompt tokens that neither the device's cache nor, for one that runs resident, the host's has."""
     hit = hit_of(s, w)
     num_hits = hit.num_blocks + (hit.num_host_blocks if resident else 0)
-    return max(w.num_tokens - num_hits * s.block_tokens, 1)
+    return max(w.num_tokens - num_hits * s.shape.block_tokens, 1)
 
 
 def needs_longer_step(s: Snapshot, w: WaitingRequest) -> bool:
     """Whether it must not be cut, and no step has tokens for all of it."""
-    return w.in_one_step and w.num_tokens > s.budget_tokens
+    return w.in_one_step and w.num_tokens > s.engine.budget_tokens
 
 
 def headroom_blocks(s: Snapshot, residents: int, tokens_each: int) -> int:
     """Blocks kept free when one more is let in beside so many residents: room for each to make a few tokens."""
     if residents == 0:
         return 0  # a request that comes into an empty pool fits: progress is certain
-    return -(-(residents + 1) * tokens_each // s.block_tokens)
+    return -(-(residents + 1) * tokens_each // s.shape.block_tokens)

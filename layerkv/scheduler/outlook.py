@@ -32,17 +32,17 @@ class Outlook:
     @cached_property
     def late(self) -> set[str]:
         """Prompts that cannot have their first token in time."""
-        return late_prompts(self.s, self.s.waiting, self.prefill_tokens)
+        return late_prompts(self.s, self.s.lines.waiting, self.prefill_tokens)
 
     @cached_property
     def overdue(self) -> frozenset[str]:
         """Requests that were overtaken so often that nobody of their rank passes them any more."""
-        return frozenset(r for r, num in self.s.overtaken.items() if num >= self.limits.max_overtakes)
+        return frozenset(r for r, num in self.s.lines.overtaken.items() if num >= self.limits.max_overtakes)
 
     @cached_property
     def ranks(self) -> Sequence[tuple[Sequence[Claim], Sequence[WaitingRequest]]]:
         """The line for pool blocks and the line for compute, each in order of turns, for each rank, best first."""
-        waiting = self.s.waiting[: self.limits.scan]
+        waiting = self.s.lines.waiting[: self.limits.scan]
         return by_rank(self._claims(waiting), self._prompts(waiting))
 
     @cached_property
@@ -54,12 +54,14 @@ class Outlook:
     def step_s(self) -> float:
         """Seconds of a step that decodes and computes no prompt. Only with a cost model."""
         assert self.s.cost is not None
-        return self.s.cost.step_s(StepWork(num_decodes=self.s.decode_tokens, decode_context=self.s.decode_context))
+        return self.s.cost.step_s(
+            StepWork(num_decodes=self.s.load.decode_tokens, decode_context=self.s.load.decode_context)
+        )
 
     def fetch_s(self, num_blocks: int) -> float:
         """Seconds until a parked request of so many blocks decodes again. Only with a cost model."""
         assert self.s.cost is not None
-        return self.s.cost.load_s(num_blocks * self.s.block_bytes) + self.step_s
+        return self.s.cost.load_s(num_blocks * self.s.shape.block_bytes) + self.step_s
 
     def _claims(self, waiting: Sequence[WaitingRequest]) -> list[Claim]:
         """Parked requests and prompts that can only go on in the pool; a request overtaken too often stands first.
@@ -81,7 +83,7 @@ class Outlook:
                     if w.rank != first.rank or (w.request_id in overdue and w.deadline_s <= first.deadline_s)
                 ]
         late_before_s = s.now_s if s.slo_scheduling else -math.inf
-        claims: list[Claim] = [*s.parked[: self.limits.scan_parked], *prompts]
+        claims: list[Claim] = [*s.lines.parked[: self.limits.scan_parked], *prompts]
         return in_order(claims, late=self.late, late_before_s=late_before_s, overdue=overdue)
 
     def _prompts(self, waiting: Sequence[WaitingRequest]) -> Sequence[WaitingRequest]:

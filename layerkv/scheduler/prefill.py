@@ -26,15 +26,15 @@ def prefill_budget(s: Snapshot, *, min_tokens: int, max_idle_steps: int) -> int:
         min_tokens: Prompt tokens computed even without slack,
         max_idle_steps: after this many steps without any (so prefill never starves).
     """
-    most = max(s.budget_tokens - s.decode_tokens, 0)
-    if s.cost is None or s.decode_slack_s == math.inf:
+    most = max(s.engine.budget_tokens - s.load.decode_tokens, 0)
+    if s.cost is None or s.load.decode_slack_s == math.inf:
         return most
-    if step_seconds(s, s.cost, most) <= s.decode_slack_s:
+    if step_seconds(s, s.cost, most) <= s.load.decode_slack_s:
         return most
     low, high = 0, -(-most // ROUND_TOKENS)
     while high - low > 1:
         middle = (low + high) // 2
-        if step_seconds(s, s.cost, middle * ROUND_TOKENS) <= s.decode_slack_s:
+        if step_seconds(s, s.cost, middle * ROUND_TOKENS) <= s.load.decode_slack_s:
             low = middle
         else:
             high = middle
@@ -81,15 +81,15 @@ def step_seconds(s: Snapshot, cost: CostView, prefill_tokens: int) -> float:
     Where prompts run layered their KV is stored during the step: with a slow link the copies are what takes the time
     (LayerKV Eq. 4), and so limit how much of the zone one step uses.
     """
-    is_layered = bool(s.layered) or s.mode == "layered"
+    is_layered = bool(s.load.layered) or s.shape.mode == "layered"
     return cost.step_s(
         StepWork(
-            num_decodes=s.decode_tokens,
-            decode_context=s.decode_context,
+            num_decodes=s.load.decode_tokens,
+            decode_context=s.load.decode_context,
             prefill_tokens=prefill_tokens,
             prefill_pairs=chunk_pairs(prefill_tokens, 0),
             num_prefills=1 if prefill_tokens else 0,
-            stored_bytes=prefill_tokens * s.block_bytes // s.block_tokens if is_layered else 0,
+            stored_bytes=prefill_tokens * s.shape.block_bytes // s.shape.block_tokens if is_layered else 0,
             is_layered=is_layered and prefill_tokens > 0,
         )
     )
@@ -112,7 +112,7 @@ def late_prompts(s: Snapshot, waiting: Sequence[WaitingRequest], prefill_tokens:
         alone_s = s.cost.prefill_s(tokens)
         stretch = step_seconds(s, s.cost, tokens) / alone_s * s.cost.prefill_factor if alone_s > 0 else 0.0
         # prompts under way, as so many steps of the full budget
-        end_s += step_seconds(s, s.cost, tokens) * s.prefilling_tokens / tokens
+        end_s += step_seconds(s, s.cost, tokens) * s.load.prefilling_tokens / tokens
     on_time: list[tuple[float, str, float]] = []
     rank = waiting[0].rank if waiting else 0
     for w in waiting:

@@ -9,7 +9,7 @@ from layerkv.scheduler.snapshot import Refusal, Snapshot, WaitingRequest
 
 def refusal_text(s: Snapshot, refusal: Refusal) -> str:
     """Why, and what helps. The request must be among those that ``s`` shows waiting."""
-    w = next(w for w in s.waiting if w.request_id == refusal.request_id)
+    w = next(w for w in s.lines.waiting if w.request_id == refusal.request_id)
     if refusal.reason is Reason.OVERLOAD:
         return _overload(s, w)
     return _needs_longer_step(s, w) if needs_longer_step(s, w) else _never_fits(s, w)
@@ -18,15 +18,16 @@ def refusal_text(s: Snapshot, refusal: Refusal) -> str:
 def _never_fits(s: Snapshot, w: WaitingRequest) -> str:
     return (
         f"the prompt's {w.num_tokens} tokens and its output may need {layered_blocks(w)} KV blocks; the pool has "
-        f"{s.pool_blocks}, the lane zone {s.zone_blocks}, host memory {s.host_blocks}: raise KV memory, or, with "
-        "long_contexts, zone_tokens and host_memory"
+        f"{s.shape.pool_blocks}, the lane zone {s.shape.zone_blocks}, host memory {s.shape.host_blocks}: raise KV "
+        "memory, or, with long_contexts, zone_tokens and host_memory"
     )
 
 
 def _needs_longer_step(s: Snapshot, w: WaitingRequest) -> str:
     return (
-        f"{w.num_tokens} tokens must be computed in one step, which takes {s.budget_tokens}: vLLM's CPU build cannot "
-        "cut a prompt that is sampled with a seed of its own; raise --max-num-batched-tokens, or leave out the seed"
+        f"{w.num_tokens} tokens must be computed in one step, which takes {s.engine.budget_tokens}: vLLM's CPU build "
+        "cannot cut a prompt that is sampled with a seed of its own; raise --max-num-batched-tokens, or "
+        "leave out the seed"
     )
 
 

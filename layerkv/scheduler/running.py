@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 from layerkv.scheduler.books import RequestBooks
 from layerkv.scheduler.engine import EngineState
-from layerkv.scheduler.snapshot import LayeredRequest, ResidentRequest
+from layerkv.scheduler.snapshot import LayeredRequest, Load, ResidentRequest
 
 
-class Seen(NamedTuple):
-    """What one pass over the running requests finds."""
-
-    resident: list[ResidentRequest]
-    layered: list[LayeredRequest]
-    num_resident: int
-    growth_blocks: int
-    num_decodes: int
-    decode_context: int
-    prefilling_tokens: int
-    under_way_s: float
-    num_late: int
-    decode_slack_s: float
-    tightest_tpot_s: float
-
-
-def may_start(engine: EngineState, seen: Seen) -> bool:
+def may_start(engine: EngineState, load: Load) -> bool:
     """Whether a waiting prompt could start at all: there are tokens for it, and a slot, or somebody may leave one."""
-    has_tokens = seen.prefilling_tokens + engine.held_tokens + seen.num_decodes < engine.budget_tokens
-    somebody_leaves = any(r.prefill_done for r in seen.layered) or seen.growth_blocks > engine.free_blocks
+    has_tokens = load.prefilling_tokens + load.decode_tokens - engine.resuming < engine.budget_tokens
+    somebody_leaves = any(r.prefill_done for r in load.layered) or load.growth_blocks > engine.free_blocks
     return has_tokens and (engine.free_slots > 0 or somebody_leaves)
 
 
-def look(books: RequestBooks, engine: EngineState, now_s: float) -> Seen:
-    """One pass over the running requests; with hundreds of them, the dearest part of a decision."""
+def look(books: RequestBooks, engine: EngineState, now_s: float) -> tuple[Load, float]:
+    """One pass over the running requests; with hundreds of them, the dearest part of a decision.
+
+    Returns:
+        What it finds, and seconds of prefill under way by the profile.
+    """
     tokens, steps_ahead, budget = books.shape.block_tokens, engine.steps_ahead, engine.budget_tokens
     step_s, step = books.step_s, engine.step
     tracked_of, stored_of = books.tracked, books.stored_blocks
     resident: list[ResidentRequest] = []
     layered: list[LayeredRequest] = []
-    growth = num_decodes = num_late = context = prefilling = num_resident = 0
+    growth = num_decodes = context = prefilling = num_resident = 0
     under_way_s = 0.0
     slack_s = tpot_s = math.inf
     for r in engine.running:
@@ -54,9 +41,7 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> Seen:
             left = max(tracked.middle_tokens - r.num_output, 1)
             if not r.is_prefilling:
                 due_s = tracked.start_by_s(r.num_output, now_s, step_s)
-                if due_s < now_s:
-                    num_late += 1  # who is late already holds nobody back
-                elif due_s < now_s + slack_s:
+                if now_s <= due_s < now_s + slack_s:  # who is late already holds nobody back
                     slack_s = due_s - now_s
                 if tracked.tpot_s < tpot_s:
                     tpot_s = tracked.tpot_s
@@ -111,16 +96,15 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> Seen:
         tracked = tracked_of.get(request_id)
         left = 1 if tracked is None else max(tracked.middle_tokens - num_output, 1)
         resident.append(ResidentRequest(request_id, math.inf, num_blocks, 0, can_park=False, tokens_left=left))
-    return Seen(
+    load = Load(
         resident,
         layered,
         num_resident,
         growth,
-        num_decodes,
+        num_decodes + engine.resuming,
         context,
-        prefilling,
-        under_way_s,
-        num_late,
+        prefilling + engine.held_tokens,
         slack_s,
         tpot_s,
     )
+    return load, under_way_s

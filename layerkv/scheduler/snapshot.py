@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from layerkv.core.cost import CostView
+from layerkv.scheduler.engine import EngineShape, EngineState
 from layerkv.scheduler.reasons import Reason
-
-Mode = Literal["auto", "resident", "layered"]
 
 
 class WaitingRequest(NamedTuple):
@@ -139,91 +138,79 @@ class LayeredRequest(NamedTuple):
     outgrows_pool: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The engine before one step.
+class Load(NamedTuple):
+    """What one pass over the running requests finds.
 
     Attributes:
-        now_s: Current time.
-        mode: The engine's ``mode`` option.
-        block_tokens: Tokens per block.
-        pool_blocks: Pool blocks that requests can ever hold.
-        free_blocks: Pool blocks free now.
+        resident: Running requests in the pool and requests on their way there.
+        layered: All in the lane zone.
+        num_resident: Running requests in the pool and requests on their way there, those that nobody tracks too.
         growth_blocks: Pool blocks that running requests need in this step (and in steps scheduled ahead).
-        reserved_blocks: Pool blocks promised to prefills and fetches under way.
-        zone_blocks: Size of the lane zone.
-        free_zone_blocks: Zone blocks neither taken nor promised.
-        host_blocks: Size of host memory.
-        free_host_blocks: Host blocks free now.
-        free_slots: Requests that may still be admitted (``max_num_seqs``).
-        budget_tokens: Tokens that one step may compute.
-        streamed_decode: Whether layered requests may decode in the zone.
-        long_contexts: Whether requests that outgrow the pool are served, in the zone.
-        slo_scheduling: Whether objectives count; off, deadlines are arrival times and nobody is late.
-        frees_are_deferred: Whether blocks given up now come back only after the step in flight (asynchronous
-            scheduling), so that this step cannot use them.
-        block_bytes: Bytes of a block over all layers,
-        streamed_block_bytes: and of the layers that a request which decodes in the zone loads in every step.
-        early_host_blocks: Host blocks that prompts admitted layered may still take (eLLM's 3-of-5 rule), or None
-            for all that are free.
         decode_tokens: Requests that decode in this step, or are about to resume decoding.
         decode_context: KV tokens that those read.
         prefilling_tokens: Prompt tokens that running requests still have to compute.
         decode_slack_s: How long decodes may be held up, all in all, before the first of those that are on time
             becomes late (LayerKV Eq. 1-2); infinite when nobody decodes.
         tightest_tpot_s: The smallest TPOT objective among requests that decode.
-        steps_without_prefill: Steps since the last one that computed prompt tokens, while prompts were there.
-        is_paused: Whether no new request may start: what gives its KV up now could not be computed again.
-        can_exchange: Whether a resident request may be parked to make room for another: not while the last such
-            exchange is still being carried out.
-        can_store_ahead: Whether to look for a victim to store ahead: every few steps is often enough.
-        cost: The cost model; None while nothing is known of its scale.
-        num_resident: Running requests in the pool and requests on their way there.
-        waiting: The first of the line for compute: rank by rank those whose deadline is to come, then the others.
-        parked: The same of parked requests; only those that can be fetched now.
-        resident: Running requests in the pool and requests on their way there.
-        layered: All.
-        hits: Prefix-cache hits of the first waiting requests, by id; absent means none known.
-        overtaken: In how many steps a request was the one charged with being overtaken, by id.
     """
 
-    now_s: float
-    mode: Mode
-    block_tokens: int
-    pool_blocks: int
-    free_blocks: int
-    growth_blocks: int
-    reserved_blocks: int
-    zone_blocks: int
-    free_zone_blocks: int
-    host_blocks: int
-    free_host_blocks: int
-    free_slots: int
-    budget_tokens: int
-    streamed_decode: bool = False
-    long_contexts: bool = False
-    slo_scheduling: bool = True
-    frees_are_deferred: bool = False
-    block_bytes: int = 0
-    streamed_block_bytes: int = 0
-    early_host_blocks: int | None = None
+    resident: Sequence[ResidentRequest] = ()
+    layered: Sequence[LayeredRequest] = ()
+    num_resident: int = 0
+    growth_blocks: int = 0
     decode_tokens: int = 0
     decode_context: int = 0
     prefilling_tokens: int = 0
     decode_slack_s: float = math.inf
     tightest_tpot_s: float = math.inf
-    steps_without_prefill: int = 0
-    is_paused: bool = False
-    can_exchange: bool = True
-    can_store_ahead: bool = True
-    cost: CostView | None = None
-    num_resident: int = 0
+
+
+class Lines(NamedTuple):
+    """Who waits.
+
+    Attributes:
+        waiting: The first of the line for compute: rank by rank those whose deadline is to come, then the others.
+        parked: The same of parked requests; only those that can be fetched now.
+        hits: Prefix-cache hits of the first waiting requests, by id; absent means none known.
+        overtaken: In how many steps a request was the one charged with being overtaken, by id.
+    """
+
     waiting: Sequence[WaitingRequest] = ()
     parked: Sequence[ParkedRequest] = ()
-    resident: Sequence[ResidentRequest] = ()
-    layered: Sequence[LayeredRequest] = ()
-    hits: Mapping[str, PrefixHit] = field(default_factory=dict)
-    overtaken: Mapping[str, int] = field(default_factory=dict)
+    hits: Mapping[str, PrefixHit] = {}
+    overtaken: Mapping[str, int] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The engine before one step.
+
+    Attributes:
+        now_s: Current time.
+        shape: What never changes.
+        engine: The engine as its host sees it; of who runs, only what ``load`` says.
+        load: Who runs.
+        lines: Who waits.
+        cost: The cost model; None while nothing is known of its scale.
+        slo_scheduling: Whether objectives count; off, deadlines are arrival times and nobody is late.
+        streamed_decode: Whether layered requests may decode in the zone.
+        steps_without_prefill: Steps since the last one that computed prompt tokens, while prompts were there.
+        can_exchange: Whether a resident request may be parked to make room for another: not while the last such
+            exchange is still being carried out.
+        can_store_ahead: Whether to look for a victim to store ahead: every few steps is often enough.
+    """
+
+    now_s: float
+    shape: EngineShape
+    engine: EngineState
+    load: Load
+    lines: Lines
+    cost: CostView | None = None
+    slo_scheduling: bool = True
+    streamed_decode: bool = False
+    steps_without_prefill: int = 0
+    can_exchange: bool = True
+    can_store_ahead: bool = True
 
 
 class Admission(NamedTuple):

@@ -16,7 +16,7 @@ def by_reluctance(s: Snapshot, *, recent_steps: int) -> list[ResidentRequest]:
     now_s = s.now_s if s.slo_scheduling else math.inf
     keyed = [
         (-r.rank, r.steps_resident < recent_steps, r.deadline_s >= now_s, r.weight, -r.deadline_s, r.request_id, r)
-        for r in s.resident
+        for r in s.load.resident
         if r.can_park
     ]
     keyed.sort()
@@ -32,5 +32,5 @@ def recompute_is_cheaper(s: Snapshot, r: ResidentRequest) -> bool:
     """Swap or recompute: two copies, less what is stored already, against computing its tokens again."""
     if s.cost is None or not r.num_tokens:
         return False
-    stored_s = s.cost.store_s(blocks_to_store(r) * s.block_bytes)
-    return s.cost.prefill_s(r.num_tokens) < stored_s + s.cost.load_s(r.num_blocks * s.block_bytes)
+    stored_s = s.cost.store_s(blocks_to_store(r) * s.shape.block_bytes)
+    return s.cost.prefill_s(r.num_tokens) < stored_s + s.cost.load_s(r.num_blocks * s.shape.block_bytes)

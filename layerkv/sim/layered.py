@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from layerkv.config import SloPolicy
+from layerkv.config import Mode, SloPolicy
 from layerkv.core.cost import StepWork
 from layerkv.core.ledger import KVLedger
 from layerkv.core.residency import Residency
@@ -22,7 +22,7 @@ from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.prefill import prefill_share
 from layerkv.scheduler.reasons import End, Reason
 from layerkv.scheduler.refusals import refusal_text
-from layerkv.scheduler.snapshot import Decision, Mode, Refusal, Snapshot
+from layerkv.scheduler.snapshot import Decision, Refusal, Snapshot
 from layerkv.sim.engine import EngineSetup, Live, Scheduled, SimRequest, VirtualEngine
 from layerkv.sim.outcome import SimOutcome
 
@@ -126,11 +126,9 @@ class LayeredEngine(VirtualEngine):
         self.controller.made_tokens(live.request_id, at_s, num_tokens, every_s)
 
     def stepped(self, work: StepWork, seconds: float, firsts: Sequence[Live]) -> None:
-        were_late = None
         for live in firsts:
-            found = self.controller.first_token(live.request_id, self.now_s)
-            were_late = bool(were_late) or (found is not None and not found[1])
-        self.controller.step_done(work, seconds, firsts_late=were_late)
+            self.controller.first_token(live.request_id, self.now_s)
+        self.controller.step_done(work, seconds)
 
     def has_acted(self) -> bool:
         decision = self.decision

@@ -176,9 +176,8 @@ class Arrivals:
                     )
                 )
 
-    def note_tokens(self, outputs: Iterable[EngineCoreOutputs], now_s: float) -> bool | None:
-        """Tokens of this step have come out. Whether any first one was late; None if there was none."""
-        were_late: bool | None = None
+    def note_tokens(self, outputs: Iterable[EngineCoreOutputs], now_s: float) -> None:
+        """Tokens of this step have come out."""
         made_tokens, no_first_token = self._controller.made_tokens, self._no_first_token
         for of_client in outputs:
             for output in of_client.outputs:
@@ -188,18 +187,15 @@ class Arrivals:
                 request_id = output.request_id
                 if request_id in no_first_token:
                     no_first_token.discard(request_id)
-                    were_late = bool(were_late) or not self._note_first_token(request_id, now_s)
+                    self._note_first_token(request_id, now_s)
                 made_tokens(request_id, now_s, num_tokens)
-        return were_late
 
-    def _note_first_token(self, request_id: str, now_s: float) -> bool:
-        """Count a first token; whether it was on time."""
+    def _note_first_token(self, request_id: str, now_s: float) -> None:
+        """Count a first token as on time or late."""
         found = self._controller.first_token(request_id, now_s)
-        if found is None:
-            return True
-        slo, on_time = found
-        self._metrics.add("layerkv_ttft_slo_met" if on_time else "layerkv_ttft_slo_missed", 1, slo.name)
-        return on_time
+        if found is not None:
+            slo, on_time = found
+            self._metrics.add("layerkv_ttft_slo_met" if on_time else "layerkv_ttft_slo_missed", 1, slo.name)
 
 
 def _is_streamed(request: Request) -> bool:

@@ -189,7 +189,7 @@ def limit_prefill(s: SchedulerView, snapshot: Snapshot, decision: Decision) -> l
     prefilling = [request for request in s.running if request.is_prefill_chunk]
     s.max_num_scheduled_tokens, share = prefill_share(
         s.max_num_scheduled_tokens,
-        decode_tokens=snapshot.decode_tokens,
+        decode_tokens=snapshot.load.decode_tokens,
         prefill_tokens=decision.prefill_tokens,
         num_prompts=len(prefilling),
         spare_tokens=1 if decision.fetch else 0,

@@ -162,12 +162,12 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._recovery.processed()
         now_s = time.monotonic()
-        firsts_late = self._arrivals.note_tokens(outputs.values(), now_s)
+        self._arrivals.note_tokens(outputs.values(), now_s)
         if scheduler_output.total_num_scheduled_tokens and self._steps_in_flight:
             started_s, work = self._steps_in_flight.popleft()
             if work is not None:
                 seconds = now_s - max(started_s, self._last_output_s)
-                self._controller.step_done(work, seconds, waited_s=waited_s, firsts_late=firsts_late)
+                self._controller.step_done(work, seconds, waited_s=waited_s)
         self._last_output_s = now_s
         self._telling.reasons()
         self._telling.backlog(outputs, now_s)

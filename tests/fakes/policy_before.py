@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from layerkv.core.cost import StepWork
 from layerkv.scheduler.forecast import Forecast
@@ -34,9 +34,10 @@ from layerkv.scheduler.snapshot import (
     PrefixHit,
     Refusal,
     ResidentRequest,
-    Snapshot,
     WaitingRequest,
 )
+
+Snapshot = Any  # whose values are named without the part that holds them
 
 _NO_HIT = PrefixHit()
 _WAITS_FOR_ROOM = frozenset(

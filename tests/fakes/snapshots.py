@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from layerkv.core.cost import CostView
-from layerkv.scheduler.snapshot import Decision, ParkedRequest, ResidentRequest, Snapshot, WaitingRequest
+from layerkv.scheduler.engine import EngineShape, EngineState
+from layerkv.scheduler.snapshot import (
+    Decision,
+    Lines,
+    Load,
+    ParkedRequest,
+    ResidentRequest,
+    Snapshot,
+    WaitingRequest,
+)
 from tests.fakes.tiny_scheduler import BLOCK_BYTES, BLOCK_TOKENS, profile
 
 BLOCK = BLOCK_TOKENS
@@ -14,26 +23,67 @@ POOL, ZONE, HOST = 100, 40, 120
 NOW_S = 100.0
 IDLE = Snapshot(
     now_s=NOW_S,
-    mode="auto",
-    block_tokens=BLOCK,
-    block_bytes=BLOCK_BYTES,
-    streamed_block_bytes=BLOCK_BYTES,
-    pool_blocks=POOL,
-    free_blocks=POOL,
-    growth_blocks=0,
-    reserved_blocks=0,
-    zone_blocks=ZONE,
-    free_zone_blocks=ZONE,
-    host_blocks=HOST,
-    free_host_blocks=HOST,
-    free_slots=16,
-    budget_tokens=2048,
+    shape=EngineShape(
+        mode="auto",
+        block_tokens=BLOCK,
+        block_bytes=BLOCK_BYTES,
+        streamed_block_bytes=BLOCK_BYTES,
+        pool_blocks=POOL,
+        zone_blocks=ZONE,
+        host_blocks=HOST,
+    ),
+    engine=EngineState(
+        step=0,
+        running=(),
+        arriving=(),
+        free_blocks=POOL,
+        reserved_blocks=0,
+        free_zone_blocks=ZONE,
+        free_host_blocks=HOST,
+        free_slots=16,
+        budget_tokens=2048,
+    ),
+    load=Load(),
+    lines=Lines(),
 )
+_PARTS = {
+    **dict.fromkeys((f.name for f in fields(EngineShape)), "shape"),
+    **dict.fromkeys((*EngineState._fields, "frees_are_deferred"), "engine"),
+    **dict.fromkeys(Load._fields, "load"),
+    **dict.fromkeys(Lines._fields, "lines"),
+}
 
 
 def snapshot(**changes: Any) -> Snapshot:
     """An idle engine with room for everything, and nothing known of costs."""
-    return replace(IDLE, **changes)
+    return changed(IDLE, **changes)
+
+
+def changed(s: Snapshot, **changes: Any) -> Snapshot:
+    """A snapshot with other values, named without the part that holds them."""
+    if "frees_are_deferred" in changes:
+        changes["steps_ahead"] = int(changes.pop("frees_are_deferred"))
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        parts.setdefault(_PARTS.get(name, ""), {})[name] = value
+    whole: dict[str, Any] = parts.pop("", {})
+    for part, values in parts.items():
+        before = getattr(s, part)
+        whole[part] = replace(before, **values) if part == "shape" else before._replace(**values)
+    return replace(s, **whole)
+
+
+class Flat:
+    """A snapshot whose values are asked for without the part that holds them."""
+
+    early_host_blocks = None
+
+    def __init__(self, s: Snapshot) -> None:
+        self._s = s
+
+    def __getattr__(self, name: str) -> Any:
+        part = _PARTS.get(name)
+        return getattr(self._s if part is None else getattr(self._s, part), name)
 
 
 def cost(**changes: Any) -> CostView:

@@ -20,18 +20,18 @@ def leave_zone(now: Outlook, draft: Draft) -> None:
     """
     s = now.s
     stream_bytes = _stream_budget(now)
-    wanted = min((layered_blocks(w) for w in s.waiting[:1]), default=0)
+    wanted = min((layered_blocks(w) for w in s.lines.waiting[:1]), default=0)
     pool = draft.pool
-    for r in s.layered:
+    for r in s.load.layered:
         if not r.prefill_done:
             draft.stay_in_zone(r)
             continue
         zone, host = draft.zone, draft.host
         if not r.outgrows_pool:
             zone, host = zone - int(r.needs_zone_block), host - int(r.needs_host_block)
-        stream_bytes -= r.num_zone_blocks * s.streamed_block_bytes
-        if r.outgrows_pool or r.num_blocks > s.pool_blocks:  # it could not be fetched
-            if (zone < 0 or host < 0) and not s.is_paused:
+        stream_bytes -= r.num_zone_blocks * (s.shape.streamed_block_bytes or s.shape.block_bytes)
+        if r.outgrows_pool or r.num_blocks > s.shape.pool_blocks:  # it could not be fetched
+            if (zone < 0 or host < 0) and not s.engine.is_paused:
                 draft.give_up_layered(r, Reason.LONGER_THAN_POOL)
             else:
                 draft.stay_in_zone(r)
@@ -41,7 +41,7 @@ def leave_zone(now: Outlook, draft: Draft) -> None:
         if reason is None:
             draft.stay_in_zone(r)
             continue
-        stream_bytes += r.num_zone_blocks * s.streamed_block_bytes
+        stream_bytes += r.num_zone_blocks * (s.shape.streamed_block_bytes or s.shape.block_bytes)
         pool -= r.num_blocks
         draft.park_layered(r, reason)
 
@@ -55,6 +55,6 @@ def _why_parked(r: LayeredRequest, *, streams: bool, has_link: bool) -> Reason |
 def _stream_budget(now: Outlook) -> float:
     """Bytes per step that the TPOT objectives leave time to load: ``(TPOT_SLO - T_step) * link``."""
     s = now.s
-    if s.cost is None or not s.slo_scheduling or not s.streamed_decode or s.tightest_tpot_s == math.inf:
+    if s.cost is None or not s.slo_scheduling or not s.streamed_decode or s.load.tightest_tpot_s == math.inf:
         return math.inf
-    return s.cost.load_bytes_in(s.tightest_tpot_s - now.step_s)
+    return s.cost.load_bytes_in(s.load.tightest_tpot_s - now.step_s)

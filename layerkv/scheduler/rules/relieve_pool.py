@@ -14,11 +14,11 @@ from layerkv.scheduler.victims import blocks_to_store, recompute_is_cheaper
 def relieve_pool(now: Outlook, draft: Draft) -> None:
     """Park residents, or give their KV up where that is cheaper, until the running requests' growth fits."""
     s = now.s
-    deficit = s.growth_blocks - s.free_blocks
+    deficit = s.load.growth_blocks - s.engine.free_blocks
     if deficit <= 0:
         return
     for num_victims, (r, reason) in enumerate(_leavers(now, draft)):
-        if deficit <= 0 or num_victims + 1 >= max(s.num_resident, 2):
+        if deficit <= 0 or num_victims + 1 >= max(s.load.num_resident, 2):
             break  # the last resident goes on, unless it fills the pool
         if reason is Reason.POOL_SHORT:
             draft.park_resident(r, reason)
@@ -36,10 +36,10 @@ def _leavers(now: Outlook, draft: Draft) -> Iterator[tuple[ResidentRequest, Reas
     s = now.s
     without_room: list[ResidentRequest] = []
     for r in now.victims:
-        if r.num_blocks >= s.pool_blocks:  # with its next block it could never be fetched
-            if not s.is_paused:
+        if r.num_blocks >= s.shape.pool_blocks:  # with its next block it could never be fetched
+            if not s.engine.is_paused:
                 yield r, Reason.LONGER_THAN_POOL
-        elif not s.is_paused and not r.cannot_recompute and recompute_is_cheaper(s, r):
+        elif not s.engine.is_paused and not r.cannot_recompute and recompute_is_cheaper(s, r):
             yield r, Reason.RECOMPUTE_CHEAPER
         elif blocks_to_store(r) <= draft.host:
             yield r, Reason.POOL_SHORT
@@ -47,6 +47,6 @@ def _leavers(now: Outlook, draft: Draft) -> Iterator[tuple[ResidentRequest, Reas
             without_room.append(r)
     # Left to vLLM, layered prompts would be preempted first, which hold no pool blocks. While paused that must be: KV
     # that is given up then could not be computed again.
-    if not s.is_paused:
+    if not s.engine.is_paused:
         without_room.sort(key=lambda r: r.cannot_recompute)
         yield from ((r, Reason.NO_ROOM_TO_PARK) for r in without_room)

@@ -85,7 +85,7 @@ def _where_to_start(now: Outlook, draft: Draft, w: WaitingRequest) -> tuple[Plac
         return None, Reason.NO_SLOT  # not an end: a later prompt may have been granted the slot
     is_free = draft.blocked is None and not draft.is_relieving and not outgrows_pool(s, w)
     fits = is_free and draft.fits_pool(w)
-    if fits and s.mode == "auto":
+    if fits and s.shape.mode == "auto":
         return "pool", Reason.FITS
     if draft.zone_is_promised:
         return None, Reason.LATE if is_late else Reason.BEHIND
@@ -104,14 +104,14 @@ def _has_step_for_all_of_it(now: Outlook, draft: Draft, w: WaitingRequest) -> bo
     Hits are not counted on: they may be gone by the time that the engine looks.
     """
     s = now.s
-    is_first = not draft.admit and s.prefilling_tokens == 0
-    return is_first and w.num_tokens + len(draft.fetch) <= s.budget_tokens - s.decode_tokens
+    is_first = not draft.admit and s.load.prefilling_tokens == 0
+    return is_first and w.num_tokens + len(draft.fetch) <= s.engine.budget_tokens - s.load.decode_tokens
 
 
 def _why_not_layered(now: Outlook, draft: Draft, w: WaitingRequest) -> Reason | None:
     """None if zone, host memory and this step's tokens have room for the prompt and that helps it; else why not."""
     s, hit, num_blocks = now.s, hit_of(now.s, w), layered_blocks(w)
-    if num_blocks > (draft.host if outgrows_pool(s, w) else min(draft.host, draft.early_host)):
+    if num_blocks > draft.host:
         return Reason.HOST_FULL
     if num_blocks - hit.num_blocks > draft.zone or hit.num_evictable > max(draft.pool, 0):
         return Reason.ZONE_FULL
@@ -128,7 +128,13 @@ def _waiting_is_shorter(now: Outlook, draft: Draft, w: WaitingRequest) -> bool:
     Two copies of its KV is what LAYERED costs; a first token that much sooner is what it gives (LayerKV Eq. 4).
     """
     s = now.s
-    if s.mode != "auto" or s.cost is None or draft.blocked is not None or draft.residents == 0 or outgrows_pool(s, w):
+    if (
+        s.shape.mode != "auto"
+        or s.cost is None
+        or draft.blocked is not None
+        or draft.residents == 0
+        or outgrows_pool(s, w)
+    ):
         return False
     steps = draft.forecast.steps_until_free(pool_blocks(s, w), draft.pool)
     if steps is None:

@@ -13,15 +13,15 @@ def store_ahead(now: Outlook, draft: Draft) -> None:
     is parked or ends. All of it is left to drain for a prompt that nobody passes any more.
     """
     s = now.s
-    if not s.can_store_ahead or draft.park or draft.recompute or s.num_resident < 2 or draft.is_closed:
+    if not s.can_store_ahead or draft.park or draft.recompute or s.load.num_resident < 2 or draft.is_closed:
         return
     shortage = draft.forecast.shortage(now.limits.ahead_steps, draft.pool)
     if shortage <= 0:
         return
     for r in now.victims:
-        whole_blocks = r.num_tokens // s.block_tokens
+        whole_blocks = r.num_tokens // s.shape.block_tokens
         if r.num_stored * 2 < whole_blocks:
-            if whole_blocks - r.num_stored <= draft.host - s.host_blocks // 2:
+            if whole_blocks - r.num_stored <= draft.host - s.shape.host_blocks // 2:
                 draft.store_ahead(r, whole_blocks - r.num_stored)
             return
         shortage -= r.num_blocks

@@ -71,7 +71,6 @@ policies = st.fixed_dictionaries(
         "streamed_decode": st.booleans(),
         "slo_scheduling": st.sampled_from((True, True, False)),
         "length_prediction": st.sampled_from(("quantile", "none")),
-        "adapt_host_share": st.booleans(),
     }
 ).map(lambda changes: policy(**changes))
 

@@ -288,11 +288,11 @@ def test_overtakes_are_remembered_until_it_is_ones_turn() -> None:
     arrive(c, "on time", at_s=10.0)
     small = engine(budget_tokens=160)
     c.decide(small, 10.0)
-    assert c.snapshot(small, 10.0).overtaken == {"late": 1}
+    assert c.snapshot(small, 10.0).lines.overtaken == {"late": 1}
     c.decide(small, 10.0)
-    assert c.snapshot(small, 10.0).overtaken == {"late": 2}
+    assert c.snapshot(small, 10.0).lines.overtaken == {"late": 2}
     c.admitted("late", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
-    assert c.snapshot(small, 10.0).overtaken == {}
+    assert c.snapshot(small, 10.0).lines.overtaken == {}
 
 
 def test_the_snapshot_has_the_running_as_they_are() -> None:
@@ -313,18 +313,18 @@ def test_the_snapshot_has_the_running_as_they_are() -> None:
     )
     c.snapshot(state, 10.5)  # the slack is reckoned with the step time of the last one
     s = c.snapshot(state, 10.5)
-    d, p, f = s.resident
+    d, p, f = s.load.resident
     assert (d.request_id, d.num_blocks, d.steps_resident, d.num_stored, d.can_park) == ("d", 12, 10, 7, True)
     assert (d.num_tokens, d.tokens_left) == (176, UNKNOWN_TOKENS - 16)
     assert (p.request_id, p.num_blocks, p.can_park) == ("p", 10, False)
     assert (f.request_id, f.num_blocks, f.can_park) == ("f", 11, False)
-    [z] = s.layered
+    [z] = s.load.layered
     assert (z.request_id, z.prefill_done, z.num_blocks, z.num_zone_blocks) == ("z", False, 10, 5)
-    assert (s.num_resident, s.growth_blocks, s.frees_are_deferred) == (3, 6, True)
-    assert (s.decode_tokens, s.decode_context, s.prefilling_tokens) == (3, 176, 96 + 80)
+    assert (s.load.num_resident, s.load.growth_blocks, s.engine.frees_are_deferred) == (3, 6, True)
+    assert (s.load.decode_tokens, s.load.decode_context, s.load.prefilling_tokens) == (3, 176, 96 + 80)
     step_s = 0.01 + 3 * 1e-4
-    assert s.decode_slack_s == pytest.approx(10.2 + 16 * 0.05 + 34 * (0.05 - step_s) - 10.5)
-    assert s.tightest_tpot_s == 0.05
+    assert s.load.decode_slack_s == pytest.approx(10.2 + 16 * 0.05 + 34 * (0.05 - step_s) - 10.5)
+    assert s.load.tightest_tpot_s == 0.05
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_who_must_be_computed_in_one_step_and_has_outgrown_it_is_seen_as_not_to_
     c.arrive("d", CHAT, now_s=10.0, arrival_s=10.0, num_tokens=120, max_tokens=500, in_one_step=in_one_step)
     c.admitted("d", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
     c.first_token("d", 10.2)
-    [d] = c.snapshot(engine(decoding("d", num_tokens - 120, num_tokens), budget_tokens=128), 10.5).resident
+    [d] = c.snapshot(engine(decoding("d", num_tokens - 120, num_tokens), budget_tokens=128), 10.5).load.resident
     assert d.cannot_recompute is cannot
 
 
@@ -346,8 +346,8 @@ def test_who_is_late_holds_prefill_back_no_more() -> None:
     arrive(c, "d")
     c.admitted("d", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
     c.first_token("d", 10.2)
-    assert c.snapshot(engine(decoding("d")), 10.5).decode_slack_s < 10
-    assert c.snapshot(engine(decoding("d")), 99.0).decode_slack_s == float("inf")
+    assert c.snapshot(engine(decoding("d")), 10.5).load.decode_slack_s < 10
+    assert c.snapshot(engine(decoding("d")), 99.0).load.decode_slack_s == float("inf")
 
 
 def test_the_longest_stall_of_a_class_bounds_how_long_prefill_may_hold_its_decodes_up() -> None:
@@ -358,17 +358,17 @@ def test_the_longest_stall_of_a_class_bounds_how_long_prefill_may_hold_its_decod
     for name in ("d", "s"):
         c.admitted(name, layered=False, reason=Reason.FITS, step=0, now_s=10.0)
         c.first_token(name, 10.2)
-    assert c.snapshot(engine(decoding("d")), 10.2).decode_slack_s > 1.0
+    assert c.snapshot(engine(decoding("d")), 10.2).load.decode_slack_s > 1.0
     s = c.snapshot(engine(decoding("d"), decoding("s")), 10.2)
-    assert s.decode_slack_s == pytest.approx(0.2)
-    assert [r.deadline_s for r in s.resident][1] == pytest.approx(10.4)
+    assert s.load.decode_slack_s == pytest.approx(0.2)
+    assert [r.deadline_s for r in s.load.resident][1] == pytest.approx(10.4)
 
 
 def test_tokens_of_requests_that_the_engine_takes_up_by_itself_are_taken_from_the_step() -> None:
     c = controller()
     arrive(c, "a", "b")
     prefilling = Running("b", 160, 60, 0, True, 4)
-    assert c.snapshot(engine(prefilling, held_tokens=500), 10.0).prefilling_tokens == 100 + 500
+    assert c.snapshot(engine(prefilling, held_tokens=500), 10.0).load.prefilling_tokens == 100 + 500
     assert c.decide(engine(held_tokens=2048), 10.0)[1].waits["a"] is Reason.NO_TOKENS_LEFT
     assert c.decide(engine(held_tokens=2000), 10.0)[1].admit
 
@@ -416,7 +416,7 @@ def test_prefix_hits_are_asked_for_only_while_somebody_could_start() -> None:
         asked.clear()
         snapshot, _ = c.decide(state, 10.0, hits=hits)
         assert asked == ([["a", "b"]] if is_asked else [])
-        assert snapshot.hits == ({"a": PrefixHit(4)} if is_asked else {})
+        assert snapshot.lines.hits == ({"a": PrefixHit(4)} if is_asked else {})
 
 
 def test_the_engine_may_say_who_cannot_start_or_be_fetched_now() -> None:
@@ -522,18 +522,6 @@ def test_a_request_that_is_cut_off_would_have_become_longer(how: str) -> None:
         )
     arrive(c, "new")
     assert c.tracked["new"].middle_tokens == 40
-
-
-def test_the_share_of_host_memory_shrinks_when_decodes_are_late_and_the_policy_says_so() -> None:
-    for adapts, expected in ((True, 60), (False, 120)):
-        c = controller(adapt_host_share=adapts)
-        arrive(c, "d")
-        c.admitted("d", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
-        c.first_token("d", 10.2)
-        for _ in range(3):
-            c.decide(engine(decoding("d")), 99.0)
-            c.step_done(StepWork(num_decodes=1), 0.01)
-        assert c.snapshot(engine(decoding("d")), 99.0).early_host_blocks == expected
 
 
 def test_while_nothing_is_known_memory_is_planned_for_a_while_ahead_and_slack_for_all_it_may_make() -> None:

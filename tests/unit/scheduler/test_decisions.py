@@ -6,7 +6,6 @@ The promises one by one are in the files beside this one; whole lives of request
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +15,7 @@ from layerkv.scheduler.policy import decide
 from layerkv.scheduler.prefill import late_prompts
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import LayeredRequest, PrefixHit, Snapshot
-from tests.fakes.snapshots import BLOCK, HOST, NOW_S, POOL, ZONE, cost, parked, prompt, resident, snapshot
+from tests.fakes.snapshots import BLOCK, HOST, NOW_S, POOL, ZONE, changed, cost, parked, prompt, resident, snapshot
 
 MOST = PolicyLimits().max_overtakes
 deadlines = st.floats(90, 110)
@@ -82,7 +81,6 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         reserved_blocks=draw(st.integers(0, 30)),
         free_zone_blocks=draw(st.integers(0, free_zone)),
         free_host_blocks=free_host,
-        early_host_blocks=draw(st.one_of(st.none(), st.integers(0, free_host))),
         free_slots=draw(st.integers(-1, 6)),
         budget_tokens=draw(st.sampled_from((16, 512, 4096))),
         decode_tokens=draw(st.integers(0, 16)),
@@ -106,35 +104,38 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
 def test_no_decision_gives_out_more_than_there_is(s: Snapshot) -> None:
     d = decide(s)
     gone = {*d.park, *d.recompute}
-    victims = [r for r in s.resident if r.request_id in gone and d.reasons[r.request_id] in RELIEVING]
-    leavers = [r for r in s.layered if r.request_id in gone]
-    stayers = [r for r in s.layered if r.request_id not in gone]
-    blocks = {view.request_id: view.num_blocks for view in (*s.waiting, *s.parked)}
-    hits = {name: s.hits.get(name, PrefixHit()) for name in blocks}
+    victims = [r for r in s.load.resident if r.request_id in gone and d.reasons[r.request_id] in RELIEVING]
+    leavers = [r for r in s.load.layered if r.request_id in gone]
+    stayers = [r for r in s.load.layered if r.request_id not in gone]
+    blocks = {view.request_id: view.num_blocks for view in (*s.lines.waiting, *s.lines.parked)}
+    hits = {name: s.lines.hits.get(name, PrefixHit()) for name in blocks}
     resident_ids = [*d.fetch, *(a.request_id for a in d.admit if not a.layered)]
     layered = [a for a in d.admit if a.layered]
 
     from_pool = sum(blocks[r] - hits[r].num_blocks + hits[r].num_evictable for r in resident_ids)
     from_pool += sum(hits[a.request_id].num_evictable for a in layered)
-    in_pool = s.free_blocks - s.reserved_blocks - s.growth_blocks + sum(r.num_blocks for r in victims)
+    in_pool = (
+        s.engine.free_blocks - s.engine.reserved_blocks - s.load.growth_blocks + sum(r.num_blocks for r in victims)
+    )
     assert from_pool == 0 or from_pool <= in_pool
 
     from_zone = sum(a.zone_blocks for a in layered) + sum(r.needs_zone_block for r in stayers)
-    in_zone = s.free_zone_blocks + (0 if s.frees_are_deferred else sum(r.num_zone_blocks for r in leavers))
+    in_zone = s.engine.free_zone_blocks + (
+        0 if s.engine.frees_are_deferred else sum(r.num_zone_blocks for r in leavers)
+    )
     assert not layered or from_zone <= in_zone
     for admission in layered:
         hit = hits[admission.request_id]
         assert admission.zone_blocks == blocks[admission.request_id] - hit.num_blocks > 0
 
     early = sum(blocks[a.request_id] for a in layered)
-    assert s.early_host_blocks is None or early <= s.early_host_blocks
     from_host = early + sum(r.needs_host_block for r in stayers)
-    from_host += sum(r.num_blocks - r.num_stored for r in s.resident if r.request_id in d.park)
-    from_host += sum(r.num_tokens // BLOCK - r.num_stored for r in s.resident if r.request_id in d.store_ahead)
-    assert from_host <= s.free_host_blocks, "all of it has to be stored in this step or the next"
+    from_host += sum(r.num_blocks - r.num_stored for r in s.load.resident if r.request_id in d.park)
+    from_host += sum(r.num_tokens // BLOCK - r.num_stored for r in s.load.resident if r.request_id in d.store_ahead)
+    assert from_host <= s.engine.free_host_blocks, "all of it has to be stored in this step or the next"
 
-    assert len(resident_ids) + len(layered) <= max(s.free_slots + len(gone), 0)
-    assert 0 <= d.prefill_tokens <= max(s.budget_tokens - s.decode_tokens, 0)
+    assert len(resident_ids) + len(layered) <= max(s.engine.free_slots + len(gone), 0)
+    assert 0 <= d.prefill_tokens <= max(s.engine.budget_tokens - s.load.decode_tokens, 0)
 
 
 @settings(max_examples=250)
@@ -142,20 +143,26 @@ def test_no_decision_gives_out_more_than_there_is(s: Snapshot) -> None:
 def test_every_decision_is_about_the_right_requests_each_once_and_in_order(s: Snapshot) -> None:
     d = decide(s)
     admits, refused = [a.request_id for a in d.admit], [r.request_id for r in d.refuse]
-    late = late_prompts(s, s.waiting, d.prefill_tokens)
-    late |= {view.request_id for view in (*s.waiting, *s.parked) if s.slo_scheduling and view.deadline_s < NOW_S}
-    overdue = {view.request_id for view in (*s.waiting, *s.parked) if s.overtaken.get(view.request_id, 0) >= MOST}
+    late = late_prompts(s, s.lines.waiting, d.prefill_tokens)
+    late |= {
+        view.request_id for view in (*s.lines.waiting, *s.lines.parked) if s.slo_scheduling and view.deadline_s < NOW_S
+    }
+    overdue = {
+        view.request_id
+        for view in (*s.lines.waiting, *s.lines.parked)
+        if s.lines.overtaken.get(view.request_id, 0) >= MOST
+    }
     turn = {  # of those overtaken too often, deadlines alone decide
         view.request_id: (view.request_id not in overdue, view.request_id in late - overdue, view.deadline_s)
-        for view in (*s.waiting, *s.parked)
+        for view in (*s.lines.waiting, *s.lines.parked)
     }
     assert sorted(d.fetch, key=lambda r: turn[r]) == list(d.fetch), "on time before late, by deadline"
     if late:
         assert sorted(admits, key=lambda r: turn[r]) == admits, "on time before late, by deadline"
-    assert set(admits) | set(refused) <= {w.request_id for w in s.waiting}
-    assert set(d.fetch) <= {p.request_id for p in s.parked}
-    may_leave = {r.request_id for r in s.resident if r.can_park}
-    done = {r.request_id for r in s.layered if r.prefill_done}
+    assert set(admits) | set(refused) <= {w.request_id for w in s.lines.waiting}
+    assert set(d.fetch) <= {p.request_id for p in s.lines.parked}
+    may_leave = {r.request_id for r in s.load.resident if r.can_park}
+    done = {r.request_id for r in s.load.layered if r.prefill_done}
     assert {*d.recompute, *d.store_ahead} <= may_leave
     assert set(d.park) <= may_leave | done
     everybody = [*admits, *refused, *d.fetch, *d.park, *d.recompute, *d.store_ahead]
@@ -163,8 +170,8 @@ def test_every_decision_is_about_the_right_requests_each_once_and_in_order(s: Sn
     assert not set(d.overtaken) & {*admits, *d.fetch}, "who is served was not overtaken"
     assert len(set(d.overtaken)) == len(d.overtaken)
     for a in d.admit:
-        w = next(w for w in s.waiting if w.request_id == a.request_id)
-        assert not a.layered or (w.can_layer and s.mode != "resident")
+        w = next(w for w in s.lines.waiting if w.request_id == a.request_id)
+        assert not a.layered or (w.can_layer and s.shape.mode != "resident")
 
 
 @settings(max_examples=250)
@@ -174,7 +181,7 @@ def test_everybody_who_was_looked_at_is_told_why(s: Snapshot) -> None:
     acted = {*d.park, *d.recompute, *d.fetch, *(a.request_id for a in d.admit), *(r.request_id for r in d.refuse)}
     assert set(d.reasons) == acted
     assert {r.request_id: r.reason for r in d.refuse}.items() <= d.reasons.items()
-    assert set(d.waits) == {view.request_id for view in (*s.waiting, *s.parked)} - acted
+    assert set(d.waits) == {view.request_id for view in (*s.lines.waiting, *s.lines.parked)} - acted
 
 
 @settings(max_examples=200)
@@ -200,13 +207,13 @@ def test_the_same_snapshot_gives_the_same_decision_and_is_not_changed(s: Snapsho
 @given(snapshots())
 def test_with_the_engine_empty_somebody_starts_if_anybody_can(s: Snapshot) -> None:
     """Nothing runs and all memory is free: if nothing is decided now, nothing ever will be."""
-    s = replace(
+    s = changed(
         s,
         free_blocks=POOL,
         growth_blocks=0,
         reserved_blocks=0,
         free_zone_blocks=ZONE,
-        free_slots=max(s.free_slots, 1),
+        free_slots=max(s.engine.free_slots, 1),
         decode_tokens=0,
         decode_slack_s=float("inf"),
         prefilling_tokens=0,
@@ -216,5 +223,5 @@ def test_with_the_engine_empty_somebody_starts_if_anybody_can(s: Snapshot) -> No
         hits={},
     )
     d = decide(s)
-    if s.waiting or s.parked:
+    if s.lines.waiting or s.lines.parked:
         assert d.fetch or d.admit or d.refuse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +9,8 @@ import pytest
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
-from layerkv.scheduler.snapshot import LayeredRequest
-from tests.fakes.snapshots import HOST, NOW_S, ZONE, admitted, cost, parked, prompt, resident, snapshot
+from layerkv.scheduler.snapshot import LayeredRequest, PrefixHit
+from tests.fakes.snapshots import HOST, NOW_S, ZONE, admitted, changed, cost, parked, prompt, resident, snapshot
 
 MOST = PolicyLimits().max_overtakes
 
@@ -32,55 +31,55 @@ def test_streamed_decode_goes_on_until_pool_or_waiting_prompts_speak_against_it(
     layered = [LayeredRequest("r", prefill_done=True, num_blocks=5, num_zone_blocks=5)]
     s = snapshot(streamed_decode=True, layered=layered, free_blocks=2, num_resident=3, free_zone_blocks=10)
     assert decide(s).park == ()
-    assert decide(replace(s, free_blocks=50)).park == ("r",)
-    assert decide(replace(s, waiting=[prompt("a", 20)])).park == ("r",)
+    assert decide(changed(s, free_blocks=50)).park == ("r",)
+    assert decide(changed(s, waiting=[prompt("a", 20)])).park == ("r",)
     needy = layered[0]._replace(needs_host_block=True)
-    assert decide(replace(s, layered=[needy], free_host_blocks=0)).park == ("r",)
+    assert decide(changed(s, layered=[needy], free_host_blocks=0)).park == ("r",)
 
 
 def test_pool_blocks_for_one_that_leaves_the_zone_are_not_there_for_the_next() -> None:
     """Both would fit alone: the second goes on streaming instead of being parked for blocks that it will not get."""
     layered = [LayeredRequest(f"r{i}", prefill_done=True, num_blocks=5, num_zone_blocks=5) for i in range(2)]
     s = snapshot(streamed_decode=True, layered=layered, num_resident=3, free_zone_blocks=10)
-    assert decide(replace(s, free_blocks=9)).park == ("r0",)
-    assert decide(replace(s, free_blocks=10)).park == ("r0", "r1")
+    assert decide(changed(s, free_blocks=9)).park == ("r0",)
+    assert decide(changed(s, free_blocks=10)).park == ("r0", "r1")
 
 
 def test_streamed_decode_leaves_when_the_zone_has_no_next_block() -> None:
     needy = LayeredRequest("r", True, 6, num_zone_blocks=5, needs_zone_block=True)
     s = snapshot(streamed_decode=True, layered=[needy], free_blocks=2, num_resident=3, free_zone_blocks=1)
     assert decide(s).park == ()
-    assert decide(replace(s, free_zone_blocks=0)).park == ("r",)
+    assert decide(changed(s, free_zone_blocks=0)).park == ("r",)
 
 
 def test_who_is_longer_than_the_pool_starts_over_once_zone_or_host_memory_has_no_next_block() -> None:
     long = LayeredRequest("r", True, 101, num_zone_blocks=5, needs_zone_block=True, needs_host_block=True)
     s = snapshot(streamed_decode=True, layered=[long], pool_blocks=100, num_resident=1, free_zone_blocks=1)
     assert decide(s).recompute == ()
-    for short in (replace(s, free_zone_blocks=0), replace(s, free_host_blocks=0)):
+    for short in (changed(s, free_zone_blocks=0), changed(s, free_host_blocks=0)):
         assert decide(short).recompute == ("r",)
         assert decide(short).reasons == {"r": Reason.LONGER_THAN_POOL}
-        assert decide(replace(short, is_paused=True)).recompute == ()
-        assert decide(replace(short, layered=[long._replace(outgrows_pool=True)])).recompute == (), "it has its room"
+        assert decide(changed(short, is_paused=True)).recompute == ()
+        assert decide(changed(short, layered=[long._replace(outgrows_pool=True)])).recompute == (), "it has its room"
 
 
 def test_streamed_decode_takes_its_next_blocks_before_prompts_do() -> None:
     needy = [LayeredRequest(f"r{i}", True, 6, 5, needs_zone_block=True, needs_host_block=True) for i in range(2)]
     waiting = [prompt("first", 8), prompt("second", 3)]
     s = snapshot(streamed_decode=True, layered=needy, waiting=waiting, free_blocks=0, num_resident=3)
-    assert admitted(decide(replace(s, free_zone_blocks=13))) == [("first", True), ("second", True)]
-    assert admitted(decide(replace(s, free_zone_blocks=12))) == [("first", True)]
-    assert admitted(decide(replace(s, free_host_blocks=12))) == [("first", True)]
+    assert admitted(decide(changed(s, free_zone_blocks=13))) == [("first", True), ("second", True)]
+    assert admitted(decide(changed(s, free_zone_blocks=12))) == [("first", True)]
+    assert admitted(decide(changed(s, free_host_blocks=12))) == [("first", True)]
 
 
 def test_streamed_decode_ends_for_those_whose_loads_the_objectives_leave_no_time_for() -> None:
     """A step takes 10 ms and a block 0.5 ms to load: three times 8 blocks need an objective of 22 ms."""
     layered = [LayeredRequest(f"r{i}", True, 8, num_zone_blocks=8) for i in range(3)]
     s = snapshot(streamed_decode=True, layered=layered, free_blocks=0, num_resident=3, cost=cost())
-    assert decide(replace(s, tightest_tpot_s=0.0221)).park == ()
-    assert decide(replace(s, tightest_tpot_s=0.0201)).reasons == {"r2": Reason.STREAM_BUDGET}
-    assert decide(replace(s, tightest_tpot_s=0.005)).park == ("r0", "r1", "r2")
-    assert decide(replace(s, tightest_tpot_s=0.005, slo_scheduling=False)).park == ()
+    assert decide(changed(s, tightest_tpot_s=0.0221)).park == ()
+    assert decide(changed(s, tightest_tpot_s=0.0201)).reasons == {"r2": Reason.STREAM_BUDGET}
+    assert decide(changed(s, tightest_tpot_s=0.005)).park == ("r0", "r1", "r2")
+    assert decide(changed(s, tightest_tpot_s=0.005, slo_scheduling=False)).park == ()
 
 
 # The pool is short ----------------------------------------------------------------------------------------------------
@@ -91,14 +90,14 @@ def test_the_resident_with_most_laxity_is_parked_first_and_the_fresh_ones_last()
     s = snapshot(free_blocks=0, growth_blocks=3, num_resident=3, resident=residents)
     assert decide(s).park == ("ahead",)
     assert decide(s).reasons == {"ahead": Reason.POOL_SHORT}
-    assert decide(replace(s, growth_blocks=15)).park == ("ahead", "urgent")
+    assert decide(changed(s, growth_blocks=15)).park == ("ahead", "urgent")
 
 
 def test_who_is_late_already_is_parked_before_who_can_be_on_time() -> None:
     residents = [resident("late", 99.0), resident("ahead", 140.0)]
     s = snapshot(free_blocks=0, growth_blocks=1, num_resident=2, resident=residents)
     assert decide(s).park == ("late",)
-    assert decide(replace(s, slo_scheduling=False)).park == ("ahead",), "whoever came last"
+    assert decide(changed(s, slo_scheduling=False)).park == ("ahead",), "whoever came last"
 
 
 def test_less_weight_is_parked_before_more_laxity() -> None:
@@ -109,10 +108,10 @@ def test_less_weight_is_parked_before_more_laxity() -> None:
 def test_no_more_residents_are_parked_than_the_growth_needs() -> None:
     residents = [resident(f"r{i}", 101 + i) for i in range(6)]
     s = snapshot(free_blocks=1, num_resident=6, resident=residents)
-    assert decide(replace(s, growth_blocks=1)).park == ()
-    assert decide(replace(s, growth_blocks=2)).park == ("r5",)
-    assert decide(replace(s, growth_blocks=11)).park == ("r5",)
-    assert decide(replace(s, growth_blocks=12)).park == ("r5", "r4")
+    assert decide(changed(s, growth_blocks=1)).park == ()
+    assert decide(changed(s, growth_blocks=2)).park == ("r5",)
+    assert decide(changed(s, growth_blocks=11)).park == ("r5",)
+    assert decide(changed(s, growth_blocks=12)).park == ("r5", "r4")
 
 
 def test_of_several_residents_one_always_goes_on() -> None:
@@ -130,21 +129,21 @@ def test_who_does_not_fit_host_memory_is_passed_over_for_one_who_does() -> None:
     residents = [resident("large", 109, num_blocks=30), resident("small", 101, num_blocks=4), resident("x", 100)]
     s = snapshot(free_blocks=0, growth_blocks=1, num_resident=3, resident=residents, free_host_blocks=8)
     assert decide(s).park == ("small",)
-    assert decide(replace(s, free_host_blocks=3)).reasons == {"large": Reason.NO_ROOM_TO_PARK}
-    assert decide(replace(s, free_host_blocks=3)).recompute == ("large",)
-    assert decide(replace(s, free_host_blocks=3, is_paused=True)).reasons == {}, "it could not come back"
+    assert decide(changed(s, free_host_blocks=3)).reasons == {"large": Reason.NO_ROOM_TO_PARK}
+    assert decide(changed(s, free_host_blocks=3)).recompute == ("large",)
+    assert decide(changed(s, free_host_blocks=3, is_paused=True)).reasons == {}, "it could not come back"
     stored = [residents[0]._replace(num_stored=22), *residents[1:]]
-    assert decide(replace(s, resident=stored)).park == ("large",), "only what is not stored yet takes room"
+    assert decide(changed(s, resident=stored)).park == ("large",), "only what is not stored yet takes room"
 
 
 def test_who_fills_the_pool_is_not_parked_for_it_could_never_be_fetched() -> None:
     """The last resident goes on, whatever is short, but for one that needs a block more than there are."""
     alone = snapshot(free_blocks=0, growth_blocks=1, num_resident=1, pool_blocks=40)
-    assert decide(replace(alone, resident=[resident("a", 101, num_blocks=40)])).reasons == {
+    assert decide(changed(alone, resident=[resident("a", 101, num_blocks=40)])).reasons == {
         "a": Reason.LONGER_THAN_POOL
     }
-    assert decide(replace(alone, resident=[resident("a", 101, num_blocks=40)])).recompute == ("a",)
-    paused = replace(alone, resident=[resident("a", 101, num_blocks=40)], is_paused=True)
+    assert decide(changed(alone, resident=[resident("a", 101, num_blocks=40)])).recompute == ("a",)
+    paused = changed(alone, resident=[resident("a", 101, num_blocks=40)], is_paused=True)
     assert (decide(paused).park, decide(paused).recompute) == ((), ())
 
 
@@ -168,14 +167,14 @@ def test_a_victim_is_computed_again_where_that_costs_less_than_two_copies() -> N
     """160 tokens take 16 ms to compute; 10 blocks take 5 ms a copy, or 10."""
     residents = [resident("a", 101), resident("b", 102)]
     s = snapshot(free_blocks=0, growth_blocks=1, num_resident=2, resident=residents)
-    fast, slow = replace(s, cost=cost()), replace(s, cost=cost(block_copy_s=0.001))
+    fast, slow = changed(s, cost=cost()), changed(s, cost=cost(block_copy_s=0.001))
     assert (decide(fast).park, decide(fast).recompute) == (("b",), ())
     assert (decide(slow).park, decide(slow).recompute) == ((), ("b",))
     assert decide(slow).reasons == {"b": Reason.RECOMPUTE_CHEAPER}
-    assert decide(replace(slow, free_host_blocks=0)).recompute == ("b",), "no host memory needed"
+    assert decide(changed(slow, free_host_blocks=0)).recompute == ("b",), "no host memory needed"
     stored = [residents[0], residents[1]._replace(num_stored=10)]
-    assert decide(replace(slow, resident=stored)).park == ("b",), "one copy is left, of two"
-    assert decide(replace(s, cost=None)).park == ("b",)
+    assert decide(changed(slow, resident=stored)).park == ("b",), "one copy is left, of two"
+    assert decide(changed(s, cost=None)).park == ("b",)
 
 
 def test_who_could_not_be_computed_again_is_parked_even_where_that_is_dearer() -> None:
@@ -190,10 +189,10 @@ def test_who_could_not_be_computed_again_gives_its_kv_up_after_all_others() -> N
     residents = [resident("a", 101), resident("b", 102, cannot_recompute=True), resident("c", 100.5)]
     s = snapshot(free_blocks=0, growth_blocks=1, num_resident=3, resident=residents, free_host_blocks=0)
     assert decide(s).recompute == ("a",)
-    assert decide(replace(s, cost=cost(block_copy_s=0.001))).recompute == ("a",)
-    assert decide(replace(s, growth_blocks=11)).recompute == ("a", "c")
+    assert decide(changed(s, cost=cost(block_copy_s=0.001))).recompute == ("a",)
+    assert decide(changed(s, growth_blocks=11)).recompute == ("a", "c")
     only = [resident("a", 101, can_park=False), resident("b", 102, cannot_recompute=True)]
-    assert decide(replace(s, resident=only)).recompute == ("b",), "or the pool would stay short"
+    assert decide(changed(s, resident=only)).recompute == ("b",), "or the pool would stay short"
 
 
 # Making room ----------------------------------------------------------------------------------------------------------
@@ -227,7 +226,7 @@ def test_room_is_made_by_one_who_is_late_anyway_and_weighs_less() -> None:
     s = snapshot(**{**ROOMY, "resident": [resident("late", 99.0), resident("other", 100.02)]})
     assert decide(s).park == ("late",)
     same_weight = [resident("late", 99.0, weight=2.0), resident("other", 100.02)]
-    assert decide(replace(s, resident=same_weight)).park == ()
+    assert decide(changed(s, resident=same_weight)).park == ()
 
 
 @pytest.mark.parametrize(
@@ -272,12 +271,12 @@ def test_the_likeliest_victim_is_stored_ahead_when_the_pool_is_going_to_be_short
 
 def test_who_is_stored_to_the_half_is_not_stored_again_and_the_next_only_if_needed() -> None:
     s = snapshot(**GROWING)
-    half = [s.resident[0], s.resident[1]._replace(num_stored=5)]
-    assert decide(replace(s, resident=half)).store_ahead == ()
-    less = [s.resident[0], s.resident[1]._replace(num_stored=4)]
-    assert decide(replace(s, resident=less)).store_ahead == ("patient",)
-    small = [s.resident[0], s.resident[1]._replace(num_stored=5, num_blocks=3)]
-    assert decide(replace(s, resident=small)).store_ahead == ("urgent",), "three blocks are not enough"
+    half = [s.load.resident[0], s.load.resident[1]._replace(num_stored=5)]
+    assert decide(changed(s, resident=half)).store_ahead == ()
+    less = [s.load.resident[0], s.load.resident[1]._replace(num_stored=4)]
+    assert decide(changed(s, resident=less)).store_ahead == ("patient",)
+    small = [s.load.resident[0], s.load.resident[1]._replace(num_stored=5, num_blocks=3)]
+    assert decide(changed(s, resident=small)).store_ahead == ("urgent",), "three blocks are not enough"
 
 
 @pytest.mark.parametrize(
@@ -296,11 +295,11 @@ def test_nothing_is_stored_ahead_without_need_or_room(changes: dict[str, Any]) -
 
 def test_nothing_is_stored_ahead_while_the_room_drains_for_one_overtaken_too_often() -> None:
     """It waits for host memory, which a store ahead would take again."""
-    s = snapshot(**GROWING, waiting=[prompt("large", 39)], free_host_blocks=HOST // 2 + 10, zone_blocks=ZONE)
-    s = replace(s, early_host_blocks=38)
+    s = snapshot(**GROWING, waiting=[prompt("large", 75)], free_host_blocks=HOST // 2 + 10, zone_blocks=ZONE)
+    s = changed(s, hits={"large": PrefixHit(36)})
     assert decide(s).waits == {"large": Reason.HOST_FULL}
     assert decide(s).store_ahead == ("patient",)
-    assert decide(replace(s, overtaken={"large": MOST})).store_ahead == ()
+    assert decide(changed(s, overtaken={"large": MOST})).store_ahead == ()
 
 
 def test_nothing_is_stored_ahead_in_a_step_that_parks() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import LayeredRequest, ParkedRequest, WaitingRequest
 from layerkv.scheduler.tracker import DeadlineQueue
-from tests.fakes.snapshots import NOW_S, POOL, admitted, cost, crowd, parked, prompt, resident, snapshot
+from tests.fakes.snapshots import NOW_S, POOL, admitted, changed, cost, crowd, parked, prompt, resident, snapshot
 
 MOST = PolicyLimits().max_overtakes
 
@@ -23,17 +22,17 @@ MOST = PolicyLimits().max_overtakes
 
 def test_fetches_go_by_deadline_and_keep_headroom() -> None:
     s = snapshot(parked=[parked("urgent", 101.0), parked("later", 102.0)], **crowd(2))
-    assert decide(replace(s, free_blocks=30)).fetch == ("urgent", "later")
-    assert decide(replace(s, free_blocks=14)).fetch == ("urgent",)
-    assert decide(replace(s, free_blocks=12)).fetch == ()
-    assert decide(replace(s, free_blocks=10, num_resident=0, resident=())).fetch == ("urgent",)
+    assert decide(changed(s, free_blocks=30)).fetch == ("urgent", "later")
+    assert decide(changed(s, free_blocks=14)).fetch == ("urgent",)
+    assert decide(changed(s, free_blocks=12)).fetch == ()
+    assert decide(changed(s, free_blocks=10, num_resident=0, resident=())).fetch == ("urgent",)
 
 
 def test_who_can_still_be_on_time_is_fetched_before_who_cannot() -> None:
     s = snapshot(parked=[parked("on time", 101.0), parked("late", 99.0)], **crowd(2))
-    assert decide(replace(s, free_blocks=14)).fetch == ("on time",)
-    assert decide(replace(s, free_blocks=14)).waits == {"late": Reason.POOL_FULL}
-    arrival_order = replace(s, free_blocks=14, slo_scheduling=False)
+    assert decide(changed(s, free_blocks=14)).fetch == ("on time",)
+    assert decide(changed(s, free_blocks=14)).waits == {"late": Reason.POOL_FULL}
+    arrival_order = changed(s, free_blocks=14, slo_scheduling=False)
     assert decide(arrival_order).fetch == ("late",), "without objectives, whoever came first"
 
 
@@ -46,7 +45,7 @@ def test_parked_requests_and_prompts_for_the_pool_share_one_line() -> None:
     waiting = [prompt("prompt", 10, 102.0, can_layer=False)]
     in_host = [parked("first", 101.0), parked("last", 103.0)]
     s = snapshot(waiting=waiting, parked=in_host, mode="resident", **crowd(1))
-    by_room = {free: decide(replace(s, free_blocks=free)) for free in (14, 26, 38)}
+    by_room = {free: decide(changed(s, free_blocks=free)) for free in (14, 26, 38)}
     assert [(d.fetch, admitted(d)) for d in by_room.values()] == [
         (("first",), []),
         (("first",), [("prompt", False)]),
@@ -59,11 +58,11 @@ def test_headroom_is_kept_for_all_residents_and_the_one_who_comes(residents: int
     """Two blocks are 32 tokens: with a step in flight and one to come, nobody is in want at once."""
     limits = PolicyLimits(headroom_tokens=32)
     s = snapshot(parked=[parked("p", blocks=20)], **crowd(residents))
-    assert decide(replace(s, free_blocks=20 + headroom_blocks), limits).fetch == ("p",)
-    assert decide(replace(s, free_blocks=20 + headroom_blocks - 1), limits).fetch == ()
-    prompts = replace(s, parked=(), waiting=[prompt("w", 20)])
-    assert admitted(decide(replace(prompts, free_blocks=20 + headroom_blocks), limits)) == [("w", False)]
-    assert admitted(decide(replace(prompts, free_blocks=20 + headroom_blocks - 1), limits)) == [("w", True)]
+    assert decide(changed(s, free_blocks=20 + headroom_blocks), limits).fetch == ("p",)
+    assert decide(changed(s, free_blocks=20 + headroom_blocks - 1), limits).fetch == ()
+    prompts = changed(s, parked=(), waiting=[prompt("w", 20)])
+    assert admitted(decide(changed(prompts, free_blocks=20 + headroom_blocks), limits)) == [("w", False)]
+    assert admitted(decide(changed(prompts, free_blocks=20 + headroom_blocks - 1), limits)) == [("w", True)]
 
 
 def test_a_fetch_waits_if_the_forecast_says_that_it_would_soon_be_parked_again() -> None:
@@ -71,9 +70,9 @@ def test_a_fetch_waits_if_the_forecast_says_that_it_would_soon_be_parked_again()
     grows = [resident(f"r{i}", tokens_left=640) for i in range(2)]
     s = snapshot(parked=[parked("p", blocks=20, tokens_left=640)], resident=grows, num_resident=2, free_blocks=80)
     assert decide(s).fetch == ()
-    assert decide(replace(s, parked=[parked("p", blocks=1, tokens_left=1)])).fetch == ("p",)
+    assert decide(changed(s, parked=[parked("p", blocks=1, tokens_left=1)])).fetch == ("p",)
     shorter = [r._replace(tokens_left=64) for r in grows]
-    assert decide(replace(s, resident=shorter, parked=[parked("p", blocks=20, tokens_left=64)])).fetch == ("p",)
+    assert decide(changed(s, resident=shorter, parked=[parked("p", blocks=20, tokens_left=64)])).fetch == ("p",)
 
 
 @pytest.mark.parametrize(("limits", "most_tokens"), [(PolicyLimits(), 373), (PolicyLimits(overcommit=1.0), 320)])
@@ -94,30 +93,30 @@ def test_by_the_forecast_the_pool_may_be_filled_a_tenth_more_than_it_holds(
 
 def test_blocks_promised_to_others_are_not_free() -> None:
     s = snapshot(parked=[parked("p", blocks=20)], free_blocks=30)
-    assert decide(replace(s, reserved_blocks=6, growth_blocks=4)).fetch == ("p",)
-    assert decide(replace(s, reserved_blocks=7, growth_blocks=4)).fetch == ()
-    assert decide(replace(s, reserved_blocks=6, growth_blocks=5)).fetch == ()
+    assert decide(changed(s, reserved_blocks=6, growth_blocks=4)).fetch == ("p",)
+    assert decide(changed(s, reserved_blocks=7, growth_blocks=4)).fetch == ()
+    assert decide(changed(s, reserved_blocks=6, growth_blocks=5)).fetch == ()
 
 
 def test_while_a_claim_on_the_pool_is_not_served_prompts_do_not_take_from_it() -> None:
     s = snapshot(waiting=[prompt("a", 4)], parked=[parked("p", blocks=60)], free_blocks=50, **crowd(3))
     assert admitted(decide(s)) == [("a", True)]
     assert decide(s).reasons["a"] is Reason.POOL_CONTENDED
-    assert admitted(decide(replace(s, parked=()))) == [("a", False)]
+    assert admitted(decide(changed(s, parked=()))) == [("a", False)]
 
 
 def test_being_overtaken_is_counted_only_when_it_happens() -> None:
     large, small = parked("large", 101.0, 60), parked("small", 102.0, 10)
     s = snapshot(parked=[large, small], free_blocks=40, **crowd(3))
     assert (decide(s).fetch, decide(s).overtaken) == (("small",), ("large",))
-    assert decide(replace(s, parked=[large])).overtaken == ()
-    assert decide(replace(s, free_blocks=POOL)).overtaken == ()
+    assert decide(changed(s, parked=[large])).overtaken == ()
+    assert decide(changed(s, free_blocks=POOL)).overtaken == ()
 
 
 def test_a_smaller_claim_overtakes_only_so_often() -> None:
     s = snapshot(parked=[parked("large", 101.0, 60), parked("small", 102.0)], free_blocks=40, **crowd(3))
-    assert decide(replace(s, overtaken={"large": MOST - 1})).fetch == ("small",)
-    stopped = decide(replace(s, overtaken={"large": MOST}))
+    assert decide(changed(s, overtaken={"large": MOST - 1})).fetch == ("small",)
+    stopped = decide(changed(s, overtaken={"large": MOST}))
     assert (stopped.fetch, stopped.overtaken) == ((), ())
     assert stopped.waits == {"large": Reason.POOL_FULL, "small": Reason.BEHIND_OVERDUE}
 
@@ -125,8 +124,8 @@ def test_a_smaller_claim_overtakes_only_so_often() -> None:
 def test_a_late_claim_is_overtaken_only_so_often() -> None:
     s = snapshot(parked=[parked("on time", 101.0), parked("late", 99.0)], free_blocks=16, **crowd(2))
     assert (decide(s).fetch, decide(s).overtaken) == (("on time",), ("late",))
-    assert decide(replace(s, overtaken={"late": MOST - 1})).fetch == ("on time",)
-    assert decide(replace(s, overtaken={"late": MOST})).fetch == ("late",)
+    assert decide(changed(s, overtaken={"late": MOST - 1})).fetch == ("on time",)
+    assert decide(changed(s, overtaken={"late": MOST})).fetch == ("late",)
 
 
 @pytest.mark.parametrize("first_size", [5, 60, 100])
@@ -171,7 +170,7 @@ def test_prompts_that_can_be_on_time_start_before_those_that_cannot() -> None:
     assert admitted(decide(s)) == [("on time", False)]
     assert decide(s).waits == {"late": Reason.LATE}
     assert decide(s).overtaken == ("late",)
-    both = decide(replace(s, budget_tokens=2048))
+    both = decide(changed(s, budget_tokens=2048))
     assert admitted(both) == [("on time", False), ("late", False)]
     assert both.overtaken == ()
 
@@ -181,14 +180,14 @@ def test_who_will_be_late_by_moore_hodgson_stands_behind_too() -> None:
     long = prompt("long", 10, 101.0, prefill_cost_s=2.0)
     s = snapshot(waiting=[long, prompt("short", 10, 101.5)], budget_tokens=160, cost=cost(step_s=0.0))
     assert admitted(decide(s)) == [("short", False)]
-    assert decide(replace(s, cost=None)).admit[0].request_id == "long"
+    assert decide(changed(s, cost=None)).admit[0].request_id == "long"
 
 
 def test_a_late_prompt_is_overtaken_only_so_often() -> None:
     waiting = [prompt("on time", 10, 101.0), prompt("late", 10, 99.0)]
     s = snapshot(waiting=waiting, budget_tokens=160)
-    assert admitted(decide(replace(s, overtaken={"late": MOST - 1}))) == [("on time", False)]
-    assert admitted(decide(replace(s, overtaken={"late": MOST}))) == [("late", False)]
+    assert admitted(decide(changed(s, overtaken={"late": MOST - 1}))) == [("on time", False)]
+    assert admitted(decide(changed(s, overtaken={"late": MOST}))) == [("late", False)]
 
 
 def test_nobody_passes_a_prompt_that_was_overtaken_too_often() -> None:
@@ -196,7 +195,7 @@ def test_nobody_passes_a_prompt_that_was_overtaken_too_often() -> None:
     waiting = [prompt("small", 2, 101.0), prompt("late", 30, 99.0)]
     s = snapshot(waiting=waiting, free_blocks=0, free_zone_blocks=20, **crowd(3))
     assert admitted(decide(s)) == [("small", True)]
-    stopped = decide(replace(s, overtaken={"late": MOST}))
+    stopped = decide(changed(s, overtaken={"late": MOST}))
     assert admitted(stopped) == []
     assert stopped.waits == {"late": Reason.ZONE_FULL, "small": Reason.BEHIND_OVERDUE}
 
@@ -206,8 +205,8 @@ def test_a_prompt_that_waits_for_the_zone_while_others_pass_into_the_pool_is_ove
     waiting = [prompt("large", 35, 101.0), prompt("small", 2, 102.0)]
     s = snapshot(waiting=waiting, free_blocks=20, free_zone_blocks=30, **crowd(3))
     assert (admitted(decide(s)), decide(s).overtaken) == ([("small", False)], ("large",))
-    assert admitted(decide(replace(s, overtaken={"large": MOST - 1}))) == [("small", False)]
-    stopped = decide(replace(s, overtaken={"large": MOST}))
+    assert admitted(decide(changed(s, overtaken={"large": MOST - 1}))) == [("small", False)]
+    stopped = decide(changed(s, overtaken={"large": MOST}))
     assert admitted(stopped) == []
     assert stopped.waits == {"large": Reason.ZONE_FULL, "small": Reason.BEHIND_OVERDUE}
 
@@ -217,9 +216,9 @@ def test_who_was_overtaken_too_often_comes_first_though_nobody_is_late() -> None
     long = prompt("long", 30, 130.0, most_blocks=120, can_layer=True)
     waiting = [prompt("a", 10, 101.0), prompt("b", 10, 102.0), long]
     s = snapshot(waiting=waiting, long_contexts=True, zone_blocks=200, free_zone_blocks=130, host_blocks=200)
-    s = replace(s, free_host_blocks=130, free_blocks=0, **crowd(3))
+    s = changed(s, free_host_blocks=130, free_blocks=0, **crowd(3))
     assert [name for name, _ in admitted(decide(s))] == ["a", "b"]
-    assert admitted(decide(replace(s, overtaken={"long": MOST})))[0] == ("long", True)
+    assert admitted(decide(changed(s, overtaken={"long": MOST})))[0] == ("long", True)
 
 
 def test_those_overtaken_too_often_come_in_order_of_their_deadlines() -> None:
@@ -233,10 +232,10 @@ def test_nobody_passes_into_the_pool_before_a_prompt_longer_than_it_that_was_ove
     long = prompt("long", 30, 101.0, most_blocks=120)
     waiting = [long, prompt("pool only", 10, 102.0, can_layer=False)]
     s = snapshot(waiting=waiting, parked=[parked("p")], long_contexts=True, zone_blocks=200, free_zone_blocks=200)
-    s = replace(s, host_blocks=200, free_host_blocks=100, **crowd(2))
+    s = changed(s, host_blocks=200, free_host_blocks=100, **crowd(2))
     passing = decide(s)
     assert (passing.fetch, admitted(passing), passing.overtaken) == (("p",), [("pool only", False)], ("long",))
-    stopped = decide(replace(s, overtaken={"long": MOST}))
+    stopped = decide(changed(s, overtaken={"long": MOST}))
     assert (stopped.fetch, admitted(stopped)) == (("p",), [])
     assert stopped.waits == {"long": Reason.HOST_FULL, "pool only": Reason.BEHIND_OVERDUE}
 
@@ -268,7 +267,7 @@ def test_the_zone_goes_by_deadline_while_the_pool_is_full() -> None:
     waiting = [prompt(name, 9, deadline_s) for name, deadline_s in (("a", 101), ("b", 102), ("c", 103), ("d", 104))]
     s = snapshot(waiting=waiting, free_blocks=2, **crowd(5))
     assert admitted(decide(s)) == [("a", True), ("b", True), ("c", True), ("d", True)]
-    assert admitted(decide(replace(s, free_zone_blocks=20))) == [("a", True), ("b", True)]
+    assert admitted(decide(changed(s, free_zone_blocks=20))) == [("a", True), ("b", True)]
 
 
 def test_a_short_prompt_is_not_stuck_behind_one_that_only_the_pool_can_hold() -> None:
@@ -364,7 +363,7 @@ def test_a_prompt_longer_than_the_pool_waits_for_host_memory_that_worse_ranks_ma
     """Else neither would ever go on."""
     long = prompt("long", 30, 101.0, most_blocks=120)
     s = snapshot(waiting=[long], parked=[parked("p", rank=1)], long_contexts=True, host_blocks=200)
-    s = replace(s, zone_blocks=200, free_zone_blocks=200, free_host_blocks=100, **crowd(1))
+    s = changed(s, zone_blocks=200, free_zone_blocks=200, free_host_blocks=100, **crowd(1))
     assert decide(s).waits == {"long": Reason.HOST_FULL}
     assert decide(s).fetch == ("p",)
 
@@ -376,7 +375,7 @@ def test_nobody_is_late_for_the_sake_of_a_worse_rank() -> None:
     s = snapshot(waiting=[long, *others], budget_tokens=160, cost=cost(step_s=0.0), prefilling_tokens=160)
     assert decide(s).waits == {"long": Reason.NO_TOKENS_LEFT, "a": Reason.BEHIND_RANK, "b": Reason.BEHIND_RANK}
     same = [w._replace(rank=0) for w in (long, *others)]
-    assert decide(replace(s, waiting=same)).waits["long"] is Reason.LATE
+    assert decide(changed(s, waiting=same)).waits["long"] is Reason.LATE
 
 
 def test_of_residents_those_of_worst_rank_are_parked_first() -> None:
@@ -399,7 +398,7 @@ def test_a_prompt_overtaken_too_often_gets_the_next_slot_though_others_claim_the
     waiting = [prompt("either", 10, 99.0)]
     s = snapshot(waiting=waiting, parked=[parked("p")], free_slots=1, mode="layered")
     assert (decide(s).fetch, admitted(decide(s))) == (("p",), [])
-    decision = decide(replace(s, overtaken={"either": MOST}))
+    decision = decide(changed(s, overtaken={"either": MOST}))
     assert decision.fetch == ()
     assert [a.request_id for a in decision.admit] == ["either"]
 
@@ -408,7 +407,7 @@ def test_a_prompt_overtaken_too_often_gets_the_pool_when_host_memory_will_never_
     """Regression: it waited for host blocks, whose owner waited for the pool, which was kept for a third."""
     waiting = [prompt("either", 15, 99.0), prompt("pool only", 15, 98.0, can_layer=False)]
     s = snapshot(waiting=waiting, parked=[parked("p", 97.0)], free_host_blocks=0, mode="layered")
-    decision = decide(replace(s, overtaken={"either": MOST, "pool only": MOST}))
+    decision = decide(changed(s, overtaken={"either": MOST, "pool only": MOST}))
     assert set(admitted(decision)) == {("either", False), ("pool only", False)}
 
 
@@ -444,5 +443,5 @@ def test_among_any_number_of_prompts_on_time_late_ones_are_seen_and_counted() ->
         queue.add(prompt(f"late {i}", blocks=1, deadline_s=NOW_S - 20 + i))
     s = snapshot(waiting=queue.head(PolicyLimits().scan, NOW_S), budget_tokens=64)
     decision = decide(s)
-    assert set(decision.waits) | set(decision.reasons) == {w.request_id for w in s.waiting}
+    assert set(decision.waits) | set(decision.reasons) == {w.request_id for w in s.lines.waiting}
     assert decision.overtaken == ("late 0",)

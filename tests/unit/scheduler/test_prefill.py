@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -16,7 +15,7 @@ from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.prefill import ROUND_TOKENS, late_prompts, prefill_budget, step_seconds
 from layerkv.scheduler.snapshot import Snapshot, WaitingRequest
-from tests.fakes.snapshots import NOW_S, admitted, cost, prompt, snapshot
+from tests.fakes.snapshots import NOW_S, admitted, changed, cost, prompt, snapshot
 
 LIMITS = PolicyLimits()
 
@@ -71,12 +70,12 @@ def test_without_costs_the_slack_means_nothing() -> None:
 
 def test_prefill_never_stops_for_longer_than_it_may() -> None:
     s = snapshot(decode_slack_s=0.0, decode_tokens=48, cost=cost())
-    before = replace(s, steps_without_prefill=LIMITS.max_idle_steps - 1)
-    after = replace(s, steps_without_prefill=LIMITS.max_idle_steps)
+    before = changed(s, steps_without_prefill=LIMITS.max_idle_steps - 1)
+    after = changed(s, steps_without_prefill=LIMITS.max_idle_steps)
     assert budget(before) == 0
     assert budget(after) == LIMITS.min_prefill_tokens
-    assert budget(replace(after, decode_tokens=2000)) == 48, "no more than the step has"
-    assert budget(replace(after, decode_slack_s=0.1148)) == 960, "no less than the slack allows"
+    assert budget(changed(after, decode_tokens=2000)) == 48, "no more than the step has"
+    assert budget(changed(after, decode_slack_s=0.1148)) == 960, "no less than the slack allows"
 
 
 def test_decodes_come_before_prefill_in_a_full_step() -> None:
@@ -88,13 +87,13 @@ def test_stores_of_layered_prompts_limit_the_budget_when_the_link_is_slow() -> N
     """LayerKV's Eq. 4: 16 tokens take 1.6 ms to compute, and their block 16 ms to store."""
     s = snapshot(decode_slack_s=0.2, decode_tokens=1, cost=cost(block_copy_s=0.016), mode="auto")
     assert budget(s) == 1856
-    assert budget(replace(s, mode="layered")) == 192
+    assert budget(changed(s, mode="layered")) == 192
 
 
 def test_prompts_under_way_come_before_new_ones() -> None:
     s = snapshot(waiting=[prompt("a", 4)], budget_tokens=600)
-    assert admitted(decide(replace(s, prefilling_tokens=599))) == [("a", False)]
-    assert admitted(decide(replace(s, prefilling_tokens=600))) == []
+    assert admitted(decide(changed(s, prefilling_tokens=599))) == [("a", False)]
+    assert admitted(decide(changed(s, prefilling_tokens=600))) == []
 
 
 def test_no_more_prompts_are_started_than_the_step_computes() -> None:

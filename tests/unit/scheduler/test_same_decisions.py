@@ -20,7 +20,7 @@ from layerkv.scheduler.snapshot import (
     WaitingRequest,
 )
 from tests.fakes import policy_before
-from tests.fakes.snapshots import NOW_S, snapshot
+from tests.fakes.snapshots import NOW_S, Flat, snapshot
 from tests.fakes.tiny_scheduler import profile
 
 NUM_SNAPSHOTS = 1_000
@@ -105,7 +105,6 @@ def made_up(rng: random.Random) -> Snapshot:
         long_contexts=long_contexts,
         slo_scheduling=rng.random() < 0.8,
         frees_are_deferred=rng.random() < 0.5,
-        early_host_blocks=rng.choice((None, None, 5)),
         decode_tokens=num_decodes,
         decode_context=num_decodes * 100,
         prefilling_tokens=rng.choice((0, 0, 100)),
@@ -137,4 +136,4 @@ def test_decisions_are_those_of_the_policy_before(part: int) -> None:
     before = policy_before.PolicyLimits(max_overtakes=3)
     for _ in range(NUM_SNAPSHOTS):
         s = made_up(rng)
-        assert asdict(decide(s, limits)) == asdict(policy_before.decide(s, before)), s
+        assert asdict(decide(s, limits)) == asdict(policy_before.decide(Flat(s), before)), s

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import LayeredRequest, PrefixHit, Snapshot
-from tests.fakes.snapshots import POOL, admitted, cost, crowd, parked, prompt, resident, snapshot
+from tests.fakes.snapshots import POOL, admitted, changed, cost, crowd, parked, prompt, resident, snapshot
 
 # The pool or the zone -------------------------------------------------------------------------------------------------
 
@@ -32,13 +31,13 @@ def test_a_prompt_runs_layered_when_by_the_forecast_the_pool_will_be_full() -> N
     grows = [resident(f"r{i}", tokens_left=640) for i in range(2)]  # by 40 blocks each
     s = snapshot(waiting=[prompt("a", 20, tokens_left=640)], resident=grows, num_resident=2, free_blocks=80)
     assert admitted(decide(s)) == [("a", True)]
-    assert admitted(decide(replace(s, waiting=[prompt("a", 1, tokens_left=1)]))) == [("a", False)]
+    assert admitted(decide(changed(s, waiting=[prompt("a", 1, tokens_left=1)]))) == [("a", False)]
 
 
 def test_modes_mean_what_they_say() -> None:
     full = snapshot(waiting=[prompt("a")], free_blocks=2, **crowd(3))
-    assert admitted(decide(replace(full, mode="resident"))) == []
-    assert decide(replace(full, mode="resident")).waits == {"a": Reason.POOL_FULL}
+    assert admitted(decide(changed(full, mode="resident"))) == []
+    assert decide(changed(full, mode="resident")).waits == {"a": Reason.POOL_FULL}
     assert admitted(decide(snapshot(waiting=[prompt("a")], mode="layered"))) == [("a", True)]
 
 
@@ -46,26 +45,19 @@ def test_with_host_memory_full_a_prompt_runs_as_in_stock_vllm() -> None:
     s = snapshot(waiting=[prompt("a")], free_host_blocks=2, mode="layered")
     assert admitted(decide(s)) == [("a", False)]
     assert decide(s).reasons == {"a": Reason.HOST_FULL_RESIDENT}
-    full = replace(s, free_blocks=2, num_resident=3)
+    full = changed(s, free_blocks=2, num_resident=3)
     assert admitted(decide(full)) == []
     assert decide(full).waits == {"a": Reason.HOST_FULL}
-
-
-def test_the_share_of_host_memory_for_early_prompts_is_kept_to() -> None:
-    s = snapshot(waiting=[prompt("a"), prompt("b", 5)], free_blocks=0, **crowd(3))
-    assert admitted(decide(replace(s, early_host_blocks=15))) == [("a", True), ("b", True)]
-    assert admitted(decide(replace(s, early_host_blocks=14))) == [("a", True)]
-    assert decide(replace(s, early_host_blocks=9)).waits == {"a": Reason.HOST_FULL, "b": Reason.BEHIND}
 
 
 def test_a_prompt_is_not_layered_if_pool_blocks_come_sooner_than_its_copies_would_take() -> None:
     """A resident of 10 blocks ends in 3 steps, 30 ms; the prompt's 10 blocks take 5 ms or half a second to fetch."""
     s = snapshot(waiting=[prompt("a")], free_blocks=4, **crowd(1, tokens_left=3))
     slow, fast = cost(block_copy_s=0.05), cost()
-    assert decide(replace(s, cost=slow)).waits == {"a": Reason.WAIT_IS_SHORTER}
-    assert admitted(decide(replace(s, cost=fast))) == [("a", True)]
+    assert decide(changed(s, cost=slow)).waits == {"a": Reason.WAIT_IS_SHORTER}
+    assert admitted(decide(changed(s, cost=fast))) == [("a", True)]
     assert admitted(decide(s)) == [("a", True)], "costs are not known"
-    assert admitted(decide(replace(s, cost=slow, mode="layered"))) == [("a", True)]
+    assert admitted(decide(changed(s, cost=slow, mode="layered"))) == [("a", True)]
 
 
 @pytest.mark.parametrize(
@@ -100,8 +92,8 @@ def test_a_layered_prompt_is_not_begun_with_a_small_rest_of_the_budget() -> None
 
 def test_a_long_prompt_may_begin_with_half_a_step_but_not_with_less() -> None:
     s = snapshot(waiting=[prompt("a", 40)], free_blocks=0, budget_tokens=200, **crowd(3))
-    assert admitted(decide(replace(s, prefilling_tokens=100))) == [("a", True)]
-    assert admitted(decide(replace(s, prefilling_tokens=101))) == []
+    assert admitted(decide(changed(s, prefilling_tokens=100))) == [("a", True)]
+    assert admitted(decide(changed(s, prefilling_tokens=101))) == []
 
 
 def test_without_tokens_left_nobody_starts() -> None:
@@ -114,11 +106,11 @@ def test_what_host_memory_has_of_a_prompt_leaves_tokens_to_the_next_one_if_it_is
     """A resident prompt loads it; a layered one computes all that the device's cache has not."""
     s = snapshot(waiting=[prompt("a", 20), prompt("b", 10)], budget_tokens=320)
     assert admitted(decide(s)) == [("a", False)]
-    found = replace(s, hits={"a": PrefixHit(num_host_blocks=1)})
+    found = changed(s, hits={"a": PrefixHit(num_host_blocks=1)})
     assert admitted(decide(found)) == [("a", False), ("b", False)]
-    layered = replace(found, free_blocks=0, budget_tokens=320 + 159, **crowd(3))
+    layered = changed(found, free_blocks=0, budget_tokens=320 + 159, **crowd(3))
     assert admitted(decide(layered)) == [("a", True)]
-    assert admitted(decide(replace(layered, budget_tokens=320 + 160))) == [("a", True), ("b", True)]
+    assert admitted(decide(changed(layered, budget_tokens=320 + 160))) == [("a", True), ("b", True)]
 
 
 # The zone -------------------------------------------------------------------------------------------------------------
@@ -128,7 +120,7 @@ def test_zone_blocks_serve_the_next_prompt_in_the_same_step_unless_frees_are_def
     layered = [LayeredRequest("done", prefill_done=True, num_blocks=30, num_zone_blocks=30)]
     s = snapshot(layered=layered, waiting=[prompt("a", 20)], free_blocks=0, free_zone_blocks=10, **crowd(3))
     assert admitted(decide(s)) == [("a", True)]
-    deferred = decide(replace(s, frees_are_deferred=True))
+    deferred = decide(changed(s, frees_are_deferred=True))
     assert admitted(deferred) == []
     assert deferred.waits == {"a": Reason.ZONE_FULL}
 
@@ -148,15 +140,15 @@ def test_prefix_hits_count_for_what_they_are() -> None:
 
 def test_prefix_hits_that_nobody_holds_cost_pool_blocks() -> None:
     s = snapshot(waiting=[prompt("a", 30)], free_blocks=9, **crowd(3))
-    assert admitted(decide(replace(s, hits={"a": PrefixHit(20, 9)}))) == [("a", True)]
-    assert admitted(decide(replace(s, hits={"a": PrefixHit(20, 10)}))) == []
-    assert admitted(decide(replace(s, hits={"a": PrefixHit(20, 0)}, free_blocks=18))) == [("a", False)]
+    assert admitted(decide(changed(s, hits={"a": PrefixHit(20, 9)}))) == [("a", True)]
+    assert admitted(decide(changed(s, hits={"a": PrefixHit(20, 10)}))) == []
+    assert admitted(decide(changed(s, hits={"a": PrefixHit(20, 0)}, free_blocks=18))) == [("a", False)]
 
 
 def test_prefix_hits_make_a_prompt_fit_the_zone_that_would_not_without() -> None:
     s = snapshot(waiting=[prompt("a", 60)], free_blocks=9, **crowd(3))
     assert admitted(decide(s)) == []
-    [admission] = decide(replace(s, hits={"a": PrefixHit(25, 0)})).admit
+    [admission] = decide(changed(s, hits={"a": PrefixHit(25, 0)})).admit
     assert (admission.layered, admission.zone_blocks) == (True, 35)
 
 
@@ -187,7 +179,7 @@ def test_a_prompt_too_long_for_the_pool_is_refused_in_resident_mode_and_if_it_ca
 def test_a_prompt_longer_than_the_pool_runs_only_where_it_may_decode_in_the_zone() -> None:
     """Parked after its first token it could never be fetched: it would hang, and hold up every other claim."""
     s = snapshot(waiting=[prompt("a", 30)], pool_blocks=20, free_blocks=20)
-    assert admitted(decide(replace(s, long_contexts=True))) == [("a", True)]
+    assert admitted(decide(changed(s, long_contexts=True))) == [("a", True)]
     assert decide(s).admit == ()
     assert refused(s) == {"a": Reason.NEVER_FITS}
 
@@ -205,7 +197,7 @@ def test_a_late_prompt_is_refused_only_where_its_class_asks_for_that() -> None:
     assert "2.5 s late already" in refusal_text(s, decide(s).refuse[0])
     assert refused(snapshot(waiting=[late])) == {}
     assert refused(snapshot(waiting=[prompt("on time", may_refuse=True)])) == {}
-    assert refused(replace(s, slo_scheduling=False)) == {}
+    assert refused(changed(s, slo_scheduling=False)) == {}
 
 
 def test_a_prompt_that_is_going_to_be_late_is_refused_before_it_is() -> None:
@@ -213,7 +205,7 @@ def test_a_prompt_that_is_going_to_be_late_is_refused_before_it_is() -> None:
     s = snapshot(waiting=[late], cost=cost(step_s=0.0))
     assert refused(s) == {"late": Reason.OVERLOAD}
     assert "late already" not in refusal_text(s, decide(s).refuse[0])
-    assert refused(replace(s, waiting=[late._replace(deadline_s=103.0)])) == {}
+    assert refused(changed(s, waiting=[late._replace(deadline_s=103.0)])) == {}
 
 
 # Longer than the pool ------------------------------------------------------------------------------------------------
@@ -271,9 +263,4 @@ def test_what_outgrows_the_pool_may_be_overtaken_so_often_and_no_more() -> None:
     s = streaming(waiting=waiting, free_zone_blocks=BIG - 1, slo_scheduling=False)
     assert decide(s).overtaken == ("long",)
     assert admitted(decide(s)) == [("short", False)]
-    assert admitted(decide(replace(s, overtaken={"long": 64}))) == []
-
-
-def test_what_outgrows_the_pool_does_not_wait_for_the_share_of_early_prompts() -> None:
-    s = streaming(waiting=[prompt("a", 10, most_blocks=BIG)], early_host_blocks=0)
-    assert admitted(decide(s)) == [("a", True)]
+    assert admitted(decide(changed(s, overtaken={"long": 64}))) == []
