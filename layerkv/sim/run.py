@@ -109,7 +109,7 @@ def policy_of(policy: SloPolicy, name: str) -> SloPolicy:
     """The SLO policy of one of layerkv's variants."""
     change: dict[str, dict[str, Any]] = {
         "layerkv": {},
-        "layerkv-no-slo": {"slo_scheduling": False},
+        "layerkv-no-slo": {"policy": "arrival"},
         "layerkv-no-length-prediction": {"length_prediction": "none"},
         "layerkv-streamed": {"streamed_decode": True},
     }
