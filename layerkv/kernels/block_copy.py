@@ -15,10 +15,10 @@ import triton.language as tl
 from layerkv.kernels.layout import BlockLayout
 
 NUM_PROGRAMS = 16
-"""Programs of one launch. A few saturate the link; to be measured on the device at hand (benchmarks/gpu)."""
+"""Programs of one launch. A few saturate the link. Not measured: chosen by judgement."""
 
 _WORDS = 1024
-"""Words that a program moves at a time."""
+"""Words that a program moves at a time. Not measured: chosen by judgement."""
 
 _WORD_TYPES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
