@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
 
 import msgspec
 from msgspec import Meta
@@ -23,9 +23,11 @@ __all__ = [
     "Mode",
     "OnUnsupported",
     "Overload",
+    "PolicyName",
     "SloClass",
     "SloPolicy",
     "default_policy",
+    "experimental_keys",
     "load_policy",
     "parse_policy",
     "slo_class_of",
@@ -37,6 +39,9 @@ Mode: TypeAlias = Literal["auto", "resident", "layered"]
 OnUnsupported: TypeAlias = Literal["error", "passthrough"]
 Overload: TypeAlias = Literal["queue", "reject"]
 LengthPrediction: TypeAlias = Literal["quantile", "none"]
+PolicyName: TypeAlias = Literal["fluid", "slo", "arrival"]
+"""How decisions are made: by when each reader runs dry; by slack on the mean; or in order of arrival. The last two
+exist to compare with."""
 
 _LEAST_BARE_BYTES: Final = 1 << 20
 """A number without a unit below this was meant in another unit than bytes."""
@@ -77,29 +82,36 @@ class SloClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class SloPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All SLO classes of an engine, by name. `default_class` is always one of them.
 
-    `streamed_decode` allows a layered request to go on decoding while its KV stays in host memory.
-    `slo_scheduling` off leaves the objectives out of every decision: arrival order, no prefill budget (to compare
-    with). `length_prediction` is `quantile` (learned per class from requests that ended) or `none` (lengths stay
-    unknown).
+    `streamed_decode` allows a layered request to go on decoding while its KV stays in host memory (experimental without
+    `long_contexts`). `policy` and `length_prediction` exist to compare with: `slo` decides by slack on the mean
+    TPOT and not by when readers run dry, `arrival` leaves the objectives out of every decision (arrival order, no
+    prefill budget); lengths are learned per class from requests that ended
+    (`quantile`), or stay unknown (`none`).
     """
 
     classes: dict[str, SloClass]
     default_class: str
     streamed_decode: bool = False
-    slo_scheduling: bool = True
+    policy: PolicyName = "fluid"
     length_prediction: LengthPrediction = "quantile"
+
+    @property
+    def slo_scheduling(self) -> bool:
+        """Whether objectives count in decisions."""
+        return self.policy != "arrival"
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that the flag's `kv_connector_extra_config` says, checked; `None` means "layerkv chooses".
 
-    `mode` is `auto` (layered when it helps), `resident` (never layered) or `layered` (every prompt that can
-    be). `on_unsupported` says whether something layerkv cannot serve ends start-up or runs as stock vLLM.
-    `cost_profile` is a file that `layerkv profile` wrote; without one, costs are learned from the first steps.
-    `retained_layers` many layers keep memory of their own in the lane zone: streamed decode does not load them.
-    `decision_log` is a file that decisions are appended to, for `layerkv explain`. `host_prefix_cache` keeps the KV
-    of finished requests in host memory that nobody else needs, for prompts that begin alike. `long_contexts` serves
-    requests longer than the KV pool: they decode in the lane zone, and `max_model_len` may exceed the pool.
+    `mode` is `auto` (layered when it helps), `resident` (never layered) or, to compare with, `layered` (every prompt
+    that can be: `compare: {mode: layered}`). `on_unsupported` says whether something layerkv cannot serve ends start-up
+    or runs as stock vLLM. `cost_profile` is a file that `layerkv profile` wrote; without one, costs are learned from
+    the first steps. `retained_layers` many layers keep memory of their own in the lane zone: streamed decode does not
+    load them (experimental without `long_contexts`). `decision_log` is a file that decisions are appended to, for
+    `layerkv explain`. `host_prefix_cache` keeps the KV of finished requests in host memory that nobody else needs, for
+    prompts that begin alike. `long_contexts` serves requests longer than the KV pool: they decode in the lane zone, and
+    `max_model_len` may exceed the pool.
     """
 
     policy_path: str | None = None
@@ -121,7 +133,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Raises:
             ConfigError: anything about the mapping is wrong.
         """
+        _refuse_moved_mode(extra_config)
         keys = read_keys(extra_config, _EngineKeys, where=EXTRA_CONFIG)
+        mode: Mode = keys.mode
+        if keys.compare is not None:
+            mode = _read_compared_mode(keys.compare, keys.mode, where=f"{EXTRA_CONFIG}.compare")
         host_memory_bytes = None
         if keys.host_memory is not None:
             where = f"{EXTRA_CONFIG}.host_memory"
@@ -138,7 +154,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             lanes=keys.lanes,
             retained_layers=keys.retained_layers,
             zone_tokens=keys.zone_tokens,
-            mode=keys.mode,
+            mode=mode,
             on_unsupported=keys.on_unsupported,
             cost_profile=keys.cost_profile,
             decision_log=keys.decision_log,
@@ -156,6 +172,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ConfigError: the file is missing or unreadable, or does not describe a policy.
         """
         return default_policy() if self.policy_path is None else load_policy(self.policy_path)
+
+
+def experimental_keys(config: EngineConfig, policy: SloPolicy) -> tuple[str, ...]:
+    """What is set of the keys whose speed was never measured: decoding in the zone of requests that the pool holds."""
+    if config.long_contexts:
+        return ()
+    keys = {"retained_layers": config.retained_layers > 0, "streamed_decode": policy.streamed_decode}
+    return tuple(key for key, is_set in keys.items() if is_set)
 
 
 def default_policy() -> SloPolicy:
@@ -184,7 +208,9 @@ def parse_policy(raw: Any, *, where: str) -> SloPolicy:
         ConfigError: it does not describe a policy.
     """
     top = where
+    _refuse_moved_switches(raw, where=top)
     keys = read_keys(raw, _PolicyKeys, where=top)
+    compare = read_keys(keys.compare, _ComparedPolicyKeys, where=f"{top}.compare")
     classes = {
         name: _read_class(name, promises, where=join_path(f"{top}.classes", name), overload=keys.overload)
         for name, promises in keys.classes.items()
@@ -197,8 +223,8 @@ def parse_policy(raw: Any, *, where: str) -> SloPolicy:
         classes=classes,
         default_class=keys.default_class,
         streamed_decode=keys.streamed_decode,
-        slo_scheduling=keys.slo_scheduling,
-        length_prediction=keys.length_prediction,
+        policy=compare.policy,
+        length_prediction=compare.length_prediction,
     )
 
 
@@ -216,6 +242,12 @@ def slo_class_of(extra_args: Mapping[str, Any] | None, policy: SloPolicy) -> Slo
         fix = fix or f"set one of them, or leave it out for {policy.default_class}"
         raise wrong("slo_class", _unknown_class(name, policy.classes), fix)
     return policy.classes[name]
+
+
+def _choices(names: object) -> str:
+    """Every name of a `Literal`, as messages put them."""
+    *others, last = get_args(names)
+    return f"{', '.join(others)} or {last}" if others else str(last)
 
 
 # What the files and the flag look like before units are read. `description` completes "expected ...",
@@ -253,7 +285,17 @@ _Tpot: TypeAlias = Annotated[
 _Lag: TypeAlias = Annotated[
     str | int | float, Meta(description="a duration such as 500ms or 2s, or 0", examples=["1s"])
 ]
-_LengthPrediction: TypeAlias = Annotated[LengthPrediction, Meta(description="quantile or none", examples=["quantile"])]
+_LengthPrediction: TypeAlias = Annotated[
+    LengthPrediction, Meta(description=_choices(LengthPrediction), examples=["quantile"])
+]
+_PolicyName: TypeAlias = Annotated[PolicyName, Meta(description=_choices(PolicyName), examples=["slo"])]
+_ComparedPolicy: TypeAlias = Annotated[
+    dict[str, Any],
+    Meta(description="a mapping with the keys policy, length_prediction", examples=[{"policy": "arrival"}]),
+]
+_ComparedEngine: TypeAlias = Annotated[
+    dict[str, Any] | None, Meta(description="a mapping with the key mode", examples=[{"mode": "layered"}])
+]
 _ProfilePath: TypeAlias = Annotated[
     str | None, Meta(description="the path of a file that `layerkv profile` wrote", examples=["profile.json"])
 ]
@@ -271,7 +313,10 @@ _RetainedLayers: TypeAlias = Annotated[int, Meta(ge=0, description="a whole numb
 _ZoneTokens: TypeAlias = Annotated[
     _Count | None, Meta(description="a whole number of tokens, 1 or more", examples=[8192])
 ]
-_Mode: TypeAlias = Annotated[Mode, Meta(description="auto, resident or layered", examples=["auto"])]
+_ServingMode: TypeAlias = Annotated[
+    Literal["auto", "resident"], Meta(description="auto or resident", examples=["auto"])
+]
+_ComparedMode: TypeAlias = Annotated[Literal["layered"], Meta(description="layered", examples=["layered"])]
 _OnUnsupported: TypeAlias = Annotated[OnUnsupported, Meta(description="error or passthrough", examples=["error"])]
 
 
@@ -295,7 +340,13 @@ class _PolicyKeys(msgspec.Struct, frozen=True):
     classes: _Classes
     streamed_decode: _Switch = False
     overload: _Overload = "queue"
-    slo_scheduling: _Switch = True
+    compare: _ComparedPolicy = msgspec.field(default_factory=dict)
+
+
+class _ComparedPolicyKeys(msgspec.Struct, frozen=True):
+    """What stands under `compare` in a policy file: decisions that nobody wants, to measure the others by."""
+
+    policy: _PolicyName = "fluid"
     length_prediction: _LengthPrediction = "quantile"
 
 
@@ -307,12 +358,50 @@ class _EngineKeys(msgspec.Struct, frozen=True):
     lanes: _Lanes = None
     retained_layers: _RetainedLayers = 0
     zone_tokens: _ZoneTokens = None
-    mode: _Mode = "auto"
+    mode: _ServingMode = "auto"
     on_unsupported: _OnUnsupported = "error"
     cost_profile: _ProfilePath = None
     decision_log: _LogPath = None
     host_prefix_cache: _Switch = True
     long_contexts: _Switch = False
+    compare: _ComparedEngine = None
+
+
+class _ComparedEngineKeys(msgspec.Struct, frozen=True):
+    """What stands under `compare` in the flag.
+
+    `resident` is a plain mode: whoever wants parking and no layered prefill (and no zone) serves with it. `layered` has
+    no such use: `auto` runs a prompt layered wherever that helps.
+    """
+
+    mode: _ComparedMode
+
+
+def _refuse_moved_mode(extra_config: object) -> None:
+    if isinstance(extra_config, Mapping) and extra_config.get("mode") == "layered":
+        problem = "found 'layered', which exists to compare with; expected auto or resident here"
+        raise wrong(f"{EXTRA_CONFIG}.mode", problem, 'set compare to {"mode": "layered"} instead')
+
+
+def _read_compared_mode(raw: object, mode: Mode, *, where: str) -> Mode:
+    compared = read_keys(raw, _ComparedEngineKeys, where=where).mode
+    if mode != "auto":
+        problem = f"found {show(compared)} beside mode: {mode}; expected one of them"
+        raise wrong(f"{where}.mode", problem, "leave compare or mode out")
+    return compared
+
+
+def _refuse_moved_switches(raw: object, *, where: str) -> None:
+    """Policy files from before there was `compare` have its keys at the top."""
+    found = raw if isinstance(raw, Mapping) else {}
+    problem = "found a key that exists to compare with; expected it under compare"
+    if "slo_scheduling" in found:
+        fix = "set compare: {policy: arrival} instead" if found["slo_scheduling"] is False else "leave it out"
+        raise wrong(f"{where}.slo_scheduling", problem, f"{fix} (compare.policy is {_choices(PolicyName)})")
+    if "length_prediction" in found:
+        fix = "set compare: {length_prediction: none} instead"
+        fix = fix if found["length_prediction"] == "none" else "leave it out: quantile is the default"
+        raise wrong(f"{where}.length_prediction", problem, fix)
 
 
 def _read_class(name: str, promises: Any, *, where: str, overload: Overload) -> SloClass:

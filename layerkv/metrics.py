@@ -6,7 +6,6 @@ there what :data:`METRICS` lists. A sample's key is ``name`` or ``name|label val
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -136,11 +135,6 @@ def split_key(key: str) -> tuple[str, str | None]:
     """Name and label value of a sample's key."""
     name, _, label = key.partition("|")
     return name, label or None
-
-
-def specs_by_name(specs: Iterable[MetricSpec] = METRICS) -> dict[str, MetricSpec]:
-    """Index of the metrics by name."""
-    return {spec.name: spec for spec in specs}
 
 
 def _key(name: str, label: str | None) -> str:

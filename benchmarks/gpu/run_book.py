@@ -110,24 +110,25 @@ def kernels(context: Context) -> dict[str, Any]:
     """Gather and scatter kernels against their definition, between device memory and pinned host memory."""
     import torch
 
-    from layerkv.kernels import block_copy, reference
+    from layerkv.kernels import block_copy
     from layerkv.kernels.layout import BlockLayout
+    from tests.fakes import block_copies as reference
 
     if context.device != "cuda":
         return {"ok": True, "skipped": "kernels run on a GPU, or in the interpreter (tests/cpu/kernels)"}
     wrong = []
     for layout in (BlockLayout.contiguous(16 << 10), BlockLayout(8192, 256, 16, 512), BlockLayout(1000, 123, 3, 301)):
-        host = torch.randint(-128, 128, (layout.end(64),), dtype=torch.int8).pin_memory()
+        host = torch.randint(-128, 128, (reference.end_of(layout, 64),), dtype=torch.int8).pin_memory()
         blocks = torch.randperm(64)[:40]
         for source in (host, host.cuda()):
-            staged = torch.full((40 * layout.payload_bytes,), 77, dtype=torch.int8, device="cuda")
-            block_copy.gather_blocks(source, layout, blocks.cuda(), staged)
+            staged = torch.full((40 * reference.payload_bytes(layout),), 77, dtype=torch.int8, device="cuda")
+            reference.gather(block_copy.copy_blocks, source, layout, blocks.cuda(), staged)
             expected = torch.empty(staged.shape, dtype=torch.int8)
-            reference.gather_blocks(host, layout, blocks, expected)
+            reference.gather(reference.copy_blocks, host, layout, blocks, expected)
             back = torch.full_like(host, 5).pin_memory()
-            block_copy.scatter_blocks(staged, back, layout, blocks.cuda())
+            reference.scatter(block_copy.copy_blocks, staged, back, layout, blocks.cuda())
             torch.cuda.synchronize()
-            reference.scatter_blocks(expected, again := torch.full_like(host, 5), layout, blocks)
+            reference.scatter(reference.copy_blocks, expected, again := torch.full_like(host, 5), layout, blocks)
             if not torch.equal(staged.cpu(), expected) or not torch.equal(back, again):
                 wrong.append(f"{layout} from {source.device}")
     return {"ok": not wrong, "wrong": wrong}
@@ -147,7 +148,7 @@ def exact(context: Context) -> dict[str, Any]:
     scarce = context.size.exact_kv_tokens * context.exact_shape.kv_bytes_per_token
     settings: dict[str, dict[str, Any]] = {
         "one lane": {"lanes": 1, "zone_tokens": 320},
-        "always layered": {"mode": "layered", "zone_tokens": 640},
+        "always layered": {"compare": {"mode": "layered"}, "zone_tokens": 640},
         "streamed": {"zone_tokens": 640, "retained_layers": 1, "policy": _streamed_policy(context)},
     }
     return _compare_tokens(context, common, load, reference, settings, scarce)
@@ -164,7 +165,7 @@ def exact_bfloat16(context: Context) -> dict[str, Any]:
     )
     common = {**_exact_args(context, "bfloat16", max_model_len=400), "max_num_seqs": 1, "max_num_batched_tokens": 512}
     reference = context.run("bf16-stock", {**common, "kv_cache_memory_bytes": 256 << 20}, load)
-    settings = {"always layered, bf16": {"mode": "layered", "zone_tokens": 640}}
+    settings = {"always layered, bf16": {"compare": {"mode": "layered"}, "zone_tokens": 640}}
     return _compare_tokens(context, common, load, reference, settings, 256 << 20)
 
 
@@ -234,9 +235,12 @@ def lone_prompts(context: Context) -> dict[str, Any]:
             vocab_size=_vocabulary(context),
         )  # fmt: skip
         args = _large_args(context, _kv_bytes(context, _large_kv_bytes(context), 4 * max(context.size.lone_prompts)))
+        modes: dict[str, dict[str, Any]] = {
+            "resident": {"mode": "resident"}, "layered": {"compare": {"mode": "layered"}},
+        }  # fmt: skip
         runs = {
-            mode: engine_figures(context.run(f"lone-{mode}-{tokens}", _with_layerkv(args, {"mode": mode}), load))
-            for mode in ("resident", "layered")
+            mode: engine_figures(context.run(f"lone-{mode}-{tokens}", _with_layerkv(args, keys), load))
+            for mode, keys in modes.items()
         }
         medians = {mode: run.ttft_s.p50 for mode, run in runs.items()}
         figures[str(tokens)] = {**medians, "layered_over_resident": medians["layered"] / medians["resident"]}

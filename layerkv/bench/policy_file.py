@@ -21,8 +21,7 @@ def write_policy(policy: SloPolicy, path: Path) -> Path:
         "default_class": policy.default_class,
         "classes": classes,
         "streamed_decode": policy.streamed_decode,
-        "slo_scheduling": policy.slo_scheduling,
-        "length_prediction": policy.length_prediction,
+        "compare": {"policy": policy.policy, "length_prediction": policy.length_prediction},
     }
     path.write_text(yaml.safe_dump(document), encoding="utf-8")
     return path

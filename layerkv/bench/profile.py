@@ -39,7 +39,7 @@ POLICY = """\
 version: 1
 default_class: default
 classes: {default: {ttft: 10h, tpot: 10h}}
-slo_scheduling: false
+compare: {policy: arrival}
 """
 
 
@@ -142,7 +142,7 @@ def _made(run: ProfileRun, errors: Mapping[str, FitError]) -> dict[str, str]:
 
 
 def _engine_args(model: str | None, theirs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The engine asked for, with layerkv in mode "layered" and steps that end before the next one is scheduled."""
+    """The engine asked for, with every prompt layered and steps that end before the next one is scheduled."""
     policy = folder / "policy.yaml"
     policy.write_text(POLICY, encoding="utf-8")
     base: dict[str, Any] = {"model": model} if model is not None else _tiny_engine(folder)
@@ -153,7 +153,12 @@ def _engine_args(model: str | None, theirs: Mapping[str, Any], folder: Path) -> 
         "kv_transfer_config": {
             "kv_connector": "LayerKVConnector",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": {**extra, "mode": "layered", "policy": str(policy)},
+            "kv_connector_extra_config": {
+                **extra,
+                "mode": "auto",
+                "compare": {"mode": "layered"},
+                "policy": str(policy),
+            },
         },
     }
     return {**base, **theirs, **ours}

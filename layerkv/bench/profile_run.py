@@ -1,7 +1,7 @@
 """Measures steps and copies of one vLLM engine: `python -m layerkv.bench.profile_run SPEC.json OUT.json`.
 
 A fresh process with the engine inside it, started with `engine_run.ENGINE_ENV`. Reads a `ProfileSpec`, writes a
-`ProfileRun`; standard output carries `Progress` lines and nothing else. The engine runs in mode "layered", so that
+`ProfileRun`; standard output carries `Progress` lines and nothing else. Every prompt runs layered that can, so that
 one process takes both kinds of prompt in turn: those that skip reading the prefix cache stay resident.
 
 Every round does the same steps with other tokens: a step's repeats lie as far apart as rounds do, and what disturbs
@@ -49,8 +49,8 @@ CHECK_SEED = 20
 class ProfileSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The engine to measure, and how much.
 
-    `engine_args` are keyword arguments of vLLM's `EngineArgs` and select layerkv in mode "layered". `contexts` and
-    `longest_prompt` are shares of `max_model_len`; a context has at least 64 tokens. `check_steps` are steps of a
+    `engine_args` are keyword arguments of vLLM's `EngineArgs` and select layerkv with every prompt layered. `contexts`
+    and `longest_prompt` are shares of `max_model_len`; a context has at least 64 tokens. `check_steps` are steps of a
     random load in each round, which are not fitted but predicted.
     """
 

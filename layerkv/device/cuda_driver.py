@@ -159,11 +159,6 @@ class CudaDriver:
 
     # Copies --------------------------------------------------------------------------------------------------
 
-    @property
-    def copies_in_batches(self) -> bool:
-        """Whether :meth:`copy_batch` is one call of the driver (12.8 and later)."""
-        return self._batch_copy is not None
-
     def copy_batch(self, to: Addresses, source: Addresses, sizes: Addresses, stream: int) -> None:
         """Enqueue ``sizes[i]`` bytes from ``source[i]`` to ``to[i]`` for every ``i``; the arrays may go at once.
 

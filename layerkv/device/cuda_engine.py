@@ -26,10 +26,13 @@ from layerkv.kernels.block_copy import copy_blocks
 from layerkv.kernels.layout import BlockLayout
 
 KERNEL_BELOW_BYTES = 28 << 10
-"""Fragments smaller than this are copied by a kernel, larger ones by the copy engines. Where one overtakes the other
-on an H100, as vLLM's authors measured it (``v1/kv_offload/cpu/swap_blocks_triton.py``)."""
+"""Fragments smaller than this are copied by a kernel, larger ones by the copy engines. Not measured: chosen by what
+vLLM's authors measured on an H100 (vLLM 0.32, ``v1/kv_offload/cpu/swap_blocks_triton.py``), where one overtakes the
+other; `benchmarks/gpu/run_book.py` is there to measure it."""
 
 _POLL_S = 50e-6
+"""Between two looks at an event that has not happened, a thread that waits sleeps so long. Not measured: chosen by
+judgement."""
 
 
 class CudaEvent:

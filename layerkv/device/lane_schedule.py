@@ -33,10 +33,12 @@ from layerkv.device.store_watch import FailedStores, StoreWatch
 from layerkv.errors import LostCopyError, TransferError
 
 SHARED_LINK_UNIT_BYTES = 8 << 20
-"""Most bytes of one background copy where the link is shared: a third of a millisecond at 25 GB/s."""
+"""Most bytes of one background copy where the link is shared. Derived: a third of a millisecond at 25 GB/s; not
+measured on such a link."""
 
 MOST_GROUPS = 8
-"""Into so many groups of layers parks and prefixes are divided: what compute waits for at first is an eighth."""
+"""Into so many groups of layers parks and prefixes are divided: what compute waits for at first is an eighth. Not
+measured: chosen by judgement."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable
 
 LOOK_S = 1.0
-"""Between two looks that much time counts at most: whoever runs looks that often, or does something else."""
+"""Between two looks that much time counts at most: whoever runs looks that often, or does something else. Not measured:
+chosen by judgement."""
 
 Clock = Callable[[], float]
 

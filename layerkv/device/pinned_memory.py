@@ -18,7 +18,8 @@ from layerkv.device.host_memory import MmapHostMemory
 from layerkv.units import format_bytes
 
 MOST_PIECE_BYTES = 64 << 30
-"""Most bytes that are pinned in one call. A layer's host blocks are more only where host memory is terabytes."""
+"""Most bytes that are pinned in one call. A layer's host blocks are more only where host memory is terabytes. Not
+measured: chosen by judgement."""
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

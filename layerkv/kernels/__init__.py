@@ -1,1 +1,1 @@
-"""Triton kernels that move KV blocks, and their definition in plain torch (:mod:`layerkv.kernels.reference`)."""
+"""Triton kernels that move KV blocks."""

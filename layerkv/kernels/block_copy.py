@@ -2,7 +2,6 @@
 
 For fragments too small for the copy engines: a kernel's loads and stores over the link cost nothing per fragment. Few
 programs are started, each working off many rows, so that nearly all of the device is left to the model.
-:mod:`layerkv.kernels.reference` says what these functions do.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ import triton.language as tl
 from layerkv.kernels.layout import BlockLayout
 
 NUM_PROGRAMS = 16
-"""Programs of one launch. A few saturate the link; to be measured on the device at hand (benchmarks/gpu)."""
+"""Programs of one launch. A few saturate the link. Not measured: chosen by judgement."""
 
 _WORDS = 1024
-"""Words that a program moves at a time."""
+"""Words that a program moves at a time. Not measured: chosen by judgement."""
 
 _WORD_TYPES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -66,9 +65,18 @@ def copy_blocks(
     to_layout: BlockLayout,
     to_blocks: torch.Tensor,
 ) -> None:
-    """See :func:`layerkv.kernels.reference.copy_blocks`; on a GPU it is enqueued on the current stream.
+    """Copy block ``source_blocks[i]`` of ``source`` to block ``to_blocks[i]`` of ``to``, row by row.
 
-    All tensors must be readable by the device (host memory: pinned), and live until the kernel has ended.
+    On a GPU the copy is enqueued on the current stream. All tensors must be readable by the device (host memory:
+    pinned), and live until the kernel has ended.
+
+    Args:
+        source: Flat int8.
+        source_layout: Where its blocks lie.
+        source_blocks: ``[n]``, int64.
+        to: Flat int8; bytes outside of the rows of ``to_blocks`` keep their value.
+        to_layout: Rows of the same number and size as ``source_layout``'s.
+        to_blocks: ``[n]``, int64, no block twice.
 
     Raises:
         ValueError: the layouts differ in their rows, or the lists of blocks in length.
@@ -97,16 +105,6 @@ def copy_blocks(
         row_words,
         WORDS=_WORDS,
     )
-
-
-def gather_blocks(source: torch.Tensor, layout: BlockLayout, blocks: torch.Tensor, to: torch.Tensor) -> None:
-    """See :func:`layerkv.kernels.reference.gather_blocks`."""
-    copy_blocks(source, layout, blocks, to, layout.packed, torch.arange(len(blocks), device=blocks.device))
-
-
-def scatter_blocks(source: torch.Tensor, to: torch.Tensor, layout: BlockLayout, blocks: torch.Tensor) -> None:
-    """See :func:`layerkv.kernels.reference.scatter_blocks`."""
-    copy_blocks(source, layout.packed, torch.arange(len(blocks), device=blocks.device), to, layout, blocks)
 
 
 def _word_bytes(source: torch.Tensor, source_layout: BlockLayout, to: torch.Tensor, to_layout: BlockLayout) -> int:

@@ -32,22 +32,3 @@ class BlockLayout:
     def contiguous(cls, page_bytes: int) -> BlockLayout:
         """Blocks of ``page_bytes`` one behind the other."""
         return cls(block_stride=page_bytes, row_bytes=page_bytes)
-
-    @property
-    def payload_bytes(self) -> int:
-        """Bytes of one block that are copied."""
-        return self.num_rows * self.row_bytes
-
-    @property
-    def packed(self) -> BlockLayout:
-        """The same rows without anything between them: staging memory."""
-        return BlockLayout(
-            block_stride=self.payload_bytes,
-            row_bytes=self.row_bytes,
-            num_rows=self.num_rows,
-            row_stride=self.row_bytes if self.num_rows > 1 else 0,
-        )
-
-    def end(self, num_blocks: int) -> int:
-        """Bytes from the start of block 0 to the end of the last row of block ``num_blocks - 1``."""
-        return (num_blocks - 1) * self.block_stride + (self.num_rows - 1) * self.row_stride + self.row_bytes

@@ -16,10 +16,12 @@ from layerkv.config import SloClass
 from layerkv.scheduler.backlog import ClassWait, Word
 
 FORGET_S = 5.0
-"""An engine that has something to do says so at every step: what was let in longer ago, it has dealt with."""
+"""An engine that has something to do says so at every step: what was let in longer ago, it has dealt with. Not
+measured: chosen by judgement."""
 CERTAIN_SHARE = 0.7
 """Of its TTFT, how long a request may be expected to wait: those who begin before it decode when its turn comes, and
-its prefill goes more slowly then. In the simulated overloads, 0.6 to 0.9 trade those let in against those late."""
+its prefill goes more slowly then. In the simulated overloads, 0.6 to 0.9 trade those let in against those late. Not
+measured: chosen by the simulated overloads (2026-11-28, no result file)."""
 
 _NOTHING = ClassWait(0.0, 0.0)
 

@@ -19,17 +19,20 @@ from layerkv.scheduler.snapshot import WaitingRequest
 from layerkv.scheduler.tracker import DeadlineQueue
 
 PACE_MEMORY_S = 2.0
-"""What was observed counts for so long. From 1 to 4 s, refusals in the simulated overloads were about the same."""
+"""What was observed counts for so long. From 1 to 4 s, refusals in the simulated overloads were about the same. Not
+measured: chosen by the simulated overloads (2026-11-28, no result file)."""
 PRIOR_S = 0.25
-"""The predicted pace counts as much as an observation of so long."""
+"""The predicted pace counts as much as an observation of so long. Not measured: chosen by judgement."""
 DEMAND_MEMORY_S = 5.0
-"""For so long what has come counts towards how much a class asks for."""
+"""For so long what has come counts towards how much a class asks for. Not measured: chosen by judgement."""
 LEAST_SHARE = 0.05
-"""Of the pace, what a class is left with at least, however much those due sooner ask for."""
+"""Of the pace, what a class is left with at least, however much those due sooner ask for. Not measured: chosen by
+judgement."""
 LATE_SHARE = 1 / 8
-"""Of late prompts whose class has longer, what those due sooner leave room for: else they would never be served."""
+"""Of late prompts whose class has longer, what those due sooner leave room for: else they would never be served. Not
+measured: chosen by judgement."""
 MOST_LATE = 1024
-"""Late prompts that are looked at: with so many, nobody is let in anyway."""
+"""Late prompts that are looked at: with so many, nobody is let in anyway. Not measured: chosen by judgement."""
 
 
 class ClassWait(NamedTuple):

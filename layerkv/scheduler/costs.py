@@ -8,18 +8,22 @@ from statistics import median
 from layerkv.core.cost import CostProfile, CostView, StepWork
 
 MEASURED_BOUND = 4.0
-"""A measured profile is corrected by this factor at most: beyond it, it is of another machine or model."""
+"""A measured profile is corrected by this factor at most: beyond it, it is of another machine or model. Not measured:
+chosen by judgement."""
 UNKNOWN_BOUND = 1e5
-"""A generic profile says nothing about scale."""
+"""A generic profile says nothing about scale. Not measured: chosen by judgement: no bound that a machine could
+reach."""
 GAIN = 0.1
-"""A step moves a factor by this power of what it was wrong by: the last dozen or so steps count."""
+"""A step moves a factor by this power of what it was wrong by: the last dozen or so steps count. Not measured: chosen
+by judgement."""
 OUTLIER = 2.0
-"""One step counts as wrong by this factor at most: a stall (a compilation, a page fault) is no cost of the work."""
+"""One step counts as wrong by this factor at most: a stall (a compilation, a page fault) is no cost of the work. Not
+measured: chosen by judgement."""
 
 
 FIRST_SAMPLES = 8
 """Of an unknown scale, the median of so many steps is taken before the running average begins: the first may have
-compiled something."""
+compiled something. Not measured: chosen by judgement."""
 
 
 class _Factor:

@@ -14,17 +14,24 @@ from operator import itemgetter
 from typing import NamedTuple, Protocol
 
 LOW_QUANTILE = 0.25
-"""For slack: a request that is thought to go on longer than it does is thought to have slack that it has not
-(LayerKV, section on N_future: over-prediction is the dangerous side)."""
+"""For slack: a request that is thought to go on longer than it does is thought to have slack that it has not (LayerKV,
+section on N_future: over-prediction is the dangerous side). Not measured: chosen by LayerKV's warning; that it is a
+quarter is judgement."""
 MIDDLE_QUANTILE = 0.5
-"""For memory: half of the requests outgrow it; parking is there for those."""
+"""For memory: half of the requests outgrow it; parking is there for those. Derived: the median."""
 UNKNOWN_TOKENS = 32
 """Tokens ahead that memory is planned for while nothing is known, whatever ``max_tokens`` allows: clients often allow
-far more than they want, and a pool kept free for those would stand emptier than stock vLLM's, which plans for none."""
+far more than they want, and a pool kept free for those would stand emptier than stock vLLM's, which plans for none. Not
+measured: chosen by judgement; planned at `max_tokens`, the pool stood at a fifth (docs/decisions.md, no result
+file)."""
 MIN_SAMPLES = 16
+"""So many ends beyond the length reached are needed before they say anything: fewer have no quartile to speak of. Not
+measured: chosen by judgement."""
 WINDOW = 512
+"""The last ends of a class that are learned from. Not measured: chosen by judgement."""
 NEW_SHARE = 32
-"""One in so many of a class's window may be newer than what predictions are made from."""
+"""One in so many of a class's window may be newer than what predictions are made from. Not measured: chosen by
+judgement."""
 _ROUNDING = 1e-9
 
 

@@ -7,23 +7,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PolicyLimits:
-    """Constants of the policy.
+    """Constants of the policy. All constants of the package are listed in docs/constants.md.
 
     Attributes:
         headroom_tokens: Tokens that every resident request can still make before the pool runs short, kept free
             when one more is let in, whatever the forecast says. Hysteresis: a fetch that would be parked again at
-            once is not worth its copies.
+            once is not worth its copies. Not measured: chosen by judgement.
         min_resident_steps: A request fetched or admitted less long ago is parked only if no other of its rank, or
-            of a worse one, can be.
-        max_overtakes: In how many steps one of those left behind may be overtaken.
-        min_prefill_tokens: Prompt tokens computed although decodes have no slack,
-        max_idle_steps: after this many steps without any.
-        scan: How many waiting prompts are looked at in one step,
-        scan_parked: and how many parked requests.
-        ahead_steps: The forecast's horizon: shortages that near are prepared for by storing ahead.
+            of a worse one, can be. Not measured: chosen by judgement.
+        max_overtakes: In how many steps one of those left behind may be overtaken. Not measured: chosen by judgement.
+        min_prefill_tokens: Prompt tokens computed although decodes have no slack. Not measured: chosen by judgement.
+        max_idle_steps: So many steps without any prompt tokens come before those. Not measured: chosen by judgement.
+        scan: How many waiting prompts are looked at in one step. Not measured: chosen by judgement; with it a decision
+            took 0.30 ms (median, 1,000 waiting; Intel Xeon with 2 cores, 2026-11-21,
+            benchmarks/results/2026-11-21-decide.json).
+        scan_parked: How many parked requests are. Not measured: chosen by judgement; part of the same 0.30 ms.
+        ahead_steps: The forecast's horizon: shortages that near are prepared for by storing ahead. Not measured: chosen
+            by judgement.
         overcommit: How many times the pool the forecast may fill it. A wrong guess costs a park, which was stored
-            ahead; a tenth of the pool kept empty costs throughput in every step.
-        rescue_steps: A request whose latest time to go on is nearer than so many steps may have room made for it.
+            ahead; a tenth of the pool kept empty costs throughput in every step. Not measured: chosen by one run of the
+            simulated demo (2026-11-21, no result file; figures in docs/decisions.md).
+        rescue_steps: A request whose latest time to go on is nearer than so many steps may have room made for it. Not
+            measured: chosen by judgement.
     """
 
     headroom_tokens: int = 16

@@ -11,7 +11,8 @@ from layerkv.core.cost import CostView, StepWork, chunk_pairs
 from layerkv.scheduler.snapshot import Snapshot, WaitingRequest
 
 ROUND_TOKENS = 64
-"""Budgets are whole multiples of this, or everything: finer ones only make ragged chunks."""
+"""Budgets are whole multiples of this, or everything: finer ones only make ragged chunks. Not measured: chosen by
+judgement."""
 
 
 def prefill_budget(s: Snapshot, *, min_tokens: int, max_idle_steps: int) -> int:

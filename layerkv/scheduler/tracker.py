@@ -20,18 +20,21 @@ from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
 View = TypeVar("View", WaitingRequest, ParkedRequest)
 
 MOST_FAILURES = 3
-"""So many times a request's KV may be lost to failed copies before it makes a token; then it is ended with an error."""
+"""So many times a request's KV may be lost to failed copies before it makes a token; then it is ended with an error.
+Not measured: chosen by judgement."""
 
 NO_TPOT_S = 1.0
 """Seconds per token by which a request is scheduled whose class promises none: it waits longer than those that are
-read, and not for ever. Not measured: chosen ten times slower than people read."""
+read, and not for ever. Not measured: chosen by judgement."""
 
 LATE_SHARE = 8
-"""One in so many of a queue's head is kept for requests that are late already, so that they are seen at all."""
+"""One in so many of a queue's head is kept for requests that are late already, so that they are seen at all. Not
+measured: chosen by judgement."""
 
 
 UNREADY_LOOKS = 128
-"""Of those that cannot go on yet, so many are found out in one step at most, and so many asked about again."""
+"""Of those that cannot go on yet, so many are found out in one step at most, and so many asked about again. Not
+measured: chosen by judgement."""
 
 
 class _Sorted(Generic[View]):

@@ -40,7 +40,8 @@ POLICIES: Final = (
 DEFAULT_POLICIES: Final = ("stock", "layerkv")
 
 HOST_MEMORY_FACTOR: Final = 4
-"""Host memory that a configuration without `host_memory` has, as a multiple of its KV memory."""
+"""Host memory that a configuration without `host_memory` has, as a multiple of its KV memory. Derived: the engine's
+default (`vllm_plugin/host_memory.py`)."""
 
 
 @dataclass(frozen=True, slots=True)

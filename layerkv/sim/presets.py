@@ -23,31 +23,38 @@ from layerkv.units import format_bytes
 __all__ = ["DEVICES", "MODELS", "Device", "Model", "Preset", "derive_profile", "kv_memory_bytes", "preset"]
 
 COMPUTE_EFFICIENCY: Final = 0.55
-"""Share of the peak FLOP/s that prefill reaches (large fp16 GEMMs, FlashAttention). An assumption."""
+"""Share of the peak FLOP/s that prefill reaches (large fp16 GEMMs, FlashAttention). Not measured: chosen by assumption
+(docs/simulator.md)."""
 
 BANDWIDTH_EFFICIENCY: Final = 0.8
-"""Share of the peak memory bandwidth that reading weights and KV reaches. An assumption."""
+"""Share of the peak memory bandwidth that reading weights and KV reaches. Not measured: chosen by assumption
+(docs/simulator.md)."""
 
 STEP_S: Final = 2.5e-3
-"""Fixed cost of a step: scheduling, input preparation, kernel launch, sampling, output. An assumption."""
+"""Fixed cost of a step: scheduling, input preparation, kernel launch, sampling, output. Not measured: chosen by
+assumption (docs/simulator.md)."""
 
 REQUEST_S: Final = 20e-6
-"""What each request of a step adds on the CPU. An assumption."""
+"""What each request of a step adds on the CPU. Not measured: chosen by assumption (docs/simulator.md)."""
 
 ALL_REDUCE_LATENCY_S: Final = 10e-6
-"""What an all-reduce takes whatever its size. An assumption: 8 us over NVLink, up to 20 us over PCIe."""
+"""What an all-reduce takes whatever its size. 8 us over NVLink, up to 20 us over PCIe. Not measured: chosen by
+assumption (docs/simulator.md)."""
 
 LAYER_HOOK_S: Final = 20e-6
-"""What submitting the copies of one layer adds to a step with layered requests. An assumption."""
+"""What submitting the copies of one layer adds to a step with layered requests. Not measured: chosen by assumption
+(docs/simulator.md)."""
 
 EXPOSED_SHARE: Final = 0.1
-"""Share of overlapped copy time that shows all the same: copies and compute share memory bandwidth. An assumption."""
+"""Share of overlapped copy time that shows all the same: copies and compute share memory bandwidth. Not measured:
+chosen by assumption (docs/simulator.md)."""
 
 LINK_LATENCY_S: Final = 20e-6
-"""What a copy over the host link takes whatever its size. An assumption."""
+"""What a copy over the host link takes whatever its size. Not measured: chosen by assumption (docs/simulator.md)."""
 
 ACTIVATION_BYTES: Final = 2 << 30
-"""What each GPU keeps for activations, CUDA graphs and workspaces beside weights and KV. An assumption."""
+"""What each GPU keeps for activations, CUDA graphs and workspaces beside weights and KV. Not measured: chosen by
+assumption (docs/simulator.md)."""
 
 FP16_BYTES: Final = 2
 

@@ -24,9 +24,11 @@ from layerkv.units import format_bytes
 
 SCHEMA = 1
 WATERMARK = 0.02
+"""Share of the pool that `stock-watermark` keeps free when it admits. Not measured: chosen by judgement."""
 STRIDE = 8
 """Steps between decisions while nothing changes. Throughput is that of deciding before every step to within a per cent;
-in overload, where one decision changes all later ones, other figures move about as much as from seed to seed."""
+in overload, where one decision changes all later ones, other figures move about as much as from seed to seed. Not
+measured: chosen by comparison with a decision before every step, in the simulator (2026-11-21, no result file)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ def policy_of(policy: SloPolicy, name: str) -> SloPolicy:
     """The SLO policy of one of layerkv's variants."""
     change: dict[str, dict[str, Any]] = {
         "layerkv": {},
-        "layerkv-no-slo": {"slo_scheduling": False},
+        "layerkv-no-slo": {"policy": "arrival"},
         "layerkv-no-length-prediction": {"length_prediction": "none"},
         "layerkv-streamed": {"streamed_decode": True},
     }

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 MAX_CLOCK_SKEW_S = 3600.0
-"""An arrival time further back than this is a clock that jumped, not a request that waited."""
+"""An arrival time further back than this is a clock that jumped, not a request that waited. Not measured: chosen by
+judgement."""
 
 ENDS = {
     RequestStatus.FINISHED_STOPPED: End.FINISHED,

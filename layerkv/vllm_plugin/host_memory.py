@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 _DEFAULT_SHARE = 0.25
+"""Of the memory limit, at most so much is host memory. Not measured: chosen by judgement."""
 _DEFAULT_SHARE_OF_REST = 0.5
-"""Front ends and engine cores need memory too, and what is free now may be needed by others."""
+"""Front ends and engine cores need memory too, and what is free now may be needed by others. Not measured: chosen by
+judgement."""
 _DEFAULT_FACTOR = 4
+"""Host memory is so many times the KV memory. Not measured: chosen by judgement."""
 _WHERE = "kv_connector_extra_config.host_memory"
 
 

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
 
 MOST_PROMPTS = 4
-"""First waiting prompts whose hits are known."""
+"""First waiting prompts whose hits are known. Not measured: chosen by what a look-up took (3 ms with 90,000 cached
+tokens, 2026-11-28, no result file)."""
 
 LOOK_AGAIN_STEPS = 32
-"""Steps after which a hit is looked up again, for how many of its blocks nobody uses may have changed unseen."""
+"""Steps after which a hit is looked up again, for how many of its blocks nobody uses may have changed unseen. Not
+measured: chosen by judgement."""
 
 _GROUP = [0]  # layerkv runs with one KV-cache group
 

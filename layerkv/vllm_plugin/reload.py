@@ -29,7 +29,8 @@ from layerkv.runtime import announce, num_rings, ring, running_engines
 logger = init_logger(f"vllm.{__name__}")
 
 LOOK_S = 0.5
-"""How often a process that uses no policy just now looks, so that an idle one says in its log what it did."""
+"""How often a process that uses no policy just now looks, so that an idle one says in its log what it did. Not
+measured: chosen by judgement."""
 
 
 class _Bell:

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 QUIET_STEPS_PER_SAMPLE = 4
-"""Steps without a decision are timed for the cost model once in so many: they are all alike."""
+"""Steps without a decision are timed for the cost model once in so many: they are all alike. Not measured: chosen by
+judgement."""
 
 
 if TYPE_CHECKING:

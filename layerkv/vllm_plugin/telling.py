@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutputs
 
+from layerkv.config import experimental_keys
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
 from layerkv.vllm_plugin.words import tell
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 BACKLOG_INTERVAL_S = 0.05
-"""How often the front ends are told what a new request would meet, if their policy refuses under overload."""
+"""How often the front ends are told what a new request would meet, if their policy refuses under overload. Not
+measured: chosen by judgement."""
 
 
 class Telling:
@@ -94,3 +96,8 @@ class Telling:
             config.policy_path or "built in",
             ", ".join(self._controller.policy.classes),
         )
+        if experimental := experimental_keys(config, self._controller.policy):
+            logger.warning(
+                "experimental without long_contexts, its speed was never measured: %s (docs/configuration.md)",
+                " and ".join(experimental),
+            )

@@ -1,13 +1,23 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerkv.config import EngineConfig, SloClass, SloPolicy, default_policy, load_policy, slo_class_of
+from layerkv.config import (
+    EngineConfig,
+    PolicyName,
+    SloClass,
+    SloPolicy,
+    default_policy,
+    experimental_keys,
+    load_policy,
+    slo_class_of,
+)
 from layerkv.errors import ConfigError
 
 SHIPPED_POLICIES = sorted((Path(__file__).parents[2] / "configs/slo").glob("*.yaml"))
@@ -51,6 +61,23 @@ def test_streamed_decode_is_off_unless_it_is_set(write: WriteFile) -> None:
     text = one_class("{ttft: 1s, tpot: 1s}")
     assert not load_policy(write(text)).streamed_decode
     assert load_policy(write(text + "streamed_decode: true\n")).streamed_decode
+
+
+def test_what_is_compared_with_stands_under_one_key(write: WriteFile) -> None:
+    text = one_class("{ttft: 1s, tpot: 1s}")
+    stands = load_policy(write(text))
+    assert (stands.policy, stands.length_prediction, stands.slo_scheduling) == ("slo", "quantile", True)
+    compared = load_policy(write(text + "compare: {policy: arrival, length_prediction: none}\n"))
+    assert (compared.policy, compared.length_prediction, compared.slo_scheduling) == ("arrival", "none", False)
+    assert load_policy(write(text + "compare: {length_prediction: none}\n")).policy == "fluid"
+
+
+def test_every_policy_to_compare_with_is_named_in_the_refusal_of_an_unknown_one(write: WriteFile) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        load_policy(write(one_class("{ttft: 1s, tpot: 1s}") + "compare: {policy: fifo}\n"))
+    names = get_args(PolicyName)
+    assert len(names) > 1
+    assert f"expected {', '.join(names[:-1])} or {names[-1]}; " in str(refusal.value)
 
 
 @pytest.mark.parametrize("path", SHIPPED_POLICIES, ids=lambda path: path.name)
@@ -200,6 +227,42 @@ def test_a_class_says_how_much_its_readers_may_wait_or_that_nobody_reads(write: 
             "found 1; expected true or false",
             id="number as switch",
         ),
+        pytest.param(
+            one_class("{ttft: 1s, tpot: 1s}") + "slo_scheduling: false",
+            "$.slo_scheduling",
+            "expected it under compare; set compare: {policy: arrival} instead",
+            id="objectives off at the top",
+        ),
+        pytest.param(
+            one_class("{ttft: 1s, tpot: 1s}") + "slo_scheduling: true",
+            "$.slo_scheduling",
+            "expected it under compare; leave it out",
+            id="objectives on at the top",
+        ),
+        pytest.param(
+            one_class("{ttft: 1s, tpot: 1s}") + "length_prediction: none",
+            "$.length_prediction",
+            "expected it under compare; set compare: {length_prediction: none} instead",
+            id="no lengths at the top",
+        ),
+        pytest.param(
+            one_class("{ttft: 1s, tpot: 1s}") + "length_prediction: quantile",
+            "$.length_prediction",
+            "expected it under compare; leave it out",
+            id="lengths at the top",
+        ),
+        pytest.param(
+            one_class("{ttft: 1s, tpot: 1s}") + "compare: {mode: layered}",
+            "$.compare.mode",
+            "found an unknown key; expected one of policy, length_prediction",
+            id="the flag's comparison in the policy",
+        ),
+        pytest.param(
+            one_class("{ttft: 1s, tpot: 1s}") + "compare:",
+            "$.compare",
+            "found None (NoneType); expected a mapping with the keys policy, length_prediction",
+            id="empty comparison",
+        ),
         pytest.param("", "", "found an empty file", id="empty file"),
         pytest.param("# nothing\n", "", "found an empty file", id="only a comment"),
         pytest.param(
@@ -292,7 +355,7 @@ def test_every_key_of_the_flag_is_read(write: WriteFile) -> None:
             "host_memory": "8GiB",
             "lanes": 2,
             "zone_tokens": 4096,
-            "mode": "layered",
+            "compare": {"mode": "layered"},
             "on_unsupported": "passthrough",
         }
     )
@@ -313,6 +376,23 @@ def test_a_policy_that_is_broken_since_ends_nobody_who_needs_none() -> None:
         config.read_policy()
 
 
+@pytest.mark.parametrize(
+    ("flag", "streamed", "experimental"),
+    [
+        ({}, False, ()),
+        ({"retained_layers": 1}, False, ("retained_layers",)),
+        ({}, True, ("streamed_decode",)),
+        ({"retained_layers": 2}, True, ("retained_layers", "streamed_decode")),
+        ({"retained_layers": 2, "long_contexts": True}, True, ()),
+    ],
+)
+def test_decoding_in_the_zone_is_experimental_unless_the_pool_is_too_short(
+    flag: dict[str, Any], streamed: bool, experimental: tuple[str, ...]
+) -> None:
+    policy = msgspec.structs.replace(default_policy(), streamed_decode=streamed)
+    assert experimental_keys(EngineConfig.from_extra_config(flag), policy) == experimental
+
+
 @pytest.mark.parametrize("key", ["policy", "host_memory", "lanes", "zone_tokens"])
 def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
     assert EngineConfig.from_extra_config({key: None}) == EngineConfig.from_extra_config({})
@@ -324,13 +404,14 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
         (
             {"lane": 1},
             ".lane: found an unknown key; expected one of policy, host_memory, lanes, retained_layers, zone_tokens, "
-            "mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts; did you mean lanes?",
+            "mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts, compare; did you mean "
+            "lanes?",
         ),
         (
             {"host-memory": 1},
             "['host-memory']: found an unknown key; expected one of policy, host_memory, lanes, "
             "retained_layers, zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, "
-            "long_contexts; did you mean host_memory?",
+            "long_contexts, compare; did you mean host_memory?",
         ),
         ({"lanes": 0}, ".lanes: found 0; expected a whole number of lanes, 1 or more; set lanes to 1, say"),
         (
@@ -366,7 +447,33 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
         ),
         (
             {"mode": "Auto"},
-            ".mode: found 'Auto'; expected auto, resident or layered; set mode to \"auto\", say",
+            ".mode: found 'Auto'; expected auto or resident; set mode to \"auto\", say",
+        ),
+        (
+            {"mode": "layered"},
+            ".mode: found 'layered', which exists to compare with; expected auto or resident here; "
+            'set compare to {"mode": "layered"} instead',
+        ),
+        (
+            {"compare": {"mode": "auto"}},
+            ".compare.mode: found 'auto'; expected layered; set mode to \"layered\", say",
+        ),
+        (
+            {"compare": {}},
+            '.compare.mode: found nothing; expected layered; set mode to "layered", say',
+        ),
+        (
+            {"compare": {"policy": "arrival"}},
+            ".compare.policy: found an unknown key; expected one of mode",
+        ),
+        (
+            {"compare": "layered"},
+            ".compare: found 'layered'; expected a mapping with the key mode; set compare to "
+            '{"mode": "layered"}, say',
+        ),
+        (
+            {"mode": "resident", "compare": {"mode": "layered"}},
+            ".compare.mode: found 'layered' beside mode: resident; expected one of them; leave compare or mode out",
         ),
         (
             {"on_unsupported": None},
@@ -379,7 +486,7 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
         (
             "slo.yaml",
             ": found 'slo.yaml'; expected a mapping with the keys policy, host_memory, lanes, retained_layers, "
-            "zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts",
+            "zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts, compare",
         ),
     ],
 )

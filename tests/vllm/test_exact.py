@@ -79,7 +79,7 @@ SETTINGS = [
         for ahead in (False, True)
     ),
     Setting("never-layered", {"mode": "resident"}, {"kv_cache_memory_bytes": 3 << 20}, must_move=("parks", "fetches")),
-    Setting("always-layered", {"mode": "layered", "zone_tokens": 320}, {"max_num_batched_tokens": 96}),
+    Setting("always-layered", {"compare": {"mode": "layered"}, "zone_tokens": 320}, {"max_num_batched_tokens": 96}),
     Setting("streamed-decode", {"zone_tokens": 640}, policy=STREAMED, must_move=("layered_admissions",)),
     Setting("streamed-host-small", {"zone_tokens": 640, "host_memory": "2MiB"}, policy=STREAMED, must_move=("parks",)),
     Setting("scheduled-ahead", {"zone_tokens": 320}, ahead=True),

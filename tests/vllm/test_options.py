@@ -358,7 +358,10 @@ def turns(small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     for name, options in WORKING.items():
         engine = {**small_engine, **options}
         cases.append(Case(f"{name} stock", engine, calls, max_tokens=24))
-        layerkv = {**engine, "kv_transfer_config": flag(host_memory="64MiB", mode="layered", zone_tokens=640)}
+        layerkv = {
+            **engine,
+            "kv_transfer_config": flag(host_memory="64MiB", compare={"mode": "layered"}, zone_tokens=640),
+        }
         cases.append(Case(f"{name} layerkv", layerkv, calls, max_tokens=24))
     return run_in_turn(cases, tmp_path_factory.mktemp("options"))
 

@@ -126,5 +126,5 @@ def _layerkv_options(settings: EngineSettings, policy_path: Path) -> dict[str, A
 def _policy_path(case: Case, engine: str, folder: Path) -> Path:
     policy = case.policy
     if engine == "layerkv-no-slo":
-        policy = msgspec.structs.replace(policy, slo_scheduling=False)
+        policy = msgspec.structs.replace(policy, policy="arrival")
     return write_policy(policy, folder / f"{engine}.slo.yaml")

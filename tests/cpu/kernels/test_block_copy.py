@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerkv.kernels import reference
 from layerkv.kernels.layout import BlockLayout
+from tests.fakes import block_copies as reference
+from tests.fakes.block_copies import end_of, gather, payload_bytes, scatter
 
 
 def interpreted(name: str) -> Any:
@@ -51,16 +52,16 @@ def noise(num_bytes: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("num_blocks", [0, 1, 5])
 def test_gather_and_scatter_are_what_the_reference_says(layout: BlockLayout, num_blocks: int) -> None:
-    source = noise(layout.end(9))
+    source = noise(end_of(layout, 9))
     blocks = torch.tensor([7, 0, 8, 3, 4])[:num_blocks]
-    staged, expected = (torch.full((5 * layout.payload_bytes + 3,), POISON, dtype=torch.int8) for _ in range(2))
-    block_copy.gather_blocks(source, layout, blocks, staged)
-    reference.gather_blocks(source, layout, blocks, expected)
+    staged, expected = (torch.full((5 * payload_bytes(layout) + 3,), POISON, dtype=torch.int8) for _ in range(2))
+    gather(block_copy.copy_blocks, source, layout, blocks, staged)
+    gather(reference.copy_blocks, source, layout, blocks, expected)
     assert torch.equal(staged, expected)
-    assert (staged[num_blocks * layout.payload_bytes :] == POISON).all()
+    assert (staged[num_blocks * payload_bytes(layout) :] == POISON).all()
     back, expected = (torch.full_like(source, POISON) for _ in range(2))
-    block_copy.scatter_blocks(staged, back, layout, blocks)
-    reference.scatter_blocks(staged, expected, layout, blocks)
+    scatter(block_copy.copy_blocks, staged, back, layout, blocks)
+    scatter(reference.copy_blocks, staged, expected, layout, blocks)
     assert torch.equal(back, expected)
     assert (back == POISON).any()
 
@@ -83,8 +84,8 @@ def test_any_blocks_of_any_layout_come_through_any_other(data: st.DataObject) ->
     num_blocks = data.draw(st.integers(1, 6))
     ids = st.lists(st.integers(0, 7), min_size=num_blocks, max_size=num_blocks, unique=True).map(torch.tensor)
     source_blocks, to_blocks = data.draw(ids), data.draw(ids)
-    source = noise(source_layout.end(8) + offset)[offset:]
-    to, expected = (torch.full((to_layout.end(8) + offset,), POISON, dtype=torch.int8)[offset:] for _ in range(2))
+    source = noise(end_of(source_layout, 8) + offset)[offset:]
+    to, expected = (torch.full((end_of(to_layout, 8) + offset,), POISON, dtype=torch.int8)[offset:] for _ in range(2))
     block_copy.copy_blocks(source, source_layout, source_blocks, to, to_layout, to_blocks)
     reference.copy_blocks(source, source_layout, source_blocks, expected, to_layout, to_blocks)
     assert torch.equal(to, expected)

@@ -69,7 +69,7 @@ engines = st.fixed_dictionaries(
 policies = st.fixed_dictionaries(
     {
         "streamed_decode": st.booleans(),
-        "slo_scheduling": st.sampled_from((True, True, False)),
+        "policy": st.sampled_from(("slo", "slo", "arrival")),
         "length_prediction": st.sampled_from(("quantile", "none")),
     }
 ).map(lambda changes: policy(**changes))

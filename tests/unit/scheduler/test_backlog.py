@@ -103,7 +103,7 @@ def test_better_ranks_go_first_whenever_they_are_due_and_worse_ones_never() -> N
 
 
 def test_in_order_of_arrival_all_go_first() -> None:
-    line = Line(slo_scheduling=False)
+    line = Line(policy="arrival")
     line.add(BATCH, 2.0, due_in_s=-8.0)
     line.add(CHAT, 1.0, due_in_s=-1.0)
     assert line.wait_s(CHAT) == line.wait_s(BATCH) == pytest.approx(3.0)

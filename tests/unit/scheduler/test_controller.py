@@ -123,7 +123,7 @@ def test_a_parked_request_has_to_go_on_earlier_by_the_time_its_fetch_takes() -> 
 
 
 def test_without_objectives_everybody_stands_in_line_by_arrival() -> None:
-    c = controller(slo_scheduling=False)
+    c = controller(policy="arrival")
     arrive(c, "a", at_s=10.0)
     arrive(c, "b", at_s=9.0)
     assert [w.request_id for w in c.waiting.views] == ["b", "a"]

@@ -84,8 +84,8 @@ def test_first_tokens_come_sooner_under_layerkv_when_kv_memory_is_short() -> Non
 @pytest.mark.parametrize(
     ("name", "kind", "key", "value"),
     [
-        ("layerkv", LayeredEngine, "slo_scheduling", True),
-        ("layerkv-no-slo", LayeredEngine, "slo_scheduling", False),
+        ("layerkv", LayeredEngine, "policy", "slo"),
+        ("layerkv-no-slo", LayeredEngine, "policy", "arrival"),
         ("layerkv-no-length-prediction", LayeredEngine, "length_prediction", "none"),
         ("layerkv-streamed", LayeredEngine, "streamed_decode", True),
     ],
