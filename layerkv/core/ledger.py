@@ -40,14 +40,17 @@ class KVLedger:
     """Residency, host blocks and zone room of all requests. Not thread-safe; one per scheduler.
 
     Lifetime of a host block: taken when a request is admitted layered, is stored ahead or is parked, given back when
-    its fetch has been reported complete, or when the request leaves in another state. A host block may be reused while
-    a store into it is still under way, because stores run in the order in which they were planned, and a step that
-    gives away what a background store may still write waits for that (``StepPlan.settle``); it is never reused while
-    a load reads it.
+    its fetch has been reported complete (unless copies are kept), when it gives way, or when the request leaves. A host
+    block may be reused while a store into it is still under way, because stores run in the order in which they were
+    planned, and a step that gives away what a background store may still write waits for that
+    (``StepPlan.settle``); it is never reused while a load reads it.
 
     What leaves with whole blocks and their hashes is kept as a cached prefix (:class:`HostTier`): its blocks count as
     free, and a later prompt that begins with it loads it instead of computing it.
     """
+
+    keeps_copies = False
+    """Whether a request that was fetched keeps the whole blocks of its copy: its next park stores only new ones."""
 
     def __init__(self, geometry: KVGeometry, num_host_blocks: int) -> None:
         self.geometry = geometry
@@ -183,11 +186,19 @@ class KVLedger:
         """Whether host memory has room to park a resident request of that many blocks."""
         return num_table_blocks <= self.host.num_free
 
-    def store_ahead(self, request_id: str, block_ids: Sequence[int], num_computed: int) -> int:
+    def store_ahead(
+        self, request_id: str, block_ids: Sequence[int], num_computed: int, most_blocks: int | None = None
+    ) -> int:
         """Copy a resident request's whole blocks to host memory in the background, so that parking it is cheap.
 
         Whole blocks are never written again, so the copy stays good while the request goes on. The blocks stay with
         the request until it is parked (then only the rest is stored) or leaves.
+
+        Args:
+            request_id: A RESIDENT request.
+            block_ids: Its block table.
+            num_computed: Tokens whose KV its blocks hold.
+            most_blocks: Blocks to copy at most; None is all.
 
         Returns:
             Leading blocks that host memory holds now, or will once the copy has ended.
@@ -199,6 +210,8 @@ class KVLedger:
         copy = self._copies.get(request_id)
         num_stored = 0 if copy is None else len(copy.blocks)
         num_whole = num_computed // self.geometry.block_tokens
+        if most_blocks is not None:
+            num_whole = min(num_whole, num_stored + most_blocks)
         if num_whole <= num_stored:
             return num_stored
         new = self.host.take(num_whole - num_stored)
@@ -284,13 +297,20 @@ class KVLedger:
     def complete_fetch(self, request_id: str, hashes: Sequence[Hashable] = ()) -> None:
         """All workers have reported the load complete, or failed: its host blocks are no longer read.
 
-        ``hashes`` of the request's whole blocks keep them as a cached prefix.
+        With :attr:`keeps_copies` the request keeps its whole blocks there; else their ``hashes`` keep them as a cached
+        prefix.
         """
         if (orphan := self._orphans.pop(request_id, None)) is not None:
             self.host.give_back(orphan.blocks)
             return
         if self.residency.get(request_id) is Residency.FETCHING:
-            self._prefixes.keep_copy(self._copies.pop(request_id), hashes)
+            copy = self._copies.pop(request_id)
+            num_whole = copy.num_tokens // self.geometry.block_tokens
+            if self.keeps_copies and copy.is_trusted and num_whole:
+                self.host.give_back(copy.blocks[num_whole:])  # it is written on, and so stored anew
+                self._copies[request_id] = HostCopy(copy.blocks[:num_whole], is_ahead=True)
+            else:
+                self._prefixes.keep_copy(copy, hashes)
             self.residency.move(request_id, Residency.RESIDENT)
 
     def take_plan(self, num_tokens: int) -> StepPlan:

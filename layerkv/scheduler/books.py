@@ -13,6 +13,7 @@ from layerkv.core.cost import CostProfile
 from layerkv.scheduler.backlog import PrefillLine
 from layerkv.scheduler.costs import OnlineCost
 from layerkv.scheduler.engine import EngineShape
+from layerkv.scheduler.flows import Flows
 from layerkv.scheduler.journal import Journal
 from layerkv.scheduler.lengths import (
     LOW_QUANTILE,
@@ -43,8 +44,8 @@ class RequestBooks:
         waiting: Those without KV.
         parked: Those with their KV in host memory.
         line: Prompts under way and in line, for what front ends are told.
+        flows: Of the parked, streams that flow.
         overtaken: In how many steps a request was the one charged with being overtaken, by id.
-        stored_blocks: Leading blocks of resident requests that host memory holds, by id.
         step_s: Seconds of a step that computes no prompt, as of the last look.
     """
 
@@ -70,7 +71,7 @@ class RequestBooks:
         self.parked: DeadlineQueue[ParkedRequest] = DeadlineQueue()
         self.line = PrefillLine()
         self.overtaken: dict[str, int] = {}
-        self.stored_blocks: dict[str, int] = {}
+        self.flows = Flows()
         self.step_s = 0.0
         self._refuses_late = refuses_late
 
@@ -114,13 +115,15 @@ class RequestBooks:
         if tracked is None:
             return
         self.waiting.discard(request_id)
-        self.parked.discard(request_id)
-        self.stored_blocks.pop(request_id, None)
+        self._leave_parked(request_id)
         self.refresh(tracked, num_output)
         if not self.policy.slo_scheduling:
             deadline_s = tracked.arrival_s
         elif tracked.first_token_s is None:
             deadline_s = tracked.ttft_deadline_s
+        elif self.policy.policy == "fluid":
+            dry_s = tracked.dry_s(num_output, tracked.first_token_s, self.step_s)
+            deadline_s = tracked.flows_until_s(dry_s)
         else:
             deadline_s = tracked.start_by_s(num_output, tracked.first_token_s, self.step_s)
         most_blocks = self._blocks_if_it_outgrows_pool(tracked, num_tokens, num_output)
@@ -150,7 +153,7 @@ class RequestBooks:
         self.overtaken.pop(request_id, None)
         tracked.prefill_rest_s = tracked.prefill_cost_s
         self.line.started(tracked.prefill_cost_s, was_last=not self.waiting)
-        tracked.resident_since_step = step
+        tracked.resident_since_step, tracked.resident_since_s = step, now_s
         event = Event.ADMITTED_LAYERED if layered else Event.ADMITTED_RESIDENT
         self.journal.say(now_s, request_id, tracked, event, reason)
         if tracked.admitted_s is not None:
@@ -165,11 +168,17 @@ class RequestBooks:
         tracked = self.tracked[request_id]
         self.refresh(tracked, num_output)
         tracked.prefill_rest_s = 0.0
-        self.stored_blocks.pop(request_id, None)
         num_blocks = -(-max(num_computed + 1, num_tokens) // self.shape.block_tokens)
-        if self.policy.slo_scheduling:
-            deadline_s = tracked.start_by_s(num_output, now_s, self.step_s)
-            deadline_s -= self.cost.view.load_s(num_blocks * self.shape.block_bytes)
+        dry_s, is_fresh = math.inf, num_output <= 1
+        load_s = self.cost.view.load_s(num_blocks * self.shape.block_bytes)
+        if self.policy.policy == "fluid":
+            dry_s = tracked.dry_s(num_output, now_s, self.step_s)
+            until_s = tracked.flows_until_s(dry_s)
+            deadline_s = until_s - load_s
+            if not is_fresh and until_s >= now_s:
+                self.flows.add(request_id, tracked.tpot_s, num_blocks, until_s)
+        elif self.policy.slo_scheduling:
+            deadline_s = tracked.start_by_s(num_output, now_s, self.step_s) - load_s
         else:
             deadline_s = tracked.arrival_s
         self.parked.add(
@@ -180,6 +189,9 @@ class RequestBooks:
                 weight=tracked.slo.weight,
                 rank=tracked.rank,
                 tokens_left=max(tracked.middle_tokens - num_output, 1),
+                dry_s=dry_s,
+                tpot_s=tracked.tpot_s,
+                is_fresh=is_fresh,
             )
         )
         self.journal.say(now_s, request_id, tracked, Event.PARKED, reason)
@@ -187,9 +199,9 @@ class RequestBooks:
     def fetched(self, request_id: str, *, step: int, now_s: float) -> None:
         """A parked request is on its way back into the pool."""
         tracked = self.tracked[request_id]
-        self.parked.discard(request_id)
+        self._leave_parked(request_id)
         self.overtaken.pop(request_id, None)
-        tracked.resident_since_step = step
+        tracked.resident_since_step, tracked.resident_since_s = step, now_s
         self.journal.say(now_s, request_id, tracked, Event.FETCHED, Reason.ITS_TURN)
 
     def recomputes(self, request_id: str, num_tokens: int, num_output: int, reason: Reason, now_s: float) -> None:
@@ -205,14 +217,11 @@ class RequestBooks:
         tracked = self.tracked.get(request_id)
         return tracked is not None and tracked.copy_failed(num_output)
 
-    def dropped_ahead(self, request_id: str) -> None:
-        """Nothing of a resident request is in host memory any more."""
-        self.stored_blocks.pop(request_id, None)
-
-    def stored_ahead(self, request_id: str, num_blocks: int, now_s: float) -> None:
-        """So many leading blocks of a resident request are (or are being) copied to host memory."""
-        self.stored_blocks[request_id] = num_blocks
-        self.journal.say(now_s, request_id, self.tracked[request_id], Event.STORED_AHEAD, None)
+    def stored_ahead(self, request_id: str, now_s: float) -> None:
+        """Blocks of a resident request are being copied to host memory."""
+        tracked = self.tracked[request_id]
+        if tracked.said is not Event.STORED_AHEAD:
+            self.journal.say(now_s, request_id, tracked, Event.STORED_AHEAD, None)
 
     def first_token(self, request_id: str, now_s: float) -> tuple[SloClass, bool] | None:
         """A request's first token has come out; its class and whether that was on time."""
@@ -239,9 +248,8 @@ class RequestBooks:
         """
         tracked = self.tracked.pop(request_id, None)
         self.waiting.discard(request_id)
-        self.parked.discard(request_id)
+        self._leave_parked(request_id)
         self.overtaken.pop(request_id, None)
-        self.stored_blocks.pop(request_id, None)
         if tracked is None:
             return
         if end is not End.FINISHED:
@@ -256,6 +264,10 @@ class RequestBooks:
         self.waiting.discard(request_id)
         self.journal.count((reason,))
         self.journal.write(now_s, request_id, Event.REFUSED, reason, text=text)
+
+    def _leave_parked(self, request_id: str) -> None:
+        self.parked.discard(request_id)
+        self.flows.discard(request_id)
 
     def _give_up_prefill(self, tracked: TrackedRequest) -> None:
         """If a request's prefill is under way, it does not go on."""
@@ -294,7 +306,9 @@ class RequestBooks:
         low = total(name, num_output, most, LOW_QUANTILE)
         middle = total(name, num_output, most, MIDDLE_QUANTILE)
         tracked.low_tokens = most if low is None else low
-        tracked.middle_tokens = min(most, num_output + UNKNOWN_TOKENS) if middle is None else middle
+        if middle is None:  # by slices, a pool is shared whatever the lengths are: nobody is taken to end soon
+            middle = most if self.policy.policy == "fluid" else min(most, num_output + UNKNOWN_TOKENS)
+        tracked.middle_tokens = middle
         tracked.predict_again_at = num_output + REPREDICT_TOKENS
 
     def refresh(self, tracked: TrackedRequest, num_output: int) -> None:

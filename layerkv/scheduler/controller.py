@@ -139,6 +139,7 @@ class Controller(RequestBooks):
             parked=self.parked.head(self._limits.scan_parked, now_s, is_fetchable),
             hits=hits(waiting) if hits is not None and waiting and may_start(engine, load) else {},
             overtaken=self.overtaken,
+            flowing=self.flows.blocks(now_s),
         )
         return Snapshot(
             now_s=now_s,
@@ -147,10 +148,10 @@ class Controller(RequestBooks):
             load=load,
             lines=lines,
             cost=cost,
-            slo_scheduling=policy.slo_scheduling,
+            policy=policy.policy,
             streamed_decode=policy.streamed_decode,
             steps_without_prefill=self._steps_without_prefill,
-            can_exchange=engine.step - self._last_exchange_step >= EXCHANGE_STEPS,
+            can_exchange=engine.step - self._last_exchange_step >= (EXCHANGE_STEPS if engine.steps_ahead else 1),
             can_store_ahead=engine.step % STORE_AHEAD_STEPS == 0,
         )
 

@@ -12,12 +12,15 @@ from layerkv.core.ledger import KVLedger
 from layerkv.core.residency import Residency
 from layerkv.scheduler.controller import Controller
 from layerkv.scheduler.reasons import End, Reason
-from layerkv.scheduler.snapshot import Admission
+from layerkv.scheduler.snapshot import Admission, StoreAhead
 
 
 class Desk:
-    """See the module. Order of a step: refuse, store ahead, park, recompute, fetch, reserve; then, when the engine has
-    started whom it could, :meth:`admitted` or :meth:`declined` for each reservation."""
+    """See the module.
+
+    Order of a step: refuse, drop, store ahead, park, recompute, fetch, reserve; then, when the engine has started whom
+    it could, :meth:`admitted` or :meth:`declined` for each reservation.
+    """
 
     def __init__(self, controller: Controller, ledger: KVLedger) -> None:
         self._controller = controller
@@ -28,20 +31,20 @@ class Desk:
     def begin_step(self, step: int, now_s: float) -> None:
         """What is stored ahead, parked, fetched or admitted from now on is of this step, and of this time."""
         self._step, self._now_s = step, now_s
+        self._ledger.keeps_copies = self._controller.policy.policy == "fluid"
 
-    def store_ahead(self, request_id: str, block_ids: Sequence[int], num_computed: int) -> None:
-        """A resident request's whole blocks are copied in the background.
+    def store_ahead(self, ahead: StoreAhead, block_ids: Sequence[int], num_computed: int) -> None:
+        """Whole blocks of a resident request are copied in the background.
 
         Raises:
             CapacityError: no room in host memory; nothing changed.
         """
-        num_stored = self._ledger.store_ahead(request_id, block_ids, num_computed)
-        self._controller.stored_ahead(request_id, num_stored, self._now_s)
+        self._ledger.store_ahead(ahead.request_id, block_ids, num_computed, ahead.num_blocks)
+        self._controller.stored_ahead(ahead.request_id, self._now_s)
 
     def drop_ahead(self, request_id: str) -> None:
         """What was stored ahead of a resident request is of no use."""
         self._ledger.drop_ahead(request_id)
-        self._controller.dropped_ahead(request_id)
 
     def park(
         self,

@@ -26,9 +26,9 @@ from layerkv.scheduler.snapshot import (
     ParkedRequest,
     Refusal,
     ResidentRequest,
+    StoreAhead,
     WaitingRequest,
 )
-from layerkv.scheduler.victims import blocks_to_store
 
 
 @dataclass(slots=True)
@@ -40,6 +40,7 @@ class Draft:
         zone: Zone blocks left.
         host: Host blocks left.
         slots: Requests that may still start.
+        loads_s: Seconds of the link that fetches take which are under way or begin with this step.
         tokens: Prompt tokens of this step that are left for prompts that start.
         residents: Requests in the pool, those let in so far included.
         forecast: The pool's future with them.
@@ -57,6 +58,7 @@ class Draft:
     zone: int = field(init=False)
     host: int = field(init=False)
     slots: int = field(init=False)
+    loads_s: float = field(init=False)
     tokens: int = field(init=False)
     residents: int = field(init=False)
     forecast: Forecast = field(init=False)
@@ -69,7 +71,8 @@ class Draft:
     compute_is_closed: bool = False
     park: list[str] = field(default_factory=list)
     recompute: list[str] = field(default_factory=list)
-    stored_ahead: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    stored_ahead: list[StoreAhead] = field(default_factory=list)
     fetch: list[str] = field(default_factory=list)
     granted: set[str] = field(default_factory=set)
     admit: list[Admission] = field(default_factory=list)
@@ -86,6 +89,7 @@ class Draft:
         self.zone = s.engine.free_zone_blocks
         self.host = s.engine.free_host_blocks
         self.slots = s.engine.free_slots
+        self.loads_s = self.now.load_s(s.load.loading_blocks) if s.load.loading_blocks else 0.0
         self.tokens = max(self.now.prefill_tokens - s.load.prefilling_tokens, 0)
         self.residents = s.load.num_resident
         held = [(r.tokens_left, r.num_blocks) for r in s.load.resident]
@@ -120,7 +124,7 @@ class Draft:
             self.pool += r.num_blocks
         else:
             self.made_room = True
-        self.host -= blocks_to_store(r)
+        self.host -= self.blocks_to_store(r)
         self._leave_pool()
         self.park.append(r.request_id)
         self.reasons[r.request_id] = reason
@@ -134,16 +138,32 @@ class Draft:
     def store_ahead(self, r: ResidentRequest, num_blocks: int) -> None:
         """So many of its blocks are copied in the background."""
         self.host -= num_blocks
-        self.stored_ahead.append(r.request_id)
+        self.stored_ahead.append(StoreAhead(r.request_id, num_blocks))
+
+    def drop_copy(self, r: ResidentRequest) -> None:
+        """Its copy in host memory gives way."""
+        self.host += r.num_stored
+        self.dropped.append(r.request_id)
+
+    def num_stored(self, r: ResidentRequest) -> int:
+        """Its leading blocks that host memory holds, if its copy does not give way."""
+        return 0 if r.request_id in self.dropped else r.num_stored
+
+    def blocks_to_store(self, r: ResidentRequest) -> int:
+        """Host blocks that its park takes: what was stored ahead has its own."""
+        return r.num_blocks - self.num_stored(r)
 
     # Coming in ----------------------------------------------------------------------------------------------------
 
     def fits_pool(self, claim: Claim) -> bool:
-        """Whether there are blocks for it now, and by the forecast will be until it ends."""
-        need = pool_blocks(self.now.s, claim)
-        if need + self.headroom > self.pool:
-            return False
-        return self.residents == 0 or self.forecast.fits(need, claim.tokens_left)
+        """Whether there are blocks for it now, and will be for as long as the policy looks ahead."""
+        return self.now.has_room(self, claim)
+
+    def has_link(self, claim: Claim) -> bool:
+        """Whether a claim's blocks need not be loaded, or the link has time for that soon."""
+        if not isinstance(claim, ParkedRequest) or self.loads_s <= 0:
+            return True
+        return self.loads_s + self.now.load_s(claim.num_blocks) <= self.now.most_loads_s
 
     @property
     def headroom(self) -> int:
@@ -155,6 +175,7 @@ class Draft:
         self._enter_pool(claim)
         if isinstance(claim, ParkedRequest):
             self.fetch.append(claim.request_id)
+            self.loads_s += self.now.load_s(claim.num_blocks)
             self.reasons[claim.request_id] = Reason.ITS_TURN
         else:
             self.granted.add(claim.request_id)
@@ -213,6 +234,7 @@ class Draft:
         return Decision(
             park=tuple(self.park),
             recompute=tuple(self.recompute),
+            drop_copy=tuple(self.dropped),
             store_ahead=tuple(self.stored_ahead),
             fetch=tuple(self.fetch),
             admit=tuple(self.admit),

@@ -52,7 +52,7 @@ class Running(NamedTuple):
         num_blocks: Blocks it holds.
         num_zone_blocks: Of those, blocks of the lane zone.
         is_layered: Whether its new blocks come from the zone.
-        num_host_blocks: Host blocks it holds.
+        num_host_blocks: Host blocks it holds, or, resident, leading blocks that host memory holds too.
     """
 
     request_id: str

@@ -6,14 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
 
 from layerkv.core.cost import StepWork
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.lines import Claim, by_rank, in_order
-from layerkv.scheduler.needs import can_ever_layer, outgrows_pool
+from layerkv.scheduler.needs import can_ever_layer, outgrows_pool, pool_blocks
 from layerkv.scheduler.prefill import late_prompts, prefill_budget
 from layerkv.scheduler.snapshot import ResidentRequest, Snapshot, WaitingRequest
 from layerkv.scheduler.victims import by_reluctance
+
+if TYPE_CHECKING:
+    from layerkv.scheduler.draft import Draft
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,17 @@ class Outlook:
     s: Snapshot
     limits: PolicyLimits
 
+    most_loads_s: ClassVar[float] = math.inf
+    """Seconds of fetches under way beyond which no further one begins."""
+
     @cached_property
     def prefill_tokens(self) -> int:
         """Most prompt tokens of this step."""
+        return self.paced_tokens
+
+    @cached_property
+    def paced_tokens(self) -> int:
+        """Prompt tokens whose step the decodes have time for."""
         limits = self.limits
         return prefill_budget(self.s, min_tokens=limits.min_prefill_tokens, max_idle_steps=limits.max_idle_steps)
 
@@ -58,15 +70,33 @@ class Outlook:
             StepWork(num_decodes=self.s.load.decode_tokens, decode_context=self.s.load.decode_context)
         )
 
+    def has_room(self, draft: Draft, claim: Claim) -> bool:
+        """Whether the pool has blocks for a claim now, and by the forecast will until it ends."""
+        need = pool_blocks(self.s, claim)
+        if need + draft.headroom > draft.pool:
+            return False
+        return draft.residents == 0 or draft.forecast.fits(need, claim.tokens_left)
+
+    def load_s(self, num_blocks: int) -> float:
+        """Seconds of a fetch of so many blocks; 0 while costs are not known."""
+        cost = self.s.cost
+        return 0.0 if cost is None else cost.load_s(num_blocks * self.s.shape.block_bytes)
+
     def fetch_s(self, num_blocks: int) -> float:
         """Seconds until a parked request of so many blocks decodes again. Only with a cost model."""
         assert self.s.cost is not None
         return self.s.cost.load_s(num_blocks * self.s.shape.block_bytes) + self.step_s
 
     def _claims(self, waiting: Sequence[WaitingRequest]) -> list[Claim]:
-        """Parked requests and prompts that can only go on in the pool; a request overtaken too often stands first.
+        """The line for pool blocks."""
+        s = self.s
+        late_before_s = s.now_s if s.slo_scheduling else -math.inf
+        return in_order(self._claimants(waiting), late=self.late, late_before_s=late_before_s, overdue=self.overdue)
 
-        So does a prompt that was overtaken too often in the line for compute, though it may still run layered: else
+    def _claimants(self, waiting: Sequence[WaitingRequest]) -> list[Claim]:
+        """Parked requests and prompts that can only go on in the pool; a request overtaken too often is among them.
+
+        So is a prompt that was overtaken too often in the line for compute, though it may still run layered: else
         claims would take each slot, and hold the host memory, that it waits for.
         """
         s, overdue = self.s, self.overdue
@@ -82,9 +112,7 @@ class Outlook:
                     for w in prompts
                     if w.rank != first.rank or (w.request_id in overdue and w.deadline_s <= first.deadline_s)
                 ]
-        late_before_s = s.now_s if s.slo_scheduling else -math.inf
-        claims: list[Claim] = [*s.lines.parked[: self.limits.scan_parked], *prompts]
-        return in_order(claims, late=self.late, late_before_s=late_before_s, overdue=overdue)
+        return [*s.lines.parked[: self.limits.scan_parked], *prompts]
 
     def _prompts(self, waiting: Sequence[WaitingRequest]) -> Sequence[WaitingRequest]:
         if not self.late and not self.overdue:

@@ -17,24 +17,42 @@ Prefill itself never stops for more than ``max_idle_steps`` steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from layerkv.scheduler.draft import Draft
+from layerkv.scheduler.fluid import FluidOutlook
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.outlook import Outlook
+from layerkv.scheduler.rules.exchange import exchange
+from layerkv.scheduler.rules.give_way import give_way
 from layerkv.scheduler.rules.leave_zone import leave_zone
 from layerkv.scheduler.rules.relieve_pool import relieve_pool
+from layerkv.scheduler.rules.rotate import rotate
 from layerkv.scheduler.rules.serve_ranks import serve_ranks
 from layerkv.scheduler.rules.store_ahead import store_ahead
+from layerkv.scheduler.rules.write_through import write_through
 from layerkv.scheduler.snapshot import Decision, Snapshot
 
-RULES = (leave_zone, relieve_pool, serve_ranks, store_ahead)
-"""In the order in which they speak; ``serve_ranks`` has ``grant_claims``, ``exchange`` and ``start_prompts`` speak for
-each rank. A later rule finds the room that earlier ones have left."""
+Rule = Callable[[Outlook, Draft], None]
+
+FLUID: tuple[Rule, ...] = (
+    give_way,
+    leave_zone,
+    relieve_pool,
+    partial(serve_ranks, make_room=rotate),
+    write_through,
+)
+SLO: tuple[Rule, ...] = (leave_zone, relieve_pool, partial(serve_ranks, make_room=exchange), store_ahead)
+"""In the order in which they speak; ``serve_ranks`` has ``grant_claims``, the rule that makes room, and
+``start_prompts`` speak for each rank. A later rule finds the room that earlier ones have left."""
 
 
 def decide(snapshot: Snapshot, limits: PolicyLimits | None = None) -> Decision:
     """Choose what to park, fetch and admit before one engine step."""
-    now = Outlook(snapshot, limits or PolicyLimits())
+    is_fluid = snapshot.policy == "fluid"
+    now = (FluidOutlook if is_fluid else Outlook)(snapshot, limits or PolicyLimits())
     draft = Draft(now)
-    for rule in RULES:
+    for rule in FLUID if is_fluid else SLO:
         rule(now, draft)
     return draft.decision()

@@ -8,6 +8,10 @@ from layerkv.scheduler.books import RequestBooks
 from layerkv.scheduler.engine import EngineState
 from layerkv.scheduler.snapshot import LayeredRequest, Load, ResidentRequest
 
+LAG_SHARE = 1 / 8
+"""Of the lag that its reader may still have, what one step may cost a stream for the sake of a prompt. Not measured:
+chosen by judgement: the whole of it would be spent on the first prompt."""
+
 
 def may_start(engine: EngineState, load: Load) -> bool:
     """Whether a waiting prompt could start at all: there are tokens for it, and a slot, or somebody may leave one."""
@@ -24,15 +28,16 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> tuple[Load, 
     """
     tokens, steps_ahead, budget = books.shape.block_tokens, engine.steps_ahead, engine.budget_tokens
     step_s, step = books.step_s, engine.step
-    tracked_of, stored_of = books.tracked, books.stored_blocks
+    tracked_of = books.tracked
     resident: list[ResidentRequest] = []
     layered: list[LayeredRequest] = []
     growth = num_decodes = context = prefilling = num_resident = 0
     under_way_s = 0.0
     slack_s = tpot_s = math.inf
+    by_reader = books.policy.policy == "fluid"
     for r in engine.running:
         tracked = tracked_of.get(r.request_id)
-        due_s = math.inf
+        due_s = dry_s = math.inf
         left = 1
         remaining = r.num_tokens - r.num_computed
         if tracked is not None:
@@ -40,9 +45,15 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> tuple[Load, 
                 books.refresh(tracked, r.num_output)
             left = max(tracked.middle_tokens - r.num_output, 1)
             if not r.is_prefilling:
-                due_s = tracked.start_by_s(r.num_output, now_s, step_s)
-                if now_s <= due_s < now_s + slack_s:  # who is late already holds nobody back
-                    slack_s = due_s - now_s
+                if by_reader:
+                    dry_s = tracked.dry_s(r.num_output, now_s, step_s)
+                    due_s = tracked.flows_until_s(dry_s)
+                    spare_s = max(dry_s - now_s, 0.0) + (due_s - max(dry_s, now_s)) * LAG_SHARE
+                else:
+                    due_s = tracked.start_by_s(r.num_output, now_s, step_s)
+                    spare_s = due_s - now_s
+                if due_s >= now_s and spare_s < slack_s:  # who is late already holds nobody back
+                    slack_s = spare_s
                 if tracked.tpot_s < tpot_s:
                     tpot_s = tracked.tpot_s
                 if tracked.prefill_rest_s:
@@ -86,16 +97,26 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> tuple[Load, 
                     tracked.weight,
                     left,
                     r.num_computed,
-                    stored_of.get(r.request_id, 0),
+                    r.num_host_blocks,
                     tracked.rank,
                     tracked.in_one_step and r.num_tokens > budget,
+                    dry_s,
+                    tracked.tpot_s,
+                    now_s - tracked.resident_since_s,
                 )
             )
+    loading = 0
     for request_id, num_blocks, num_output in engine.arriving:
         num_resident += 1
+        loading += num_blocks
         tracked = tracked_of.get(request_id)
         left = 1 if tracked is None else max(tracked.middle_tokens - num_output, 1)
-        resident.append(ResidentRequest(request_id, math.inf, num_blocks, 0, can_park=False, tokens_left=left))
+        pace_s = math.inf if tracked is None else tracked.tpot_s
+        resident.append(
+            ResidentRequest(
+                request_id, math.inf, num_blocks, 0, can_park=False, tokens_left=left, tpot_s=pace_s, resident_s=0.0
+            )
+        )
     load = Load(
         resident,
         layered,
@@ -106,5 +127,6 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> tuple[Load, 
         prefilling + engine.held_tokens,
         slack_s,
         tpot_s,
+        loading,
     )
     return load, under_way_s

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from layerkv.config import PolicyName
 from layerkv.core.cost import CostView
 from layerkv.scheduler.engine import EngineShape, EngineState
 from layerkv.scheduler.reasons import Reason
@@ -75,6 +76,9 @@ class ParkedRequest(NamedTuple):
         weight: Its class's weight.
         rank: As for a waiting request.
         tokens_left: Output tokens that it is predicted to make still.
+        dry_s: When its reader has read all that it made; without a reader, its deadline.
+        tpot_s: Its class's TPOT objective.
+        is_fresh: It has made no more than its first token.
     """
 
     request_id: str
@@ -83,6 +87,9 @@ class ParkedRequest(NamedTuple):
     weight: float = 1.0
     rank: int = 0
     tokens_left: int = 1
+    dry_s: float = math.inf
+    tpot_s: float = math.inf
+    is_fresh: bool = False
 
 
 class ResidentRequest(NamedTuple):
@@ -100,6 +107,10 @@ class ResidentRequest(NamedTuple):
         num_stored: Leading blocks of it that host memory holds already (stored ahead).
         rank: As for a waiting request.
         cannot_recompute: It must be computed in one step and has more tokens than a step: giving its KV up ends it.
+        dry_s: When its reader has read all that it made; without a reader, its deadline; infinite for a prompt or a
+            fetch under way.
+        tpot_s: Its class's TPOT objective.
+        resident_s: Seconds since it was admitted or fetched.
     """
 
     request_id: str
@@ -113,6 +124,9 @@ class ResidentRequest(NamedTuple):
     num_stored: int = 0
     rank: int = 0
     cannot_recompute: bool = False
+    dry_s: float = math.inf
+    tpot_s: float = math.inf
+    resident_s: float = math.inf
 
 
 class LayeredRequest(NamedTuple):
@@ -152,6 +166,7 @@ class Load(NamedTuple):
         decode_slack_s: How long decodes may be held up, all in all, before the first of those that are on time
             becomes late (LayerKV Eq. 1-2); infinite when nobody decodes.
         tightest_tpot_s: The smallest TPOT objective among requests that decode.
+        loading_blocks: Blocks of fetches under way.
     """
 
     resident: Sequence[ResidentRequest] = ()
@@ -163,6 +178,7 @@ class Load(NamedTuple):
     prefilling_tokens: int = 0
     decode_slack_s: float = math.inf
     tightest_tpot_s: float = math.inf
+    loading_blocks: int = 0
 
 
 class Lines(NamedTuple):
@@ -173,12 +189,15 @@ class Lines(NamedTuple):
         parked: The same of parked requests; only those that can be fetched now.
         hits: Prefix-cache hits of the first waiting requests, by id; absent means none known.
         overtaken: In how many steps a request was the one charged with being overtaken, by id.
+        flowing: Blocks of parked requests that flow (they have run in the pool, and can still keep their objectives),
+            by TPOT.
     """
 
     waiting: Sequence[WaitingRequest] = ()
     parked: Sequence[ParkedRequest] = ()
     hits: Mapping[str, PrefixHit] = {}
     overtaken: Mapping[str, int] = {}
+    flowing: Mapping[float, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +211,7 @@ class Snapshot:
         load: Who runs.
         lines: Who waits.
         cost: The cost model; None while nothing is known of its scale.
-        slo_scheduling: Whether objectives count; off, deadlines are arrival times and nobody is late.
+        policy: How decisions are made; with ``arrival`` deadlines are arrival times and nobody is late.
         streamed_decode: Whether layered requests may decode in the zone.
         steps_without_prefill: Steps since the last one that computed prompt tokens, while prompts were there.
         can_exchange: Whether a resident request may be parked to make room for another: not while the last such
@@ -206,11 +225,16 @@ class Snapshot:
     load: Load
     lines: Lines
     cost: CostView | None = None
-    slo_scheduling: bool = True
+    policy: PolicyName = "fluid"
     streamed_decode: bool = False
     steps_without_prefill: int = 0
     can_exchange: bool = True
     can_store_ahead: bool = True
+
+    @property
+    def slo_scheduling(self) -> bool:
+        """Whether objectives count."""
+        return self.policy != "arrival"
 
 
 class Admission(NamedTuple):
@@ -227,6 +251,18 @@ class Admission(NamedTuple):
     layered: bool
     zone_blocks: int = 0
     host_blocks: int = 0
+
+
+class StoreAhead(NamedTuple):
+    """Copy blocks of a resident request to host memory in the background.
+
+    Attributes:
+        request_id: The request.
+        num_blocks: Its next whole blocks that are not there yet, so many.
+    """
+
+    request_id: str
+    num_blocks: int
 
 
 class Refusal(NamedTuple):
@@ -248,6 +284,7 @@ class Decision:
     Attributes:
         park: Requests to park.
         recompute: Running requests whose KV is given up instead, to be computed again.
+        drop_copy: Resident requests whose copy in host memory gives way to others.
         store_ahead: Resident requests whose KV is to be copied to host memory in the background, so that a park
             that is coming costs nothing.
         fetch: Parked requests to fetch into the pool.
@@ -265,7 +302,8 @@ class Decision:
 
     park: tuple[str, ...] = ()
     recompute: tuple[str, ...] = ()
-    store_ahead: tuple[str, ...] = ()
+    drop_copy: tuple[str, ...] = ()
+    store_ahead: tuple[StoreAhead, ...] = ()
     fetch: tuple[str, ...] = ()
     admit: tuple[Admission, ...] = ()
     prefill_tokens: int = 0

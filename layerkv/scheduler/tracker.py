@@ -185,7 +185,8 @@ class TrackedRequest:
         has_reader: Whether somebody gets its tokens as they come, at the pace of its class if that has one.
         first_token_s: When its first token came out; None before.
         admitted_s: When it was first given compute; None before.
-        resident_since_step: Step of its last admission or fetch.
+        resident_since_step: Step of its last admission or fetch,
+        resident_since_s: and when that was.
         low_tokens: Output tokens it is predicted to make in all, low quantile (for slack),
         middle_tokens: and middle quantile (for memory).
         prefill_cost_s: Seconds of its prefill by the profile, not corrected online, as of when it last had no KV.
@@ -212,6 +213,7 @@ class TrackedRequest:
     first_token_s: float | None = None
     admitted_s: float | None = None
     resident_since_step: int = 0
+    resident_since_s: float = 0.0
     low_tokens: int = 1
     middle_tokens: int = 1
     prefill_cost_s: float = 0.0
@@ -262,3 +264,19 @@ class TrackedRequest:
             due_s += (self.low_tokens - num_output_tokens) * (tpot_s - step_s)
         latest_s = now_s + self.max_stall_s
         return due_s if due_s < latest_s else latest_s
+
+    def dry_s(self, num_output_tokens: int, now_s: float, step_s: float) -> float:
+        """When its reader has read all that it made: its next token is due then. Without a reader, as
+        :meth:`start_by_s`. A first token that is still on its way comes now."""
+        if not self.has_reader:
+            return self.start_by_s(num_output_tokens, now_s, step_s)
+        reader = self.reader
+        dry_s = reader.wants_next_s if reader.num_tokens else now_s + self.tpot_s
+        latest_s = now_s + self.max_stall_s
+        return dry_s if dry_s < latest_s else latest_s
+
+    def flows_until_s(self, dry_s: float) -> float:
+        """Until when its next token may come and its stream still be fluid; in the past if it is not any more."""
+        if self.first_token_s is not None and self.first_token_s > self.ttft_deadline_s:
+            return self.ttft_deadline_s
+        return dry_s + max(self.slo.max_lag_s - self.reader.lag_s, -1e-9) if self.has_reader else dry_s

@@ -23,14 +23,9 @@ def by_reluctance(s: Snapshot, *, recent_steps: int) -> list[ResidentRequest]:
     return [entry[-1] for entry in keyed]
 
 
-def blocks_to_store(r: ResidentRequest) -> int:
-    """Host blocks that its park takes: what was stored ahead has its own."""
-    return r.num_blocks - r.num_stored
-
-
-def recompute_is_cheaper(s: Snapshot, r: ResidentRequest) -> bool:
+def recompute_is_cheaper(s: Snapshot, r: ResidentRequest, blocks_to_store: int) -> bool:
     """Swap or recompute: two copies, less what is stored already, against computing its tokens again."""
     if s.cost is None or not r.num_tokens:
         return False
-    stored_s = s.cost.store_s(blocks_to_store(r) * s.shape.block_bytes)
+    stored_s = s.cost.store_s(blocks_to_store * s.shape.block_bytes)
     return s.cost.prefill_s(r.num_tokens) < stored_s + s.cost.load_s(r.num_blocks * s.shape.block_bytes)

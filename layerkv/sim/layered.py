@@ -184,10 +184,10 @@ class LayeredEngine(VirtualEngine):
         num_tokens = live.prompt_tokens + made
         num_blocks = len(live.block_ids)
         is_prefilling = made == 0 or num_tokens - computed > 1
-        if not self.ledger.is_layered(request_id):
-            return Running(request_id, num_tokens, computed, made, is_prefilling, num_blocks)
-        in_zone = self.geometry.num_zone_blocks(live.block_ids)
         in_host = self.ledger.num_host_blocks_of(request_id)
+        if not self.ledger.is_layered(request_id):
+            return Running(request_id, num_tokens, computed, made, is_prefilling, num_blocks, 0, False, in_host)
+        in_zone = self.geometry.num_zone_blocks(live.block_ids)
         return Running(request_id, num_tokens, computed, made, is_prefilling, num_blocks, in_zone, True, in_host)
 
     # Carrying a decision out --------------------------------------------------------------------------------------
@@ -196,9 +196,11 @@ class LayeredEngine(VirtualEngine):
         self.desk.begin_step(self.step, self.now_s)
         for refusal in decision.refuse:
             self._refuse(refusal, refusal_text(snapshot, refusal))
-        for request_id in decision.store_ahead:
-            live = self.lives[request_id]
-            self.desk.store_ahead(request_id, live.block_ids, live.num_computed)
+        for request_id in decision.drop_copy:
+            self.desk.drop_ahead(request_id)
+        for ahead in decision.store_ahead:
+            live = self.lives[ahead.request_id]
+            self.desk.store_ahead(ahead, live.block_ids, live.num_computed)
         for request_id in decision.park:
             self._park(self.lives[request_id])
         for request_id in decision.recompute:

@@ -58,9 +58,11 @@ class Execution:
         self._desk.begin_step(s.current_step + 1, now_s)  # vLLM counts it when it begins to schedule
         for refusal in decision.refuse:
             self._arrivals.refuse(refusal.request_id, refusal_text(snapshot, refusal), refusal.reason)
-        for request_id in decision.store_ahead:
-            block_ids = s.kv_cache_manager.get_block_ids(request_id)[0]
-            self._desk.store_ahead(request_id, block_ids, s.requests[request_id].num_computed_tokens)
+        for request_id in decision.drop_copy:
+            self._desk.drop_ahead(request_id)
+        for ahead in decision.store_ahead:
+            block_ids = s.kv_cache_manager.get_block_ids(ahead.request_id)[0]
+            self._desk.store_ahead(ahead, block_ids, s.requests[ahead.request_id].num_computed_tokens)
         if decision.park:
             self.park(decision, now_s)
         for request_id in decision.recompute:

@@ -45,6 +45,7 @@ IDLE = Snapshot(
     ),
     load=Load(),
     lines=Lines(),
+    policy="slo",
 )
 _PARTS = {
     **dict.fromkeys((f.name for f in fields(EngineShape)), "shape"),
@@ -63,6 +64,8 @@ def changed(s: Snapshot, **changes: Any) -> Snapshot:
     """A snapshot with other values, named without the part that holds them."""
     if "frees_are_deferred" in changes:
         changes["steps_ahead"] = int(changes.pop("frees_are_deferred"))
+    if "slo_scheduling" in changes:
+        changes["policy"] = "slo" if changes.pop("slo_scheduling") else "arrival"
     parts: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         parts.setdefault(_PARTS.get(name, ""), {})[name] = value

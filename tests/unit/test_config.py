@@ -66,7 +66,7 @@ def test_streamed_decode_is_off_unless_it_is_set(write: WriteFile) -> None:
 def test_what_is_compared_with_stands_under_one_key(write: WriteFile) -> None:
     text = one_class("{ttft: 1s, tpot: 1s}")
     stands = load_policy(write(text))
-    assert (stands.policy, stands.length_prediction, stands.slo_scheduling) == ("slo", "quantile", True)
+    assert (stands.policy, stands.length_prediction, stands.slo_scheduling) == ("fluid", "quantile", True)
     compared = load_policy(write(text + "compare: {policy: arrival, length_prediction: none}\n"))
     assert (compared.policy, compared.length_prediction, compared.slo_scheduling) == ("arrival", "none", False)
     assert load_policy(write(text + "compare: {length_prediction: none}\n")).policy == "fluid"

@@ -10,10 +10,9 @@ from layerkv.scheduler.needs import pool_blocks
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import ResidentRequest
-from layerkv.scheduler.victims import blocks_to_store
 
 
-def exchange(now: Outlook, draft: Draft) -> None:
+def exchange(now: Outlook, draft: Draft, _claims: Sequence[Claim]) -> None:
     """Park residents that can afford it for the first blocked claim if that is about to become late.
 
     Only for one that still can be on time, and only residents whose laxity covers its whole stay and their own way
@@ -43,9 +42,9 @@ def _who_can_wait(now: Outlook, draft: Draft, claim: Claim) -> Sequence[Resident
         has_laxity = r.deadline_s - s.now_s > stay_s + now.fetch_s(r.num_blocks)
         is_lost = r.deadline_s < s.now_s and r.weight < claim.weight
         may_wait = r.rank >= claim.rank and r.steps_resident >= now.limits.min_resident_steps
-        has_room = blocks_to_store(r) <= host and r.num_blocks < s.shape.pool_blocks
+        has_room = draft.blocks_to_store(r) <= host and r.num_blocks < s.shape.pool_blocks
         if (has_laxity or is_lost) and may_wait and has_room:
             chosen.append(r)
             missing -= r.num_blocks
-            host -= blocks_to_store(r)
+            host -= draft.blocks_to_store(r)
     return chosen if missing <= 0 and len(chosen) < max(s.load.num_resident, 2) else ()

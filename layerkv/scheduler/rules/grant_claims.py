@@ -26,10 +26,11 @@ def grant_claims(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
             draft.wait(claim, Reason.BEHIND_RANK)
         return
     for i, claim in enumerate(claims):
-        if draft.slots > 0 and draft.fits_pool(claim):
+        has_room = draft.slots > 0 and draft.fits_pool(claim)
+        if has_room and draft.has_link(claim):
             draft.grant(claim)
             continue
-        draft.wait(claim, Reason.NO_SLOT if draft.slots <= 0 else Reason.POOL_FULL)
+        draft.wait(claim, Reason.LINK_BUSY if has_room else Reason.NO_SLOT if draft.slots <= 0 else Reason.POOL_FULL)
         if draft.block(claim) and claim.request_id in now.overdue:
             for behind in claims[i + 1 :]:
                 draft.wait(behind, Reason.BEHIND_OVERDUE)

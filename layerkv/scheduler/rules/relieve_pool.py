@@ -8,7 +8,7 @@ from layerkv.scheduler.draft import Draft
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import ResidentRequest
-from layerkv.scheduler.victims import blocks_to_store, recompute_is_cheaper
+from layerkv.scheduler.victims import recompute_is_cheaper
 
 
 def relieve_pool(now: Outlook, draft: Draft) -> None:
@@ -39,9 +39,9 @@ def _leavers(now: Outlook, draft: Draft) -> Iterator[tuple[ResidentRequest, Reas
         if r.num_blocks >= s.shape.pool_blocks:  # with its next block it could never be fetched
             if not s.engine.is_paused:
                 yield r, Reason.LONGER_THAN_POOL
-        elif not s.engine.is_paused and not r.cannot_recompute and recompute_is_cheaper(s, r):
+        elif not s.engine.is_paused and not r.cannot_recompute and recompute_is_cheaper(s, r, draft.blocks_to_store(r)):
             yield r, Reason.RECOMPUTE_CHEAPER
-        elif blocks_to_store(r) <= draft.host:
+        elif draft.blocks_to_store(r) <= draft.host:
             yield r, Reason.POOL_SHORT
         else:
             without_room.append(r)

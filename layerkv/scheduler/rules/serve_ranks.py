@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from layerkv.scheduler.draft import Draft
 from layerkv.scheduler.lines import Claim, overtaken_in
 from layerkv.scheduler.needs import outgrows_pool
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.reasons import Reason
-from layerkv.scheduler.rules.exchange import exchange
 from layerkv.scheduler.rules.grant_claims import grant_claims
 from layerkv.scheduler.rules.start_prompts import start_prompts
 from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
 
 _WAITS_FOR_ROOM = frozenset(
-    {Reason.NO_SLOT, Reason.POOL_FULL, Reason.ZONE_FULL, Reason.HOST_FULL, Reason.WAIT_IS_SHORTER}
+    {
+        Reason.NO_SLOT,
+        Reason.POOL_FULL,
+        Reason.LINK_BUSY,
+        Reason.HELD,
+        Reason.ZONE_FULL,
+        Reason.HOST_FULL,
+        Reason.WAIT_IS_SHORTER,
+    }
 )
 """And not for a step's tokens, of which the next step has more."""
 
 
-def serve_ranks(now: Outlook, draft: Draft) -> None:
+MakeRoom = Callable[[Outlook, Draft, Sequence[Claim]], None]
+
+
+def serve_ranks(now: Outlook, draft: Draft, *, make_room: MakeRoom) -> None:
     """Grant pool blocks, make room, start prompts: rank by rank. Nearly always there is one."""
     for claims, prompts in now.ranks:
         served = claims
         if draft.compute_is_closed and not draft.is_relieving and not draft.pool_is_closed:
             served = [claim for claim in claims if isinstance(claim, ParkedRequest)]  # prompts cannot use any now
         grant_claims(now, draft, served)
-        exchange(now, draft)
+        make_room(now, draft, served)
         start_prompts(now, draft, prompts)
         _note_overtaken(draft, served, prompts)
         if len(now.ranks) > 1:
