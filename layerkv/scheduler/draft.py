@@ -118,9 +118,15 @@ class Draft:
         self._give_up(r.request_id, reason)
 
     def park_resident(self, r: ResidentRequest, reason: Reason) -> None:
-        """It leaves the pool, and takes host blocks. Its pool blocks are there for this step only if it must leave."""
+        """It leaves the pool, and takes host blocks.
+
+        Its pool blocks are there for this step if it must leave, or if its turn is over and frees are not deferred: a
+        fetch begins when the stores of its step have ended.
+        """
         if reason is Reason.POOL_SHORT:
             self.is_relieving = True
+            self.pool += r.num_blocks
+        elif reason is Reason.TURN_OVER and not self.now.s.engine.frees_are_deferred:
             self.pool += r.num_blocks
         else:
             self.made_room = True
@@ -173,6 +179,7 @@ class Draft:
     def grant(self, claim: Claim) -> None:
         """Give a claim its slot and pool blocks: a parked request is fetched, a prompt may start if tokens are left."""
         self._enter_pool(claim)
+        self.waits.pop(claim.request_id, None)
         if isinstance(claim, ParkedRequest):
             self.fetch.append(claim.request_id)
             self.loads_s += self.now.load_s(claim.num_blocks)

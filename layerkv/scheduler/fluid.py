@@ -28,7 +28,7 @@ COPIES_SHARE = 0.05
 URGENT_S = 1.0
 """Claims due within so long go by when they are due; the others, those with the fewest tokens left first: what ends
 soon gives its blocks back for good."""
-PLENTY_S = 1.0
+PLENTY_S = 8.0
 """Of residents whose readers have so much to read, those with the most tokens left leave first."""
 
 

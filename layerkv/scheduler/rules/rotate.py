@@ -62,6 +62,8 @@ def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
             room += r.num_blocks
             slots += 1
         num_swaps += bool(leaving)
+        if draft.slots > 0 and draft.fits_pool(claim) and draft.has_link(claim):
+            draft.grant(claim)
 
 
 def _who_leaves(
