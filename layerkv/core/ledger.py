@@ -182,10 +182,6 @@ class KVLedger:
         self.counters.loaded_blocks += num_blocks(loads)
         self.counters.stored_blocks += num_blocks(stores)
 
-    def can_park(self, num_table_blocks: int) -> bool:
-        """Whether host memory has room to park a resident request of that many blocks."""
-        return num_table_blocks <= self.host.num_free
-
     def store_ahead(
         self, request_id: str, block_ids: Sequence[int], num_computed: int, most_blocks: int | None = None
     ) -> int:

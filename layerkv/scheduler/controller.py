@@ -33,6 +33,10 @@ STORE_AHEAD_STEPS = 4
 judgement, so that most steps look for nobody."""
 
 
+TOKEN_MEMORY_S = 2.0
+"""How far back steps count in what a token takes. Not measured: chosen by judgement."""
+
+
 class Controller(RequestBooks):
     """See the module. One per engine; not thread-safe."""
 
@@ -72,6 +76,8 @@ class Controller(RequestBooks):
         self._limits = limits or PolicyLimits()
         self._is_cost_known = is_measured
         self._steps_without_prefill = 0
+        self.token_s = 0.0
+        """Seconds from token to token of requests that decode, prompts' share of the steps included; 0 at first."""
         self._last_exchange_step = -EXCHANGE_STEPS
         self._last_decided: tuple[Snapshot, int] | None = None
 
@@ -84,6 +90,9 @@ class Controller(RequestBooks):
             waited_s: How much of that it waited for copies; None if nobody knows.
         """
         self._is_cost_known |= self.cost.observe(work, seconds, waited_s)
+        if work.num_decodes and 0 < seconds < math.inf:
+            share = 1 - math.exp(-seconds / TOKEN_MEMORY_S)
+            self.token_s += (seconds - self.token_s) * (share if self.token_s else 1.0)
 
     # Decisions ----------------------------------------------------------------------------------------------------
 
@@ -152,6 +161,7 @@ class Controller(RequestBooks):
             streamed_decode=policy.streamed_decode,
             steps_without_prefill=self._steps_without_prefill,
             can_exchange=engine.step - self._last_exchange_step >= (EXCHANGE_STEPS if engine.steps_ahead else 1),
+            token_s=self.token_s,
             can_store_ahead=engine.step % STORE_AHEAD_STEPS == 0,
         )
 

@@ -32,6 +32,9 @@ PLENTY_S = 8.0
 """Of residents whose readers have so much to read, those with the most tokens left leave first."""
 
 
+HOLD = 0.8
+
+
 class FluidOutlook(Outlook):
     """See the module."""
 
@@ -73,7 +76,7 @@ class FluidOutlook(Outlook):
         s = self.s
         if s.cost is None or not any(p.is_fresh for p in s.lines.parked):
             return frozenset()
-        step_s = self.step_s
+        step_s = max(self.step_s, s.token_s) * HOLD
         need = sum(r.num_blocks * min(step_s / r.tpot_s, 1.0) for r in s.load.resident if self.flows(r))
         need += sum(blocks * min(step_s / tpot_s, 1.0) for tpot_s, blocks in s.lines.flowing.items())
         held: set[str] = set()

@@ -216,6 +216,7 @@ class Snapshot:
         steps_without_prefill: Steps since the last one that computed prompt tokens, while prompts were there.
         can_exchange: Whether a resident request may be parked to make room for another: not while the last such
             exchange is still being carried out.
+        token_s: Seconds from token to token of requests that decode of late, prompts' share of the steps included.
         can_store_ahead: Whether to look for a victim to store ahead: every few steps is often enough.
     """
 
@@ -230,6 +231,7 @@ class Snapshot:
     steps_without_prefill: int = 0
     can_exchange: bool = True
     can_store_ahead: bool = True
+    token_s: float = 0.0
 
     @property
     def slo_scheduling(self) -> bool:

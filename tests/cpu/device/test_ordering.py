@@ -257,7 +257,7 @@ class AnyLife(RuleBasedStateMachine):
             request_id
             for request_id in self._in(Residency.LAYERED, Residency.RESIDENT)
             if (num_computed := server.requests[request_id].num_computed)
-            and (server.ledger.is_layered(request_id) or server.ledger.can_park(server.blocks(num_computed)))
+            and (server.ledger.is_layered(request_id) or server.blocks(num_computed) <= server.ledger.host.num_free)
         ]
 
     @precondition(lambda self: self.parkable)
@@ -271,7 +271,7 @@ class AnyLife(RuleBasedStateMachine):
         return [
             request_id
             for request_id in self._in(Residency.RESIDENT)
-            if server.ledger.can_park(server.requests[request_id].num_computed // 4)
+            if server.requests[request_id].num_computed // 4 <= server.ledger.host.num_free
         ]
 
     @precondition(lambda self: self.storable)

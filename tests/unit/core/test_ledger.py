@@ -641,14 +641,13 @@ def test_what_does_not_fit_changes_nothing(attempt: Callable[[KVLedger], None]) 
     ledger.check()
 
 
-def test_can_park_says_what_park_would_do() -> None:
+def test_a_park_takes_host_blocks_for_what_was_computed() -> None:
     ledger = make_ledger(num_host_blocks=3)
     ledger.add("r")
     ledger.started("r")
-    assert ledger.can_park(3)
-    assert not ledger.can_park(4)
+    assert ledger.host.num_free == 3
     ledger.park("r", (1, 2, 3, 4), 12)
-    assert not ledger.can_park(1)
+    assert ledger.host.num_free == 0
 
 
 # Any life of any requests -----------------------------------------------------------------------------------------
@@ -857,7 +856,7 @@ class Lives(RuleBasedStateMachine):
         life, before = self.lives[request_id], books(self.ledger)
         is_layered = self.ledger.is_layered(request_id)
         num_held = self.ledger.num_host_blocks_of(request_id)
-        fits = is_layered or self.ledger.can_park(self.blocks(life.num_computed) - num_held)
+        fits = is_layered or self.blocks(life.num_computed) - num_held <= self.ledger.host.num_free
         try:
             self.ledger.park(request_id, tuple(life.table), life.num_computed)
         except CapacityError:
