@@ -8,8 +8,10 @@ that the copies of a turn are a small part of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING, ClassVar
 
 from layerkv.scheduler.lines import Claim
@@ -32,7 +34,8 @@ PLENTY_S = 8.0
 """Of residents whose readers have so much to read, those with the most tokens left leave first."""
 
 
-HOLD = 0.8
+HORIZON_S = 20
+POOL_SHARE = 0.8
 
 
 class FluidOutlook(Outlook):
@@ -72,22 +75,41 @@ class FluidOutlook(Outlook):
 
     @cached_property
     def held(self) -> frozenset[str]:
-        """Fresh streams for which those that flow already leave no time of the pool."""
+        """Streams that are sacrificed so that the others flow: while they need more than the pool's time together, those
+        that need most of it to their end, by weight.
+
+        Until a time ``h`` from now a stream with a buffer of ``b`` seconds needs its blocks for ``(h - b) step / TPOT``
+        seconds, and the pool has ``h`` seconds for all of its blocks.
+        """
         s = self.s
-        if s.cost is None or not any(p.is_fresh for p in s.lines.parked):
+        if s.cost is None:
             return frozenset()
-        step_s = max(self.step_s, s.token_s) * HOLD
-        need = sum(r.num_blocks * min(step_s / r.tpot_s, 1.0) for r in s.load.resident if self.flows(r))
-        need += sum(blocks * min(step_s / tpot_s, 1.0) for tpot_s, blocks in s.lines.flowing.items())
-        held: set[str] = set()
-        for p in s.lines.parked:
-            if not p.is_fresh or p.deadline_s < s.now_s:
+        token_s = max(self.step_s, s.token_s)
+        pool = s.shape.pool_blocks * POOL_SHARE
+        flows: list[tuple[float, float, float, str]] = []  # buffer, need, need to its end by weight, id
+        for view in (*s.load.resident, *s.lines.parked):
+            if view.deadline_s < s.now_s:
                 continue
-            more = p.num_blocks * min(step_s / p.tpot_s, 1.0)
-            if need + more > s.shape.pool_blocks:
-                held.add(p.request_id)
-            else:
-                need += more
+            if view.dry_s == math.inf:
+                continue
+            need = view.num_blocks * min(token_s / view.tpot_s, 1.0)
+            flows.append((max(view.dry_s - s.now_s, 0.0), need, need * view.tokens_left / view.weight, view.request_id))
+        flows.sort()
+        held: set[str] = set()
+        seen = total = 0.0  # of those whose readers run dry so far: need, and need times buffer
+        heap: list[tuple[float, str, float, float]] = []
+        for k, (buffer_s, need, to_end, request_id) in enumerate(flows):
+            if buffer_s > HORIZON_S:
+                break
+            seen += need
+            total += need * buffer_s
+            heappush(heap, (-to_end, request_id, need, buffer_s))
+            until_s = min(flows[k + 1][0] if k + 1 < len(flows) else HORIZON_S, HORIZON_S)
+            while heap and seen * until_s - total > pool * until_s:
+                _, gone, gone_need, gone_buffer_s = heappop(heap)
+                held.add(gone)
+                seen -= gone_need
+                total -= gone_need * gone_buffer_s
         return frozenset(held)
 
     def has_room(self, draft: Draft, claim: Claim) -> bool:
@@ -95,8 +117,8 @@ class FluidOutlook(Outlook):
         return pool_blocks(self.s, claim) + draft.headroom <= draft.pool
 
     def flows(self, r: ResidentRequest) -> bool:
-        """Whether a resident's stream flows still."""
-        return r.deadline_s >= self.s.now_s
+        """Whether a resident's stream flows still, and may go on doing so."""
+        return r.deadline_s >= self.s.now_s and r.request_id not in self.held
 
     def spare_s(self, r: ResidentRequest) -> float:
         """Seconds that a resident's reader is served by what it has, beyond the time of its load."""

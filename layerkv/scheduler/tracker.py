@@ -279,4 +279,7 @@ class TrackedRequest:
         """Until when its next token may come and its stream still be fluid; in the past if it is not any more."""
         if self.first_token_s is not None and self.first_token_s > self.ttft_deadline_s:
             return self.ttft_deadline_s
-        return dry_s + max(self.slo.max_lag_s - self.reader.lag_s, -1e-9) if self.has_reader else dry_s
+        if not self.has_reader:
+            return dry_s
+        may_wait_s = self.slo.max_lag_s - self.reader.lag_s
+        return dry_s + may_wait_s if may_wait_s >= 0 else self.ttft_deadline_s
