@@ -175,7 +175,10 @@ class LoadRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineFailure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why an engine has no figures, and the last lines that its process printed."""
+    """Why an engine has no figures, and the last lines that its process printed.
+
+    Where an error further up was the cause, that stands in front of them.
+    """
 
     reason: str
     log_tail: list[str]

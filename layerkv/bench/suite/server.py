@@ -22,7 +22,7 @@ import msgspec
 import psutil
 
 from layerkv.bench.records import EngineFailure
-from layerkv.bench.supervise import log_tail
+from layerkv.bench.supervise import ended_badly, log_tail
 from layerkv.errors import ConfigError
 
 # A limit for what takes 15-60 s here and some minutes with a large model on a GPU: it ends a hang.
@@ -93,8 +93,7 @@ class Server:
             status = self._process.wait(within_s)
         except subprocess.TimeoutExpired:
             return None
-        reason = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-        return EngineFailure(reason=reason, log_tail=log_tail(self._log_path))
+        return ended_badly(status, self._log_path)
 
     def forget_peak(self) -> None:
         """The most resident memory is looked for anew."""

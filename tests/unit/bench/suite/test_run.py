@@ -97,7 +97,7 @@ def test_an_engine_that_does_not_start_says_so_and_the_others_finish(tmp_path: P
     result = read(tmp_path)
     assert not result.complete
     assert result.failures.keys() == {"layerkv"}
-    assert result.failures["layerkv"].reason == "ended with exit status 1"
+    assert result.failures["layerkv"].reason == "ended with exit status 1 (RuntimeError: no such device: toy)"
     assert "no such device: toy" in result.failures["layerkv"].log_tail[-1]
     assert result.engines.keys() == {"stock", "oracle"}
     assert result.tokens_equal is None
