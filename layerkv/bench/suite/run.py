@@ -38,6 +38,7 @@ from layerkv.bench.suite.outcome import Outcome, case_result
 from layerkv.bench.suite.plan import LoadPlan, plan_requests, warm_up_requests
 from layerkv.bench.suite.report import write_report
 from layerkv.bench.suite.result import CaseResult
+from layerkv.bench.suite.room_for_one import check_room_for_one
 from layerkv.bench.suite.scheduler_probe import TIMES_VARIABLE, SchedulerTimes, probe_options, read_scheduler_times
 from layerkv.bench.suite.server import CpuTimes, Server, free_port
 from layerkv.bench.suite.terminal import print_result
@@ -127,7 +128,10 @@ def _load(path: Path, options: RunOptions) -> Case:
     if num_seeds < 1:
         raise ConfigError(f"--seeds: found {num_seeds}; expected 1 or more; set it to 3, say")
     case = replace(case, engines=tuple(chosen), num_seeds=num_seeds)
-    return _settle_lmcache(case, options.lmcache) if "lmcache" in chosen else case
+    if "lmcache" in chosen:
+        case = _settle_lmcache(case, options.lmcache)
+    kv_memory = {engine: kv_memory_bytes(case, engine, list(range(num_seeds))) for engine in case.engines}
+    return replace(case, notes=(*case.notes, *check_room_for_one(case, kv_memory, where=str(path))))
 
 
 def _settle_lmcache(case: Case, lmcache: Lmcache | None) -> Case:
