@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import psutil
 
+from layerkv.bench.priorities import Priorities, prioritise
 from layerkv.bench.records import EngineFailure
 from layerkv.bench.supervise import ended_badly, log_tail
 from layerkv.errors import ConfigError
@@ -94,6 +95,11 @@ class Server:
         except subprocess.TimeoutExpired:
             return None
         return ended_badly(status, self._log_path)
+
+    def prioritise(self, priorities: Priorities) -> None:
+        """Puts the front end before the engine, and before the helper: see :mod:`layerkv.bench.priorities`."""
+        beside = () if self._helper is None else (self._helper._process.pid,)
+        prioritise(self._process.pid, priorities, engine_pids=beside)
 
     def forget_peak(self) -> None:
         """The most resident memory is looked for anew."""
