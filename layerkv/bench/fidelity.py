@@ -29,6 +29,7 @@ from layerkv.bench.board import ProgressBoard
 from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, LoadSpec, PlannedRequest
 from layerkv.bench.machine import measured_here
 from layerkv.bench.policy_file import write_policy
+from layerkv.bench.suite.room_for_one import bytes_for_one, rounded_up
 from layerkv.bench.supervise import run_engine
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 from layerkv.core.cost import load_profile
@@ -82,13 +83,12 @@ def run_fidelity(
 
 
 def _check_room_for_one(config: SimConfig, path: Path) -> None:
-    num_blocks = -(-config.max_model_len // config.block_tokens)
-    needed = num_blocks * config.block_tokens * SHAPES[SHAPE].kv_bytes_per_token
+    needed = bytes_for_one(SHAPES[SHAPE], max_model_len=config.max_model_len, block_tokens=config.block_tokens)
     if config.kv_memory_bytes < needed:
         raise ConfigError(
             f"{path}: $.engine.kv_memory: found {format_bytes(config.kv_memory_bytes)}; expected room for one request "
             f"of max_model_len {config.max_model_len}, without which vLLM does not start; set it to "
-            f"{format_bytes(needed)} or more, or max_model_len lower"
+            f"{rounded_up(needed)} or more, or max_model_len lower"
         )
 
 

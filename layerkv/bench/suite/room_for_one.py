@@ -7,20 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from layerkv.bench.suite.case import Case, EngineSettings
+from layerkv.bench.suite.case import Case
+from layerkv.bench.tiny_model import ModelShape
 from layerkv.errors import ConfigError
 from layerkv.units import format_bytes
 
+MIB = 1 << 20
 # Of these the case's own options may say otherwise, and vLLM goes by them.
 OVERRIDES = ("--max-model-len", "--max_model_len", "--kv-cache-memory-bytes", "--kv_cache_memory_bytes")
 
 
-def bytes_for_one(settings: EngineSettings) -> int | None:
-    """KV memory for one request of `max_model_len` tokens in whole blocks; None where a block's size is not known."""
-    if settings.shape is None or settings.dtype != "float32":
-        return None
-    num_blocks = -(-settings.max_model_len // settings.block_tokens)
-    return num_blocks * settings.block_tokens * settings.shape.kv_bytes_per_token
+def bytes_for_one(shape: ModelShape, *, max_model_len: int, block_tokens: int) -> int:
+    """KV memory for one request of `max_model_len` tokens in whole blocks, in float32.
+
+    One block more: vLLM keeps it back for itself, and counts without it.
+    """
+    num_blocks = -(-max_model_len // block_tokens) + 1
+    return num_blocks * block_tokens * shape.kv_bytes_per_token
+
+
+def rounded_up(size_bytes: int) -> str:
+    """A size to be set, in whole MiB: no less than it takes."""
+    return format_bytes(-(-size_bytes // MIB) * MIB)
 
 
 def check_room_for_one(case: Case, kv_memory_bytes: Mapping[str, int], *, where: str) -> list[str]:
@@ -32,10 +40,12 @@ def check_room_for_one(case: Case, kv_memory_bytes: Mapping[str, int], *, where:
     Raises:
         ConfigError: another engine of the case has too little.
     """
-    settings = case.settings
-    needed = bytes_for_one(settings)
-    if needed is None or any(option.split("=")[0] in OVERRIDES for option in settings.options):
+    settings, shape = case.settings, case.settings.shape
+    if shape is None or settings.dtype != "float32":
         return []
+    if any(option.split("=")[0] in OVERRIDES for option in settings.options):
+        return []
+    needed = bytes_for_one(shape, max_model_len=settings.max_model_len, block_tokens=settings.block_tokens)
     notes = []
     for engine, found_bytes in kv_memory_bytes.items():
         if found_bytes >= needed or (settings.long_contexts and engine.startswith("layerkv")):
@@ -48,7 +58,7 @@ def check_room_for_one(case: Case, kv_memory_bytes: Mapping[str, int], *, where:
             key = "oracle_kv_memory" if engine == "oracle" and settings.oracle_kv_memory_bytes else "kv_memory"
             raise ConfigError(
                 f"{where}: $.engine.{key}: {problem}, and vLLM does not start with less; set {key} to "
-                f"{format_bytes(needed)} or more, max_model_len lower, or expected_to_fail to [{engine}], if that is "
+                f"{rounded_up(needed)} or more, max_model_len lower, or expected_to_fail to [{engine}], if that is "
                 "the point"
             )
         notes.append(f"{problem}: it will not start, as the case expects.")
