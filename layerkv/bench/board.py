@@ -98,6 +98,10 @@ class SuiteBoard(_Bars):
         self._in_point = line.progress
         self._progress.update(self._task, completed=self._before + self._done_points + self._in_point)
 
+    def repeats(self) -> None:
+        """The point's load counts for nothing so far: it is run again."""
+        self._in_point = 0
+
     def ends(self, tokens: int) -> None:
         """The engine is through with a seed, whose points were to give so many tokens, or has failed."""
         self._before += tokens

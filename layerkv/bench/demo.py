@@ -4,6 +4,9 @@ Runs in the process of `layerkv demo`, with each engine in a process of its own,
 in the output folder: result.json, report.html, and for each engine NAME.spec.json, NAME.json (all its
 records) and NAME.log. Invariant: these files are of this run alone, and what was measured is kept when
 something fails.
+
+The process of an engine is also the one that hands it the requests, at gaps between its steps: there is neither a
+server nor a client that a busy engine could starve of CPU, nothing to probe, and priorities are left as they are.
 """
 
 from __future__ import annotations
@@ -190,6 +193,7 @@ def as_case(
         versions=result.versions,
         seeds=[result.seed],
         date=result.date,
+        priorities=result.priorities,
     )
     return case, loads
 

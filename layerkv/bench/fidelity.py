@@ -3,6 +3,9 @@
 It takes a simulation file whose engine has a measured profile, builds that engine with the demo's tiny model, and
 drives the file's load through it, open loop, one policy after the other, seed by seed. So it answers two questions
 with the same run: how far the simulator is off, and what layerkv changes on a real engine under that load.
+
+An engine runs in one process with whoever hands it the requests, so there is no server that it could starve of CPU, and
+priorities are left as they are (`priorities` in the result: see :mod:`layerkv.bench.priorities`).
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from layerkv.bench.board import ProgressBoard
 from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, LoadSpec, PlannedRequest
 from layerkv.bench.machine import measured_here
 from layerkv.bench.policy_file import write_policy
+from layerkv.bench.suite.room_for_one import bytes_for_one, rounded_up
 from layerkv.bench.supervise import run_engine
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 from layerkv.core.cost import load_profile
@@ -34,6 +38,7 @@ from layerkv.sim.config import SimConfig, load_sim_config
 from layerkv.sim.engine import SimRequest
 from layerkv.sim.outcome import GapHistogram, RequestOutcome, SimOutcome
 from layerkv.sim.run import WATERMARK, make_engine, medians, policy_of, requests_of
+from layerkv.units import format_bytes
 
 SHAPE = "demo"
 COMPARED = (("ttft_s", "mean"), ("ttft_s", "p99"), ("output_tokens_per_s", None))
@@ -45,7 +50,7 @@ def run_fidelity(
     """Run a simulation file on both; `profile_path` takes the place of the file's profile.
 
     Raises:
-        ConfigError: the file is wrong, or its engine is not the demo model's.
+        ConfigError: the file is wrong, its engine is not the demo model's, or has KV memory for less than a request.
         LayerKVError: an engine failed.
     """
     console = console or Console()
@@ -57,6 +62,7 @@ def run_fidelity(
             f"{config_path}: $.engine.num_layers: found {config.num_layers}; expected the demo model's "
             f"{SHAPES[SHAPE].num_layers}, which is what this command runs"
         )
+    _check_room_for_one(config, config_path)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for rate in config.rates:
@@ -65,6 +71,7 @@ def run_fidelity(
             console.print(_table(rows, rate))
     result = {
         "schema": 1,
+        "priorities": "none",
         **msgspec.to_builtins(measured_here()),
         "profile": {"name": config.profile.name, **config.profile.made},
         "rows": rows,
@@ -73,6 +80,16 @@ def run_fidelity(
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _check_room_for_one(config: SimConfig, path: Path) -> None:
+    needed = bytes_for_one(SHAPES[SHAPE], max_model_len=config.max_model_len, block_tokens=config.block_tokens)
+    if config.kv_memory_bytes < needed:
+        raise ConfigError(
+            f"{path}: $.engine.kv_memory: found {format_bytes(config.kv_memory_bytes)}; expected room for one request "
+            f"of max_model_len {config.max_model_len}, without which vLLM does not start; set it to "
+            f"{rounded_up(needed)} or more, or max_model_len lower"
+        )
 
 
 def _measure(config: SimConfig, rate: float, seed: int, folder: Path, console: Console) -> list[dict[str, Any]]:

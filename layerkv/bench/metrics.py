@@ -13,6 +13,7 @@ import msgspec
 
 from layerkv.bench.load import LoadSpec
 from layerkv.bench.machine import Machine
+from layerkv.bench.priorities import Priorities
 from layerkv.bench.records import Counters, EngineFailure, EngineRun, LoadRun, RequestRecord
 from layerkv.bench.suite import figures, result
 from layerkv.config import default_policy
@@ -74,7 +75,8 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     """The whole of `result.json`.
 
     `complete` is False when an engine failed or the demo was interrupted. `tokens_equal` is None when layerkv
-    or the oracle has no run to compare.
+    or the oracle has no run to compare. `priorities` is always "none": an engine runs in the process that hands it the
+    requests, so nobody waits for a CPU that a busy wait of another process holds.
     """
 
     schema: int = SCHEMA_VERSION
@@ -91,6 +93,7 @@ class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     seed: int
     date: str
+    priorities: Priorities = "none"
 
 
 def as_load(run: EngineRun, *, point: str = "", seed: int = 0) -> LoadRun:

@@ -17,6 +17,8 @@ from layerkv.bench.load import LoadSpec, PlannedRequest
 T = TypeVar("T")
 
 STOPPED, HUNG_UP = "stop", "hang_up"
+# A run in which `/health` once took longer is disturbed: the answer takes a few milliseconds where nobody is starved.
+PROBE_LIMIT_S = 0.3
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -163,7 +165,10 @@ class Counters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadRun(msgspec.Struct, frozen=True, kw_only=True):
-    """One load through one engine."""
+    """One load through one engine.
+
+    `longest_probe_s` is the longest that the server took to answer `/health` meanwhile; None where nobody asked.
+    """
 
     engine: str
     point: str
@@ -172,10 +177,19 @@ class LoadRun(msgspec.Struct, frozen=True, kw_only=True):
     samples: list[Sample]
     counters: Counters
     wall_s: float
+    longest_probe_s: float | None = None
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether server or clients were starved of CPU for so long that its times mean little."""
+        return self.longest_probe_s is not None and self.longest_probe_s > PROBE_LIMIT_S
 
 
 class EngineFailure(msgspec.Struct, frozen=True, kw_only=True):
-    """Why an engine has no figures, and the last lines that its process printed."""
+    """Why an engine has no figures, and the last lines that its process printed.
+
+    Where an error further up was the cause, that stands in front of them.
+    """
 
     reason: str
     log_tail: list[str]

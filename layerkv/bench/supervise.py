@@ -22,6 +22,7 @@ from typing import IO
 import msgspec
 
 import layerkv
+from layerkv.bench.log_cause import cause_of
 from layerkv.bench.records import EngineFailure, EngineRun, EngineSpec, Progress, read_json, write_json
 from layerkv.errors import LayerKVError
 
@@ -31,6 +32,7 @@ POLL_INTERVAL_S = 0.5
 TERMINATION_GRACE_S = 5.0
 LOG_TAIL_LINES = 12
 LOG_TAIL_LINE_CHARS = 400
+CAUSE_CHARS = 240  # of the line above, so that the prefix of a log's line has room beside it
 
 
 def run_child(
@@ -63,14 +65,22 @@ def run_child(
     finally:
         _end(process)
     if stalled:
-        reason = f"made no progress for {stall_limit_s:g} s"
-    elif process.returncode < 0:
-        reason = f"was killed by {signal.Signals(-process.returncode).name}"
-    elif process.returncode > 0:
-        reason = f"ended with exit status {process.returncode}"
-    else:
-        return None
-    return EngineFailure(reason=reason, log_tail=log_tail(log_path))
+        return EngineFailure(reason=f"made no progress for {stall_limit_s:g} s", log_tail=log_tail(log_path))
+    return ended_badly(process.returncode, log_path) if process.returncode else None
+
+
+def ended_badly(status: int, log_path: Path) -> EngineFailure:
+    """What a process's exit status and log say of its end; by its own doing, the error that was the cause."""
+    tail = log_tail(log_path)
+    if status < 0:
+        return EngineFailure(reason=f"was killed by {signal.Signals(-status).name}", log_tail=tail)
+    reason = f"ended with exit status {status}"
+    cause = cause_of(_lines(log_path), num_last=LOG_TAIL_LINES)
+    if cause is None:
+        return EngineFailure(reason=reason, log_tail=tail)
+    if not any(cause[:CAUSE_CHARS] in line for line in tail):
+        tail = [_cut(cause, LOG_TAIL_LINE_CHARS), "...", *tail]
+    return EngineFailure(reason=f"{reason} ({_cut(cause, CAUSE_CHARS)})", log_tail=tail)
 
 
 def run_engine(spec: EngineSpec, folder: Path, on_progress: Callable[[Progress], None]) -> EngineRun:
@@ -101,8 +111,15 @@ def child_env(defaults: Mapping[str, str] = MappingProxyType({})) -> dict[str, s
 
 def log_tail(log_path: Path) -> list[str]:
     """The last lines of a log that say something, each cut to a readable length."""
-    lines = log_path.read_text(errors="replace").splitlines()
-    return [line[:LOG_TAIL_LINE_CHARS] for line in lines if line.strip()][-LOG_TAIL_LINES:]
+    return [line[:LOG_TAIL_LINE_CHARS] for line in _lines(log_path)[-LOG_TAIL_LINES:]]
+
+
+def _lines(log_path: Path) -> list[str]:
+    return [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
+
+
+def _cut(text: str, num_chars: int) -> str:
+    return text if len(text) <= num_chars else f"{text[: num_chars - 4].rsplit(' ', 1)[0].rstrip(' .,;')} ..."
 
 
 def _follow(process: subprocess.Popen[bytes], on_progress: Callable[[Progress], None], stall_limit_s: float) -> bool:

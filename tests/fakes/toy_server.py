@@ -10,6 +10,8 @@ real ones do on a bad day:
     refuses  answers every other request with HTTP 429
     breaks   breaks off every stream after two tokens
     aborts   ends every answer after two tokens, as one that its engine gave up
+    starved  answers /health late from its first request on
+    mute     does not answer /health from its first request on
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 from aiohttp import web
 
 TOKEN_S = 0.002
+STARVED_S = 0.05
 
 
 def letter_of(token_id: int) -> str:
@@ -37,6 +40,7 @@ class ToyServer:
         self.behaviour = behaviour
         self.arrivals_s: list[float] = []
         self.bodies: list[dict] = []
+        self.num_asked = 0
         self.released = asyncio.Event()
 
     def app(self) -> web.Application:
@@ -53,6 +57,11 @@ class ToyServer:
         return app
 
     async def _health(self, _request: web.Request) -> web.Response:
+        self.num_asked += 1
+        if self.arrivals_s and self.behaviour == "starved":
+            await asyncio.sleep(STARVED_S)
+        if self.arrivals_s and self.behaviour == "mute":
+            await self.released.wait()
         return web.Response()
 
     async def _metrics(self, _request: web.Request) -> web.Response:

@@ -44,8 +44,10 @@ def kv_memory_bytes(case: Case, engine: str, seeds: Sequence[int]) -> int:
         return 8 * settings.kv_memory_bytes
     largest = max(_plan_tokens(case, seed) for seed in seeds)
     # No more than so many run at once, and each at most so long; a block each, and one more, for rounding.
+    one = settings.max_model_len + 2 * settings.block_tokens
     longest = settings.max_num_seqs * (settings.max_model_len + settings.block_tokens)
-    return math.ceil(min(largest, longest) * 1.1) * settings.shape.kv_bytes_per_token
+    # vLLM does not start with less than one request needs, however small the load.
+    return math.ceil(max(min(largest, longest), one) * 1.1) * settings.shape.kv_bytes_per_token
 
 
 def _plan_tokens(case: Case, seed: int) -> int:

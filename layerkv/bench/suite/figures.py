@@ -82,6 +82,8 @@ def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
         wall_s=Spread.of([run.wall_s for run in runs]),
         ends=_ends(runs),
         output_tokens=_where_known([_mean_output_tokens(run) for run in runs]),
+        longest_probe_s=max(_some(run.longest_probe_s for run in runs), default=None),
+        disturbed=any(run.is_disturbed for run in runs),
     )
 
 

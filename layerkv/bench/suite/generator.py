@@ -26,7 +26,9 @@ import uvloop
 
 from layerkv.bench.child import run_spec
 from layerkv.bench.load import PlannedRequest
+from layerkv.bench.priorities import preferred
 from layerkv.bench.records import HUNG_UP, STOPPED, RequestRecord, Sample
+from layerkv.bench.suite.health_probe import HealthProbe, Probe
 from layerkv.bench.suite.http_stream import Begun, StreamError, Target, fetch
 from layerkv.bench.suite.plan import LoadPlan
 from layerkv.bench.suite.server_metrics import ServerMetrics, read_metrics
@@ -41,7 +43,8 @@ class GeneratorRun(msgspec.Struct, frozen=True, kw_only=True):
     """What the generator saw: see `records`.
 
     `before` and `after` are the server's metrics around the load; `start_s` is when it began, on the machine's
-    monotonic clock.
+    monotonic clock. `longest_probe` is the server's slowest answer to `/health` from then until the last token; None
+    if it never answered.
     """
 
     requests: list[RequestRecord]
@@ -50,6 +53,7 @@ class GeneratorRun(msgspec.Struct, frozen=True, kw_only=True):
     after: ServerMetrics
     start_s: float
     wall_s: float
+    longest_probe: Probe | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -108,10 +112,13 @@ class Generator:
         before = await self._metrics()
         self._finished = asyncio.Event()
         self._start_clock()
+        probe = HealthProbe(self._plan.url)
+        probe.start(self._start_s)
         watchers = [asyncio.create_task(watch()) for watch in (self._sample_until_done, self._report_until_done)]
         if self._num_open:
             await self._finished.wait()
         wall_s = time.monotonic() - self._start_s
+        longest_probe = probe.stop()
         for watcher in watchers:
             watcher.cancel()
         await asyncio.gather(*watchers, return_exceptions=True)
@@ -127,6 +134,7 @@ class Generator:
             after=after,
             start_s=self._start_s,
             wall_s=wall_s,
+            longest_probe=longest_probe,
         )
 
     def _start_clock(self) -> None:
@@ -337,7 +345,12 @@ def main(argv: list[str]) -> int:
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection each, however many wait
-    return run_spec(argv, "layerkv.bench.suite.generator", LoadPlan, lambda *args: uvloop.run(Generator(*args).run()))
+    return run_spec(argv, "layerkv.bench.suite.generator", LoadPlan, _run)
+
+
+def _run(plan: LoadPlan, report_progress: Callable[[int, int], None]) -> GeneratorRun:
+    with preferred(plan.priorities):  # before any other thread, so that all of them are
+        return uvloop.run(Generator(plan, report_progress).run())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 from layerkv.bench.machine import measured_here, source_commit
+from layerkv.bench.priorities import Priorities
 from layerkv.bench.records import EngineFailure, LoadRun
 from layerkv.bench.suite.case import Case, Point
 from layerkv.bench.suite.engines import kv_memory_bytes
@@ -24,6 +25,7 @@ class Outcome:
     failures: dict[str, EngineFailure] = field(default_factory=dict)
     failed_points: dict[str, dict[str, EngineFailure]] = field(default_factory=dict)
     interrupted: bool = False
+    priorities: Priorities = "none"
 
     def fail(self, engine: str, failure: EngineFailure, point: str | None) -> None:
         """Notes why an engine, at a point or before any, has nothing more to say."""
@@ -47,7 +49,8 @@ def case_result(case: Case, outcome: Outcome) -> CaseResult:
         case=case.name,
         question=case.question,
         size=case.size,
-        complete=sum(run.engine in required for run in outcome.runs) == num_expected,
+        complete=sum(run.engine in required for run in outcome.runs) == num_expected
+        and required.isdisjoint(outcome.failures),
         interrupted=outcome.interrupted,
         axis=case.axis,
         main_point=case.main_point,
@@ -69,6 +72,7 @@ def case_result(case: Case, outcome: Outcome) -> CaseResult:
         **measured_here(),
         load=load_digest(case),
         commit=source_commit(),
+        priorities=outcome.priorities,
         seeds=seeds,
     )
 

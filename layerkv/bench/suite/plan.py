@@ -11,6 +11,7 @@ from random import Random
 import msgspec
 
 from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, PlannedRequest
+from layerkv.bench.priorities import Priorities
 from layerkv.bench.suite.case import Case, Point
 from layerkv.bench.suite.ends import Ends
 from layerkv.sim.workload import SimRequest, make_workload
@@ -22,7 +23,8 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     `names_classes` says whether requests name their class to the server: only layerkv knows what that is.
     `warm_up` are sent one after the other before the start and are not recorded. `kv_memory_bytes` and `block_bytes`
     turn the server's shares and blocks into bytes (None where the size of a block is not known, as of a model that is
-    not ours); `tells_host_memory` says whether it has metrics of the latter.
+    not ours); `tells_host_memory` says whether it has metrics of the latter. `priorities` is how the load generator is
+    to run.
     """
 
     url: str
@@ -34,6 +36,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory_bytes: int
     block_bytes: int | None
     tells_host_memory: bool = True
+    priorities: Priorities = "none"
 
 
 def plan_requests(case: Case, point: Point, seed: int) -> list[PlannedRequest]:

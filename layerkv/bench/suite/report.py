@@ -20,6 +20,12 @@ from layerkv.bench.suite.titles import main_point, point_label
 from layerkv.units import format_bytes
 
 TEMPLATE = "suite.html.j2"
+PRIORITIES = {
+    "realtime": "API server and load generator at real-time priority",
+    "niceness": "engine processes at niceness 19",
+    "none": "as the system has them",
+    None: "",
+}
 
 
 def render_report(result: CaseResult, runs: Sequence[LoadRun]) -> str:
@@ -83,6 +89,7 @@ def _facts(result: CaseResult) -> list[tuple[str, str]]:
         ("KV memory", ", ".join(f"{summary.ENGINE_TITLES[name]} {format_bytes(sizes[name])}" for name in known)),
         ("Machine", f"{machine.cpu}, {machine.num_cpus} cores, {format_bytes(machine.memory_bytes)} memory"),
         ("System", machine.system),
+        ("Priorities", PRIORITIES.get(result.priorities, "")),
         ("Versions", ", ".join(f"{name} {version}" for name, version in result.versions.items())),
         *(("Note", note) for note in result.notes),
     ]

@@ -1,7 +1,8 @@
 """The form of a case's JSON: what `layerkv bench run --json` writes and `layerkv bench compare` reads.
 
-Invariant: every figure is a :class:`Spread` over seeds, and says no more than its `values` do. Other tools read this
-file: `SCHEMA_VERSION` goes up when a key changes its meaning.
+Invariant: every figure is a :class:`Spread` over seeds, and says no more than its `values` do (but for
+`longest_probe_s`, which is about the measurement). Other tools read this file: `SCHEMA_VERSION` goes up when a key
+changes its meaning.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from statistics import median
 import msgspec
 
 from layerkv.bench.machine import Machine
+from layerkv.bench.priorities import Priorities
 from layerkv.bench.records import EngineFailure
 
 SCHEMA_VERSION = 1
@@ -51,6 +53,9 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     `scheduler_s_per_step` is CPU time. `ends`: how many requests finished in each way (`length`, `stop`, `hang_up`), as
     far as that is known; `output_tokens`: mean length of the answers that did. What an engine does not tell is None:
     vLLM's offload neither counts what it stores nor says how much of its host memory is in use.
+    `longest_probe_s`: the longest that the server took to answer `/health` while the load ran, of all seeds; None where
+    nobody asked. `disturbed`: in some seed that was above 0.3 s, in each of three tries, so that times and throughput
+    say little about the engine.
     """
 
     ttft_s: Distribution
@@ -85,6 +90,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     wall_s: Spread
     ends: dict[str, Spread] = {}
     output_tokens: Spread | None = None
+    longest_probe_s: float | None = None
+    disturbed: bool = False
 
 
 class Ratios(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,6 +138,8 @@ class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
     that the case does not expect to, or the run was interrupted. `goodput_rps` and `slo_attainment` are by engine, then
     by the point's rate per second (by its name, where points have the same rate). `load` is a digest of requests,
     policy and settings: two results are comparable where it is equal. `commit` is layerkv's, if it ran from a checkout.
+    `priorities` says what kept engines from starving servers and clients: see :mod:`layerkv.bench.priorities`; None in
+    results from before there was that.
     """
 
     schema: int = SCHEMA_VERSION
@@ -155,5 +164,6 @@ class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     load: str = ""
     commit: str | None = None
+    priorities: Priorities | None = None
     seeds: list[int]
     date: str

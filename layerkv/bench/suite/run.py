@@ -22,7 +22,8 @@ from rich.console import Console
 
 from layerkv.bench.board import SuiteBoard
 from layerkv.bench.load import PlannedRequest
-from layerkv.bench.records import EngineFailure, LoadRun, Progress, read_json, write_json
+from layerkv.bench.priorities import allowed_here
+from layerkv.bench.records import PROBE_LIMIT_S, EngineFailure, LoadRun, Progress, read_json, write_json
 from layerkv.bench.suite.case import ENGINE_NAMES, Case, Point, load_case, load_suite
 from layerkv.bench.suite.counters import counted
 from layerkv.bench.suite.engines import (
@@ -33,11 +34,13 @@ from layerkv.bench.suite.engines import (
     serve_command,
 )
 from layerkv.bench.suite.generator import GeneratorRun
+from layerkv.bench.suite.health_probe import Probe
 from layerkv.bench.suite.lmcache_peer import Lmcache, lmcache_env, running_cache_server
 from layerkv.bench.suite.outcome import Outcome, case_result
 from layerkv.bench.suite.plan import LoadPlan, plan_requests, warm_up_requests
 from layerkv.bench.suite.report import write_report
 from layerkv.bench.suite.result import CaseResult
+from layerkv.bench.suite.room_for_one import check_room_for_one
 from layerkv.bench.suite.scheduler_probe import TIMES_VARIABLE, SchedulerTimes, probe_options, read_scheduler_times
 from layerkv.bench.suite.server import CpuTimes, Server, free_port
 from layerkv.bench.suite.terminal import print_result
@@ -53,6 +56,8 @@ GENERATOR = (sys.executable, "-m", "layerkv.bench.suite.generator")
 # A server that gives no token for so long while requests wait is given up.
 STALL_LIMIT_S = 240.0
 DEATH_LIMIT_S = 10.0
+# A load in which the server is starved of CPU is run again, so many times in all.
+MAX_TRIES = 3
 SAMPLE_INTERVAL_S = 0.5
 LEAST_FREE_BYTES = 256 << 20
 
@@ -127,7 +132,10 @@ def _load(path: Path, options: RunOptions) -> Case:
     if num_seeds < 1:
         raise ConfigError(f"--seeds: found {num_seeds}; expected 1 or more; set it to 3, say")
     case = replace(case, engines=tuple(chosen), num_seeds=num_seeds)
-    return _settle_lmcache(case, options.lmcache) if "lmcache" in chosen else case
+    if "lmcache" in chosen:
+        case = _settle_lmcache(case, options.lmcache)
+    kv_memory = {engine: kv_memory_bytes(case, engine, list(range(num_seeds))) for engine in case.engines}
+    return replace(case, notes=(*case.notes, *check_room_for_one(case, kv_memory, where=str(path))))
 
 
 def _settle_lmcache(case: Case, lmcache: Lmcache | None) -> Case:
@@ -162,7 +170,7 @@ def _run_case(case: Case, options: RunOptions, console: Console, serve: ServeCom
     console.print(f"\n[bold]{case.name}[/] ({case.size}): {case.question}", highlight=False)
     for note in case.notes:
         console.print(f"- {note}", highlight=False, markup=False)
-    outcome = Outcome()
+    outcome = Outcome(priorities=allowed_here())
     try:
         _CaseRun(case, options, folder, console, outcome, files, serve).run()
     except KeyboardInterrupt:
@@ -264,50 +272,96 @@ class _CaseRun:
         return str(make_tiny_model(settings.model, self._options.out_dir / "models"))
 
     def _run_engine(self, engine: str, seed: int, model: str, board: SuiteBoard) -> None:
+        """All points; after a disturbed load a fresh server has that point, and those after it, again.
+
+        The same server would not do: it has the prompts in its prefix cache.
+        """
+        points = list(self._case.points)
+        tries: list[LoadRun] = []
+        num_servers = 0
+        try:
+            while points:
+                num_servers += 1
+                with ExitStack() as started:
+                    server = self._started(engine, seed, model, started, num_servers)
+                    if isinstance(server, EngineFailure):
+                        self._fail(engine, server, None, board)
+                        return
+                    while points:
+                        outcome = self._run_point(engine, points[0], seed, server, board)
+                        if isinstance(outcome, EngineFailure):
+                            self._fail(engine, outcome, points[0].name, board)
+                            return
+                        run, probe = outcome
+                        tries.append(run)
+                        if run.is_disturbed and self._tell_disturbed(run, probe, len(tries), board):
+                            break
+                        self._keep_best(tries)
+                        points.pop(0)
+        finally:
+            self._keep_best(tries)  # whatever ended this, what was measured is kept
+
+    def _tell_disturbed(self, run: LoadRun, probe: Probe, num_tries: int, board: SuiteBoard) -> bool:
+        """Says what was seen and what follows; whether the load is to be run again."""
+        again = num_tries < MAX_TRIES
+        what = "run again on a fresh server" if again else "the least disturbed try is kept, and marked"
+        board.note(
+            f"{run.engine} at {run.point}, seed {run.seed}, try {num_tries} of {MAX_TRIES}: /health took "
+            f"{probe.took_s:.2f} s, {probe.at_s:.1f} s into the load; expected at most {PROBE_LIMIT_S:g} s; {what}"
+        )
+        if again:
+            board.repeats()
+        return again
+
+    def _keep_best(self, tries: list[LoadRun]) -> None:
+        """The try that was disturbed least, judged by nothing else; forgets the others."""
+        if tries:
+            self._outcome.runs.append(min(tries, key=lambda run: run.longest_probe_s or 0.0))
+            tries.clear()
+
+    def _started(self, engine: str, seed: int, model: str, started: ExitStack, number: int) -> Server | EngineFailure:
+        """The engine's server, ready and with its priorities set; `started` ends it, and what it works with."""
         self._times_path().unlink(missing_ok=True)
-        with ExitStack() as started:
-            cache_server = helper = failure = None
-            if engine == "lmcache" and self._options.lmcache is not None:
-                cache_server, helper = started.enter_context(
-                    running_cache_server(
-                        self._options.lmcache,
-                        host_bytes=self._case.settings.host_memory_bytes,
-                        defaults=self._defaults(),
-                        log_path=self._folder / f"{engine}-cache.seed{seed}.log",
-                    )
+        log_name = f"seed{seed}.log" if number == 1 else f"seed{seed}.server{number}.log"
+        cache_server = helper = failure = None
+        if engine == "lmcache" and self._options.lmcache is not None:
+            cache_server, helper = started.enter_context(
+                running_cache_server(
+                    self._options.lmcache,
+                    host_bytes=self._case.settings.host_memory_bytes,
+                    defaults=self._defaults(),
+                    log_path=self._folder / f"{engine}-cache.{log_name}",
                 )
-                failure = helper.wait_until_ready()
-            if failure is None:
-                port = free_port(self._options.port)
-                command = self._serve(
-                    self._case,
-                    engine,
-                    model=model,
-                    port=port,
-                    kv_memory=self._kv_memory[engine],
-                    folder=self._folder.resolve(),
-                    cache_server=cache_server,
-                    # A probe is layerkv's, which is not in LMCache's environment.
-                    extra=() if cache_server else probe_options(engine_is_layerkv=is_layerkv(engine)),
-                )
-                env = lmcache_env(self._defaults()) if cache_server else self._env()
-                env[TIMES_VARIABLE] = str(self._times_path())
-                log_path = self._folder / f"{engine}.seed{seed}.log"
-                server = started.enter_context(Server(command, env=env, port=port, log_path=log_path, helper=helper))
-                failure = server.wait_until_ready()
-            if failure is not None:
-                self._fail(engine, failure, None, board)
-                return
-            for point in self._case.points:
-                outcome = self._run_point(engine, point, seed, server, board)
-                if isinstance(outcome, EngineFailure):
-                    self._fail(engine, outcome, point.name, board)
-                    return
-                self._outcome.runs.append(outcome)
+            )
+            failure = helper.wait_until_ready()
+        if failure is not None:
+            return failure
+        port = free_port(self._options.port)
+        command = self._serve(
+            self._case,
+            engine,
+            model=model,
+            port=port,
+            kv_memory=self._kv_memory[engine],
+            folder=self._folder.resolve(),
+            cache_server=cache_server,
+            # A probe is layerkv's, which is not in LMCache's environment.
+            extra=() if cache_server else probe_options(engine_is_layerkv=is_layerkv(engine)),
+        )
+        env = lmcache_env(self._defaults()) if cache_server else self._env()
+        env[TIMES_VARIABLE] = str(self._times_path())
+        log_path = self._folder / f"{engine}.{log_name}"
+        server = started.enter_context(Server(command, env=env, port=port, log_path=log_path, helper=helper))
+        failure = server.wait_until_ready()
+        if failure is not None:
+            return failure
+        server.prioritise(self._outcome.priorities)
+        return server
 
     def _run_point(
         self, engine: str, point: Point, seed: int, server: Server, board: SuiteBoard
-    ) -> LoadRun | EngineFailure:
+    ) -> tuple[LoadRun, Probe] | EngineFailure:
+        """One load, and the slowest answer to `/health` in it."""
         requests = self._plans[point.name, seed]
         board.loads(point.name)
         plan = LoadPlan(
@@ -320,6 +374,7 @@ class _CaseRun:
             kv_memory_bytes=self._kv_memory[engine],
             block_bytes=self._block_bytes(),
             tells_host_memory=engine not in KEEPERS,
+            priorities=self._outcome.priorities,
         )
         plan_path, run_path = self._folder / "plan.json", self._folder / "run.json"
         write_json(plan, plan_path)
@@ -331,6 +386,7 @@ class _CaseRun:
             cpu_times, _ = server.observe()
             if not started:  # the generator's first word comes after its warm-up
                 started.append((cpu_times, read_scheduler_times(self._times_path())))
+                server.prioritise(self._outcome.priorities)  # threads that the warm-up has made
             board.advances(line)
 
         failure = run_child(
@@ -364,7 +420,10 @@ class _CaseRun:
             peak_rss_bytes=peak_rss_bytes,
             block_bytes=self._block_bytes(),
         )
-        return LoadRun(
+        probe = run.longest_probe
+        if probe is None:  # not once in the whole load
+            probe = Probe(0.0, run.wall_s)
+        load = LoadRun(
             engine=engine,
             point=point.name,
             seed=seed,
@@ -372,7 +431,9 @@ class _CaseRun:
             samples=run.samples,
             counters=counters,
             wall_s=run.wall_s,
+            longest_probe_s=probe.took_s,
         )
+        return load, probe
 
     def _times_path(self) -> Path:
         return self._folder.resolve() / "scheduler-times"

@@ -21,8 +21,9 @@ from typing import Any
 import msgspec
 import psutil
 
+from layerkv.bench.priorities import Priorities, prioritise
 from layerkv.bench.records import EngineFailure
-from layerkv.bench.supervise import log_tail
+from layerkv.bench.supervise import ended_badly, log_tail
 from layerkv.errors import ConfigError
 
 # A limit for what takes 15-60 s here and some minutes with a large model on a GPU: it ends a hang.
@@ -93,8 +94,12 @@ class Server:
             status = self._process.wait(within_s)
         except subprocess.TimeoutExpired:
             return None
-        reason = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with exit status {status}"
-        return EngineFailure(reason=reason, log_tail=log_tail(self._log_path))
+        return ended_badly(status, self._log_path)
+
+    def prioritise(self, priorities: Priorities) -> None:
+        """Puts the front end before the engine, and before the helper: see :mod:`layerkv.bench.priorities`."""
+        beside = () if self._helper is None else (self._helper._process.pid,)
+        prioritise(self._process.pid, priorities, engine_pids=beside)
 
     def forget_peak(self) -> None:
         """The most resident memory is looked for anew."""

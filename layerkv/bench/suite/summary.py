@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeGuard
 
-from layerkv.bench.records import HUNG_UP, STOPPED
+from layerkv.bench.records import HUNG_UP, PROBE_LIMIT_S, STOPPED
 from layerkv.bench.suite.result import CaseResult, Distribution, Figures, PointResult, Ratios, Spread
-from layerkv.bench.suite.tables import POINT_COLUMNS, PointRow, figure_rows, point_rows
+from layerkv.bench.suite.tables import DISTURBED, POINT_COLUMNS, PointRow, figure_rows, point_rows
 from layerkv.bench.suite.titles import ENGINE_NOTES, ENGINE_TITLES, engine_order, has_first_tokens, point_label
 from layerkv.bench.words import SAME_WITHIN, format_duration, format_ratio, is_same
 from layerkv.units import format_bytes
@@ -205,6 +205,13 @@ def _checks(result: CaseResult) -> list[str]:
                 said.append(
                     f"{ENGINE_TITLES[name]} failed {of} requests at {point_label(result, point)}; "
                     "its latencies there are those of tokens that came."
+                )
+            if figures.disturbed and figures.longest_probe_s is not None:
+                said.append(
+                    f"{DISTURBED} Disturbed: {ENGINE_TITLES[name]} at {point_label(result, point)}. Its server took "
+                    f"up to {format_duration(figures.longest_probe_s)} to answer /health (a load above "
+                    f"{format_duration(PROBE_LIMIT_S)} is run again, three tries in all): server or clients were held "
+                    "up, and times and throughput there say little about the engine."
                 )
     for name, failure in result.failures.items():
         gap = "lacks some runs" if name in result.engines else "has no figures at the main point"

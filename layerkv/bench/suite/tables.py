@@ -15,6 +15,8 @@ from layerkv.units import format_bytes
 
 # Between a cell's figure and its uncertainty; the report prints what follows it small.
 PLUS_MINUS = " ±"
+# After a figure of a disturbed run; a sentence with the same mark says what that is.
+DISTURBED = "*"
 POINT_COLUMNS = ("TTFT mean", "TTFT p99", "Goodput", "SLOs met", "Throughput")
 
 
@@ -27,6 +29,7 @@ _OF_SERVERS = frozenset(
         "Peak resident memory",
         "Engine CPU",
         "Scheduler per step",
+        "Longest probe",
     )
 )
 
@@ -65,7 +68,11 @@ def figure_rows(result: CaseResult) -> list[Row]:
     engines = [result.engines.get(name) for name in engine_order(result)]
     has_servers = not result.engines or any(figures.peak_rss_bytes.median for figures in result.engines.values())
     return [
-        Row(label, meaning, tuple(MISSING if figures is None else cell(figures) for figures in engines))
+        Row(
+            label,
+            meaning,
+            tuple(MISSING if figures is None else _marked(cell(figures), figures) for figures in engines),
+        )
         for label, meaning, cell in _ROWS
         if has_servers or label not in _OF_SERVERS
     ]
@@ -79,7 +86,9 @@ def point_rows(result: CaseResult) -> list[PointRow]:
             figures, failure = point.engines.get(name), point.failures.get(name)
             if figures is None and failure is None:
                 continue
-            cells = (MISSING,) * len(POINT_COLUMNS) if figures is None else _point_cells(figures)
+            cells = (MISSING,) * len(POINT_COLUMNS)
+            if figures is not None:
+                cells = tuple(_marked(cell, figures) for cell in _point_cells(figures))
             rows.append(
                 PointRow(
                     point=f"{point.x:g}",
@@ -121,6 +130,14 @@ def size_cell(size: Spread | None) -> str:
 
 def _with_spread(text: str, spread: float, decimals: int) -> str:
     return f"{text}{PLUS_MINUS}{spread / 2:.{decimals}f}" if spread else text
+
+
+def _marked(cell: str, figures: Figures) -> str:
+    return f"{cell}{DISTURBED}" if figures.disturbed and cell != MISSING else cell
+
+
+def _probe(figures: Figures) -> str:
+    return MISSING if figures.longest_probe_s is None else format_duration(figures.longest_probe_s)
 
 
 def _latency(pick: Callable[[Figures], Spread]) -> Callable[[Figures], str]:
@@ -187,6 +204,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
     ("Peak resident memory", "all processes of the server", lambda f: size_cell(f.peak_rss_bytes)),
     ("Engine CPU", "CPU seconds of engine and workers", lambda f: duration_cell(f.engine_cpu_s)),
     ("Scheduler per step", "CPU time in the scheduler's schedule()", _scheduler_time),
+    ("Longest probe", "slowest answer to /health while the load ran", _probe),
     (
         "Failed requests",
         "of all that were due",

@@ -1,5 +1,6 @@
 """Figures from records small enough to check by hand."""
 
+import msgspec
 import pytest
 
 from layerkv.bench.records import Counters, LoadRun, RequestRecord, Sample
@@ -177,3 +178,19 @@ def test_what_an_engine_does_not_tell_is_not_zero() -> None:
     )
     assert figures.bytes_stored is None
     assert figures.peak_host_kv_bytes is None
+
+
+def probed(seed: int, longest_probe_s: float | None) -> LoadRun:
+    return msgspec.structs.replace(run_of(record(0, 0.0, [1.0]), seed=seed), longest_probe_s=longest_probe_s)
+
+
+def test_the_longest_probe_is_that_of_all_seeds_and_one_disturbed_seed_disturbs_the_figures() -> None:
+    figures = engine_figures([probed(0, 0.02), probed(1, 0.31), probed(2, 0.01)], POLICY)
+    assert (figures.longest_probe_s, figures.disturbed) == (0.31, True)
+    figures = engine_figures([probed(0, 0.02), probed(1, 0.3)], POLICY)
+    assert (figures.longest_probe_s, figures.disturbed) == (0.3, False)
+
+
+def test_where_nobody_asked_for_health_nothing_is_said_of_it() -> None:
+    figures = engine_figures([probed(0, None)], POLICY)
+    assert (figures.longest_probe_s, figures.disturbed) == (None, False)

@@ -11,9 +11,10 @@ from aiohttp import web
 from layerkv.bench.load import PlannedRequest
 from layerkv.bench.records import RequestRecord
 from layerkv.bench.suite.generator import Generator, GeneratorRun
+from layerkv.bench.suite.health_probe import HealthProbe
 from layerkv.bench.suite.http_stream import StreamError
 from layerkv.bench.suite.plan import LoadPlan
-from tests.fakes.toy_server import TOKEN_S, ToyServer
+from tests.fakes.toy_server import STARVED_S, TOKEN_S, ToyServer
 
 
 def request(number: int, arrival_s: float = 0.0, **more: Any) -> PlannedRequest:
@@ -45,6 +46,7 @@ def drive(
         try:
             return await Generator(plan, lambda _done, _total: None).run(), toy
         finally:
+            toy.released.set()
             if helper is not None:
                 await helper
             await runner.cleanup()
@@ -216,3 +218,33 @@ def test_equal_tokens_have_equal_digests() -> None:
     two, _ = drive([request(0), request(1)])
     assert [r.token_digest for r in one.requests] == [r.token_digest for r in two.requests]
     assert one.requests[0].token_digest != one.requests[1].token_digest
+
+
+def test_health_is_asked_for_all_through_a_load_and_the_slowest_answer_is_kept() -> None:
+    run, toy = drive([request(i, 0.15 * i) for i in range(3)], "starved")
+    assert toy.num_asked > 1
+    assert run.longest_probe is not None
+    assert run.longest_probe.took_s >= STARVED_S
+    assert 0.0 <= run.longest_probe.at_s <= run.wall_s
+
+
+def test_a_question_that_is_never_answered_counts_for_as_long_as_it_waited() -> None:
+    run, _ = drive([request(0), request(1, 0.4)], "mute")
+    assert run.longest_probe is not None
+    assert run.longest_probe.at_s + run.longest_probe.took_s >= run.wall_s
+
+
+def test_a_server_that_is_gone_gives_no_answer_however_often_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Semaphore(0)
+
+    def refuse(_: HealthProbe) -> None:
+        asked.release()
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(HealthProbe, "_ask", refuse)
+    probe = HealthProbe("http://127.0.0.1:1", interval_s=0.0)
+    probe.start(0.0)
+    for _ in range(3):
+        asked.acquire()
+    assert probe.longest is None
+    probe.stop()

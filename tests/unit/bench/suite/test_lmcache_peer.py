@@ -161,7 +161,8 @@ def test_the_cache_server_counts_among_the_engines_processes(tmp_path: Path) -> 
 def test_a_cache_server_that_does_not_start_says_so_and_the_others_finish(tmp_path: Path) -> None:
     status, result = run_with(tmp_path, "broken")
     assert status == EXIT_FAILED
-    assert result.failures["lmcache"].reason == "ended with exit status 1"
+    assert result.failures["lmcache"].reason.startswith("ended with exit status 1 (")
+    assert "no shared memory: made to fail" in result.failures["lmcache"].reason
     assert "no shared memory: made to fail" in result.failures["lmcache"].log_tail[-1]
     assert result.engines.keys() == {"stock"}
 

@@ -17,7 +17,11 @@ import psutil
 import pytest
 import yaml
 
+from layerkv.bench.priorities import allowed_here
+from layerkv.bench.records import read_json
 from layerkv.bench.suite import run as suite_run
+from layerkv.bench.suite.generator import GeneratorRun
+from layerkv.bench.suite.health_probe import Probe
 from layerkv.bench.suite.result import CaseResult
 from layerkv.bench.suite.run import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, RunOptions, run_suite
 from layerkv.errors import ConfigError, LayerKVError
@@ -51,6 +55,17 @@ def toy(**behaviours: str) -> Any:
         return [sys.executable, str(TOY), str(port), behaviours.get(engine, "")]
 
     return serve
+
+
+def answers_health_after(monkeypatch: pytest.MonkeyPatch, *took_s: float) -> None:
+    """The slowest answer to `/health` in each load that is run, in order; quick ones after that."""
+    left = list(took_s)
+
+    def read(path: Path, of_type: type[GeneratorRun]) -> GeneratorRun:
+        probe = Probe(0.05, left.pop(0) if left else 0.01)
+        return msgspec.structs.replace(read_json(path, of_type), longest_probe=probe)
+
+    monkeypatch.setattr(suite_run, "read_json", read)
 
 
 def options(tmp_path: Path, **more: Any) -> RunOptions:
@@ -92,12 +107,85 @@ def test_the_json_has_the_keys_that_other_tools_read(tmp_path: Path) -> None:
         assert stock[figure].keys() == {"median", "spread", "values"}
 
 
+def test_a_disturbed_load_is_run_again_on_a_fresh_server_and_the_log_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers_health_after(monkeypatch, 0.01, 0.9)  # the second point
+    path = case_file(tmp_path, engines=["stock"])
+    assert run_suite(path, options(tmp_path, num_seeds=1), serve=toy()) == EXIT_OK
+    result = read(tmp_path)
+    assert result.complete
+    assert [point.engines["stock"].longest_probe_s for point in result.points] == [0.01, 0.01]
+    assert not any(point.engines["stock"].disturbed for point in result.points)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stock at 80, seed 0, try 1 of 3: /health took 0.90 s, 0.1 s into the load; expected at most 0.3 s" in said
+    assert "run again on a fresh server" in said
+    logs = {log.name for log in (tmp_path / "out" / "made").glob("stock.*")}
+    assert logs == {"stock.seed0.log", "stock.seed0.server2.log"}
+
+
+def test_a_load_that_stays_disturbed_keeps_its_quietest_try_and_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers_health_after(monkeypatch, 0.9, 0.4, 0.7)  # all tries of the first point
+    path = case_file(tmp_path, engines=["stock"])
+    assert run_suite(path, options(tmp_path, num_seeds=1), serve=toy()) == EXIT_OK
+    stock = json.loads((tmp_path / "result.json").read_text())["points"][0]["engines"]["stock"]
+    assert stock["longest_probe_s"] == 0.4
+    assert stock["disturbed"] is True
+    assert len(stock["wall_s"]["values"]) == 1
+    assert read(tmp_path).points[1].engines["stock"].disturbed is False
+    said = " ".join(capsys.readouterr().out.split())
+    for number in (1, 2, 3):
+        assert f"stock at 40, seed 0, try {number} of 3" in said
+    assert "the least disturbed try is kept, and marked" in said
+    assert "* Disturbed: stock" in said
+    assert "* Disturbed: stock" in (tmp_path / "out" / "made" / "report.html").read_text()
+
+
+def test_a_server_that_does_not_start_again_leaves_the_disturbed_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers_health_after(monkeypatch, 0.01, 0.9)
+    behaviours = iter(["", "broken"])
+
+    def serve(_case: object, _engine: str, *, port: int, **_: object) -> list[str]:
+        return [sys.executable, str(TOY), str(port), next(behaviours)]
+
+    path = case_file(tmp_path, engines=["stock"])
+    assert run_suite(path, options(tmp_path, num_seeds=1), serve=serve) == EXIT_FAILED
+    result = read(tmp_path)
+    assert result.points[1].engines["stock"].disturbed
+    assert "no such device: toy" in result.failures["stock"].reason
+
+
+def test_every_engine_runs_with_the_priorities_that_are_allowed_and_the_result_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers_health_after(monkeypatch)
+    seen: list[tuple[str, set[int]]] = []
+    observe = suite_run.Server.observe
+
+    def look(server: Any) -> Any:
+        threads = psutil.Process(server._process.pid).threads()
+        seen.append((server.url, {os.sched_getscheduler(thread.id) for thread in threads}))
+        return observe(server)
+
+    monkeypatch.setattr(suite_run.Server, "observe", look)
+    assert run_suite(case_file(tmp_path), options(tmp_path, num_seeds=1), serve=toy()) == EXIT_OK
+    assert json.loads((tmp_path / "result.json").read_text())["priorities"] == allowed_here()
+    wanted = {os.SCHED_RR} if allowed_here() == "realtime" else {os.SCHED_OTHER}
+    assert len({url for url, _ in seen}) == 3
+    assert all(policies == wanted for _, policies in seen)
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 def test_an_engine_that_does_not_start_says_so_and_the_others_finish(tmp_path: Path) -> None:
     assert run_suite(case_file(tmp_path), options(tmp_path, num_seeds=1), serve=toy(layerkv="broken")) == EXIT_FAILED
     result = read(tmp_path)
     assert not result.complete
     assert result.failures.keys() == {"layerkv"}
-    assert result.failures["layerkv"].reason == "ended with exit status 1"
+    assert result.failures["layerkv"].reason == "ended with exit status 1 (RuntimeError: no such device: toy)"
     assert "no such device: toy" in result.failures["layerkv"].log_tail[-1]
     assert result.engines.keys() == {"stock", "oracle"}
     assert result.tokens_equal is None

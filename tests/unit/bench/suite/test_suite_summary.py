@@ -198,3 +198,23 @@ def test_every_engine_has_a_row_at_every_point_where_it_ran_or_failed() -> None:
     assert missing.failure == made.FAILURE.reason
     assert set(missing.cells) == {"-"}
     assert all(len(row.cells) == len(summary.POINT_COLUMNS) for row in rows)
+
+
+def test_figures_of_a_disturbed_engine_are_marked_and_a_sentence_says_why() -> None:
+    result = with_figures(case(), "stock", longest_probe_s=0.84, disturbed=True)
+    for row in summary.figure_rows(result):
+        marked = {name for name, cell in cells(result, row.label).items() if cell.endswith(tables.DISTURBED)}
+        assert marked == {"stock"}, row.label
+    at_main = [row for row in summary.point_rows(result) if row.is_main]
+    assert [row.engine for row in at_main if row.cells[0].endswith(tables.DISTURBED)] == ["stock"]
+    assert cells(result, "Longest probe")["stock"] == f"840 ms{tables.DISTURBED}"
+    sentence = next(sentence for sentence in summary.sentences(result) if sentence.startswith(tables.DISTURBED))
+    assert summary.ENGINE_TITLES["stock"] in sentence
+    assert "840 ms" in sentence
+
+
+def test_without_a_disturbed_run_nothing_is_marked() -> None:
+    result = with_figures(case(), "stock", longest_probe_s=0.02)
+    assert not any(cell.endswith(tables.DISTURBED) for row in summary.figure_rows(result) for cell in row.cells)
+    assert tables.DISTURBED not in said(result)
+    assert set(cells(result, "Longest probe").values()) == {"20.0 ms", tables.MISSING}
