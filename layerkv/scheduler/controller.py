@@ -33,7 +33,7 @@ STORE_AHEAD_STEPS = 4
 judgement, so that most steps look for nobody."""
 
 
-TOKEN_MEMORY_S = 8
+TOKEN_MEMORY_S = 8.0
 """How far back steps count in what a token takes. Not measured: chosen by judgement."""
 
 

@@ -34,8 +34,8 @@ PLENTY_S = 8.0
 """Of residents whose readers have so much to read, those with the most tokens left leave first."""
 
 
-HORIZON_S = 20
-POOL_SHARE = 0.8
+HORIZON_S = 8.0
+POOL_SHARE = 0.9
 
 
 class FluidOutlook(Outlook):

@@ -37,7 +37,7 @@ class PolicyLimits:
     min_prefill_tokens: int = 256
     max_idle_steps: int = 8
     scan: int = 64
-    scan_parked: int = 32
+    scan_parked: int = 64
     ahead_steps: int = 64
     rescue_steps: int = 4
     overcommit: float = 1.1

@@ -23,7 +23,7 @@ SPARE_FOR_FRESH_S = 0.5
 """What must be left to read, its load time deducted, for who makes room for a request's second token,"""
 SPARE_FOR_FLOWING_S = 0.1
 """beyond what the other reader has, for one that flows,"""
-SPARE_FOR_LOST_S = 2.0
+SPARE_FOR_LOST_S = 4.0
 """and for one that flows no longer. All three not measured: chosen by judgement."""
 
 
