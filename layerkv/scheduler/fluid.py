@@ -2,17 +2,17 @@
 
 A *stream* is a request past its first token; its reader takes a token per TPOT. It *flows* while its first token was on
 time and its reader's waits together are within the class's ``max_lag``; what does not flow any more is *lost*. A stream
-needs its blocks for ``step / TPOT`` of the time only: the pool's time is shared by slices, and a slice is long enough
-that the copies of a turn are a small part of it.
+needs its blocks for ``step / TPOT`` of the time only, so the pool's time is shared by slices, each long enough that the
+copies of a turn are a small part of it. A request without a reader has its slack on the mean TPOT in the place of what
+its reader has left to read.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from layerkv.scheduler.lines import Claim
 from layerkv.scheduler.needs import pool_blocks
@@ -24,24 +24,44 @@ if TYPE_CHECKING:
     from layerkv.scheduler.draft import Draft
 
 LEAST_SLICE_S = 0.25
-"""A slice is at least so long."""
+"""A slice is at least so long,"""
 COPIES_SHARE = 0.05
-"""Copies of a turn over its slice, at most."""
+"""and the copies of its turn are no more of it."""
+LAST_S = 0.5
+"""Nobody who will have ended within so long is parked for a claim."""
+PLENTY_S = 8.0
+"""Of residents whose readers have so much to read, those with the most tokens left leave first."""
 URGENT_S = 1.0
 """Claims due within so long go by when they are due; the others, those with the fewest tokens left first: what ends
 soon gives its blocks back for good."""
-PLENTY_S = 8.0
-"""Of residents whose readers have so much to read, those with the most tokens left leave first."""
-
-
 HORIZON_S = 8.0
+"""How far ahead streams must be able to flow together,"""
 POOL_SHARE = 0.9
+"""in so much of the pool's time: turns and ends leave blocks idle."""
+MOST_LOADS_S = 0.1
+"""Seconds of fetches under way beyond which no further one begins: its blocks would be idle."""
+
+
+class Turn(NamedTuple):
+    """A resident that has had its slice.
+
+    Attributes:
+        resident: It.
+        spare_s: Seconds that its reader is served by what it has, beyond the time of its load.
+        flows: Whether its stream flows, and is not held.
+        ends_soon: Whether it will have ended soon.
+    """
+
+    resident: ResidentRequest
+    spare_s: float
+    flows: bool
+    ends_soon: bool
 
 
 class FluidOutlook(Outlook):
     """See the module."""
 
-    most_loads_s: ClassVar[float] = 0.1
+    most_loads_s: ClassVar[float] = MOST_LOADS_S
 
     @cached_property
     def prefill_tokens(self) -> int:
@@ -50,83 +70,64 @@ class FluidOutlook(Outlook):
         most = max(s.engine.budget_tokens - s.load.decode_tokens, 0)
         if paced >= most or not s.lines.waiting:
             return paced
-        if len(late_prompts(s, s.lines.waiting, paced)) > len(late_prompts(s, s.lines.waiting, most)):
-            return most
-        return paced
+        would_be_late = late_prompts(s, s.lines.waiting, paced) - late_prompts(s, s.lines.waiting, most)
+        return most if would_be_late else paced
 
     @cached_property
     def victims(self) -> Sequence[ResidentRequest]:
-        """Spared are those of better rank, then those within their slice, then streams that flow, and of these those
-        whose readers run dry first; where readers have plenty, those that end first."""
-        keyed = []
-        for r in self.s.load.resident:
-            if not r.can_park:
-                continue
-            spare_s = self.spare_s(r)
-            if not self.flows(r):
-                kind, last = 0, -float(r.tokens_left)
-            elif spare_s >= PLENTY_S:
-                kind, last = 1, -float(r.tokens_left)
-            else:
-                kind, last = 2, -spare_s
-            keyed.append((-r.rank, self.is_in_slice(r), kind, r.weight, last, r.request_id, r))
-        keyed.sort()
-        return [entry[-1] for entry in keyed]
+        """Residents that may be parked, most readily first.
+
+        Spared are those of better rank, those within their slice, streams that flow, the weighty, and of these those
+        whose readers run dry first; where readers have plenty, those that end first.
+        """
+        return self._leavers[0]
+
+    @cached_property
+    def turns(self) -> Sequence[Turn]:
+        """The victims that have had their slice, in that order."""
+        return self._leavers[1]
 
     @cached_property
     def held(self) -> frozenset[str]:
-        """Streams that are sacrificed so that the others flow: while they need more than the pool's time together, those
-        that need most of it to their end, by weight.
+        """Streams that are sacrificed so that the others flow.
 
-        Until a time ``h`` from now a stream with a buffer of ``b`` seconds needs its blocks for ``(h - b) step / TPOT``
-        seconds, and the pool has ``h`` seconds for all of its blocks.
+        While all together need more than the pool's time, those go that need most of it to their end, by weight: as
+        Moore and Hodgson do it for first tokens. Until a time ``h`` from now a stream of ``n`` blocks with a buffer of
+        ``b`` seconds needs ``n (h - b) step / TPOT`` block-seconds, and the pool has ``h`` seconds for all its blocks.
         """
         s = self.s
         if s.cost is None:
             return frozenset()
-        token_s = max(self.step_s, s.token_s)
+        now_s, token_s = s.now_s, max(self.step_s, s.token_s)
         pool = s.shape.pool_blocks * POOL_SHARE
         flows: list[tuple[float, float, float, str]] = []  # buffer, need, need to its end by weight, id
-        for view in (*s.load.resident, *s.lines.parked):
-            if view.deadline_s < s.now_s:
-                continue
-            if view.dry_s == math.inf:
-                continue
-            need = view.num_blocks * min(token_s / view.tpot_s, 1.0)
-            flows.append((max(view.dry_s - s.now_s, 0.0), need, need * view.tokens_left / view.weight, view.request_id))
+        views: list[ResidentRequest | ParkedRequest] = [*s.load.resident, *s.lines.parked]
+        for view in views:
+            buffer_s = max(view.dry_s - now_s, 0.0)
+            if view.deadline_s >= now_s and buffer_s < HORIZON_S:
+                need = view.num_blocks * min(token_s / view.tpot_s, 1.0)
+                flows.append((buffer_s, need, need * view.tokens_left / view.weight, view.request_id))
+        if sum(need for _, need, _, _ in flows) <= pool:
+            return frozenset()
         flows.sort()
         held: set[str] = set()
-        seen = total = 0.0  # of those whose readers run dry so far: need, and need times buffer
         heap: list[tuple[float, str, float, float]] = []
-        for k, (buffer_s, need, to_end, request_id) in enumerate(flows):
-            if buffer_s > HORIZON_S:
-                break
-            seen += need
-            total += need * buffer_s
+        needs = buffered = 0.0  # of those whose readers have run dry by then: their needs, and needs times buffers
+        ends_s = [*(flow[0] for flow in flows[1:]), HORIZON_S]
+        for (buffer_s, need, to_end, request_id), until_s in zip(flows, ends_s, strict=True):
+            needs += need
+            buffered += need * buffer_s
             heappush(heap, (-to_end, request_id, need, buffer_s))
-            until_s = min(flows[k + 1][0] if k + 1 < len(flows) else HORIZON_S, HORIZON_S)
-            while heap and seen * until_s - total > pool * until_s:
+            while heap and needs * until_s - buffered > pool * until_s:
                 _, gone, gone_need, gone_buffer_s = heappop(heap)
                 held.add(gone)
-                seen -= gone_need
-                total -= gone_need * gone_buffer_s
+                needs -= gone_need
+                buffered -= gone_need * gone_buffer_s
         return frozenset(held)
 
     def has_room(self, draft: Draft, claim: Claim) -> bool:
         """Whether the pool has blocks for a claim now, and a few steps on: whoever is in the way then is parked."""
         return pool_blocks(self.s, claim) + draft.headroom <= draft.pool
-
-    def flows(self, r: ResidentRequest) -> bool:
-        """Whether a resident's stream flows still, and may go on doing so."""
-        return r.deadline_s >= self.s.now_s and r.request_id not in self.held
-
-    def spare_s(self, r: ResidentRequest) -> float:
-        """Seconds that a resident's reader is served by what it has, beyond the time of its load."""
-        return max(r.dry_s - self.s.now_s, 0.0) - self.load_s(r.num_blocks)
-
-    def is_in_slice(self, r: ResidentRequest) -> bool:
-        """Whether a resident came so short ago that the copies of its turn are too large a part of it."""
-        return r.resident_s < max(LEAST_SLICE_S, self._turn_s(r) / COPIES_SHARE)
 
     def due_s(self, claim: Claim) -> float:
         """When a claim must be granted for its reader not to wait."""
@@ -140,22 +141,41 @@ class FluidOutlook(Outlook):
         first_s, block_s = self._load_line
         return first_s + block_s * num_blocks
 
-    def _turn_s(self, r: ResidentRequest) -> float:
-        first_s, block_s = self._store_line
-        num_blocks = max(r.num_blocks - r.num_stored, 0)
-        # compute waits for a park's stores, so all residents do
-        stores_s = (first_s + block_s * num_blocks) * self.s.load.num_resident if num_blocks else 0.0
-        return self.load_s(r.num_blocks) + stores_s
+    @cached_property
+    def _leavers(self) -> tuple[list[ResidentRequest], list[Turn]]:
+        s, held = self.s, self.held
+        now_s = s.now_s
+        load_first_s, load_block_s = self._load_line
+        store_first_s, store_block_s = self._store_line
+        num_waiting = s.load.num_resident  # for a park's stores, as compute does
+        last_tokens = LAST_S / self.step_s if s.cost is not None else 0.0
+        keyed = []
+        for r in s.load.resident:
+            if not r.can_park:
+                continue
+            load_s = load_first_s + load_block_s * r.num_blocks
+            turn_s, to_store = load_s, r.num_blocks - r.num_stored
+            if to_store > 0:
+                turn_s += (store_first_s + store_block_s * to_store) * num_waiting
+            in_slice = r.resident_s < LEAST_SLICE_S or r.resident_s * COPIES_SHARE < turn_s
+            spare_s = max(r.dry_s - now_s, 0.0) - load_s
+            flows = r.deadline_s >= now_s and r.request_id not in held
+            kind = 0 if not flows else 1 if spare_s >= PLENTY_S else 2
+            last = -spare_s if kind == 2 else -float(r.tokens_left)
+            turn = Turn(r, spare_s, flows, r.tokens_left <= last_tokens)
+            keyed.append((-r.rank, in_slice, kind, r.weight, last, r.request_id, turn))
+        keyed.sort()
+        return [entry[-1].resident for entry in keyed], [entry[-1] for entry in keyed if not entry[1]]
 
     @cached_property
     def _load_line(self) -> tuple[float, float]:
-        cost = self.s.cost
-        return (0.0, 0.0) if cost is None else _line(cost.load_s, self.s.shape.block_bytes, self.s.shape.pool_blocks)
+        cost, shape = self.s.cost, self.s.shape
+        return (0.0, 0.0) if cost is None else _line(cost.load_s, shape.block_bytes, shape.pool_blocks)
 
     @cached_property
     def _store_line(self) -> tuple[float, float]:
-        cost = self.s.cost
-        return (0.0, 0.0) if cost is None else _line(cost.store_s, self.s.shape.block_bytes, self.s.shape.pool_blocks)
+        cost, shape = self.s.cost, self.s.shape
+        return (0.0, 0.0) if cost is None else _line(cost.store_s, shape.block_bytes, shape.pool_blocks)
 
     def _claims(self, waiting: Sequence[WaitingRequest]) -> list[Claim]:
         """Who was overtaken too often; then what flows, by when it is due, or if that is not soon, by what is left of

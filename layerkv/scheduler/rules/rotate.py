@@ -14,25 +14,29 @@ from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import ParkedRequest, ResidentRequest
 
 MOST_SWAPS = 4
-"""Claims that room is made for in one step. Not measured: chosen by judgement."""
-SOON_S, SOON_STEPS = 0.05, 4
-"""A claim that is due within so long has room made for it. Not measured: chosen by judgement."""
-LAST_S = 0.5
-"""A request that will end within so long is not parked any more. Not measured: chosen by judgement."""
+"""Claims that room is made for in one step,"""
+MOST_VAIN = 16
+"""and claims for which nobody can leave, after which a step gives up."""
+SOON_S = 0.05
+"""A claim that is due within so long,"""
+SOON_STEPS = 4
+"""and so many steps more, has room made for it."""
 SPARE_FOR_FRESH_S = 0.5
-"""What must be left to read, its load time deducted, for who makes room for a request's second token,"""
+"""What the reader must have left who makes room for a request's second token,"""
 SPARE_FOR_FLOWING_S = 0.1
-"""beyond what the other reader has, for one that flows,"""
+"""beyond what the other reader has for one that flows,"""
 SPARE_FOR_LOST_S = 4.0
-"""and for one that flows no longer. All three not measured: chosen by judgement."""
+"""and for one that flows no longer."""
+
+_WAITS_FOR_PLACE = frozenset({Reason.POOL_FULL, Reason.NO_SLOT})
 
 
 def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
-    """Park residents that have had their time slice, for claims that are due.
+    """Park residents that have had their slice, for claims that are due.
 
     A swap must gain: the resident's reader is served longer by what it has than the claim's. A stream that flows no
-    longer makes room for any that does; a claim that was overtaken too often takes the place of any resident that has
-    had its slice.
+    longer makes room for any that does. A claim that was overtaken too often takes the place of any resident that has
+    had its slice: so everybody comes to a slice, and a slice makes tokens.
     """
     assert isinstance(now, FluidOutlook)
     s = now.s
@@ -40,27 +44,25 @@ def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
         return
     soon_s = s.now_s + SOON_S + SOON_STEPS * now.step_s
     room, slots = draft.pool, draft.slots
-    num_swaps = 0
+    num_swaps = num_vain = 0
     for claim in claims:
-        if num_swaps >= MOST_SWAPS:
+        if num_swaps >= MOST_SWAPS or num_vain >= MOST_VAIN:
             return
-        reason = draft.waits.get(claim.request_id)
-        if reason not in (Reason.POOL_FULL, Reason.NO_SLOT, Reason.HELD):
+        if draft.waits.get(claim.request_id) not in _WAITS_FOR_PLACE:
             continue
         is_overdue = claim.request_id in now.overdue
-        if not is_overdue and (reason is Reason.HELD or now.due_s(claim) > soon_s):
+        if not is_overdue and now.due_s(claim) > soon_s:
             continue
-        room -= pool_blocks(s, claim) + draft.headroom
-        slots -= 1
-        leaving = _who_leaves(now, draft, claim, -room, -slots, is_overdue=is_overdue)
+        need = pool_blocks(s, claim) + draft.headroom
+        leaving = _who_leaves(now, draft, claim, need - room, 1 - slots, is_overdue=is_overdue)
         if leaving is None:
-            room += pool_blocks(s, claim) + draft.headroom
-            slots += 1
+            num_vain += 1
             continue
         for r in leaving:
             draft.park_resident(r, Reason.TURN_OVER)
             room += r.num_blocks
             slots += 1
+        room, slots = room - need, slots - 1  # or the next claim would count on them too
         num_swaps += bool(leaving)
         if draft.slots > 0 and draft.fits_pool(claim) and draft.has_link(claim):
             draft.grant(claim)
@@ -74,25 +76,22 @@ def _who_leaves(
     claim_flows = claim.deadline_s >= now.s.now_s
     host = draft.host
     leaving: list[ResidentRequest] = []
-    for r in now.victims:
+    for turn in now.turns:
         if num_blocks <= 0 and num_slots <= 0:
             break
-        if r.request_id in draft.park or r.rank < claim.rank or r.num_blocks >= now.s.shape.pool_blocks:
+        r = turn.resident
+        if r.rank < claim.rank or (turn.ends_soon and not is_overdue) or r.request_id in draft.park:
             continue
-        if r.tokens_left * now.step_s <= LAST_S and not is_overdue:
+        if turn.spare_s < least_s and (turn.flows or not claim_flows):
             continue
-        if now.is_in_slice(r) or draft.blocks_to_store(r) > host:
-            continue
-        yields = claim_flows and not now.flows(r)
-        if not yields and now.spare_s(r) < least_s:
+        if draft.blocks_to_store(r) > host:
             continue
         leaving.append(r)
         num_blocks -= r.num_blocks
         num_slots -= 1
         host -= draft.blocks_to_store(r)
-    if num_blocks > 0 or num_slots > 0 or len(draft.park) + len(leaving) >= max(now.s.load.num_resident, 2):
-        return None
-    return leaving
+    stay = now.s.load.num_resident - len(draft.park) - len(leaving)
+    return leaving if num_blocks <= 0 and num_slots <= 0 and (stay > 0 or is_overdue) else None
 
 
 def _least_spare_s(now: FluidOutlook, claim: Claim) -> float:
