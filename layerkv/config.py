@@ -24,6 +24,7 @@ __all__ = [
     "Overload",
     "SloClass",
     "SloPolicy",
+    "asks_for_smooth",
     "default_policy",
     "load_policy",
     "parse_policy",
@@ -48,6 +49,7 @@ class SloClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     seconds above zero. `weight` says how much a missed promise of this class counts against another's.
     `max_stall_s` bounds the time between any two tokens, `None` leaves it to the mean. `overload` says what becomes
     of a request that cannot have its first token in time: it queues behind those that can, or is rejected.
+    `smooth` asks the front end to let its streams go at one token per `tpot_s`, however the engine makes them.
     """
 
     name: str
@@ -56,6 +58,7 @@ class SloClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     weight: float = 1.0
     max_stall_s: float | None = None
     overload: Overload = "queue"
+    smooth: bool = False
 
 
 class SloPolicy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -205,6 +208,22 @@ def slo_class_of(extra_args: Mapping[str, Any] | None, policy: SloPolicy) -> Slo
     return policy.classes[name]
 
 
+def asks_for_smooth(extra_args: Mapping[str, Any] | None, slo: SloClass) -> bool:
+    """Whether a request of this class is to be streamed at its reader's pace: as it says, else as the class does.
+
+    Raises:
+        ConfigError: what the request says is neither yes nor no.
+    """
+    asked = (extra_args or {}).get("smooth")
+    if asked is None:
+        return slo.smooth
+    if asked in (True, False):  # vLLM makes numbers of what was true or false in the body
+        return bool(asked)
+    raise wrong(
+        "smooth", f"found {show(asked)}; expected true or false", f"leave it out for what class {slo.name} says"
+    )
+
+
 # What the files and the flag look like before units are read. `description` completes "expected ...",
 # `examples[0]` completes "set <key> to ...".
 _Count: TypeAlias = Annotated[int, Meta(ge=1)]
@@ -263,6 +282,7 @@ class _ClassKeys(msgspec.Struct, frozen=True):
     weight: _Weight = 1.0
     max_stall: _Stall = None
     overload: _ClassOverload = None
+    smooth: _Switch = False
 
 
 class _PolicyKeys(msgspec.Struct, frozen=True):
@@ -306,6 +326,7 @@ def _read_class(name: str, promises: Any, *, where: str, overload: Overload) -> 
         weight=keys.weight,
         max_stall_s=max_stall_s,
         overload=keys.overload or overload,
+        smooth=keys.smooth,
     )
 
 

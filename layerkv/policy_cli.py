@@ -56,9 +56,10 @@ def describe(policy: SloPolicy) -> list[str]:
     for slo in policy.classes.values():
         stall = "" if slo.max_stall_s is None else f", never more than {format_seconds(slo.max_stall_s)} between tokens"
         late = "refused" if slo.overload == "reject" else "served behind the others"
+        pace = ", streamed at that pace" if slo.smooth else ""
         default = " (default)" if slo.name == policy.default_class else ""
         lines.append(
             f"{slo.name}{default}: first token within {format_seconds(slo.ttft_s)}, then {format_seconds(slo.tpot_s)} "
-            f"per token{stall}; weight {slo.weight:g}; when late, {late}"
+            f"per token{pace}{stall}; weight {slo.weight:g}; when late, {late}"
         )
     return lines

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerkv.config import EngineConfig, SloClass, SloPolicy, default_policy, load_policy, slo_class_of
+from layerkv.config import (
+    EngineConfig,
+    SloClass,
+    SloPolicy,
+    asks_for_smooth,
+    default_policy,
+    load_policy,
+    slo_class_of,
+)
 from layerkv.errors import ConfigError
 
 SHIPPED_POLICIES = sorted((Path(__file__).parents[2] / "configs/slo").glob("*.yaml"))
@@ -52,6 +60,27 @@ def test_streamed_decode_is_off_unless_it_is_set(write: WriteFile) -> None:
     assert load_policy(write(text + "streamed_decode: true\n")).streamed_decode
 
 
+def test_streams_are_smooth_where_the_class_says_so_unless_the_request_says_otherwise(write: WriteFile) -> None:
+    plain = load_policy(write(one_class("{ttft: 1s, tpot: 1s}"))).classes["chat"]
+    smooth = load_policy(write(one_class("{ttft: 1s, tpot: 1s, smooth: true}"))).classes["chat"]
+    for extra_args in (None, {}, {"slo_class": "chat"}, {"smooth": None}):
+        assert not asks_for_smooth(extra_args, plain)
+        assert asks_for_smooth(extra_args, smooth)
+    for yes, no in ((True, False), (1, 0), (1.0, 0.0)):
+        assert asks_for_smooth({"smooth": yes}, plain)
+        assert not asks_for_smooth({"smooth": no}, smooth)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [("yes", "'yes'"), (2, "2"), ([True], "[True] (list)"), ("", "''"), ({}, "{} (dict)")]
+)
+def test_a_request_that_asks_for_a_smooth_stream_in_other_words_is_told_how(asked: object, found: str) -> None:
+    slo = SloClass(name="chat", ttft_s=1.0, tpot_s=1.0)
+    with pytest.raises(ConfigError) as error:
+        asks_for_smooth({"smooth": asked}, slo)
+    assert str(error.value) == f"smooth: found {found}; expected true or false; leave it out for what class chat says"
+
+
 @pytest.mark.parametrize("path", SHIPPED_POLICIES, ids=lambda path: path.name)
 def test_every_shipped_policy_loads(path: Path) -> None:
     assert load_policy(path).classes
@@ -67,7 +96,7 @@ def test_three_policies_are_shipped() -> None:
         pytest.param(
             one_class("{tfft: 1s, tpot: 1s}"),
             "$.classes.chat.tfft",
-            "found an unknown key; expected one of ttft, tpot, weight, max_stall, overload; did you mean ttft?",
+            "found an unknown key; expected one of ttft, tpot, weight, max_stall, overload, smooth; did you mean ttft?",
             id="mistyped key",
         ),
         pytest.param("vresion: 1", "$.vresion", "did you mean version?", id="mistyped key at the top"),
