@@ -78,16 +78,12 @@ class SmoothStream:
 
         try:
             await self._app(scope, receive_on, send_on)
-        except Exception:
-            if stream is not None:  # what it made before it failed belongs to the client
-                stream.release()
-            raise
-        except BaseException:
+        except asyncio.CancelledError:
             if stream is not None:
                 stream.drop()
             raise
         finally:
-            if stream is not None:
+            if stream is not None:  # what was made before a failure belongs to the client
                 await stream.finish()
 
 
@@ -159,7 +155,7 @@ class _PacedBody:
         self._clock = asyncio.get_running_loop()
         self._pacer = Pacer(tpot_s)
         self._splitter, self._reader = EventSplitter(), EventReader()
-        self._is_whole = self._is_over = self._is_dropped = False
+        self._is_whole, self._is_over, self._is_dropped = False, False, False
         self._has_news, self._has_room = asyncio.Event(), asyncio.Event()
         self._task = asyncio.create_task(self._let_go())
 
@@ -186,28 +182,27 @@ class _PacedBody:
             self._has_room.clear()
             await self._has_room.wait()
 
-    def release(self) -> None:
-        """Let everything go now, and the rest of an event that has begun; no end of the body is made up."""
-        if rest := self._splitter.rest():
-            self._pacer.put_for_all(rest, self._clock.time())
-        self._pacer.release(self._clock.time())
-        self._is_over = True
-        self._has_news.set()
-
     def drop(self) -> None:
         """The client is gone: nothing goes out any more."""
         self._pacer.drop()
-        self._is_over = self._is_dropped = True
+        self._is_dropped = True
         self._task.cancel()
 
     async def finish(self) -> None:
-        """Wait until everything has gone out. The application has returned.
+        """Wait until everything has gone out. The application has returned, or failed.
+
+        If it has not ended the body, everything goes out now, and no end of the body is made up.
 
         Raises:
             OSError: the client is gone, where the server says so.
         """
-        if not self._is_whole and not self._is_over:
-            self.release()
+        if not self._is_whole and not self._is_dropped:
+            now_s = self._clock.time()
+            if rest := self._splitter.rest():
+                self._pacer.put_for_all(rest, now_s)
+            self._pacer.release(now_s)
+            self._is_over = True
+            self._has_news.set()
         try:
             await self._task
         except asyncio.CancelledError:

@@ -190,6 +190,18 @@ def test_answers_that_are_no_stream_pass_untouched(content_type: bytes, status: 
     assert_untouched(ask(engine(*AT_ONCE, (0.0, DONE), content_type=content_type, status=status)))
 
 
+def test_a_body_that_is_compressed_passes_untouched() -> None:
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        headers = [(b"Content-Type", b"text/event-stream"), (b"Content-Encoding", b"gzip")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for event in (*SLICE, DONE):
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    assert_untouched(ask(app))
+
+
 def test_where_layerkv_is_off_nothing_is_paced() -> None:
     assert_untouched(ask(engine(*AT_ONCE, (0.0, DONE)), policy=None))
 
@@ -287,6 +299,13 @@ def test_each_of_several_choices_has_a_reader_of_its_own() -> None:
     times = {index: [t for t, part in client.got if b'"index": %d' % index in part] for index in (0, 1)}
     assert times[0] == pytest.approx([0.0, 0.1, 0.2, 0.3])
     assert times[1] == pytest.approx([0.05, 0.15])
+
+
+def test_a_choice_that_ends_goes_out_within_a_second_while_another_goes_on() -> None:
+    parts = [(0.0, token(str(number), 0)) for number in range(50)]
+    parts += [(0.0, token("end", 0, finish_reason="stop")), (0.0, token("y", 1)), (9.0, token("y", 1)), (0.0, DONE)]
+    client = ask(engine(*parts))
+    assert [at_s for at_s, part in client.got if b'"end"' in part] == pytest.approx([END_S])
 
 
 def test_a_keep_alive_comment_waits_for_nobody() -> None:
