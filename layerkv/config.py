@@ -26,6 +26,7 @@ __all__ = [
     "PolicyName",
     "SloClass",
     "SloPolicy",
+    "asks_for_smooth",
     "default_policy",
     "experimental_keys",
     "load_policy",
@@ -57,6 +58,7 @@ class SloClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     reader: False for what is used when it is whole (batches). Without a TPOT (`tpot_s` is infinite) nobody reads.
     `overload` says what becomes of a request that cannot have its first token in time: it queues behind those that can,
     or is rejected.
+    `smooth` asks the front end to let its streams go at one token per `tpot_s`, however the engine makes them.
     """
 
     name: str
@@ -67,6 +69,7 @@ class SloClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_lag_s: float = 1.0
     stream: bool = True
     overload: Overload = "queue"
+    smooth: bool = False
 
     @property
     def has_reader(self) -> bool:
@@ -250,6 +253,22 @@ def _choices(names: object) -> str:
     return f"{', '.join(others)} or {last}" if others else str(last)
 
 
+def asks_for_smooth(extra_args: Mapping[str, Any] | None, slo: SloClass) -> bool:
+    """Whether a request of this class is to be streamed at its reader's pace: as it says, else as the class does.
+
+    Raises:
+        ConfigError: what the request says is neither yes nor no.
+    """
+    asked = (extra_args or {}).get("smooth")
+    if asked is None:
+        return slo.smooth
+    if asked in (True, False):  # vLLM makes numbers of what was true or false in the body
+        return bool(asked)
+    raise wrong(
+        "smooth", f"found {show(asked)}; expected true or false", f"leave it out for what class {slo.name} says"
+    )
+
+
 # What the files and the flag look like before units are read. `description` completes "expected ...",
 # `examples[0]` completes "set <key> to ...".
 _Count: TypeAlias = Annotated[int, Meta(ge=1)]
@@ -330,6 +349,7 @@ class _ClassKeys(msgspec.Struct, frozen=True):
     max_lag: _Lag = "1s"
     stream: _Switch = True
     overload: _ClassOverload = None
+    smooth: _Switch = False
 
 
 class _PolicyKeys(msgspec.Struct, frozen=True):
@@ -420,6 +440,7 @@ def _read_class(name: str, promises: Any, *, where: str, overload: Overload) -> 
         max_lag_s=at_least_zero(parse_seconds, keys.max_lag, where=f"{where}.max_lag", example="1s"),
         stream=keys.stream,
         overload=keys.overload or overload,
+        smooth=keys.smooth,
     )
 
 

@@ -52,6 +52,8 @@ def run_doctor(policy_path: str | None = None, *, console: Console | None = None
     if policy_path is not None:
         policy, check = _check_policy(policy_path)
         checks.append(check)
+    if policy is not None:
+        checks.extend(_check_smooth(policy))
     _print_checks(checks, console)
     if policy is not None:
         _print_classes(policy, console)
@@ -163,6 +165,15 @@ def _check_policy(path: str) -> tuple[SloPolicy | None, Check]:
     except ConfigError as error:
         return None, Check(subject="policy", found=path, verdict="problem", advice=str(error))
     return policy, Check(subject="policy", found=f"{path}: default class {policy.default_class}")
+
+
+def _check_smooth(policy: SloPolicy) -> list[Check]:
+    """Whether somebody paces the streams of classes that ask for it is told by a server's flags only."""
+    from layerkv.vllm_plugin.our_classes import SMOOTH_MIDDLEWARE
+
+    asking = ", ".join(slo.name for slo in policy.classes.values() if slo.smooth)
+    found = f"asked for by {asking}: give `vllm serve` --middleware {SMOOTH_MIDDLEWARE}"
+    return [Check(subject="smooth", found=found, verdict="note")] if asking else []
 
 
 def _missing(subject: str) -> Check:

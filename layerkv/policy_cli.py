@@ -57,9 +57,10 @@ def describe(policy: SloPolicy) -> list[str]:
     for slo in policy.classes.values():
         stall = "" if slo.max_stall_s is None else f", never more than {format_seconds(slo.max_stall_s)} between tokens"
         late = "refused" if slo.overload == "reject" else "served behind the others"
+        pace = ", streamed at that pace" if slo.smooth else ""
         default = " (default)" if slo.name == policy.default_class else ""
         lines.append(
-            f"{slo.name}{default}: first token within {format_seconds(slo.ttft_s)}, {_pace(slo)}{stall}; "
+            f"{slo.name}{default}: first token within {format_seconds(slo.ttft_s)}, {_pace(slo)}{pace}{stall}; "
             f"weight {slo.weight:g}; when late, {late}"
         )
     return lines

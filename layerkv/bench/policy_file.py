@@ -15,6 +15,7 @@ def write_policy(policy: SloPolicy, path: Path) -> Path:
     classes: dict[str, dict[str, Any]] = {}
     for slo in policy.classes.values():
         promises = {"ttft": slo.ttft_s, "tpot": slo.tpot_s, "weight": slo.weight, "overload": slo.overload}
+        promises |= {"smooth": slo.smooth}
         classes[slo.name] = promises if slo.max_stall_s is None else {**promises, "max_stall": slo.max_stall_s}
     document = {
         "version": 1,

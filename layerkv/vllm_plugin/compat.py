@@ -116,6 +116,7 @@ _SURFACES: tuple[Surface, ...] = (
     Surface("vllm.config", "ModelConfig.get_num_layers", ("parallel_config",)),
     Surface("vllm.config", "AuxOutputConfig.enabled"),
     Surface("vllm.usage.usage_lib", "UsageContext.LLM_CLASS"),
+    Surface("vllm.sampling_params", "RequestOutputKind.DELTA"),
     Surface("vllm.v1.kv_cache_interface", "FullAttentionSpec.merge", ("specs",)),
     Surface("vllm.config", "ParallelConfig._api_process_count"),
     Surface("vllm.v1.metrics.stats", "SchedulerStats", ("prefix_cache_stats", "kv_connector_stats")),

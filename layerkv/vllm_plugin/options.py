@@ -55,7 +55,7 @@ DECISIONS: tuple[Decision, ...] = (
     ),
     _decide(Verdict.WORKS, "vLLM adds it to our worker", "worker_extension_cls"),
     _decide(Verdict.OURS, "the SLO gate is added behind the user's own", "logits_processors"),
-    _decide(Verdict.WORKS, "the policy's Retry-After is one", "middleware"),
+    _decide(Verdict.WORKS, "the policy's Retry-After and smooth streams are some", "middleware"),
     # Who else moves KV -----------------------------------------------------------------------------------------------
     _decide(Verdict.REFUSED, "vLLM would put its connector in layerkv's place", "kv_offloading_size"),
     _decide(Verdict.NO_MATTER, "without kv_offloading_size nothing", "kv_offloading_backend"),

@@ -12,6 +12,8 @@ OUR_WORKERS = {
 }
 OUR_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVScheduler"
 OUR_ASYNC_SCHEDULER = "layerkv.vllm_plugin.scheduler.LayerKVAsyncScheduler"
+SMOOTH_MIDDLEWARE = "layerkv.vllm_plugin.pace.SmoothStream"
+"""Takes no class's place: what vLLM's `--middleware` takes."""
 _OUR_MIXIN = "layerkv.vllm_plugin.scheduler.LayerKVSchedulerMixin"
 
 

@@ -149,6 +149,15 @@ def follow_policy(path: str | None, policy: SloPolicy) -> PolicySource:
     return source
 
 
+def followed_policy() -> SloPolicy | None:
+    """The policy in force in this process, for whoever is not told its path; None where layerkv is off.
+
+    A front end follows one policy, that of its engine, from before its first request on.
+    """
+    source = next(reversed(_sources.values()), None)
+    return None if source is None else source.policy
+
+
 def _announcement_of_parent() -> Path | None:
     """What the process announced that started this one as a part of itself."""
     parent = multiprocessing.parent_process()  # None in a command of its own, whoever ran that

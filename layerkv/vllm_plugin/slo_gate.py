@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vllm.v1.sample.logits_processor.interface import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
-from layerkv.config import SloPolicy, slo_class_of
+from layerkv.config import SloPolicy, asks_for_smooth, slo_class_of
 from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.overload import refuse_if_late
+from layerkv.vllm_plugin.pace import tell_if_not_paced
 from layerkv.vllm_plugin.reload import follow_policy
 
 if TYPE_CHECKING:
@@ -40,13 +41,16 @@ class _Gate:
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Raise ValueError (vLLM answers HTTP 400) if the request names an unknown SLO class.
+        """Raise ValueError (vLLM answers HTTP 400) if what the request says of its SLO class or pace is wrong.
 
         Raises:
             OverloadedError: (HTTP 429) its class asks to be refused when late, and it would be.
         """
         policy = follow_policy(cls.policy_path, cls.policy).policy
-        refuse_if_late(slo_class_of(sampling_params.extra_args, policy), num_answers=sampling_params.n)
+        slo = slo_class_of(sampling_params.extra_args, policy)
+        if asks_for_smooth(sampling_params.extra_args, slo):
+            tell_if_not_paced(slo, sampling_params)
+        refuse_if_late(slo, num_answers=sampling_params.n)
 
 
 def slo_gate(policy: SloPolicy, policy_path: str | None, *, for_v2: bool) -> _GateMeta:

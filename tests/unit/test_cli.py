@@ -194,6 +194,18 @@ def test_the_doctor_shows_the_classes_of_a_policy(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("checks")
+def test_the_doctor_says_what_a_class_that_asks_for_smooth_streams_needs(tmp_path: Path) -> None:
+    path = tmp_path / "slo.yaml"
+    path.write_text(POLICY)
+    assert "smooth" not in diagnose(str(path))[1]
+    path.write_text(POLICY.replace("tpot: 50ms", "tpot: 50ms, smooth: true"))
+    status, report = diagnose(str(path))
+    assert status == 0
+    told = " ".join(line.split("│")[2].strip() for line in report.splitlines() if line.count("│") > 2)
+    assert "asked for by chat: give `vllm serve` --middleware layerkv.vllm_plugin.pace.SmoothStream" in told
+
+
+@pytest.mark.usefixtures("checks")
 def test_the_doctor_points_into_a_wrong_policy(tmp_path: Path) -> None:
     path = tmp_path / "slo.yaml"
     path.write_text(POLICY.replace("tpot: 50ms", "tpot: 50 parsec"))

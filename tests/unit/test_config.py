@@ -13,6 +13,7 @@ from layerkv.config import (
     PolicyName,
     SloClass,
     SloPolicy,
+    asks_for_smooth,
     default_policy,
     experimental_keys,
     load_policy,
@@ -80,6 +81,27 @@ def test_every_policy_to_compare_with_is_named_in_the_refusal_of_an_unknown_one(
     assert f"expected {', '.join(names[:-1])} or {names[-1]}; " in str(refusal.value)
 
 
+def test_streams_are_smooth_where_the_class_says_so_unless_the_request_says_otherwise(write: WriteFile) -> None:
+    plain = load_policy(write(one_class("{ttft: 1s, tpot: 1s}"))).classes["chat"]
+    smooth = load_policy(write(one_class("{ttft: 1s, tpot: 1s, smooth: true}"))).classes["chat"]
+    for extra_args in (None, {}, {"slo_class": "chat"}, {"smooth": None}):
+        assert not asks_for_smooth(extra_args, plain)
+        assert asks_for_smooth(extra_args, smooth)
+    for yes, no in ((True, False), (1, 0), (1.0, 0.0)):
+        assert asks_for_smooth({"smooth": yes}, plain)
+        assert not asks_for_smooth({"smooth": no}, smooth)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"), [("yes", "'yes'"), (2, "2"), ([True], "[True] (list)"), ("", "''"), ({}, "{} (dict)")]
+)
+def test_a_request_that_asks_for_a_smooth_stream_in_other_words_is_told_how(asked: object, found: str) -> None:
+    slo = SloClass(name="chat", ttft_s=1.0, tpot_s=1.0)
+    with pytest.raises(ConfigError) as error:
+        asks_for_smooth({"smooth": asked}, slo)
+    assert str(error.value) == f"smooth: found {found}; expected true or false; leave it out for what class chat says"
+
+
 @pytest.mark.parametrize("path", SHIPPED_POLICIES, ids=lambda path: path.name)
 def test_every_shipped_policy_loads(path: Path) -> None:
     assert load_policy(path).classes
@@ -108,7 +130,7 @@ def test_a_class_says_how_much_its_readers_may_wait_or_that_nobody_reads(write: 
         pytest.param(
             one_class("{tfft: 1s, tpot: 1s}"),
             "$.classes.chat.tfft",
-            "found an unknown key; expected one of ttft, tpot, weight, max_stall, max_lag, stream, overload; "
+            "found an unknown key; expected one of ttft, tpot, weight, max_stall, max_lag, stream, overload, smooth; "
             "did you mean ttft?",
             id="mistyped key",
         ),

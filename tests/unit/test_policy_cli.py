@@ -64,6 +64,14 @@ def test_check_says_what_each_class_is_promised(policy_path: Path, capsys: pytes
     ]
 
 
+def test_check_says_whose_streams_are_paced(policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy_path.write_text(POLICY.replace("tpot: 50ms", "tpot: 50ms, smooth: true"))
+    assert main(["policy", "check", str(policy_path)]) == 0
+    chat, batch = capsys.readouterr().out.splitlines()
+    assert "then 50ms per token, streamed at that pace, never more than" in chat
+    assert "pace" not in batch
+
+
 def test_check_refuses_what_is_wrong(policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     policy_path.write_text(POLICY.replace("500ms", "soon"))
     assert main(["policy", "check", str(policy_path)]) == 2

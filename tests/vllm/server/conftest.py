@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from layerkv.vllm_plugin.our_classes import SMOOTH_MIDDLEWARE
 from tests.vllm.engines_in_turn import prompt
 from tests.vllm.server.served import Completion, Samples, Server, body
 
@@ -25,7 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A `vllm serve` with layerkv and little KV memory."""
-    running = Server(tiny_model, tmp_path_factory.mktemp("server") / "server.log")
+    log_path = tmp_path_factory.mktemp("server") / "server.log"
+    running = Server(tiny_model, log_path, "--middleware", SMOOTH_MIDDLEWARE)  # paces who asks for it only
     try:
         yield running
     finally:
