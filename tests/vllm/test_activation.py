@@ -14,6 +14,7 @@ import pytest
 
 from layerkv.errors import ConfigError
 from tests.vllm.engines_in_turn import ROOT, Case, Turns, flag, prompt, run_in_turn
+from tests.vllm.forked import Forks
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -220,7 +221,7 @@ def test_the_gate_works_in_the_process_to_which_the_configuration_travels(
 
 
 @pytest.fixture(scope="module")
-def turns(small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Turns:
+def turns(forks: Forks, small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Turns:
     """Stock, layerkv by three flags, and layerkv by one; the plugin is not loaded before the last."""
     prompts = [prompt(300, seed=seed) for seed in range(8)]
     calls: list[tuple[list[list[int]], dict[str, Any]]] = [
@@ -235,7 +236,7 @@ def turns(small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
         Case("three flags", {**small_engine, **explicit}, calls),
         Case("one flag", {**small_engine, "kv_transfer_config": flag(policy=POLICY)}, calls, register=True),
     ]
-    return run_in_turn(cases, tmp_path_factory.mktemp("activation"), VLLM_PLUGINS="")
+    return run_in_turn(forks, cases, tmp_path_factory.mktemp("activation"), VLLM_PLUGINS="")
 
 
 LAYERKV_CASES = ["three flags", "one flag"]

@@ -1,16 +1,12 @@
 """layerkv's greedy tokens are stock vLLM's, in float32, whatever the mix; and afterwards every block is back.
 
-Each engine takes ten random mixes one after the other, and a few engines in turn share a process, since most of an
-engine's start is imports. The reference is stock vLLM with KV memory for everything, whose tokens depend on the prompt
-alone.
+Each engine takes ten random mixes one after the other, and a few engines in turn share a process. The reference is
+stock vLLM with KV memory for everything, whose tokens depend on the prompt alone.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -21,11 +17,11 @@ from typing import Any
 import pytest
 
 from layerkv.bench.tiny_model import make_tiny_model
+from tests.vllm.forked import Forks, run_module
 from tests.vllm.mix import make_mix
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 PLENTIFUL_BYTES = 128 << 20
 SCARCE_BYTES = 6 << 20  # 32 blocks of the tiny model: two or three requests
 ENGINES_PER_PROCESS = 6
@@ -142,18 +138,12 @@ def engine_args(model: Path) -> dict[str, Any]:
     }
 
 
-def run_engine(folder: Path, spec: dict[str, Any], env: dict[str, str] | None = None) -> Any:
+def run_engine(forks: Forks, folder: Path, spec: dict[str, Any], env: dict[str, str] | None = None) -> Any:
     spec_path, out_path, log_path = folder / "spec.json", folder / "out.json", folder / "log"
     spec_path.write_text(json.dumps(spec))
-    with log_path.open("wb") as log:
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.vllm.mix_engine", str(spec_path), str(out_path)],
-            cwd=ROOT,
-            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(env or {})},
-            stdout=log,
-            stderr=log,
-            timeout=600,
-        )
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(env or {})}
+    program = run_module("tests.vllm.mix_engine")
+    done = forks.run(program, str(spec_path), str(out_path), log_path=log_path, **environment)
     assert done.returncode == 0, log_path.read_text(errors="replace")[-6000:]
     return json.loads(out_path.read_text())
 
@@ -183,8 +173,8 @@ class Results:
     last and alone.
     """
 
-    def __init__(self, model: Path, folder: Path, settings: Sequence[Setting]) -> None:
-        self._model, self._folder = model, folder
+    def __init__(self, forks: Forks, model: Path, folder: Path, settings: Sequence[Setting]) -> None:
+        self._forks, self._model, self._folder = forks, model, folder
         together = [setting for setting in settings if not setting.alone]
         groups = [together[i : i + ENGINES_PER_PROCESS] for i in range(0, len(together), ENGINES_PER_PROCESS)]
         groups += [[setting] for setting in settings if setting.alone]
@@ -216,19 +206,23 @@ class Results:
         folder.mkdir()
         mixes = [{**mix, "unaborted": True} for mix in MIXES]
         args = {**engine_args(self._model), "kv_cache_memory_bytes": PLENTIFUL_BYTES}
-        return [result["tokens"] for result in run_engine(folder, {"engine_args": args, "mixes": mixes})]
+        return [result["tokens"] for result in run_engine(self._forks, folder, {"engine_args": args, "mixes": mixes})]
 
     def _run(self, group: Sequence[Setting], before: Sequence[Future[Any]]) -> dict[str, Any]:
         wait(before)
         folder = self._folder / group[0].name
         folder.mkdir()
-        return run_engine(folder, {each.name: spec_of(each, self._model, folder) for each in group}, group[0].env)
+        return run_engine(
+            self._forks, folder, {each.name: spec_of(each, self._model, folder) for each in group}, group[0].env
+        )
 
 
 @pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Results]:
+def results(
+    request: pytest.FixtureRequest, forks: Forks, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Results]:
     asked = [item.callspec.params["setting"] for item in request.session.items if item.module is request.module]
-    found = Results(model, tmp_path_factory.mktemp("exact"), asked)
+    found = Results(forks, model, tmp_path_factory.mktemp("exact"), asked)
     yield found
     found.close()
 

@@ -15,6 +15,7 @@ import pytest
 
 from layerkv.errors import ConfigError, IncompatibleVLLMError
 from tests.vllm.engines_in_turn import Case, Turns, flag, prompt, run_in_turn
+from tests.vllm.forked import Forks
 from tests.vllm.server.served import START_LIMIT_S, free_port, vllm_serve
 
 if TYPE_CHECKING:
@@ -283,7 +284,9 @@ TOO_LONG = {"max_model_len": 2200}
 
 
 @pytest.fixture(scope="module")
-def turns(small_engine: dict[str, Any], sliding_model: str, tmp_path_factory: pytest.TempPathFactory) -> Turns:
+def turns(
+    forks: Forks, small_engine: dict[str, Any], sliding_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Turns:
     """Engines that cannot be served by layerkv, or start with wrong sizes, in one process."""
     stock = small_engine
     sliding = {**stock, "model": sliding_model}
@@ -307,7 +310,7 @@ def turns(small_engine: dict[str, Any], sliding_model: str, tmp_path_factory: py
         Case("model length as advised", {**sized(), "max_model_len": FITTING_LEN}, calls),
         Case("host memory below a block", sized(host_memory="100KiB")),
     ]
-    return run_in_turn(cases, tmp_path_factory.mktemp("unsupported"))
+    return run_in_turn(forks, cases, tmp_path_factory.mktemp("unsupported"))
 
 
 @pytest.mark.slow
