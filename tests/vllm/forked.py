@@ -1,8 +1,8 @@
 """Programs that need vLLM, each in a fork of one process that has imported it and done nothing else.
 
 Importing vLLM takes several times as long as most of what tests do in a process of their own. A fork has the imports
-for nothing and is otherwise fresh: no plugin is loaded, no engine was made, and what it does ends with it. Several may
-run at once.
+for nothing and is otherwise fresh: no plugin is loaded, no engine was made, and what it does ends with it. Two run at
+a time, since an engine in its own process keeps one core busy; more than that wait.
 
 `python -m tests.vllm.forked` is that process. It reads a :class:`Program` as JSON from each line of its standard
 input, and for each that has ended writes a line to its standard output: its number and exit status.
@@ -22,12 +22,14 @@ import threading
 import time
 import traceback
 import types
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
+AT_ONCE = 2
 IMPORTED = (
     "vllm.entrypoints.llm",
     "vllm.model_executor.models.llama",
@@ -90,7 +92,7 @@ class Forks:
     def start(
         self, code: str, *arguments: str, log_path: Path | None = None, limit_s: float = 600.0, **environment: str
     ) -> Future[Ended]:
-        """Begin to run a program in the repository's root.
+        """Have a program run in the repository's root, for no longer than ``limit_s``.
 
         Both its outputs go to ``log_path`` if that is given. ``environment`` is added to this process's.
         """
@@ -183,7 +185,12 @@ def _fork(program: Program, answers: int) -> int:
 
 def _serve(given: IO[bytes], answers: int) -> None:
     running: dict[int, tuple[Program, int, float]] = {}  # by the descriptor that tells of the end
+    waiting: deque[Program] = deque()
     while True:
+        while waiting and len(running) < AT_ONCE:
+            program = waiting.popleft()
+            pid = _fork(program, answers)
+            running[os.pidfd_open(pid)] = (program, pid, time.monotonic() + program.limit_s)
         now_s = time.monotonic()
         wait_s = min((end_s - now_s for _, _, end_s in running.values()), default=None)
         ready, _, _ = select.select([given, *running], [], [], wait_s and max(wait_s, 0.0))
@@ -199,9 +206,7 @@ def _serve(given: IO[bytes], answers: int) -> None:
             line = given.readline()
             if not line:
                 return
-            program = Program(**json.loads(line))
-            pid = _fork(program, answers)
-            running[os.pidfd_open(pid)] = (program, pid, time.monotonic() + program.limit_s)
+            waiting.append(Program(**json.loads(line)))
 
 
 def _import_all() -> None:

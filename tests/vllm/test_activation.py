@@ -207,14 +207,18 @@ except ValueError as error:
 
 
 def test_the_gate_works_in_the_process_to_which_the_configuration_travels(
-    small_engine: dict[str, Any], tmp_path: Path
+    forks: Forks, small_engine: dict[str, Any], tmp_path: Path
 ) -> None:
     own = "vllm.v1.sample.logits_processor.builtin.MinTokensLogitsProcessor"
     config = config_of(small_engine, kv_transfer_config=flag(policy=POLICY), logits_processors=[own])
     file = tmp_path / "config.pickle"
     file.write_bytes(pickle.dumps(config))
-    refusal = run_python(USE_GATE, str(file))
-    assert refusal == "slo_class: found 'bach'; expected one of the classes: chat, batch; did you mean batch?"
+    ended = forks.run(USE_GATE, str(file), limit_s=120)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert (
+        ended.stdout.splitlines()[-1]
+        == "slo_class: found 'bach'; expected one of the classes: chat, batch; did you mean batch?"
+    )
 
 
 # Engines -------------------------------------------------------------------------------------------------------------
