@@ -179,15 +179,16 @@ assert sources[0].policy == load_policy(path)
 def test_the_file_is_read_at_a_ring_and_only_then(run: Run, policy: Path) -> None:
     run(
         """
-from layerkv.vllm_plugin.reload import LOOK_S
+from layerkv.vllm_plugin import reload
+reload.LOOK_S = 0.05
 source = follow_policy(path, old_policy)
 Path(path).write_text(new)
-time.sleep(2.5 * LOOK_S)
+time.sleep(8 * reload.LOOK_S)
 assert source.policy is old_policy
 hang_up()
 read = source.policy
 assert read == load_policy(path), "at once: whoever uses it looks"
-time.sleep(2.5 * LOOK_S)
+time.sleep(8 * reload.LOOK_S)
 assert source.policy is read
 """,
         policy,
