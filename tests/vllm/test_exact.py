@@ -94,7 +94,8 @@ SETTINGS = [
             f"{'ahead-' if ahead else ''}failing-copies{'-streamed' if policy else ''}",
             {"zone_tokens": 320 if policy is None else 640},
             ahead=ahead,
-            fail_copies_every=61,
+            # A streamed decode copies all its layers in each step; one that fails three times in a row is refused.
+            fail_copies_every=61 if policy is None else 181,
             policy=policy,
             must_move=("layered_admissions", "fetches", "recomputes"),
         )
