@@ -1,6 +1,6 @@
-"""Engines one after the other in one process: `python -m tests.vllm.engines_in_turn CASES.json OUT.json`.
+"""Engines one after the other: `python -m tests.vllm.engines_in_turn CASES.json OUT.json`.
 
-It has vLLM's imports from :mod:`tests.vllm.forked`. The caller's environment says whether vLLM loads plugins in it.
+They have vLLM's imports from :mod:`tests.vllm.forked`. The caller's environment says whether vLLM loads plugins.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Outcome:
 
 @dataclass
 class Turns:
-    """The outcomes by case, and all that the process printed."""
+    """The outcomes by case, and all that the processes printed."""
 
     outcomes: dict[str, Outcome]
     log: str
@@ -83,15 +83,23 @@ class Turns:
 
 
 def run_in_turn(forks: Forks, cases: Sequence[Case], folder: Path, **environment: str) -> Turns:
-    """Run the cases in a process of their own."""
-    given, taken = folder / "cases.json", folder / "outcomes.json"
-    given.write_text(json.dumps([asdict(case) for case in cases]))
+    """Run the first half of the cases in a process of their own, and the others at the same time in another."""
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
-    program = run_module("tests.vllm.engines_in_turn")
-    run = forks.run(program, str(given), str(taken), log_path=folder / "log", limit_s=LIMIT_S, **environment)
-    assert run.returncode == 0, run.stdout[-6000:]
-    outcomes = {name: Outcome(**outcome) for name, outcome in json.loads(taken.read_text()).items()}
-    return Turns(outcomes, run.stdout)
+    program, middle = run_module("tests.vllm.engines_in_turn"), -(-len(cases) // 2)
+    running = []
+    for name, half in (("first", cases[:middle]), ("second", cases[middle:])):
+        given, taken = folder / f"{name}-cases.json", folder / f"{name}-outcomes.json"
+        given.write_text(json.dumps([asdict(case) for case in half]))
+        log_path = folder / f"{name}.log"
+        ended = forks.start(program, str(given), str(taken), log_path=log_path, limit_s=LIMIT_S, **environment)
+        running.append((ended, taken))
+    turns = Turns({}, "")
+    for ended, taken in running:
+        run = ended.result()
+        assert run.returncode == 0, run.stdout[-6000:]
+        turns.outcomes |= {name: Outcome(**outcome) for name, outcome in json.loads(taken.read_text()).items()}
+        turns.log += run.stdout
+    return turns
 
 
 def _last_line(error: Exception) -> str:

@@ -226,7 +226,7 @@ def test_the_gate_works_in_the_process_to_which_the_configuration_travels(
 
 @pytest.fixture(scope="module")
 def turns(forks: Forks, small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Turns:
-    """Stock, layerkv by three flags, and layerkv by one; the plugin is not loaded before the last."""
+    """Stock, layerkv by three flags, and layerkv by one, for which alone the plugin is loaded."""
     prompts = [prompt(300, seed=seed) for seed in range(8)]
     calls: list[tuple[list[list[int]], dict[str, Any]]] = [
         (prompts, {}),

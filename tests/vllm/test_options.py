@@ -353,7 +353,7 @@ WORKING: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def turns(forks: Forks, small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Turns:
-    """Stock and layerkv with the same options, in one process."""
+    """Stock and layerkv with the same options."""
     calls: list[tuple[list[list[int]], dict[str, Any]]] = [([prompt(300, seed=seed) for seed in range(10)], {})] * 2
     cases = []
     for name, options in WORKING.items():

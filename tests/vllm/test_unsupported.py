@@ -287,7 +287,7 @@ TOO_LONG = {"max_model_len": 2200}
 def turns(
     forks: Forks, small_engine: dict[str, Any], sliding_model: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Turns:
-    """Engines that cannot be served by layerkv, or start with wrong sizes, in one process."""
+    """Engines that cannot be served by layerkv, or start with wrong sizes."""
     stock = small_engine
     sliding = {**stock, "model": sliding_model}
     scheduled = {**stock, "scheduler_cls": SCHEDULER}
