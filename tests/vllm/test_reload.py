@@ -277,7 +277,7 @@ if __name__ == "__main__":
     context = multiprocessing.get_context({method!r})
     if {method!r} == "forkserver":  # vLLM runs it before any policy is known
         from multiprocessing import forkserver
-        context.set_forkserver_preload(["followers"])
+        context.set_forkserver_preload(["layerkv.vllm_plugin.reload"])
         forkserver.ensure_running()
     source = follow_policy(path, old_policy)
     names = [("EngineCore_DP0", True), ("ApiServer_0", True), ("ApiServer_1", False)]

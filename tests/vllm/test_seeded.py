@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ ENGINES = {
 
 @dataclass(frozen=True)
 class Turns:
-    """What became of each engine, and all that the process printed."""
+    """What became of each engine, and all that the processes printed."""
 
     outcomes: dict[str, Any]
     log: str
@@ -56,7 +57,7 @@ class Turns:
 
 @pytest.fixture(scope="module")
 def turns(forks: Forks, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Turns:
-    """All engines of this file in one process, the one that dies at the end."""
+    """All engines of this file, half of them in one process and half in another; the one that dies comes last."""
     plentiful = {"kv_cache_memory_bytes": PLENTIFUL_BYTES, "max_num_batched_tokens": 8192, "max_num_seqs": 16}
     scarce = {"kv_cache_memory_bytes": 4 << 20, "long_prefill_token_threshold": 100}
     specs = {
@@ -68,9 +69,12 @@ def turns(forks: Forks, model: Path, tmp_path_factory: pytest.TempPathFactory) -
         "short steps": {"engine_args": layerkv(model, {}, max_num_batched_tokens=160), "mixes": MIXES[:1]},
         "stock": {"engine_args": engine_args(model), "mixes": MIXES[:1]},
     }
-    folder = tmp_path_factory.mktemp("seeded")
-    outcomes = run_engine(forks, folder, {name: {**spec, "seed_every": EVERY} for name, spec in specs.items()})
-    return Turns(outcomes, (folder / "log").read_text())
+    specs = {name: {**spec, "seed_every": EVERY} for name, spec in specs.items()}
+    halves = [dict(list(specs.items())[start::2]) for start in range(2)]
+    folders = [tmp_path_factory.mktemp("seeded") for _ in halves]
+    with ThreadPoolExecutor() as threads:
+        first, second = threads.map(run_engine, [forks] * 2, folders, halves)
+    return Turns(first | second, "".join((folder / "log").read_text() for folder in folders))
 
 
 def test_stock_vllm_dies_of_a_seeded_prompt_in_chunks(turns: Turns) -> None:
