@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from layerkv.bench.tiny_model import make_tiny_model
+from tests.vllm.forked import Forks
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +30,10 @@ def small_engine(tiny_model: Path) -> dict[str, Any]:
         "max_num_batched_tokens": 512,
         "kv_cache_memory_bytes": 13 << 20,
     }
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Where programs that need vLLM have its imports for nothing."""
+    with Forks(tmp_path_factory.mktemp("forks")) as forks:
+        yield forks

@@ -1,16 +1,13 @@
-"""Engines one after the other in one fresh process: `python -m tests.vllm.engines_in_turn CASES.json OUT.json`.
+"""Engines one after the other: `python -m tests.vllm.engines_in_turn CASES.json OUT.json`.
 
-Nearly all of an engine's start-up is imports, so engines that a test compares share a process. The caller's
-environment says whether vLLM loads plugins in it.
+They have vLLM's imports from :mod:`tests.vllm.forked`. The caller's environment says whether vLLM loads plugins.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from layerkv.bench.tiny_model import SHAPES, SPECIAL_TOKENS
+from tests.vllm.forked import ROOT, Forks, run_module
 
-ROOT = Path(__file__).parents[2]
+__all__ = ["ROOT", "Case", "Outcome", "Turns", "flag", "prompt", "run_in_turn"]
+
 LIMIT_S = 300
 
 
@@ -74,7 +73,7 @@ class Outcome:
 
 @dataclass
 class Turns:
-    """The outcomes by case, and all that the process printed."""
+    """The outcomes by case, and all that the processes printed."""
 
     outcomes: dict[str, Outcome]
     log: str
@@ -83,18 +82,24 @@ class Turns:
         return self.outcomes[name]
 
 
-def run_in_turn(cases: Sequence[Case], folder: Path, **environment: str) -> Turns:
-    """Run the cases in a fresh process."""
-    given, taken = folder / "cases.json", folder / "outcomes.json"
-    given.write_text(json.dumps([asdict(case) for case in cases]))
-    command = [sys.executable, "-m", "tests.vllm.engines_in_turn", str(given), str(taken)]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
-    run = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT_S
-    )
-    assert run.returncode == 0, run.stdout[-6000:]
-    outcomes = {name: Outcome(**outcome) for name, outcome in json.loads(taken.read_text()).items()}
-    return Turns(outcomes, run.stdout)
+def run_in_turn(forks: Forks, cases: Sequence[Case], folder: Path, **environment: str) -> Turns:
+    """Run the first half of the cases in a process of their own, and the others at the same time in another."""
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
+    program, middle = run_module("tests.vllm.engines_in_turn"), -(-len(cases) // 2)
+    running = []
+    for name, half in (("first", cases[:middle]), ("second", cases[middle:])):
+        given, taken = folder / f"{name}-cases.json", folder / f"{name}-outcomes.json"
+        given.write_text(json.dumps([asdict(case) for case in half]))
+        log_path = folder / f"{name}.log"
+        ended = forks.start(program, str(given), str(taken), log_path=log_path, limit_s=LIMIT_S, **environment)
+        running.append((ended, taken))
+    turns = Turns({}, "")
+    for ended, taken in running:
+        run = ended.result()
+        assert run.returncode == 0, run.stdout[-6000:]
+        turns.outcomes |= {name: Outcome(**outcome) for name, outcome in json.loads(taken.read_text()).items()}
+        turns.log += run.stdout
+    return turns
 
 
 def _last_line(error: Exception) -> str:

@@ -99,8 +99,8 @@ class HandEngine:
 
     # What clients do -----------------------------------------------------------------------------------------
 
-    def add(self, name: str, prompt: Sequence[int], max_tokens: int = 8) -> None:
-        """A request arrives."""
+    def add(self, name: str, prompt: Sequence[int], max_tokens: int = 8, *, is_session: bool = False) -> None:
+        """A request arrives; a session waits, once answered, for its next input and keeps its KV."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
@@ -108,7 +108,9 @@ class HandEngine:
         params.update_from_generation_config({}, None)
         self.tokens[name] = []
         with self._at_its_time():
-            self.requests[name] = Request(name, list(prompt), params, None, block_hasher=self._hasher)
+            self.requests[name] = Request(
+                name, list(prompt), params, None, block_hasher=self._hasher, resumable=is_session
+            )
             self.scheduler.add_request(self.requests[name])
 
     def abort(self, *names: str) -> None:

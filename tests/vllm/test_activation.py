@@ -14,6 +14,7 @@ import pytest
 
 from layerkv.errors import ConfigError
 from tests.vllm.engines_in_turn import ROOT, Case, Turns, flag, prompt, run_in_turn
+from tests.vllm.forked import Forks
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -206,22 +207,26 @@ except ValueError as error:
 
 
 def test_the_gate_works_in_the_process_to_which_the_configuration_travels(
-    small_engine: dict[str, Any], tmp_path: Path
+    forks: Forks, small_engine: dict[str, Any], tmp_path: Path
 ) -> None:
     own = "vllm.v1.sample.logits_processor.builtin.MinTokensLogitsProcessor"
     config = config_of(small_engine, kv_transfer_config=flag(policy=POLICY), logits_processors=[own])
     file = tmp_path / "config.pickle"
     file.write_bytes(pickle.dumps(config))
-    refusal = run_python(USE_GATE, str(file))
-    assert refusal == "slo_class: found 'bach'; expected one of the classes: chat, batch; did you mean batch?"
+    ended = forks.run(USE_GATE, str(file), limit_s=120)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert (
+        ended.stdout.splitlines()[-1]
+        == "slo_class: found 'bach'; expected one of the classes: chat, batch; did you mean batch?"
+    )
 
 
 # Engines -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def turns(small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Turns:
-    """Stock, layerkv by three flags, and layerkv by one; the plugin is not loaded before the last."""
+def turns(forks: Forks, small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Turns:
+    """Stock, layerkv by three flags, and layerkv by one, for which alone the plugin is loaded."""
     prompts = [prompt(300, seed=seed) for seed in range(8)]
     calls: list[tuple[list[list[int]], dict[str, Any]]] = [
         (prompts, {}),
@@ -235,7 +240,7 @@ def turns(small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
         Case("three flags", {**small_engine, **explicit}, calls),
         Case("one flag", {**small_engine, "kv_transfer_config": flag(policy=POLICY)}, calls, register=True),
     ]
-    return run_in_turn(cases, tmp_path_factory.mktemp("activation"), VLLM_PLUGINS="")
+    return run_in_turn(forks, cases, tmp_path_factory.mktemp("activation"), VLLM_PLUGINS="")
 
 
 LAYERKV_CASES = ["three flags", "one flag"]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import threading
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
 from layerkv.errors import TransferError
-from tests.vllm.engines_in_turn import ROOT, prompt
+from tests.vllm.engines_in_turn import prompt
+from tests.vllm.forked import Ended, Forks
 
 pytestmark = pytest.mark.vllm
 
@@ -142,33 +141,41 @@ PROMPTS = [prompt(300, seed=seed) for seed in range(20)]
 """Each needs 10 blocks of the engine's 68: three times as much as there is."""
 
 
-def run(engine: dict[str, Any], *, break_copies: list[list[int]] | None = None) -> dict[str, Any]:
-    """One engine in a fresh process; the first call fills the caches, the second repeats two prompts long gone."""
-    spec = {"engine": engine, "calls": [PROMPTS, PROMPTS[:2]], "break_copies": break_copies or []}
-    ended = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(spec)],
-        cwd=ROOT,
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture(scope="module")
+def engines(forks: Forks, small_engine: dict[str, Any]) -> dict[str, Future[Ended]]:
+    """The first call fills the caches, the second repeats two prompts long gone; then the peer's copies fail."""
+    from layerkv.bench.suite.engines import offload_connector
+
+    transfer = offload_connector(256 << 20, on_cpu=True)
+    calls = [PROMPTS, PROMPTS[:2]]
+    specs: dict[str, dict[str, Any]] = {
+        "peer": {
+            "engine": {**small_engine, "kv_transfer_config": transfer},
+            "calls": calls,
+            "break_copies": [prompt(300, seed=99)],
+        },
+        "stock": {"engine": small_engine, "calls": calls, "break_copies": []},
+    }
+    return {
+        name: forks.start(RUN, json.dumps(spec), VLLM_ENABLE_V1_MULTIPROCESSING="0") for name, spec in specs.items()
+    }
+
+
+def outcome_of(engines: dict[str, Future[Ended]], name: str) -> dict[str, Any]:
+    ended = engines[name].result()
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-6000:]
     result: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return result
 
 
 @pytest.fixture(scope="module")
-def peer(small_engine: dict[str, Any]) -> dict[str, Any]:
-    from layerkv.bench.suite.engines import offload_connector
-
-    transfer = offload_connector(256 << 20, on_cpu=True)
-    return run({**small_engine, "kv_transfer_config": transfer}, break_copies=[prompt(300, seed=99)])
+def peer(engines: dict[str, Future[Ended]]) -> dict[str, Any]:
+    return outcome_of(engines, "peer")
 
 
 @pytest.fixture(scope="module")
-def stock(small_engine: dict[str, Any]) -> dict[str, Any]:
-    return run(small_engine)
+def stock(engines: dict[str, Future[Ended]]) -> dict[str, Any]:
+    return outcome_of(engines, "stock")
 
 
 @pytest.mark.slow

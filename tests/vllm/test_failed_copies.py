@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from layerkv.bench.tiny_model import make_tiny_model
+from tests.vllm.forked import Forks
 from tests.vllm.mix import make_mix
 from tests.vllm.test_exact import MIXES, engine_args, run_engine
 
@@ -34,7 +35,7 @@ def test_what_fails_on_one_rank_reaches_the_scheduler() -> None:
 
 
 @pytest.mark.slow
-def test_where_every_copy_fails_requests_end_with_an_error_and_the_engine_goes_on(tmp_path: Path) -> None:
+def test_where_every_copy_fails_requests_end_with_an_error_and_the_engine_goes_on(forks: Forks, tmp_path: Path) -> None:
     """What needs no copy is served, and every block comes back."""
     connector = {
         "kv_connector": "LayerKVConnector",
@@ -42,7 +43,7 @@ def test_where_every_copy_fails_requests_end_with_an_error_and_the_engine_goes_o
         "kv_connector_extra_config": {"zone_tokens": 320, "host_memory": "64MiB"},
     }
     args = {**engine_args(make_tiny_model("test", tmp_path / "model")), "kv_transfer_config": connector}
-    results = run_engine(tmp_path, {"engine_args": args, "mixes": MIXES[:2], "fail_copies_every": 1})
+    results = run_engine(forks, tmp_path, {"engine_args": args, "mixes": MIXES[:2], "fail_copies_every": 1})
     for mix, result in zip(MIXES[:2], results, strict=True):
         lengths = [
             (len(tokens), request.max_tokens) for tokens, request in zip(result["tokens"], make_mix(**mix), strict=True)

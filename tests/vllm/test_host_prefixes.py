@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
 
-from tests.vllm.engines_in_turn import ROOT, flag, prompt
+from tests.vllm.engines_in_turn import flag, prompt
+from tests.vllm.forked import Ended, Forks
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -91,32 +89,48 @@ OTHERS = [prompt(330, seed=100 + seed) for seed in range(14)]
 CALLS: list[Any] = [FIRST, OTHERS, FIRST, {"again": [7, 8, 9]}, {"again": [5] * 40}]
 
 
-def run(engine: dict[str, Any], calls: list[Any]) -> dict[str, Any]:
-    ended = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps({"engine": engine, "calls": calls})],
-        cwd=ROOT,
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-6000:]
-    result: dict[str, Any] = json.loads([line for line in ended.stdout.splitlines() if line.startswith("{")][-1])
-    return result
-
-
 def with_layerkv(engine: dict[str, Any], **extra: Any) -> dict[str, Any]:
     return {**engine, "kv_transfer_config": flag(**{"host_memory": "64MiB", **extra})}
 
 
 @pytest.fixture(scope="module")
-def stock(small_engine: dict[str, Any]) -> dict[str, Any]:
-    return run(small_engine, CALLS)
+def engines(
+    forks: Forks, small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Future[Ended]]:
+    """All engines of this file, each in a process of its own."""
+    folder = tmp_path_factory.mktemp("sockets")
+    sockets = {name: f"ipc://{folder}/{name}" for name in ("endpoint", "replay_endpoint")}
+    told = {**small_engine, "kv_events_config": {"enable_kv_cache_events": True, "publisher": "zmq", **sockets}}
+    specs: dict[str, tuple[dict[str, Any], list[Any]]] = {
+        "stock": (small_engine, CALLS),
+        "ours": (with_layerkv(small_engine), CALLS),
+        "small host": (with_layerkv(small_engine, host_memory="6MiB"), CALLS),
+        # The last ones have only just ended.
+        "reset": (with_layerkv(small_engine), [OTHERS, FIRST, "reset all", FIRST]),
+        "off": (with_layerkv(small_engine, host_prefix_cache=False), CALLS[:3]),
+        "told": (with_layerkv(told, host_memory="16MiB"), [FIRST, "reset", OTHERS, FIRST, "reset", FIRST]),
+    }
+    return {
+        name: forks.start(RUN, json.dumps({"engine": engine, "calls": calls}), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+        for name, (engine, calls) in specs.items()
+    }
+
+
+def outcome_of(engines: dict[str, Future[Ended]], name: str) -> dict[str, Any]:
+    ended = engines[name].result()
+    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-6000:]
+    result: dict[str, Any] = json.loads([line for line in ended.stdout.splitlines() if line.startswith("{")][-1])
+    return result
 
 
 @pytest.fixture(scope="module")
-def ours(small_engine: dict[str, Any]) -> dict[str, Any]:
-    return run(with_layerkv(small_engine), CALLS)
+def stock(engines: dict[str, Future[Ended]]) -> dict[str, Any]:
+    return outcome_of(engines, "stock")
+
+
+@pytest.fixture(scope="module")
+def ours(engines: dict[str, Future[Ended]]) -> dict[str, Any]:
+    return outcome_of(engines, "ours")
 
 
 def test_prefixes_that_left_the_device_are_loaded_and_tokens_are_stocks(
@@ -154,33 +168,30 @@ def test_steps_that_store_a_finished_prefix_teach_what_prompts_cost(ours: dict[s
 
 
 def test_a_small_host_memory_serves_requests_first_and_tokens_are_stocks(
-    small_engine: dict[str, Any], stock: dict[str, Any]
+    engines: dict[str, Future[Ended]], stock: dict[str, Any]
 ) -> None:
-    outcome = run(with_layerkv(small_engine, host_memory="6MiB"), CALLS)
+    outcome = outcome_of(engines, "small host")
     assert outcome["answers"] == stock["answers"]
     assert outcome["held"] == 0
 
 
 def test_a_reset_of_the_connector_forgets_prefixes_and_the_switch_turns_them_off(
-    small_engine: dict[str, Any], stock: dict[str, Any]
+    engines: dict[str, Future[Ended]], stock: dict[str, Any]
 ) -> None:
-    calls = [OTHERS, FIRST, "reset all", FIRST]  # the last ones have only just ended
-    after_reset = run(with_layerkv(small_engine), calls)
+    after_reset = outcome_of(engines, "reset")
     assert after_reset["answers"][2] == stock["answers"][2]
     assert after_reset["readings"][-1]["hits"] == 0
-    off = run(with_layerkv(small_engine, host_prefix_cache=False), CALLS[:3])
+    off = outcome_of(engines, "off")
     assert off["answers"] == stock["answers"][:3]
     assert off["readings"][-1]["vllm:prompt_tokens_cached_by_source,host"] == 0
     assert off["readings"][-1]["stored"] == 0
 
 
 def test_subscribers_know_what_host_memory_caches_and_prompts_say_what_was_cached(
-    small_engine: dict[str, Any], stock: dict[str, Any], tmp_path: Path
+    engines: dict[str, Future[Ended]], stock: dict[str, Any]
 ) -> None:
     """Over vLLM's own publisher, encoded as routers get it; a plain reset on the way keeps the host's prefixes."""
-    sockets = {name: f"ipc://{tmp_path}/{name}" for name in ("endpoint", "replay_endpoint")}
-    engine = {**small_engine, "kv_events_config": {"enable_kv_cache_events": True, "publisher": "zmq", **sockets}}
-    outcome = run(with_layerkv(engine, host_memory="16MiB"), [FIRST, "reset", OTHERS, FIRST, "reset", FIRST])
+    outcome = outcome_of(engines, "told")
     assert outcome["answers"][2:] == [stock["answers"][2]] * 2
     assert outcome["readings"][0]["hits"] == 0
     assert outcome["readings"][-1]["hits"] > outcome["readings"][-2]["hits"], "a plain reset kept what was there"

@@ -8,6 +8,7 @@ import pytest
 
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 from tests.vllm.engines_in_turn import Case, Turns, flag, prompt, run_in_turn
+from tests.vllm.forked import Forks
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -24,7 +25,7 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def turns(tmp_path_factory: pytest.TempPathFactory) -> Turns:
+def turns(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Turns:
     folder = tmp_path_factory.mktemp("long")
     zone = -(-(LONG + MAX_TOKENS) // 32) * 32
     layerkv: dict[str, Any] = {"long_contexts": True, "host_memory": "64MiB", "zone_tokens": zone}
@@ -43,6 +44,7 @@ def turns(tmp_path_factory: pytest.TempPathFactory) -> Turns:
         return Case(name, {**engine, "kv_transfer_config": flag(**extra)}, calls, max_tokens=MAX_TOKENS)
 
     return run_in_turn(
+        forks,
         [
             Case("stock", {**engine, "kv_cache_memory_bytes": 128 << 20}, calls, max_tokens=MAX_TOKENS),
             case("one lane", {**layerkv, "lanes": 1}),

@@ -13,6 +13,7 @@ import pytest
 from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.options import DECISIONS, Verdict
 from tests.vllm.engines_in_turn import Case, Turns, flag, prompt, run_in_turn
+from tests.vllm.forked import Forks
 from tests.vllm.hand_engine import BLOCK_TOKENS, configs
 
 if TYPE_CHECKING:
@@ -351,8 +352,8 @@ WORKING: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def turns(small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Turns:
-    """Stock and layerkv with the same options, in one process."""
+def turns(forks: Forks, small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Turns:
+    """Stock and layerkv with the same options."""
     calls: list[tuple[list[list[int]], dict[str, Any]]] = [([prompt(300, seed=seed) for seed in range(10)], {})] * 2
     cases = []
     for name, options in WORKING.items():
@@ -363,7 +364,7 @@ def turns(small_engine: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
             "kv_transfer_config": flag(host_memory="64MiB", compare={"mode": "layered"}, zone_tokens=640),
         }
         cases.append(Case(f"{name} layerkv", layerkv, calls, max_tokens=24))
-    return run_in_turn(cases, tmp_path_factory.mktemp("options"))
+    return run_in_turn(forks, cases, tmp_path_factory.mktemp("options"))
 
 
 @pytest.mark.slow

@@ -211,6 +211,26 @@ def test_a_reset_is_refused_while_an_aborted_requests_fetch_is_under_way(tiny_mo
     assert engine.reset_prefix_cache(reset_running_requests=True)
 
 
+def test_a_reset_is_refused_while_a_session_waits_for_its_next_input(tiny_model: Path, ahead: bool) -> None:
+    """It keeps its KV; and vLLM would notice only after it has given everybody else's up."""
+    engine = with_host_prefix(tiny_model, ahead=ahead, others=[("parked", [*range(70)])])
+    engine.add("session", [3] * 20, max_tokens=2, is_session=True)
+    engine.add("runs", [9] * 40, max_tokens=20)
+    while len(engine.tokens["session"]) < 2:
+        engine.step()
+    engine.drain()
+    with pytest.raises(RuntimeError, match=r"a session waits for its next input.*nothing was changed"):
+        engine.reset_prefix_cache(reset_running_requests=True)
+    assert [request.request_id for request in engine.scheduler.running] == ["runs"]
+    assert [engine.residency(name) for name in ("runs", "parked")] == [Residency.RESIDENT, Residency.PARKED]
+    assert engine.ledger.host.num_cached > 0
+    engine.abort("session")
+    assert engine.reset_prefix_cache(reset_running_requests=True)
+    assert engine.residency("parked") is Residency.WAITING
+    engine.held.clear()
+    engine.run()
+
+
 def test_a_reset_leaves_no_room_reserved_for_a_request_that_was_just_fetched(tiny_model: Path, ahead: bool) -> None:
     engine = with_host_prefix(tiny_model, ahead=ahead, others=[("parked", [*range(70)])])
     engine.held.clear()

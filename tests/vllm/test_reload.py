@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.vllm.engines_in_turn import ROOT
+from tests.vllm.forked import Forks
 
 pytestmark = pytest.mark.vllm
 
@@ -40,15 +38,22 @@ def policy(tmp_path: Path) -> Path:
     return path
 
 
-def run(program: str, policy: Path, new: str = NEW) -> None:
+Run = Callable[..., None]
+
+
+@pytest.fixture
+def run(forks: Forks) -> Run:
     """Run the program in a process of its own, with the policy file and what is to stand in it next."""
-    command = [sys.executable, "-c", COMMON + program, str(policy), new]
-    environment = {**os.environ, "XDG_RUNTIME_DIR": str(policy.parent / "run")}
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+
+    def run(program: str, policy: Path, new: str = NEW) -> None:
+        runtime = str(policy.parent / "run")
+        ended = forks.run(COMMON + program, str(policy), new, limit_s=120, XDG_RUNTIME_DIR=runtime)
+        assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]
+
+    return run
 
 
-def test_the_new_policy_is_in_force_after_the_signal_and_not_before(policy: Path) -> None:
+def test_the_new_policy_is_in_force_after_the_signal_and_not_before(run: Run, policy: Path) -> None:
     run(
         """
 source = follow_policy(path, old_policy)
@@ -64,7 +69,7 @@ assert in_force.classes["batch"].ttft_s == 180, "requests under way keep their c
     )
 
 
-def test_a_wrong_file_is_logged_and_the_old_policy_stays_until_a_right_one_comes(policy: Path) -> None:
+def test_a_wrong_file_is_logged_and_the_old_policy_stays_until_a_right_one_comes(run: Run, policy: Path) -> None:
     run(
         """
 import logging
@@ -96,7 +101,7 @@ assert source.policy == load_policy(path)
     )
 
 
-def test_gate_and_scheduler_in_one_process_follow_the_same_policy(policy: Path) -> None:
+def test_gate_and_scheduler_in_one_process_follow_the_same_policy(run: Run, policy: Path) -> None:
     run(
         """
 from vllm import SamplingParams
@@ -123,7 +128,7 @@ assert scheduler_source.policy == load_policy(path)
     )
 
 
-def test_a_handler_that_was_there_before_is_still_called(policy: Path) -> None:
+def test_a_handler_that_was_there_before_is_still_called(run: Run, policy: Path) -> None:
     run(
         """
 called = []
@@ -137,7 +142,7 @@ wait_for(lambda: source.policy is not old_policy and called == [signal.SIGHUP])
     )
 
 
-def test_without_a_policy_file_there_is_nothing_to_follow(policy: Path) -> None:
+def test_without_a_policy_file_there_is_nothing_to_follow(run: Run, policy: Path) -> None:
     run(
         """
 from layerkv.runtime import running_engines
@@ -149,7 +154,9 @@ assert running_engines() == []
     )
 
 
-def test_a_process_that_follows_outside_its_main_thread_has_no_handler_and_is_found_all_the_same(policy: Path) -> None:
+def test_a_process_that_follows_outside_its_main_thread_has_no_handler_and_is_found_all_the_same(
+    run: Run, policy: Path
+) -> None:
     run(
         """
 from layerkv.runtime import ring, running_engines
@@ -169,25 +176,26 @@ assert sources[0].policy == load_policy(path)
     )
 
 
-def test_the_file_is_read_at_a_ring_and_only_then(policy: Path) -> None:
+def test_the_file_is_read_at_a_ring_and_only_then(run: Run, policy: Path) -> None:
     run(
         """
-from layerkv.vllm_plugin.reload import LOOK_S
+from layerkv.vllm_plugin import reload
+reload.LOOK_S = 0.05
 source = follow_policy(path, old_policy)
 Path(path).write_text(new)
-time.sleep(2.5 * LOOK_S)
+time.sleep(8 * reload.LOOK_S)
 assert source.policy is old_policy
 hang_up()
 read = source.policy
 assert read == load_policy(path), "at once: whoever uses it looks"
-time.sleep(2.5 * LOOK_S)
+time.sleep(8 * reload.LOOK_S)
 assert source.policy is read
 """,
         policy,
     )
 
 
-def test_an_announcement_that_was_swept_away_is_put_back(policy: Path) -> None:
+def test_an_announcement_that_was_swept_away_is_put_back(run: Run, policy: Path) -> None:
     run(
         """
 from layerkv.runtime import ring, running_engines
@@ -207,7 +215,7 @@ assert sorted(source.policy.classes) == ["chat", "voice"]
     )
 
 
-def test_where_nobody_can_announce_anything_the_signal_still_counts_in_its_process(policy: Path) -> None:
+def test_where_nobody_can_announce_anything_the_signal_still_counts_in_its_process(run: Run, policy: Path) -> None:
     run(
         """
 Path(os.environ["XDG_RUNTIME_DIR"]).write_text("a file where the folder should be")
@@ -245,8 +253,10 @@ def start(context, name, path, in_main_thread=True):
     ear, mouth = context.Pipe(False)
     child = context.Process(name=name, target=serve, args=(path, mouth, in_main_thread), daemon=True)
     child.start()
-    assert ear.poll(60) and ear.recv() == 1, "one engine, whatever it consists of"
     return child, ear
+
+def has_begun(ear):
+    return ear.poll(60) and ear.recv() == 1  # one engine, whatever it consists of
 """
 
 
@@ -254,7 +264,7 @@ def start(context, name, path, in_main_thread=True):
     ("method", "told"), [("spawn", "the parent"), ("fork", "a child"), ("forkserver", "reload"), ("fork", "reload")]
 )
 def test_whoever_gets_the_word_all_processes_of_the_engine_follow(
-    policy: Path, tmp_path: Path, method: str, told: str
+    run: Run, policy: Path, tmp_path: Path, method: str, told: str
 ) -> None:
     (tmp_path / "followers.py").write_text(FOLLOWERS)
     run(
@@ -267,10 +277,12 @@ if __name__ == "__main__":
     context = multiprocessing.get_context({method!r})
     if {method!r} == "forkserver":  # vLLM runs it before any policy is known
         from multiprocessing import forkserver
+        context.set_forkserver_preload(["layerkv.vllm_plugin.reload"])
         forkserver.ensure_running()
     source = follow_policy(path, old_policy)
     names = [("EngineCore_DP0", True), ("ApiServer_0", True), ("ApiServer_1", False)]
     children = [followers.start(context, name, path, in_main) for name, in_main in names]
+    assert all(followers.has_begun(ear) for _, ear in children)
     Path(path).write_text(new)
     if {told!r} == "reload":
         assert main(["policy", "reload"]) == 0
@@ -285,7 +297,7 @@ if __name__ == "__main__":
     )
 
 
-def test_a_process_that_begins_to_follow_after_a_ring_has_not_missed_it(policy: Path, tmp_path: Path) -> None:
+def test_a_process_that_begins_to_follow_after_a_ring_has_not_missed_it(run: Run, policy: Path, tmp_path: Path) -> None:
     (tmp_path / "followers.py").write_text(FOLLOWERS)
     run(
         f"""
@@ -296,6 +308,7 @@ if __name__ == "__main__":
     source = follow_policy(path, old_policy)
     hang_up()
     child, ear = followers.start(multiprocessing.get_context("fork"), "ApiServer_0", path)
+    assert followers.has_begun(ear)
     assert ear.poll(30) and ear.recv() == ["batch", "chat"], "what it read may be older than the ring: it reads again"
     child.join(30)
 """,
@@ -303,7 +316,7 @@ if __name__ == "__main__":
     )
 
 
-def test_an_engine_that_another_program_starts_is_an_engine_of_its_own(policy: Path, tmp_path: Path) -> None:
+def test_an_engine_that_another_program_starts_is_an_engine_of_its_own(run: Run, policy: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text(OLD)
     run(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +17,8 @@ from layerkv.bench.suite.scheduler_probe import (
     read_scheduler_times,
 )
 from layerkv.errors import ConfigError
-from tests.vllm.engines_in_turn import ROOT, flag, prompt
+from tests.vllm.engines_in_turn import flag, prompt
+from tests.vllm.forked import Forks
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -197,8 +195,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engines(small_engine: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Stock and layerkv, without and with the probe, one after the other in a fresh process."""
+def engines(forks: Forks, small_engine: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Stock and layerkv, without and with the probe, one after the other in one process."""
     layerkv = {**small_engine, "kv_transfer_config": flag()}
     cases = {
         "stock": small_engine,
@@ -207,14 +205,8 @@ def engines(small_engine: dict[str, Any], folder: Path) -> dict[str, Any]:
         "layerkv probed": {**layerkv, "scheduler_cls": PROBES[True]},
     }
     prompts = [prompt(300, seed=seed) for seed in range(8)]
-    ended = subprocess.run(
-        [sys.executable, "-c", RUN, json.dumps(cases), json.dumps(prompts), str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    given = (json.dumps(cases), json.dumps(prompts), str(folder))
+    ended = forks.run(RUN, *given, limit_s=300, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-6000:]
     results: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
     return results

@@ -15,6 +15,7 @@ import pytest
 
 from layerkv.errors import ConfigError, IncompatibleVLLMError
 from tests.vllm.engines_in_turn import Case, Turns, flag, prompt, run_in_turn
+from tests.vllm.forked import Forks
 from tests.vllm.server.served import START_LIMIT_S, free_port, vllm_serve
 
 if TYPE_CHECKING:
@@ -283,8 +284,10 @@ TOO_LONG = {"max_model_len": 2200}
 
 
 @pytest.fixture(scope="module")
-def turns(small_engine: dict[str, Any], sliding_model: str, tmp_path_factory: pytest.TempPathFactory) -> Turns:
-    """Engines that cannot be served by layerkv, or start with wrong sizes, in one process."""
+def turns(
+    forks: Forks, small_engine: dict[str, Any], sliding_model: str, tmp_path_factory: pytest.TempPathFactory
+) -> Turns:
+    """Engines that cannot be served by layerkv, or start with wrong sizes."""
     stock = small_engine
     sliding = {**stock, "model": sliding_model}
     scheduled = {**stock, "scheduler_cls": SCHEDULER}
@@ -307,7 +310,7 @@ def turns(small_engine: dict[str, Any], sliding_model: str, tmp_path_factory: py
         Case("model length as advised", {**sized(), "max_model_len": FITTING_LEN}, calls),
         Case("host memory below a block", sized(host_memory="100KiB")),
     ]
-    return run_in_turn(cases, tmp_path_factory.mktemp("unsupported"))
+    return run_in_turn(forks, cases, tmp_path_factory.mktemp("unsupported"))
 
 
 @pytest.mark.slow
@@ -374,20 +377,39 @@ def test_an_engine_set_as_the_sentence_advises_starts_and_serves(turns: Turns, n
 # The command line ----------------------------------------------------------------------------------------------------
 
 
-def failing_serve(model: Path, transfer: dict[str, Any]) -> list[str]:
-    """What `vllm serve` prints before it ends with an error."""
+@pytest.fixture(scope="module")
+def failing(tiny_model: Path) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Servers that end with an error, started together."""
+    extra_configs: dict[str, dict[str, Any]] = {
+        "mistyped key": {"polcy": "slo.yaml"},
+        "too large a zone": {"zone_tokens": 100_000},
+    }
+    running = {
+        name: subprocess.Popen(
+            vllm_serve(tiny_model, "--port", str(free_port()), "--kv-transfer-config", json.dumps(flag(**extra))),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        for name, extra in extra_configs.items()
+    }
+    yield running
+    for server in running.values():
+        server.kill()
+        server.wait()
 
-    command = vllm_serve(model, "--port", str(free_port()), "--kv-transfer-config", json.dumps(transfer))
-    run = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=START_LIMIT_S
-    )
-    assert run.returncode not in (0, None)
-    return [line for line in run.stdout.splitlines() if line.strip()]
+
+def printed_by(server: subprocess.Popen[str]) -> list[str]:
+    """What a server prints before it ends with an error."""
+    printed, _ = server.communicate(timeout=START_LIMIT_S)
+    assert server.returncode not in (0, None)
+    return [line for line in printed.splitlines() if line.strip()]
 
 
 @pytest.mark.slow
-def test_vllm_serve_ends_with_the_sentence_about_a_mistyped_key(tiny_model: Path) -> None:
-    lines = failing_serve(tiny_model, flag(polcy="slo.yaml"))
+def test_vllm_serve_ends_with_the_sentence_about_a_mistyped_key(failing: dict[str, subprocess.Popen[str]]) -> None:
+    lines = printed_by(failing["mistyped key"])
     errors = [line for line in lines if "Error: " in line]
     assert errors[-1].startswith("layerkv.errors.ConfigError: kv_connector_extra_config.polcy: found an unknown key; ")
     assert errors[-1].endswith("did you mean policy?")
@@ -395,8 +417,10 @@ def test_vllm_serve_ends_with_the_sentence_about_a_mistyped_key(tiny_model: Path
 
 
 @pytest.mark.slow
-def test_vllm_serve_points_at_the_sentence_of_a_worker_that_cannot_start(tiny_model: Path) -> None:
-    lines = failing_serve(tiny_model, flag(zone_tokens=100_000))
+def test_vllm_serve_points_at_the_sentence_of_a_worker_that_cannot_start(
+    failing: dict[str, subprocess.Popen[str]],
+) -> None:
+    lines = printed_by(failing["too large a zone"])
     # vLLM's own last word; the sentence ends the traceback above it, in the log of the process that found out.
     assert any("Engine core initialization failed. See root cause above." in line for line in lines)
     sentence = "layerkv.errors.ConfigError: kv_connector_extra_config.zone_tokens: found 100000 tokens"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from layerkv.vllm_plugin.our_classes import SMOOTH_MIDDLEWARE
 from tests.vllm.engines_in_turn import prompt
-from tests.vllm.server.served import Completion, Samples, Server, body
+from tests.vllm.server.served import POLICY, Completion, Samples, Server, body
 
 
 @pytest.hookimpl(trylast=True)
@@ -25,9 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A `vllm serve` with layerkv and little KV memory."""
-    log_path = tmp_path_factory.mktemp("server") / "server.log"
-    running = Server(tiny_model, log_path, "--middleware", SMOOTH_MIDDLEWARE)  # paces who asks for it only
+    """A `vllm serve` with layerkv and little KV memory, in whose folder are its policy and its log of decisions.
+
+    It announces itself in that folder too: whoever changes its policy changes it back.
+    """
+    folder = tmp_path_factory.mktemp("server")
+    policy = shutil.copy(POLICY, folder / "slo.yaml")
+    middleware = ("--middleware", "layerkv.vllm_plugin.overload.RetryAfter", "--middleware", SMOOTH_MIDDLEWARE)
+    decisions = str(folder / "decisions.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(folder))
+        running = Server(tiny_model, folder / "server.log", *middleware, policy=policy, decision_log=decisions)
     try:
         yield running
     finally:

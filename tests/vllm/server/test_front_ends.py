@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import signal
 import threading
@@ -47,15 +46,15 @@ class TwoFrontEnds:
 @pytest.fixture(scope="module")
 def two(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoFrontEnds]:
     folder = tmp_path_factory.mktemp("front-ends")
-    os.environ["XDG_RUNTIME_DIR"] = str(folder)
     policy_path = folder / "slo.yaml"
     policy_path.write_text(POLICY)
-    running = Server(tiny_model, folder / "server.log", "--api-server-count", "2", policy=policy_path)
-    try:
-        yield TwoFrontEnds(running, policy_path)
-    finally:
-        running.kill()
-        del os.environ["XDG_RUNTIME_DIR"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(folder))
+        running = Server(tiny_model, folder / "server.log", "--api-server-count", "2", policy=policy_path)
+        try:
+            yield TwoFrontEnds(running, policy_path)
+        finally:
+            running.kill()
 
 
 def answers(server: Server, requests: list[tuple[dict[str, object], float]]) -> list[httpx.Response]:

@@ -1,4 +1,4 @@
-"""A server whose policy refuses under overload and changes while it runs, and whose decisions are explained."""
+"""The server under a policy that refuses under overload and changes while it runs; its decisions are explained."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ classes:
 
 @dataclass(frozen=True)
 class Reloadable:
-    """The server, and the files that it was given."""
+    """The server, and its policy and its log of decisions."""
 
     server: Server
     policy_path: Path
@@ -40,18 +40,18 @@ class Reloadable:
 
 
 @pytest.fixture(scope="module")
-def reloadable(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reloadable]:
-    folder = tmp_path_factory.mktemp("reload")
-    os.environ["XDG_RUNTIME_DIR"] = str(folder)
-    policy_path, log_path = folder / "slo.yaml", folder / "decisions.jsonl"
-    policy_path.write_text(POLICY)
-    middleware = ("--middleware", "layerkv.vllm_plugin.overload.RetryAfter")
-    running = Server(tiny_model, folder / "server.log", *middleware, policy=policy_path, decision_log=str(log_path))
-    try:
-        yield Reloadable(running, policy_path, log_path)
-    finally:
-        running.kill()
-        del os.environ["XDG_RUNTIME_DIR"]
+def reloadable(server: Server) -> Iterator[Reloadable]:
+    """The server under the policy above; its own is in force again afterwards."""
+    folder = server.log_path.parent
+    policy_path = folder / "slo.yaml"
+    own = policy_path.read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(folder))
+        policy_path.write_text(POLICY)
+        assert main(["policy", "reload"]) == 0
+        yield Reloadable(server, policy_path, folder / "decisions.jsonl")
+        policy_path.write_text(own)
+        assert main(["policy", "reload"]) == 0
 
 
 def status_of(server: Server, slo_class: str) -> int:
@@ -102,7 +102,7 @@ def test_under_overload_a_class_that_asks_for_it_is_refused_with_429_and_when_to
 
 def test_reasons_are_counted_and_the_log_explains_a_request(reloadable: Reloadable) -> None:
     server = reloadable.server
-    server.complete(prompt(50, seed=7), 4)
+    server.complete(prompt(50, seed=7), 4, request_id=EXPLAINED)
     reasons = {label for (name, label) in server.metrics().values if name == "layerkv_decisions_total"}
     assert "fits" in reasons
     end_s = time.monotonic() + POLL_LIMIT_S
@@ -113,14 +113,17 @@ def test_reasons_are_counted_and_the_log_explains_a_request(reloadable: Reloadab
     assert "arrived: class" in told
 
 
+EXPLAINED = "to-be-explained"
+
+
 def explained(log_path: Path) -> str:
     from layerkv.explain import read_histories
 
-    histories = list(read_histories(log_path))
-    if not histories:
+    found = [request_id for request_id in read_histories(log_path) if EXPLAINED in request_id]
+    if not found:
         return ""
     console = Console(record=True, quiet=False, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
-    run_explain(log_path, histories[0], as_json=False, console=console)
+    run_explain(log_path, found[0], as_json=False, console=console)
     return console.export_text()
 
 
@@ -140,12 +143,14 @@ def test_an_invalid_policy_is_refused_and_the_old_one_stays(
     reloadable: Reloadable, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server, known = reloadable.server, reloadable.policy_path.read_text()
+    stays = "the policy is not reloaded, the one in force stays"
+    num_before = server.num_logged(stays)
     reloadable.policy_path.write_text("version: 1\ndefault_class: nobody\nclasses: {}\n")
     assert main(["policy", "reload"]) == 2
     assert "classes" in capsys.readouterr().err
     server.process.send_signal(signal.SIGHUP)
     end_s = time.monotonic() + POLL_LIMIT_S
-    while server.num_logged("the policy is not reloaded, the one in force stays") < 2:  # front end and engine core
+    while server.num_logged(stays) < num_before + 2:  # front end and engine core
         assert time.monotonic() < end_s, server.log()[-2000:]
         time.sleep(POLL_S)
     assert status_of(server, "patient") == 200
