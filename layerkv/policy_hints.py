@@ -25,7 +25,7 @@ def hints(policy: SloPolicy, document: Any, *, where: str) -> list[str]:
             not written at all, a policy no longer says.
         where: The path of the document's top, such as ``slo.yaml: $``.
     """
-    found = []
+    found: list[str] = []
     for slo in policy.classes.values():
         written = document["classes"][slo.name]
         found += _of_class(slo, written, where=join_path(f"{where}.classes", slo.name))
