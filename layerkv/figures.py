@@ -157,7 +157,7 @@ def num_late(slo: SloClass, arrival_s: float, k: int, at_s: float, num_tokens: i
         every_s: See ``at_s``.
     """
     behind_s = at_s - due_s(slo, arrival_s, k)
-    if num_tokens == 1:
+    if num_tokens == 1:  # nearly always
         return 1 if behind_s > 0 else 0
     gains_s = slo.tpot_s - every_s  # what each is less behind than the one before
     if behind_s > 0:

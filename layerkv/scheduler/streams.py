@@ -48,8 +48,11 @@ class Stream:
 
     Attributes:
         ttft_s: Arrival to first token; None before.
-        last_token_s: When its last token came.
-        longest_gap_s: Longest time between two tokens.
+        last_token_s: When its last token came,
+        longest_gap_s: and the longest time between two; both for those without a reader only.
+        left: What took it out of the batch since its last token; None if nothing did,
+        reason: and why.
+        is_away: Whether it is out of the batch.
         told_s: The longest wait without a reason that was told: the next one told is twice as long.
     """
 
@@ -57,26 +60,26 @@ class Stream:
     last_token_s: float = 0.0
     longest_gap_s: float = 0.0
     told_s: float = LEAST_TOLD_S / 2
-    _left: Event | None = None
-    _reason: Reason | None = None
-    _is_away: bool = False
+    left: Event | None = None
+    reason: Reason | None = None
+    is_away: bool = False
 
     def leaves(self, how: Event, reason: Reason) -> None:
         """The request leaves the batch. What made it leave first since its last token is what its reader waits for."""
-        if self._left is None:
-            self._left, self._reason = how, reason
-        self._is_away = True
+        if self.left is None:
+            self.left, self.reason = how, reason
+        self.is_away = True
 
     def comes_back(self) -> None:
         """The request is in the batch again."""
-        self._is_away = False
+        self.is_away = False
 
     def pause(self, wait_s: float, token: int) -> Pause | None:
         """A wait that has ended now, if it is worth telling."""
         if wait_s < LEAST_TOLD_S:
             return None
-        if self._left is not None and not self._is_away:
-            return Pause(wait_s, token, self._left, self._reason)
+        if self.left is not None and not self.is_away:
+            return Pause(wait_s, token, self.left, self.reason)
         if (
             wait_s < 2 * self.told_s
         ):  # slow steps make a reader wait at every token: an entry for each would say nothing
@@ -86,14 +89,9 @@ class Stream:
 
     def pause_at_end(self, wait_s: float, token: int) -> Pause | None:
         """A wait that goes on while the request ends, if it is worth telling."""
-        return Pause(wait_s, token, self._left, self._reason) if wait_s >= LEAST_TOLD_S else None
-
-    def made(self, at_s: float, last_s: float) -> None:
-        """Tokens have come, the first at ``at_s`` and the last at ``last_s``."""
-        if not self._is_away:  # else it was on its way when the request left
-            self._left = self._reason = None
-        self.longest_gap_s = max(self.longest_gap_s, at_s - self.last_token_s)
-        self.last_token_s = last_s
+        if wait_s < LEAST_TOLD_S:
+            return None
+        return Pause(wait_s, token, self.left, self.reason if self.left is not None else None)
 
 
 @dataclass(slots=True)
@@ -122,6 +120,7 @@ class Streams:
         stream, reader, slo = tracked.stream, tracked.reader, tracked.slo
         token = reader.num_tokens
         counts = self._of.get(slo.name) or self._begin(slo.name)
+        # Called for every token: no more calls than it needs.
         late = num_late(slo, tracked.arrival_s, token, at_s, num_tokens, every_s)
         counts.late += late
         counts.on_time += num_tokens - late
@@ -130,7 +129,11 @@ class Streams:
         wait_s = at_s - reader.wants_next_s
         pause = stream.pause(wait_s, token) if wait_s >= LEAST_TOLD_S else None
         reader.add(at_s, num_tokens, every_s)
-        stream.made(at_s, at_s + (num_tokens - 1) * every_s)
+        if stream.left is not None and not stream.is_away:  # else it was on its way when the request left
+            stream.left = None
+        if not tracked.has_reader:
+            stream.longest_gap_s = max(stream.longest_gap_s, at_s - stream.last_token_s)
+            stream.last_token_s = at_s + (num_tokens - 1) * every_s
         return pause
 
     def ended(self, tracked: TrackedRequest, end: End, now_s: float) -> Pause | None:
