@@ -30,6 +30,7 @@ __all__ = [
     "default_policy",
     "experimental_keys",
     "load_policy",
+    "load_policy_document",
     "parse_policy",
     "slo_class_of",
 ]
@@ -197,11 +198,20 @@ def load_policy(path: str | Path) -> SloPolicy:
     Raises:
         ConfigError: the file is missing or unreadable, is not YAML, or does not describe a policy.
     """
+    return parse_policy(load_policy_document(path), where=f"{path}: $")
+
+
+def load_policy_document(path: str | Path) -> Any:
+    """Read what an SLO policy file holds, for :func:`parse_policy`.
+
+    Raises:
+        ConfigError: the file is missing or unreadable, or is not YAML.
+    """
     document = load_yaml(path, what="an SLO policy", fix="set policy to its path")
     if document is None:
         problem = "found an empty file; expected an SLO policy"
         raise wrong(str(path), problem, "set version, default_class and classes in it")
-    return parse_policy(document, where=f"{path}: $")
+    return document
 
 
 def parse_policy(raw: Any, *, where: str) -> SloPolicy:

@@ -1,10 +1,10 @@
-"""`layerkv explain`: why one request waited, was parked or refused, told from a decision log."""
+"""`layerkv explain`: why one request or its reader waited, was parked or refused, told from a decision log."""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -63,6 +63,7 @@ ACTIONS = {
     Event.FETCHED: "fetched back into the pool",
     Event.RECOMPUTES: "gave its KV up, to be computed again",
     Event.STORED_AHEAD: "its KV began to be copied to host memory in the background, in case it must be parked",
+    Event.READER_WAITED: "its reader waited",
     Event.REFUSED: "refused",
     Event.FINISHED: "finished",
 }
@@ -73,6 +74,9 @@ ENDS = {
     End.CUT_OFF: "aborted with all others",
     End.REFUSED: "refused",
 }
+
+IN_THE_BATCH = "it was in the batch all the while, and steps came more slowly than it is read"
+"""Of a wait of a reader that no event explains."""
 
 MOST_SHOWN = 20
 
@@ -87,6 +91,9 @@ class History:
         waited_s: Seconds waited for each reason, before the first token and while parked.
         ttft_s: Time to first token, None without one.
         late_by_s: By how much that passed the objective; below 0 if it did not; None if either is unknown.
+        lag_s: All waits of its reader together; None before its end, and if nobody read.
+        longest_pause_s: The longest of them.
+        reader_waited_s: Seconds of the reader's waits that were told, by what they were for; None: no event.
     """
 
     request_id: str
@@ -94,6 +101,9 @@ class History:
     waited_s: Counter[Reason] = field(default_factory=Counter)
     ttft_s: float | None = None
     late_by_s: float | None = None
+    lag_s: float | None = None
+    longest_pause_s: float | None = None
+    reader_waited_s: Counter[Reason | None] = field(default_factory=Counter)
 
 
 def run_explain(log_path: Path, request: str | None, *, as_json: bool, console: Console | None = None) -> int:
@@ -116,7 +126,8 @@ def run_explain(log_path: Path, request: str | None, *, as_json: bool, console: 
             console.print_json(json.dumps([_summary(history) for history in chosen]))
         else:
             console.print(_table(chosen, num_all=len(histories)))
-            console.print(_totals(histories.values()))
+            for totals in _totals(histories.values()):
+                console.print(totals)
         return 0
     history = histories[_find(request, list(histories), log_path)]
     if as_json:
@@ -141,7 +152,8 @@ def _reckon(history: History) -> None:
     entries = history.entries
     arrived_s = entries[0].time_s
     objective_s = entries[0].facts.get("ttft_s")
-    for entry, following in pairwise(entries):
+    # A reader's wait is told in between, of a token that was on its way; it ends no wait of the request.
+    for entry, following in pairwise([entry for entry in entries if entry.event is not Event.READER_WAITED]):
         if entry.event is Event.WAITS and entry.reason is not None:
             history.waited_s[entry.reason] += following.time_s - entry.time_s  # type: ignore[assignment]
     for entry in entries:
@@ -149,6 +161,10 @@ def _reckon(history: History) -> None:
             history.ttft_s = entry.facts.get("ttft_s", entry.time_s - arrived_s)
             if objective_s is not None:
                 history.late_by_s = history.ttft_s - objective_s
+        if entry.event is Event.READER_WAITED:
+            history.reader_waited_s[entry.reason] += entry.facts.get("wait_s", 0.0)
+        if entry.event is Event.FINISHED:
+            history.lag_s, history.longest_pause_s = entry.facts.get("lag_s"), entry.facts.get("longest_pause_s")
 
 
 def _lines(history: History) -> list[str]:
@@ -156,7 +172,8 @@ def _lines(history: History) -> list[str]:
     arrived_s = history.entries[0].time_s
     lines = []
     for index, entry in enumerate(history.entries):
-        until = history.entries[index + 1].time_s if index + 1 < len(history.entries) else None
+        later = (e.time_s for e in history.entries[index + 1 :] if e.event is not Event.READER_WAITED)
+        until = next(later, None)
         lines.append(f"{entry.time_s - arrived_s:9.3f} s  {_sentence(entry, until)}")
     return lines
 
@@ -182,10 +199,27 @@ def _sentence(entry: LogEntry, until_s: float | None) -> str:
         on_time = {True: ", on time", False: ", late"}.get(facts.get("on_time", ""), "")
         return f"first token after {_seconds(facts.get('ttft_s'))}{on_time}"
     if entry.event is Event.FINISHED:
-        return f"{ENDS[End(facts.get('end', End.FINISHED))]} with {facts.get('output_tokens')} output tokens"
+        return (
+            f"{ENDS[End(facts.get('end', End.FINISHED))]} with {facts.get('output_tokens')} output tokens"
+            + _waits_in_all(facts)
+        )
+    if entry.event is Event.READER_WAITED:
+        left = facts.get("left")
+        because = f"{ACTIONS[Event(left)]}: {why}" if left is not None else why or IN_THE_BATCH
+        return f"its reader waited {_seconds(facts.get('wait_s'))} at token {facts.get('token')}: {because}"
     if entry.event is Event.REFUSED:
         return f"refused: {facts.get('text') or why}"
     return f"{ACTIONS[entry.event]}{': ' + why if why else ''}"
+
+
+def _waits_in_all(facts: dict[str, Any]) -> str:
+    lag_s = facts.get("lag_s")
+    if lag_s is None:
+        return ""
+    if not lag_s:
+        return "; its reader never waited"
+    longest_s = facts.get("longest_pause_s")
+    return f"; its reader waited {_seconds(lag_s)} in all, {_seconds(longest_s)} at the longest"
 
 
 def _find(request: str, request_ids: Sequence[str], log_path: Path) -> str:
@@ -206,7 +240,9 @@ def _find(request: str, request_ids: Sequence[str], log_path: Path) -> str:
 
 
 def _badness(history: History) -> tuple[float, float]:
-    return (history.late_by_s if history.late_by_s is not None else 0.0, sum(history.waited_s.values()))
+    late_s = max(history.late_by_s or 0.0, 0.0)
+    lag_s = sum(history.reader_waited_s.values()) if history.lag_s is None else history.lag_s
+    return (late_s + lag_s, sum(history.waited_s.values()))
 
 
 def _summary(history: History) -> dict[str, Any]:
@@ -214,16 +250,19 @@ def _summary(history: History) -> dict[str, Any]:
         "request_id": history.request_id,
         "ttft_s": history.ttft_s,
         "late_by_s": history.late_by_s,
+        "lag_s": history.lag_s,
+        "longest_pause_s": history.longest_pause_s,
         "waited_s": {reason.value: round(seconds, 6) for reason, seconds in history.waited_s.most_common()},
         "parks": sum(entry.event is Event.PARKED for entry in history.entries),
     }
 
 
 def _table(chosen: Sequence[History], *, num_all: int) -> Table:
-    table = Table(title=f"The latest first tokens among {num_all} requests", box=SIMPLE, pad_edge=False)
+    table = Table(title=f"Who waited longest among {num_all} requests", box=SIMPLE, pad_edge=False)
     table.add_column("request", no_wrap=True)
     table.add_column("TTFT", justify="right")
     table.add_column("late by", justify="right")
+    table.add_column("reader waited", justify="right")
     table.add_column("parked", justify="right")
     table.add_column("waited longest because")
     for history in chosen:
@@ -232,22 +271,30 @@ def _table(chosen: Sequence[History], *, num_all: int) -> Table:
             history.request_id,
             _seconds(history.ttft_s),
             _seconds(history.late_by_s) if (history.late_by_s or 0) > 0 else "-",
+            _seconds(history.lag_s),
             str(_summary(history)["parks"]),
             f"{_seconds(longest[0][1])}: {SENTENCES[longest[0][0]]}" if longest else "-",
         )
     return table
 
 
-def _totals(histories: Any) -> Table:
-    totals: Counter[Reason] = Counter()
+def _totals(histories: Iterable[History]) -> Iterator[Table]:
+    waited: Counter[Reason | None] = Counter()
+    readers: Counter[Reason | None] = Counter()
     for history in histories:
-        totals.update(history.waited_s)
-    table = Table(title="Seconds waited, over all requests", box=SIMPLE, pad_edge=False)
-    table.add_column("seconds", justify="right")
-    table.add_column("because")
-    for reason, seconds in totals.most_common():
-        table.add_row(f"{seconds:.1f}", SENTENCES[reason])
-    return table
+        waited.update(history.waited_s)
+        readers.update(history.reader_waited_s)
+    for title, totals in (
+        ("Seconds waited, over all requests", waited),
+        ("Seconds that readers waited, over all requests", readers),
+    ):
+        if totals:
+            table = Table(title=title, box=SIMPLE, pad_edge=False)
+            table.add_column("seconds", justify="right")
+            table.add_column("because")
+            for reason, seconds in totals.most_common():
+                table.add_row(f"{seconds:.1f}", IN_THE_BATCH if reason is None else SENTENCES[reason])
+            yield table
 
 
 def _seconds(value: float | None) -> str:

@@ -145,6 +145,26 @@ def num_on_time(slo: SloClass, arrival_s: float, token_times_s: Iterable[float])
     return sum(at_s <= due_s(slo, arrival_s, k) for k, at_s in enumerate(token_times_s))
 
 
+def num_late(slo: SloClass, arrival_s: float, k: int, at_s: float, num_tokens: int = 1, every_s: float = 0.0) -> int:
+    """Of tokens told together, those that came later than :func:`due_s`.
+
+    Args:
+        slo: The request's class.
+        arrival_s: When the request arrived.
+        k: Number of the first of them.
+        at_s: When that came; the others one each ``every_s`` after it.
+        num_tokens: How many.
+        every_s: See ``at_s``.
+    """
+    behind_s = at_s - due_s(slo, arrival_s, k)
+    if num_tokens == 1:  # nearly always
+        return 1 if behind_s > 0 else 0
+    gains_s = slo.tpot_s - every_s  # what each is less behind than the one before
+    if behind_s > 0:
+        return num_tokens if gains_s <= 0 else min(max(math.ceil(behind_s / gains_s), 1), num_tokens)
+    return 0 if gains_s >= 0 else max(num_tokens - 1 - math.floor(behind_s / gains_s), 0)
+
+
 def fluidity_index(slo: SloClass, arrival_s: float, token_times_s: Iterable[float]) -> float | None:
     """Etalon's fluidity index (arXiv 2407.07000): ``1 - deadlines missed / deadlines``; None without tokens.
 

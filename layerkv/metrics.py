@@ -11,6 +11,9 @@ from typing import Any, Literal
 
 Kind = Literal["counter", "gauge", "histogram"]
 
+_WAITS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
+"""1 s is the built-in bound of a fluid request's lag."""
+
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0)
 
 
@@ -83,6 +86,36 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     MetricSpec("layerkv_ttft_slo_met", "counter", "First tokens on time, by SLO class.", "slo_class"),
     MetricSpec("layerkv_ttft_slo_missed", "counter", "First tokens late, by SLO class.", "slo_class"),
+    MetricSpec(
+        "layerkv_tokens_on_time",
+        "counter",
+        "Tokens no later than arrival + ttft + k * tpot, by SLO class.",
+        "slo_class",
+    ),
+    MetricSpec("layerkv_tokens_late", "counter", "Tokens later than that, by SLO class.", "slo_class"),
+    MetricSpec(
+        "layerkv_fluid_requests",
+        "counter",
+        "Requests over whose first token met ttft and whose reader waited max_lag in all at most, by SLO class.",
+        "slo_class",
+    ),
+    MetricSpec(
+        "layerkv_not_fluid_requests", "counter", "Requests over that were not fluid, by SLO class.", "slo_class"
+    ),
+    MetricSpec(
+        "layerkv_lag_seconds",
+        "histogram",
+        "All waits of a request's reader together, by SLO class.",
+        "slo_class",
+        _WAITS_S,
+    ),
+    MetricSpec(
+        "layerkv_longest_pause_seconds",
+        "histogram",
+        "The longest wait of a request's reader for a token, by SLO class.",
+        "slo_class",
+        _WAITS_S,
+    ),
 )
 
 Payload = dict[str, dict[str, Any]]
@@ -105,9 +138,9 @@ class MetricSamples:
         """Set a gauge."""
         self.gauges[_key(name, label)] = value
 
-    def observe(self, name: str, value: float) -> None:
+    def observe(self, name: str, value: float, label: str | None = None) -> None:
         """Add one observation to a histogram."""
-        self.histograms.setdefault(name, []).append(value)
+        self.histograms.setdefault(_key(name, label), []).append(value)
 
     def __bool__(self) -> bool:
         return bool(self.counters or self.gauges or self.histograms)

@@ -7,22 +7,25 @@ from pathlib import Path
 
 from rich.console import Console
 
-from layerkv.config import SloClass, SloPolicy, load_policy
+from layerkv.config import SloClass, SloPolicy, load_policy, load_policy_document, parse_policy
 from layerkv.errors import LayerKVError
+from layerkv.policy_hints import hints
 from layerkv.runtime import ring, running_engines
 from layerkv.units import format_seconds
 
 
 def run_check(path: Path, console: Console | None = None) -> int:
-    """Check a policy file and print what it promises.
+    """Check a policy file and print what it promises, and what in it is hardly meant.
 
     Raises:
         ConfigError: the file is wrong.
     """
     console = console or Console()
-    policy = load_policy(path)
-    for line in describe(policy):
-        console.print(line, highlight=False, soft_wrap=True)
+    document = load_policy_document(path)
+    policy = parse_policy(document, where=f"{path}: $")
+    warnings = [f"warning: {hint}" for hint in hints(policy, document, where=f"{path}: $")]
+    for line in [*describe(policy), *warnings]:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     return 0
 
 

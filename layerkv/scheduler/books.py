@@ -25,6 +25,7 @@ from layerkv.scheduler.lengths import (
 )
 from layerkv.scheduler.reasons import End, Event, Reason
 from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
+from layerkv.scheduler.streams import Pause, Streams
 from layerkv.scheduler.tracker import DeadlineQueue, TrackedRequest
 
 REPREDICT_TOKENS = 32
@@ -46,6 +47,7 @@ class RequestBooks:
         line: Prompts under way and in line, for what front ends are told.
         flows: Of the parked, streams that flow.
         overtaken: In how many steps a request was the one charged with being overtaken, by id.
+        streams: What readers got, for whoever reports it.
         step_s: Seconds of a step that computes no prompt, as of the last look.
     """
 
@@ -72,6 +74,7 @@ class RequestBooks:
         self.line = PrefillLine()
         self.overtaken: dict[str, int] = {}
         self.flows = Flows()
+        self.streams = Streams()
         self.step_s = 0.0
         self._refuses_late = refuses_late
 
@@ -154,6 +157,7 @@ class RequestBooks:
         tracked.prefill_rest_s = tracked.prefill_cost_s
         self.line.started(tracked.prefill_cost_s, was_last=not self.waiting)
         tracked.resident_since_step, tracked.resident_since_s = step, now_s
+        tracked.stream.comes_back()
         event = Event.ADMITTED_LAYERED if layered else Event.ADMITTED_RESIDENT
         self.journal.say(now_s, request_id, tracked, event, reason)
         if tracked.admitted_s is not None:
@@ -194,6 +198,7 @@ class RequestBooks:
                 is_fresh=is_fresh,
             )
         )
+        tracked.stream.leaves(Event.PARKED, reason)
         self.journal.say(now_s, request_id, tracked, Event.PARKED, reason)
 
     def fetched(self, request_id: str, *, step: int, now_s: float) -> None:
@@ -202,6 +207,7 @@ class RequestBooks:
         self._leave_parked(request_id)
         self.overtaken.pop(request_id, None)
         tracked.resident_since_step, tracked.resident_since_s = step, now_s
+        tracked.stream.comes_back()
         self.journal.say(now_s, request_id, tracked, Event.FETCHED, Reason.ITS_TURN)
 
     def recomputes(self, request_id: str, num_tokens: int, num_output: int, reason: Reason, now_s: float) -> None:
@@ -210,6 +216,7 @@ class RequestBooks:
         if tracked is not None:
             self._give_up_prefill(tracked)
             self.enqueue(request_id, num_tokens, num_output)
+            tracked.stream.leaves(Event.RECOMPUTES, reason)
             self.journal.say(now_s, request_id, tracked, Event.RECOMPUTES, reason)
 
     def copy_failed(self, request_id: str, num_output: int) -> bool:
@@ -238,8 +245,8 @@ class RequestBooks:
     def made_tokens(self, request_id: str, at_s: float, num_tokens: int = 1, every_s: float = 0.0) -> None:
         """Tokens of a request have come out: see :meth:`layerkv.figures.ReaderClock.add`."""
         tracked = self.tracked.get(request_id)
-        if tracked is not None:
-            tracked.reader.add(at_s, num_tokens, every_s)
+        if tracked is not None and (pause := self.streams.made(tracked, at_s, num_tokens, every_s)) is not None:
+            self._tell_pause(at_s, request_id, pause)
 
     def leave(self, request_id: str, *, num_output: int, end: End, now_s: float, made_tokens: bool = True) -> None:
         """A request is gone, after ``num_output`` tokens: what that says about lengths is learned.
@@ -257,7 +264,19 @@ class RequestBooks:
         if num_output and end is not End.REFUSED:
             is_bound = end is End.CUT_OFF or not made_tokens
             self.lengths.observe(tracked.slo.name, num_output, is_bound=is_bound)
-        self.journal.write(now_s, request_id, Event.FINISHED, output_tokens=num_output, end=end.value)
+        if (pause := self.streams.ended(tracked, end, now_s)) is not None:
+            self._tell_pause(now_s, request_id, pause)
+        facts: dict[str, Any] = {"output_tokens": num_output, "end": end.value}
+        if tracked.has_reader and num_output:
+            reader = tracked.reader
+            facts |= {"lag_s": round(reader.lag_s, 6), "longest_pause_s": round(reader.longest_pause_s, 6)}
+        self.journal.write(now_s, request_id, Event.FINISHED, **facts)
+
+    def _tell_pause(self, now_s: float, request_id: str, pause: Pause) -> None:
+        facts: dict[str, Any] = {"wait_s": round(pause.wait_s, 6), "token": pause.token}
+        if pause.left is not None:
+            facts["left"] = pause.left.value
+        self.journal.write(now_s, request_id, Event.READER_WAITED, pause.reason, **facts)
 
     def refused(self, request_id: str, reason: Reason, text: str, now_s: float) -> None:
         """A request is not served."""

@@ -96,6 +96,7 @@ class Event(StrEnum):
     FETCHED = "fetched"
     RECOMPUTES = "recomputes"
     STORED_AHEAD = "stored_ahead"
+    READER_WAITED = "reader_waited"
     REFUSED = "refused"
     FINISHED = "finished"
 
@@ -127,7 +128,10 @@ class LogEntry(NamedTuple):
         reason: Why, if there was a choice.
         facts: Figures behind it. On arrival ``slo_class``, ``ttft_s``, ``tpot_s``, ``prompt_tokens``; with a wait
             ``free_blocks``, ``free_zone_blocks``, ``free_host_blocks``, ``prefill_tokens`` of the step; with the first
-            token ``ttft_s``, ``on_time``; at the end ``output_tokens``, ``end``; with a refusal its ``text``.
+            token ``ttft_s``, ``on_time``; with a reader's wait, told when that is over, ``wait_s``, ``token`` (the
+            number of the token it was for; the first is 0) and ``left``, the event that took the request out of the
+            batch, if one did: the reason is that event's; at the end ``output_tokens``, ``end`` and, if somebody read
+            them, ``lag_s`` (all waits together) and ``longest_pause_s``; with a refusal its ``text``.
     """
 
     time_s: float

@@ -16,6 +16,7 @@ from layerkv.config import SloClass
 from layerkv.figures import ReaderClock
 from layerkv.scheduler.reasons import Event, Reason
 from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
+from layerkv.scheduler.streams import Stream
 
 View = TypeVar("View", WaitingRequest, ParkedRequest)
 
@@ -200,6 +201,7 @@ class TrackedRequest:
         weight: weight,
         max_stall_s: and longest stall (infinite if it has none), at hand for the pass over running requests.
         reader: Who reads its tokens, by its class's pace.
+        stream: What its client has got so far.
     """
 
     slo: SloClass
@@ -226,6 +228,7 @@ class TrackedRequest:
     weight: float = field(init=False)
     max_stall_s: float = field(init=False)
     reader: ReaderClock = field(init=False)
+    stream: Stream = field(default_factory=Stream)
 
     def __post_init__(self) -> None:
         self.tpot_s = self.slo.tpot_s if self.slo.tpot_s < math.inf else NO_TPOT_S

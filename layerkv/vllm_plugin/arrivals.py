@@ -70,7 +70,9 @@ class Arrivals:
         """A request has come: find out its class and let it wait."""
         slo = self._slo_class_of(request)
         now_s = time.monotonic()
-        waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_CLOCK_SKEW_S)
+        waited_s = time.time() - request.arrival_time
+        if not 0 <= waited_s <= MAX_CLOCK_SKEW_S:
+            waited_s = 0.0
         self._controller.arrive(
             request.request_id,
             slo,

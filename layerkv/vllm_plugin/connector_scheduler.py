@@ -15,6 +15,7 @@ from layerkv.metrics import MetricSamples, Payload
 from layerkv.runtime import checks_books
 from layerkv.scheduler.desk import Desk
 from layerkv.scheduler.reasons import End
+from layerkv.scheduler.streams import Streams
 from layerkv.vllm_plugin.kv_events import HostPrefixEvents
 from layerkv.vllm_plugin.setup import Setup
 from layerkv.vllm_plugin.spec import LayerKVManager
@@ -53,6 +54,7 @@ class SchedulerSide:
         """Of the host prefix cache, where vLLM publishes KV events."""
         self._requests: Mapping[str, Request] = {}
         self._desk: Desk
+        self._streams = Streams()
         self._end_of: Callable[[Request], End]
         self._checks_books = checks_books()
         self._reported = LedgerCounters()
@@ -76,9 +78,12 @@ class SchedulerSide:
             kind, window = kv_cache_manager.kv_cache_event_metadata[0]
             self.events = HostPrefixEvents(self.ledger.host, self.geometry.block_tokens, kind, window)
 
-    def follow(self, requests: Mapping[str, Request], desk: Desk, end_of: Callable[[Request], End]) -> None:
-        """Before the first request: the scheduler's table of requests, its desk, and how it sees that one ended."""
-        self._requests, self._desk, self._end_of = requests, desk, end_of
+    def follow(
+        self, requests: Mapping[str, Request], desk: Desk, streams: Streams, end_of: Callable[[Request], End]
+    ) -> None:
+        """Before the first request: the scheduler's table of requests, its desk, what its readers got, and how it sees
+        that a request ended."""
+        self._requests, self._desk, self._streams, self._end_of = requests, desk, streams, end_of
 
     def tokens_to_fetch(self, request_id: str, num_local_tokens: int) -> tuple[int, bool]:
         """Tokens in host memory beyond those in the device's prefix cache, and that they arrive asynchronously."""
@@ -178,6 +183,7 @@ class SchedulerSide:
 
     def take_metrics(self) -> Payload | None:
         """What changed since the last call; None if nothing did."""
+        self._streams.report(self.metrics)
         ledger, counters = self.ledger, self.ledger.counters
         version = (ledger.residency.version, ledger.zone.num_taken, ledger.host.num_held, ledger.host.num_cached)
         if version == self._reported_version and not self.metrics:

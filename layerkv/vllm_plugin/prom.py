@@ -125,5 +125,5 @@ def _keys_at_start(spec: MetricSpec, classes: tuple[str, ...]) -> list[str]:
     """What shows as 0 before anything has happened: a counter that appears with its first event hides that event."""
     if spec.label is None:
         return [spec.name]
-    values = classes if spec.label == "slo_class" and spec.kind == "counter" else spec.label_values
+    values = classes if spec.label == "slo_class" and spec.kind != "gauge" else spec.label_values
     return [f"{spec.name}|{value}" for value in values]

@@ -91,7 +91,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._reader = EngineReader(self, side, manager, self._controller)
         self._arrivals = Arrivals(self, side, self._controller, desk, self._policy_source)
         self._recovery = Recovery(self, side, self._controller, desk, self._arrivals)
-        side.follow(self.requests, desk, self._arrivals.end_of)
+        side.follow(self.requests, desk, self._controller.streams, self._arrivals.end_of)
         # The policy chooses who is found and in which order; under priority scheduling, priorities go before deadlines.
         self.waiting = queue = WaitingQueue()
         self._execution = Execution(self, side, self._controller, desk, self._arrivals, queue, self._reader.prefix_hits)

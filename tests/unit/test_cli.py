@@ -189,8 +189,8 @@ def test_the_doctor_shows_the_classes_of_a_policy(tmp_path: Path) -> None:
     status, report = diagnose(str(path))
     assert status == 0
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in report.splitlines() if "│" in line]
-    assert ["chat (default)", "500ms", "50ms", "1", "", "queue"] in rows
-    assert ["batch", "3m", "1s", "1", "2s", "reject"] in rows
+    assert ["chat (default)", "500ms", "50ms", "1s", "1", "", "queue"] in rows
+    assert ["batch", "3m", "1s", "1s", "1", "2s", "reject"] in rows
 
 
 @pytest.mark.usefixtures("checks")

@@ -16,6 +16,7 @@ from layerkv.figures import (
     fluidity_index,
     is_fluid,
     met_slo,
+    num_late,
     num_on_time,
     percentile,
     reader_of,
@@ -123,6 +124,21 @@ def test_nobody_waits_for_what_nobody_reads() -> None:
 def test_a_token_is_on_time_by_the_request_s_arrival_and_not_by_its_first_token() -> None:
     assert num_on_time(READS, 10.0, [10.1, 12.5, 13.0, 13.6]) == 3  # due at 12.0, 12.5, 13.0, 13.5
     assert num_on_time(SloClass(name="batch", ttft_s=2.0, tpot_s=math.inf), 0.0, [2.0, 99.0]) == 2
+
+
+EIGHTHS = st.integers(-40, 80).map(lambda eighths: eighths / 8)  # exact: a token that is due now is on time
+TPOTS = st.sampled_from((0.125, 0.5, 1.0, math.inf))
+
+
+@given(st.integers(0, 6), EIGHTHS, st.integers(1, 30), st.integers(0, 16).map(lambda eighths: eighths / 8), TPOTS)
+def test_of_tokens_told_together_as_many_are_late_as_one_by_one(
+    k: int, at_s: float, num_tokens: int, every_s: float, tpot_s: float
+) -> None:
+    slo = SloClass(name="any", ttft_s=2.0, tpot_s=tpot_s)
+    times_s = [at_s + i * every_s for i in range(num_tokens)]
+    before = [-100.0] * k
+    on_time = num_on_time(slo, 1.0, before + times_s) - k
+    assert num_late(slo, 1.0, k, at_s, num_tokens, every_s) == num_tokens - on_time
 
 
 def test_the_fluidity_index_counts_every_deadline_that_passes_and_begins_anew_after_a_late_token() -> None:

@@ -72,6 +72,71 @@ def test_check_says_whose_streams_are_paced(policy_path: Path, capsys: pytest.Ca
     assert "pace" not in batch
 
 
+@pytest.mark.parametrize(
+    ("promises", "warnings"),
+    [
+        (
+            "{ttft: 500, tpot: 50}",
+            [
+                'ttft: found 500 without a unit: 500 s; write 500ms if milliseconds are meant, else "500s"',
+                'tpot: found 50 without a unit: 50 s; write 50ms if milliseconds are meant, else "50s"',
+                "tpot: found 50s per token, at which nobody reads along; expected at most 10s; leave it out if the "
+                "answer is used when it is whole",
+            ],
+        ),
+        (
+            "{ttft: 50ms, tpot: 500ms}",
+            [
+                "tpot: found 500ms, more than ttft (50ms): each token may take longer than the first; expected less; "
+                "are the two swapped?"
+            ],
+        ),
+        (
+            "{ttft: 30s, max_lag: 5s}",
+            ["max_lag: found '5s' where nobody reads along (no tpot): it has no effect; leave it out"],
+        ),
+        (
+            "{ttft: 30s, tpot: 1s, stream: false, max_lag: 0}",
+            ["max_lag: found 0 where nobody reads along (stream: false): it has no effect; leave it out"],
+        ),
+        (
+            "{ttft: 30s, tpot: 1s, max_stall: 500ms}",
+            [
+                "max_stall: found 500ms, less than tpot (1s): every token would have to come sooner than it is due; "
+                "expected more"
+            ],
+        ),
+        ("{ttft: 2, tpot: 0.2, max_lag: 0, max_stall: 3}", []),
+        ("{ttft: 500s, tpot: 10s, stream: false}", []),
+    ],
+)
+def test_check_warns_of_what_is_allowed_and_hardly_meant(
+    policy_path: Path, capsys: pytest.CaptureFixture[str], promises: str, warnings: list[str]
+) -> None:
+    policy_path.write_text(f"version: 1\ndefault_class: 'a [b]'\nclasses:\n  'a [b]': {promises}\n")
+    assert main(["policy", "check", str(policy_path)]) == 0
+    promise, *lines = capsys.readouterr().out.splitlines()
+    assert promise.startswith("a [b] (default): first token within")
+    assert lines == [f"warning: {policy_path}: $.classes['a [b]'].{warning}" for warning in warnings]
+
+
+@pytest.mark.parametrize(
+    ("promises", "pace"),
+    [
+        ("tpot: 50ms", "then 50ms per token, waits of 1s in all at most"),
+        ("tpot: 50ms, max_lag: 0", "then 50ms per token, no wait at most"),
+        ("tpot: 50ms, stream: false", "then 50ms per token on average (nobody reads along)"),
+        ("weight: 1", "the rest when it is ready (nobody reads along)"),
+    ],
+)
+def test_check_says_who_reads_along_and_how_long_it_may_wait(
+    policy_path: Path, capsys: pytest.CaptureFixture[str], promises: str, pace: str
+) -> None:
+    policy_path.write_text(f"version: 1\ndefault_class: a\nclasses:\n  a: {{ttft: 1s, {promises}}}\n")
+    assert main(["policy", "check", str(policy_path)]) == 0
+    assert f"first token within 1s, {pace};" in capsys.readouterr().out
+
+
 def test_check_refuses_what_is_wrong(policy_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     policy_path.write_text(POLICY.replace("500ms", "soon"))
     assert main(["policy", "check", str(policy_path)]) == 2
