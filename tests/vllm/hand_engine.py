@@ -46,9 +46,10 @@ class Step:
 class HandEngine:
     """See the module.
 
-    Set ``fail_hits`` or ``fail_fetches`` before :meth:`schedule` to make the loads of that step fail: nothing is
-    copied, and the blocks are reported with the step's output (fetches after ``fetch_steps`` steps). Requests in
-    ``held`` are neither started nor fetched, those in ``keep_in_zone`` are not parked after their first token.
+    Set ``fail_hits``, ``fail_zone_hits`` or ``fail_fetches`` before :meth:`schedule` to make the loads of that step
+    fail: nothing is copied, and the blocks are reported with the step's output (fetches after ``fetch_steps`` steps).
+    Requests in ``held`` are neither started nor fetched, those in ``keep_in_zone`` are not parked after their first
+    token.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class HandEngine:
         self._is_ahead = ahead
         self._now_s = 1000.0
         self.in_flight: deque[Step] = deque()
-        self.fail_hits = self.fail_fetches = False
+        self.fail_hits = self.fail_zone_hits = self.fail_fetches = False
         self.requests: dict[str, Any] = {}
         self.tokens: dict[str, list[int]] = {}
         self.worker = CheckedWorker(
@@ -186,10 +187,15 @@ class HandEngine:
         self._now_s += STEP_S
         with self._at_its_time():
             scheduled = self.scheduler.schedule()
-        output = self.worker.run(scheduled, fail_hits=self.fail_hits, fail_fetches=self.fail_fetches)
+        output = self.worker.run(
+            scheduled,
+            fail_hits=self.fail_hits,
+            fail_zone_hits=self.fail_zone_hits,
+            fail_fetches=self.fail_fetches,
+        )
         step = Step(scheduled, output)
         self.in_flight.append(step)
-        self.fail_hits = self.fail_fetches = False
+        self.fail_hits = self.fail_zone_hits = self.fail_fetches = False
         return step
 
     def process(self) -> dict[str, list[int]]:
