@@ -8,6 +8,7 @@ from itertools import islice
 from layerkv.core.host_tier import HostCopy, HostTier
 from layerkv.core.plan_draft import PlanDraft
 from layerkv.core.transfer import merge_runs
+from layerkv.errors import CapacityError
 
 
 class HostPrefixes:
@@ -21,12 +22,62 @@ class HostPrefixes:
         """Cached blocks of a prompt, from the first of ``blocks`` on."""
         return len(self._host.find(islice(hashes, blocks.start, blocks.stop)))
 
+    def num_held(self, hashes: Sequence[Hashable], blocks: range) -> int:
+        """Of those blocks, how many are not free: others share them, or a plan has them pinned."""
+        found = self._host.find(islice(hashes, blocks.start, blocks.stop))
+        return len(found) - self._host.num_that_count_as_free(found)
+
     def load(self, draft: PlanDraft, block_ids: Sequence[int], hashes: Sequence[Hashable], blocks: range) -> None:
         """Load ``blocks`` of a block table, all of them found before in this step."""
         found = self._host.find(hashes[blocks.start : blocks.stop])
         assert len(found) == len(blocks), "a prefix that was found is gone"
         self._host.pin(found)
         draft.hits += merge_runs(block_ids[blocks.start : blocks.stop], found)
+
+    def reserve(self, num_blocks: int, hashes: Sequence[Hashable], first: int) -> HostCopy:
+        """Host blocks for a layered prompt's table of ``num_blocks``.
+
+        Args:
+            num_blocks: Of its whole table.
+            hashes: Of the blocks that it need not compute.
+            first: Block from which on those that are cached are shared; all others are taken.
+
+        Raises:
+            CapacityError: there are not so many; nothing changed.
+        """
+        host = self._host
+        found = host.find(hashes[first:])
+        wanted, free = num_blocks - len(found), host.num_free - host.num_that_count_as_free(found)
+        if wanted > free:
+            raise CapacityError(f"host memory: {wanted} blocks wanted, {free} free")
+        host.share(found)  # before others are taken, which they might give way to
+        own = host.take(wanted)
+        return HostCopy([*own[:first], *found, *own[first:]])
+
+    def settle(self, copy: HostCopy, hashes: Sequence[Hashable], first: int) -> int:
+        """A layered prompt starts, and what it has on the device, before ``first``, may not be what was expected.
+
+        It shares what is cached from there on, and has every block after that, which it writes, for itself.
+
+        Returns:
+            Blocks that it loads, from ``first`` on.
+
+        Raises:
+            CapacityError: host memory has no room for those that it writes.
+        """
+        host = self._host
+        found = host.find(hashes[first:])
+        for place, block in enumerate(found, first):
+            if copy.blocks[place] != block:
+                host.share([block])
+                host.give_back([copy.blocks[place]])
+                copy.blocks[place] = block
+        written = range(first + len(found), len(copy.blocks))
+        shared = [place for place in written if host.num_sharers(copy.blocks[place])]
+        for place, block in zip(shared, host.take(len(shared)), strict=True):
+            host.give_back([copy.blocks[place]])
+            copy.blocks[place] = block
+        return len(found)
 
     def keep_copy(self, copy: HostCopy, hashes: Sequence[Hashable]) -> None:
         """The whole blocks of a parked request's copy become a cached prefix; the rest is given back."""

@@ -26,16 +26,24 @@ class HostCopy:
         num_tokens: Tokens whose KV is (or, for stores under way, will be) valid there; set when parked.
         is_ahead: The request is resident: its leading whole blocks were stored before anybody parked it.
         is_trusted: It may become a cached prefix. Not after something in host memory could not be read.
+        loads_prefix: The request is layered and starts with blocks that it shares with the prefix cache: its next step
+            loads them into all layers, those that have a lane for themselves among them.
+        is_short: Host memory had no room for what it must write, so it does not start now.
     """
 
     blocks: list[int]
     num_tokens: int = 0
     is_ahead: bool = False
     is_trusted: bool = True
+    loads_prefix: bool = False
+    is_short: bool = False
 
 
 class HostTier:
     """Host blocks ``[0, count)``: each is free, held by a request, or caches one block of a prefix.
+
+    A cached block may be *shared* besides: requests hold it that only read it, and it gives way to nobody until the
+    last of them gives it back. What is forgotten meanwhile is not found any more, and stays theirs.
 
     A cached block is known by the hash of its block and of all before it, as vLLM's prefix cache knows its own. It is
     *pinned* while a plan that writes or reads it is being made, and gives way to nobody meanwhile: two copies of one
@@ -50,7 +58,8 @@ class HostTier:
         self._block_of: dict[Hashable, int] = {}
         self._hash_of: dict[int, Hashable] = {}
         self._evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._pinned: list[int] = []
+        self._pinned: dict[int, None] = {}  # in the order in which they were
+        self._sharers: dict[int, int] = {}  # requests that hold a block which was cached when they came
         self._retired: list[int] = []  # were forgotten while pinned: free as soon as the plan is made
 
     def listen(self) -> PrefixNews:
@@ -80,8 +89,8 @@ class HostTier:
 
     @property
     def num_held(self) -> int:
-        """Blocks that requests hold."""
-        return self.count - self._allocator.num_free - self.num_cached - len(self._retired)
+        """Blocks that requests hold, shared ones among them."""
+        return self.count - self.num_free - len(self._pinned) - len(self._retired)
 
     def take(self, num_blocks: int) -> list[int]:
         """Take blocks for a request, in runs as long as there are; cached prefixes give way.
@@ -96,28 +105,52 @@ class HostTier:
             self._forget(list(islice(self._evictable, missing)))
         return self._allocator.take(num_blocks)
 
+    def share(self, blocks: Iterable[int]) -> None:
+        """A request holds these cached blocks from now on, to read them, until it gives them back."""
+        for block in blocks:
+            assert block in self._hash_of, f"block {block} is not cached"
+            self._sharers[block] = self.num_sharers(block) + 1
+            self._evictable.pop(block, None)
+            self._pinned.pop(block, None)
+
+    def num_sharers(self, block: int) -> int:
+        """Requests that share ``block``; 0 for one that a request has for itself."""
+        return self._sharers.get(block, 0)
+
+    def num_that_count_as_free(self, blocks: Iterable[int]) -> int:
+        """Those of these cached blocks that :attr:`num_free` counts, because nobody holds them or has them pinned."""
+        return sum(block in self._evictable for block in blocks)
+
     def give_back(self, blocks: Iterable[int]) -> None:
-        """Return blocks taken before.
+        """Return blocks taken or shared before. Those that are still cached when nobody shares them are pinned.
 
         Raises:
             ValueError: a block is out of range or already free.
         """
-        self._allocator.give_back(blocks)
+        blocks = list(blocks)
+        self._allocator.give_back([block for block in blocks if block not in self._sharers])
+        for block in blocks:
+            if block in self._sharers:
+                self._end_share(block)
 
     def keep(self, blocks: Sequence[int], hashes: Sequence[Hashable]) -> None:
         """Blocks taken before cache a prefix from now on, each under its hash, and are pinned.
 
-        One whose hash is known is given back; the one that is known is pinned.
+        One whose hash is known is given back; the one that is known is pinned. One that is shared is given back too: it
+        is cached, or was forgotten, and then is not to be trusted.
         """
         twice: list[int] = []
         for block, block_hash in zip(blocks, hashes, strict=True):
+            if block in self._sharers:
+                self._end_share(block)
+                continue
             if (known := self._block_of.get(block_hash)) is not None:
                 twice.append(block)
                 self.pin([known])
                 continue
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
-            self._pinned.append(block)
+            self._pinned[block] = None
             if self.news is not None:
                 self.news.kept(block_hash)
         self._allocator.give_back(twice)
@@ -141,7 +174,7 @@ class HostTier:
         for block in blocks:
             if block in self._evictable:
                 del self._evictable[block]
-                self._pinned.append(block)
+                self._pinned[block] = None
 
     def unpin(self) -> None:
         """The plan is made: what was pinned is the most recently used now.
@@ -157,13 +190,15 @@ class HostTier:
     def forget_all(self) -> None:
         """Nothing is found any more. What is pinned stays until the plan is made, which may still write it."""
         self._forget(list(self._evictable))
-        for block in self._pinned:
+        for block in list(self._hash_of):
             self._unname(block)
         self._retired += self._pinned
         self._pinned.clear()
 
     def is_free(self, block: int) -> bool:
         """Whether no request holds ``block``."""
+        if block in self._sharers:
+            return False
         return block in self._hash_of or block in self._retired or self._allocator.is_free(block)
 
     def check(self) -> None:
@@ -171,16 +206,27 @@ class HostTier:
         self._allocator.check()
         assert len(self._block_of) == len(self._hash_of)
         assert all(self._block_of[block_hash] == block for block, block_hash in self._hash_of.items())
-        assert {*self._evictable, *self._pinned} == set(self._hash_of)
+        assert {*self._evictable, *self._pinned} == self._hash_of.keys() - self._sharers.keys()
         assert not set(self._evictable) & set(self._pinned)
-        assert not any(self._allocator.is_free(block) for block in (*self._hash_of, *self._retired))
-        assert not set(self._retired) & set(self._hash_of)
+        assert not any(self._allocator.is_free(block) for block in (*self._hash_of, *self._retired, *self._sharers))
+        assert not set(self._retired) & {*self._hash_of, *self._sharers}
+        assert all(count > 0 for count in self._sharers.values())
 
     def _forget(self, blocks: Sequence[int]) -> None:
         for block in blocks:
             del self._evictable[block]
             self._unname(block)
         self._allocator.give_back(blocks)
+
+    def _end_share(self, block: int) -> None:
+        if (left := self._sharers[block] - 1) > 0:
+            self._sharers[block] = left
+            return
+        del self._sharers[block]
+        if block in self._hash_of:
+            self._pinned[block] = None
+        else:
+            self._retired.append(block)  # the plan that is being made may still read it
 
     def _unname(self, block: int) -> None:
         block_hash = self._hash_of.pop(block)

@@ -8,6 +8,7 @@ happens as a whole or raises :class:`CapacityError` and changes nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass
 
@@ -43,7 +44,8 @@ class KVLedger:
     its fetch has been reported complete (unless copies are kept), when it gives way, or when the request leaves. A host
     block may be reused while a store into it is still under way, because stores run in the order in which they were
     planned, and a step that gives away what a background store may still write waits for that
-    (``StepPlan.settle``); it is never reused while a load reads it.
+    (``StepPlan.settle``); it is never reused while a load reads it. One that caches a
+    prefix may be shared by the layered requests that begin with it, which never write it.
 
     What leaves with whole blocks and their hashes is kept as a cached prefix (:class:`HostTier`): its blocks count as
     free, and a later prompt that begins with it loads it instead of computing it.
@@ -70,21 +72,27 @@ class KVLedger:
         """A request arrives."""
         self.residency.add(request_id)
 
-    def admit_layered(self, request_id: str, *, table_blocks: int, zone_blocks: int) -> None:
+    def admit_layered(
+        self, request_id: str, *, table_blocks: int, zone_blocks: int, hashes: Sequence[Hashable] = ()
+    ) -> None:
         """Admit a waiting request whose new blocks come from the zone.
 
         Args:
             request_id: The request.
             table_blocks: Blocks of its whole prompt, prefix-cache hits included: all get a host block.
             zone_blocks: Those of them that come from the zone (the rest are hits in the pool).
+            hashes: Of its blocks up to the one of its last token, which is computed: those of the zone's that host
+                memory caches are shared, and no host block is taken for them.
 
         Raises:
             CapacityError: zone or host memory has no room; nothing changed.
         """
-        if table_blocks > self.host.num_free:
-            raise CapacityError(f"host memory: {table_blocks} blocks wanted, {self.host.num_free} free")
         self.zone.reserve(request_id, zone_blocks)
-        self._copies[request_id] = HostCopy(self.host.take(table_blocks))
+        try:
+            self._copies[request_id] = self._prefixes.reserve(table_blocks, hashes, table_blocks - zone_blocks)
+        except CapacityError:
+            self.zone.end_reservation(request_id)
+            raise
         self._layered.add(request_id)
         self.counters.layered_admissions += 1
 
@@ -116,7 +124,7 @@ class KVLedger:
         """Blocks of a waiting prompt that it can load instead of computing them, from the first of ``blocks`` on.
 
         Args:
-            request_id: The request. Only one that is to run resident loads a prefix.
+            request_id: The request. Of one that has been admitted layered, :meth:`settle_prefix` knows.
             hashes: Of its blocks.
             blocks: From its hits in the device's prefix cache on, up to the block of its last token, which is computed.
         """
@@ -124,18 +132,49 @@ class KVLedger:
             return 0
         return self._prefixes.num_found(hashes, blocks)
 
-    def load_prefix(self, request_id: str, block_ids: Sequence[int], hashes: Sequence[Hashable], blocks: range) -> None:
-        """A waiting request starts with part of its prompt loaded, before this step's forward pass.
+    def num_held_prefix_blocks(self, hashes: Sequence[Hashable], blocks: range) -> int:
+        """Of those blocks that a prompt can load, how many are no free host blocks: others share them."""
+        return self._prefixes.num_held(hashes, blocks)
+
+    def settle_prefix(self, request_id: str, hashes: Sequence[Hashable], num_local_blocks: int) -> int:
+        """The engine is about to start a request admitted layered, and has found its first blocks on the device.
 
         Args:
-            request_id: A WAITING request, RESIDENT from now on.
+            request_id: The request.
+            hashes: Of its blocks up to the one of its last token, which is computed.
+            num_local_blocks: Blocks found on the device.
+
+        Returns:
+            Blocks after those that it loads from host memory. 0 too if host memory has no room for a block that it was
+            to share and is to write now: then it :meth:`lacks_host_blocks`.
+        """
+        copy = self._copies[request_id]
+        try:
+            return self._prefixes.settle(copy, hashes, num_local_blocks)
+        except CapacityError:
+            copy.is_short = True
+            return 0
+
+    def lacks_host_blocks(self, request_id: str) -> bool:
+        """Whether a request admitted layered cannot start, because what it counted on in host memory has changed."""
+        copy = self._copies.get(request_id)
+        return copy is not None and copy.is_short
+
+    def load_prefix(self, request_id: str, block_ids: Sequence[int], hashes: Sequence[Hashable], blocks: range) -> None:
+        """A waiting request starts with part of its prompt loaded, before this step's forward pass reads it.
+
+        Args:
+            request_id: A WAITING request, RESIDENT or LAYERED from now on. A layered one loads it layer by layer.
             block_ids: Its new block table.
             hashes: Of its blocks.
             blocks: Which blocks of the table are loaded, all of them found before in this step.
         """
-        self._prefixes.load(self._draft, block_ids, hashes, blocks)
+        if request_id in self._layered:
+            self._copies[request_id].loads_prefix = True
+        else:
+            self._prefixes.load(self._draft, block_ids, hashes, blocks)
+            self.counters.loaded_blocks += len(blocks)
         self.counters.prefix_hit_blocks += len(blocks)
-        self.counters.loaded_blocks += len(blocks)
         self.started(request_id)
 
     def forget_prefixes(self) -> None:
@@ -159,7 +198,8 @@ class KVLedger:
     def step_layered(self, request_id: str, block_ids: Sequence[int], *, num_computed: int, num_scheduled: int) -> None:
         """A layered request computes ``num_scheduled`` tokens after ``num_computed`` in this step.
 
-        Plans the store of every zone block written and the load of every zone block that holds earlier tokens.
+        Plans the store of every zone block written and the load of every zone block that holds earlier tokens, or in
+        its first step those of a cached prefix.
         The last earlier block may be both: it is loaded whole, written on, and stored whole.
 
         Raises:
@@ -177,7 +217,11 @@ class KVLedger:
         written = slice(first_written, last_block + 1)
         loads = merge_runs(block_ids[loaded], copy.blocks[loaded])
         stores = merge_runs(block_ids[written], copy.blocks[written])
-        self._draft.loads += loads
+        if copy.loads_prefix:
+            self._draft.zone_hits += loads
+            copy.loads_prefix = False
+        else:
+            self._draft.loads += loads
         self._draft.stores += stores
         self.counters.loaded_blocks += num_blocks(loads)
         self.counters.stored_blocks += num_blocks(stores)
@@ -223,8 +267,9 @@ class KVLedger:
     def park(self, request_id: str, block_ids: Sequence[int], num_computed: int) -> None:
         """The request gives up its device blocks; its KV of ``num_computed`` tokens goes to, or is in, host memory.
 
-        A layered request's zone blocks are in host memory already, so only its prefix-cache hits are stored. Of a
-        resident one, what was not stored ahead is stored now, before this step's forward pass.
+        A layered request's zone blocks are in host memory already, so only its hits on the device are stored, but for
+        those that it shares with the prefix cache there. Of a resident one, what was not stored ahead is stored now,
+        before this step's forward pass.
 
         Raises:
             CapacityError: no room in host memory for a resident request; nothing changed.
@@ -233,25 +278,24 @@ class KVLedger:
         layered = self.residency[request_id] is Residency.LAYERED
         if layered:
             copy = self._copies[request_id]
-            num_to_store = min(self.geometry.num_leading_pool_blocks(block_ids), num_needed)
+            in_pool = range(min(self.geometry.num_leading_pool_blocks(block_ids), num_needed))
+            to_store = [place for place in in_pool if not self.host.num_sharers(copy.blocks[place])]
             self.host.give_back(copy.blocks[num_needed:])
             del copy.blocks[num_needed:]
             self._leave_zone(request_id)
-            to_store = slice(0, num_to_store)
         else:
             ahead = self._copies.get(request_id)
             num_stored = 0 if ahead is None else len(ahead.blocks)
             rest = self.host.take(num_needed - num_stored)
             copy = self._copies[request_id] = HostCopy([*(ahead.blocks if ahead else ()), *rest])
-            to_store = slice(num_stored, num_needed)
-            num_to_store = num_needed - num_stored
+            to_store = list(range(num_stored, num_needed))
             if num_stored > 0:
                 self._draft.parks_now(request_id)
         copy.num_tokens = num_computed
-        self._draft.parks += merge_runs(block_ids[to_store], copy.blocks[to_store])
+        self._draft.parks += merge_runs([block_ids[i] for i in to_store], [copy.blocks[i] for i in to_store])
         self.residency.move(request_id, Residency.PARKED)
         self.counters.parks += 1
-        self.counters.stored_blocks += num_to_store
+        self.counters.stored_blocks += len(to_store)
 
     def host_blocks_of(self, request_id: str) -> Sequence[int]:
         """Host blocks that the request holds, by position; a copy, good for as long as anybody keeps it."""
@@ -389,11 +433,11 @@ class KVLedger:
         """
         self.zone.check()
         self.host.check()
-        held = [block for copy in (*self._copies.values(), *self._orphans.values()) for block in copy.blocks]
+        held = Counter(block for copy in (*self._copies.values(), *self._orphans.values()) for block in copy.blocks)
         used = self.num_host_blocks_used
-        assert len(held) == len(set(held)) == used, (
-            f"host memory: {used} blocks are taken; requests hold {len(held)}, {len(set(held))} different ones"
-        )
+        assert len(held) == used, f"host memory: {used} blocks are taken; requests hold {len(held)} different ones"
+        twice = [block for block, count in held.items() if count != max(self.host.num_sharers(block), 1)]
+        assert not twice, f"host memory: requests hold blocks {twice} more or less often than they share them"
         assert not any(self.host.is_free(block) for block in held), "host memory: a request holds a free block"
         for request_id, state in ((r, self.residency[r]) for r in self.residency):
             has_copy = request_id in self._copies

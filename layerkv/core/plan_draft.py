@@ -15,6 +15,7 @@ class PlanDraft:
     stores: list[BlockRun] = field(default_factory=list)
     loads: list[BlockRun] = field(default_factory=list)
     hits: list[BlockRun] = field(default_factory=list)
+    zone_hits: list[BlockRun] = field(default_factory=list)
     ahead: dict[str, tuple[BlockRun, ...]] = field(default_factory=dict)
     settle: bool = False
     fetches: list[FetchPlan] = field(default_factory=list)
@@ -36,6 +37,7 @@ class PlanDraft:
             stores=tuple(self.stores),
             loads=tuple(self.loads),
             hits=tuple(self.hits),
+            zone_hits=tuple(self.zone_hits),
             ahead=tuple(run for runs in self.ahead.values() for run in runs),
             settle=self.settle,
             fetches=tuple(self.fetches),

@@ -29,6 +29,8 @@ class StepPlan(NamedTuple):
         stores: Zone blocks written in this step, to store layer by layer after each layer's attention.
         loads: Zone blocks written in earlier steps, to load layer by layer before each layer's KV-cache update.
         hits: Pool blocks of prompts that begin with a cached prefix, to load, all layers, before the forward pass.
+        zone_hits: Zone blocks of layered prompts that begin with a cached prefix and start in this step, to load layer
+            by layer as ``loads``, but in all layers: nothing is there yet of those that have a lane for themselves.
         ahead: Pool blocks to store in the background, all layers: nobody waits for them but a step that settles.
         settle: Whether everything in this step waits until earlier ``ahead`` stores have ended: a host block that
             one of them writes is read or given to somebody else from now on.
@@ -40,6 +42,7 @@ class StepPlan(NamedTuple):
     stores: tuple[BlockRun, ...] = ()
     loads: tuple[BlockRun, ...] = ()
     hits: tuple[BlockRun, ...] = ()
+    zone_hits: tuple[BlockRun, ...] = ()
     ahead: tuple[BlockRun, ...] = ()
     settle: bool = False
     fetches: tuple[FetchPlan, ...] = ()

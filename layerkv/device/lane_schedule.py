@@ -15,7 +15,8 @@ they have in the docs:
 6. a fetch begins after every store submitted so far, among them the request's own last one.
 7. stores ahead of a park run in the background; a step that settles waits for all of them first, before it reads
    what they wrote, writes where they write, or computes over what they read.
-8. a cached prefix is loaded after every store submitted so far, and before this step's compute reads it.
+8. a cached prefix is loaded after every store submitted so far, and before this step's compute reads it. Of a layered
+   prompt it is loaded layer by layer: by rules 2 and 3, and after the last store into each host block that it reads.
 
 A copy that fails changes nothing of that: whoever waits for it goes on when it has ended, and what it should have
 written is reported. Only a copy that is lost, and may still write, ends the step with an error.
@@ -132,7 +133,8 @@ class LaneSchedule:
         self._watch.look()
         if (lost := self._watch.lost) is not None:  # who was to wait for it may have been enqueued long ago
             raise LostCopyError(f"a store of an earlier step is lost: {lost}") from lost
-        self._stores, self._loads = plan.stores, plan.loads
+        self._stores = plan.stores
+        self._loads = (*plan.loads, *plan.zone_hits) if plan.zone_hits else plan.loads
         hooks_run = plan.needs_layer_hooks or (self._hooks_always_run and plan.num_tokens > 0)
         self._next_layer = 0 if hooks_run and (plan.stores or plan.hits or plan.parks) else self._num_layers
         if plan.settle and self._last_ahead is not None:
@@ -146,8 +148,9 @@ class LaneSchedule:
         if plan.is_layered:
             for lane, layers in enumerate(self._lane_layers):
                 ready = self._lane_stored[lane]  # rule 4, across steps
-                if plan.loads and len(layers) > 1:  # a layer that has its lane for itself finds there what it left
-                    self._submit_load(lane, layers[0], [compute, *_unless_failed(ready)])
+                # a layer that has its lane for itself finds there what it left, but no prefix of a prompt that starts
+                if loads := self._loads if len(layers) > 1 else plan.zone_hits:
+                    self._submit_load(lane, layers[0], loads, [compute, *_unless_failed(ready)])
                 else:
                     self._lane_ready[lane], self._lane_loads[lane] = ready, False
             self._wait_for_lane_of(0)
@@ -173,7 +176,7 @@ class LaneSchedule:
         self._lane_loads[lane] = False
         following = self._following.get(layer)
         if self._loads and following is not None:
-            self._submit_load(lane, following, [stored])  # rule 2
+            self._submit_load(lane, following, self._loads, [stored])  # rule 2
         if layer + 1 < self._num_layers:
             self._wait_for_lane_of(layer + 1)  # rules 3 and 4
 
@@ -266,9 +269,9 @@ class LaneSchedule:
         self._watch.add(stored, layers, runs)
         return stored
 
-    def _submit_load(self, lane: int, layer: int, after: Sequence[Event]) -> None:
-        after = [*after, *self._watch.before_load([layer], self._loads)]
-        self._lane_ready[lane] = self._engine.submit(Direction.LOAD, [layer], self._loads, after=after)
+    def _submit_load(self, lane: int, layer: int, runs: Sequence[BlockRun], after: Sequence[Event]) -> None:
+        after = [*after, *self._watch.before_load([layer], runs)]  # rule 8 too, where a prefix is among them
+        self._lane_ready[lane] = self._engine.submit(Direction.LOAD, [layer], runs, after=after)
         self._lane_loads[lane] = True
 
     def _submit_parks_and_hits(self, plan: StepPlan, compute: Event, groups: Sequence[range]) -> None:

@@ -86,15 +86,20 @@ class Desk:
         self._ledger.resume_without_fetch(request_id)
         self._controller.fetched(request_id, step=self._step, now_s=self._now_s)
 
-    def reserve(self, admission: Admission) -> None:
+    def reserve(self, admission: Admission, hashes: Sequence[Hashable] = ()) -> None:
         """Take what a waiting request is promised, if it is to start in the zone, before the engine starts it.
+
+        ``hashes`` of its blocks, up to the one of its last token, find what of it host memory caches.
 
         Raises:
             CapacityError: zone or host memory has no room; nothing changed.
         """
         if admission.layered:
             self._ledger.admit_layered(
-                admission.request_id, table_blocks=admission.host_blocks, zone_blocks=admission.zone_blocks
+                admission.request_id,
+                table_blocks=admission.host_blocks,
+                zone_blocks=admission.zone_blocks,
+                hashes=hashes,
             )
 
     def admitted(self, request_id: str, reason: Reason) -> float | None:

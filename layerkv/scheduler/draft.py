@@ -13,6 +13,7 @@ from layerkv.scheduler.lines import Claim
 from layerkv.scheduler.needs import (
     headroom_blocks,
     hit_of,
+    host_blocks_to_take,
     layered_blocks,
     pool_blocks,
     tokens_to_compute,
@@ -189,7 +190,7 @@ class Draft:
 
     def start_resident(self, w: WaitingRequest, reason: Reason) -> None:
         """A prompt starts in the pool."""
-        self._take_tokens(w, resident=True)
+        self._take_tokens(w)
         if w.request_id not in self.granted:
             self._enter_pool(w)
         self._admit(Admission(w.request_id, layered=False), reason)
@@ -198,9 +199,9 @@ class Draft:
         """A prompt starts in the zone, with room for all of it there and in host memory."""
         hit, host_blocks = hit_of(self.now.s, w), layered_blocks(w)
         zone_blocks = host_blocks - hit.num_blocks
-        self._take_tokens(w, resident=False)
+        self._take_tokens(w)
         self.zone -= zone_blocks
-        self.host -= host_blocks
+        self.host -= host_blocks_to_take(self.now.s, w)
         self.pool -= hit.num_evictable
         self.slots -= 1
         self._admit(Admission(w.request_id, layered=True, zone_blocks=zone_blocks, host_blocks=host_blocks), reason)
@@ -270,9 +271,9 @@ class Draft:
         self.residents += 1
         self.forecast.add(need, claim.tokens_left)
 
-    def _take_tokens(self, w: WaitingRequest, *, resident: bool) -> None:
+    def _take_tokens(self, w: WaitingRequest) -> None:
         if not w.in_one_step:
-            self.tokens -= tokens_to_compute(self.now.s, w, resident=resident)
+            self.tokens -= tokens_to_compute(self.now.s, w)
             return
         self.whole_tokens = w.num_tokens + len(self.fetch)  # each may resume at once, which takes a token
         self.tokens -= w.num_tokens

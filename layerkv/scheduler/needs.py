@@ -41,11 +41,15 @@ def can_ever_layer(s: Snapshot, w: WaitingRequest) -> bool:
     )
 
 
-def tokens_to_compute(s: Snapshot, w: WaitingRequest, *, resident: bool = False) -> int:
-    """Prompt tokens that neither the device's cache nor, for one that runs resident, the host's has."""
+def host_blocks_to_take(s: Snapshot, w: WaitingRequest) -> int:
+    """Free host blocks that a prompt takes to start layered: it shares what others hold of its beginning."""
+    return layered_blocks(w) - hit_of(s, w).num_host_held
+
+
+def tokens_to_compute(s: Snapshot, w: WaitingRequest) -> int:
+    """Prompt tokens that neither the device's cache nor the host's has."""
     hit = hit_of(s, w)
-    num_hits = hit.num_blocks + (hit.num_host_blocks if resident else 0)
-    return max(w.num_tokens - num_hits * s.shape.block_tokens, 1)
+    return max(w.num_tokens - (hit.num_blocks + hit.num_host_blocks) * s.shape.block_tokens, 1)
 
 
 def needs_longer_step(s: Snapshot, w: WaitingRequest) -> bool:

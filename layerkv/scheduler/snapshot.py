@@ -57,12 +57,14 @@ class PrefixHit(NamedTuple):
     Attributes:
         num_blocks: Leading blocks found.
         num_evictable: Those of them that nobody uses now: taking them costs free blocks.
-        num_host_blocks: Blocks after them that host memory holds: run resident, it loads them and computes the rest.
+        num_host_blocks: Blocks after them that host memory caches: it loads them and computes the rest.
+        num_host_held: Those of them that somebody shares: run layered, it takes no free host blocks for them.
     """
 
     num_blocks: int = 0
     num_evictable: int = 0
     num_host_blocks: int = 0
+    num_host_held: int = 0
 
 
 class ParkedRequest(NamedTuple):

@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Final, NamedTuple, TypeAlias
 
+from layerkv.sim.prompt_blocks import PromptBlock, prompt_blocks, read_hash_ids, repeated_share
 from layerkv.strict_yaml import show, wrong
 
 # One way of writing refusals for all of layerkv: the helpers of the configuration, private to the package.
@@ -53,6 +54,7 @@ class SimRequest(NamedTuple):
         output_tokens: Tokens that it will make.
         max_tokens: Tokens that its client asked for at most; the scheduler sees this and not `output_tokens`.
         slo_class: The SLO class that it names; None for the policy's default class.
+        blocks: What its prompt begins with, if a trace says what prompts have in common.
     """
 
     request_id: str
@@ -61,6 +63,7 @@ class SimRequest(NamedTuple):
     output_tokens: int
     max_tokens: int
     slo_class: str | None
+    blocks: tuple[PromptBlock, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,11 +174,21 @@ class WorkloadSpec:
 
 
 class TraceRow(NamedTuple):
-    """One request of a trace; the first one arrives at 0."""
+    """One request of a trace; the first one arrives at 0.
+
+    Its lengths are scaled by ``token_scale``, and so are the blocks that ``hash_ids`` stand for.
+    """
 
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
+    hash_ids: tuple[int, ...] = ()
+    token_scale: float = 1.0
+
+    @property
+    def blocks(self) -> tuple[PromptBlock, ...]:
+        """What the prompt has in common with others that have these ids."""
+        return prompt_blocks(self.hash_ids, self.prompt_tokens, self.token_scale)
 
 
 class BrokenRow(NamedTuple):
@@ -208,6 +221,13 @@ class Trace:
         """Mean rate of arrivals; that of a second if all arrive at once."""
         return len(self.requests) / (self.requests[-1].arrival_s or 1.0)
 
+    @property
+    def repeated_share(self) -> float | None:
+        """Share of prompt tokens that an earlier prompt began with; None if the trace does not say."""
+        if not any(row.hash_ids for row in self.requests):
+            return None
+        return repeated_share((row.prompt_tokens, row.blocks) for row in self.requests)
+
 
 def make_workload(spec: WorkloadSpec, *, rate_per_s: float, seed: int) -> list[SimRequest]:
     """The requests of a run in order of arrival.
@@ -233,7 +253,10 @@ def make_workload(spec: WorkloadSpec, *, rate_per_s: float, seed: int) -> list[S
         output = min(output, max_tokens)
         # Only where a class mixes its own lengths with a trace's; vLLM would refuse such a request.
         if output >= 1:
-            requests.append(SimRequest(f"r{i:0{digits}d}", arrival_s, prompt, output, max_tokens, mix.slo_class))
+            blocks = rows[i].blocks if rows and not mix.prompt_tokens else ()
+            requests.append(
+                SimRequest(f"r{i:0{digits}d}", arrival_s, prompt, output, max_tokens, mix.slo_class, blocks)
+            )
     return requests
 
 
@@ -277,6 +300,7 @@ def read_trace(
         path: The file.
         time_scale: Factor to all arrival times: 2 makes the trace twice as long and half as dense.
         token_scale: Factor to all lengths, to replay a large model's trace on a small one; no length gets below 1.
+            What prompts have in common is scaled with them.
         limit: Read on until this many good rows; the rest of the file is not looked at.
         max_prompt_tokens: Leave prompts out that are longer, after scaling.
         max_total_tokens: Leave out requests whose prompt and output together are longer, after scaling.
@@ -305,6 +329,7 @@ def read_trace(
         row = row._replace(
             prompt_tokens=max(1, round(row.prompt_tokens * token_scale)),
             output_tokens=max(1, round(row.output_tokens * token_scale)),
+            token_scale=token_scale,
         )
         if row.prompt_tokens > most_prompt or row.prompt_tokens + row.output_tokens > most_total:
             num_too_long += 1
@@ -370,10 +395,12 @@ def _parse_mooncake(line: str) -> TraceRow:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"found {show(row)}; expected a JSON object")
+    prompt_tokens = _tokens(row.get("input_length"), "input_length", least=1)
     return TraceRow(
         arrival_s=_seconds(row.get("timestamp")) / 1e3,
-        prompt_tokens=_tokens(row.get("input_length"), "input_length", least=1),
+        prompt_tokens=prompt_tokens,
         output_tokens=_tokens(row.get("output_length"), "output_length", least=0),
+        hash_ids=read_hash_ids(row.get("hash_ids"), prompt_tokens),
     )
 
 

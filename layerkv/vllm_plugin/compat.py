@@ -49,6 +49,11 @@ _SURFACES: tuple[Surface, ...] = (
         ("request_id", "num_tokens"),
     ),
     Surface(
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.allocate_external_computed_blocks",
+        ("request_id", "num_local_computed_tokens", "num_external_computed_tokens"),
+    ),
+    Surface(
         "vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.cache_blocks", ("request", "num_tokens")
     ),
     Surface("vllm.v1.core.block_pool", "BlockPool.free_blocks", ("ordered_blocks",)),

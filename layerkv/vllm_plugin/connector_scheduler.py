@@ -93,7 +93,11 @@ class SchedulerSide:
             beyond = self.ledger.parked_tokens(request_id) - num_local_tokens
             return (beyond, True) if beyond > 0 else (0, False)
         self._num_local_blocks = num_local_tokens // self.geometry.block_tokens
-        found = self.num_prefix_blocks(request_id, self._num_local_blocks)
+        if self.ledger.is_layered(request_id):
+            hashes = self.hashes_to_find(self._requests[request_id])
+            found = self.ledger.settle_prefix(request_id, hashes, self._num_local_blocks)
+        else:
+            found = self.num_prefix_blocks(request_id, self._num_local_blocks)
         return found * self.geometry.block_tokens, False
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
@@ -103,6 +107,7 @@ class SchedulerSide:
             first = self._num_local_blocks
             blocks = range(first, first + num_external_tokens // self.geometry.block_tokens)
             self.ledger.load_prefix(request_id, block_ids, self._hashes(self._requests[request_id]), blocks)
+            self._reserve_all_of(request_id, block_ids)
         elif num_external_tokens > 0:
             num_local_tokens = self.ledger.parked_tokens(request_id) - num_external_tokens
             self._desk.fetch(request_id, block_ids, num_local_tokens)
@@ -110,9 +115,19 @@ class SchedulerSide:
             self._desk.resume_without_fetch(request_id)
         else:
             self.ledger.started(request_id)
-            if self.ledger.is_layered(request_id):  # hits it was admitted with may be gone: their blocks are computed
-                num_blocks = -(-self._requests[request_id].num_tokens // self.geometry.block_tokens)
-                self.ledger.zone.raise_reservation(request_id, num_blocks - len(block_ids))
+            self._reserve_all_of(request_id, block_ids)
+
+    def _reserve_all_of(self, request_id: str, block_ids: Sequence[int]) -> None:
+        """Hits on the device that a layered request was admitted with may be gone: their blocks come from the zone."""
+        if self.ledger.is_layered(request_id):
+            num_blocks = -(-self._requests[request_id].num_tokens // self.geometry.block_tokens)
+            self.ledger.zone.raise_reservation(request_id, num_blocks - len(block_ids))
+
+    def hashes_to_find(self, request: Request) -> Sequence[Hashable]:
+        """Hashes of a waiting request's blocks up to the one of its last token; none if it is not to be looked up."""
+        if request.skip_reading_prefix_cache:  # vLLM would ignore what was found
+            return ()
+        return self._hashes(request)[: (request.num_tokens - 1) // self.geometry.block_tokens]
 
     def num_prefix_blocks(self, request_id: str, num_local_blocks: int, *, most: int | None = None) -> int:
         """Blocks that a waiting request would load from host memory, after those that the device has.
@@ -126,6 +141,10 @@ class SchedulerSide:
         if most is not None:
             last = min(last, num_local_blocks + most)
         return self.ledger.num_prefix_blocks(request_id, self._hashes(request), range(num_local_blocks, last))
+
+    def num_held_prefix_blocks(self, request: Request, blocks: range) -> int:
+        """Of those that a waiting request would load, how many others share, so that they are no free host blocks."""
+        return self.ledger.num_held_prefix_blocks(self._hashes(request), blocks) if blocks else 0
 
     def fetched(self, request_id: str) -> None:
         """All workers have reported a fetch complete."""

@@ -170,7 +170,8 @@ class WorkerSide:
     def _count(self, plan: StepPlan) -> None:
         block_bytes = self._geometry.block_bytes
         stored = num_blocks(plan.parks) + num_blocks(plan.stores) + num_blocks(plan.ahead)
-        loaded = num_blocks(plan.hits) + sum(num_blocks(fetch.runs) for fetch in plan.fetches)
+        loaded = num_blocks(plan.hits) + num_blocks(plan.zone_hits)
+        loaded += sum(num_blocks(fetch.runs) for fetch in plan.fetches)
         loaded_bytes = loaded * block_bytes + num_blocks(plan.loads) * self._geometry.streamed_block_bytes
         if stored:
             self._metrics.add("layerkv_bytes", stored * block_bytes, Direction.STORE)

@@ -90,6 +90,7 @@ class EngineReader:
         block_bytes = self._geometry.block_bytes
         stored = num_blocks(plan.stores) * block_bytes if plan else 0
         loaded = num_blocks(plan.loads) * self._geometry.streamed_block_bytes if plan else 0
+        loaded += num_blocks(plan.zone_hits) * block_bytes if plan else 0
         is_layered = plan is not None and plan.is_layered
         parked = num_blocks(plan.parks) * block_bytes if plan else 0
         hits = num_blocks(plan.hits) * block_bytes if plan else 0

@@ -43,6 +43,7 @@ class Execution:
         prefix_hits: PrefixHits,
     ) -> None:
         self._scheduler = scheduler
+        self._side = side
         self._metrics = side.metrics
         self._ledger = side.ledger
         self._controller = controller
@@ -130,7 +131,8 @@ class Execution:
         for admission in decision.admit:
             request = s.requests[admission.request_id]
             try:
-                self._desk.reserve(admission)
+                hashes = self._side.hashes_to_find(request) if admission.layered else ()
+                self._desk.reserve(admission, hashes)
             except CapacityError as error:  # what it was decided from has changed: it waits for the next step
                 logger.debug("request %s is not admitted in this step: %s", admission.request_id, error)
                 continue

@@ -74,7 +74,8 @@ class PrefixHits:
             # not `get_computed_blocks`: it publishes the blocks of a request that asks for that, at each look
             found = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)[0][0]
         num_on_host = self._side.num_prefix_blocks(request.request_id, len(found))
-        hit = PrefixHit(len(found), sum(block.ref_cnt == 0 for block in found), num_on_host)
+        num_held = self._side.num_held_prefix_blocks(request, range(len(found), len(found) + num_on_host))
+        hit = PrefixHit(len(found), sum(block.ref_cnt == 0 for block in found), num_on_host, num_held)
         return _Known(hit, request.num_tokens, s.current_step, bool(found) and found[-1].ref_cnt == 0)
 
     def _holds(self, request: Request, known: _Known) -> bool:

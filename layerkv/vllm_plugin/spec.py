@@ -70,15 +70,15 @@ class LayerKVManager(FullAttentionManager):
         *args: Any,
         **kwargs: Any,
     ) -> int:
-        """Pool blocks needed: for a layered request only its prefix-cache hits that nobody holds yet.
+        """Pool blocks needed: for a layered request only its hits on the device that nobody holds yet.
 
-        With the zone full the answer is more than the pool has, so that ``allocate_slots`` declines.
+        With the zone or host memory full the answer is more than the pool has, so that ``allocate_slots`` declines.
         """
         if self._ledger is None or not self._ledger.is_layered(request_id):
             return super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
         num_held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
         num_from_zone = max(cdiv(num_tokens, self.block_size) - num_held, 0)
-        if not self._ledger.zone.can_take(request_id, num_from_zone):
+        if not self._ledger.zone.can_take(request_id, num_from_zone) or self._ledger.lacks_host_blocks(request_id):
             return self.block_pool.num_gpu_blocks + 1
         return self._get_num_evictable_blocks(new_computed_blocks)
 
@@ -86,11 +86,31 @@ class LayerKVManager(FullAttentionManager):
         """Give the request slots for ``num_tokens``, from the zone if it is layered."""
         if self._ledger is None or not self._ledger.is_layered(request_id):
             return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+        return self._take_from_zone(self._ledger.zone, request_id, num_tokens)
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Blocks to load a cached prefix into, from the zone if the request is layered."""
+        if self._ledger is None or not self._ledger.is_layered(request_id):
+            super().allocate_external_computed_blocks(
+                request_id, num_local_computed_tokens, num_external_computed_tokens, *args, **kwargs
+            )
+        else:
+            num_tokens = num_local_computed_tokens + num_external_computed_tokens
+            self._take_from_zone(self._ledger.zone, request_id, num_tokens)
+
+    def _take_from_zone(self, zone: ZoneLedger, request_id: str, num_tokens: int) -> list[KVCacheBlock]:
         held = self.req_to_blocks[request_id]
         num_new = cdiv(num_tokens, self.block_size) - len(held)
         if num_new <= 0:
             return []
-        new = [self.block_pool.blocks[block_id] for block_id in self._ledger.zone.take(request_id, num_new)]
+        new = [self.block_pool.blocks[block_id] for block_id in zone.take(request_id, num_new)]
         for block in new:
             block.ref_cnt = 1
         held.extend(new)

@@ -622,7 +622,7 @@ def _start(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn, where: Li
         draft.whole_tokens = w.num_tokens + len(draft.fetch)  # each may resume at once, which takes a token
         turn.tokens -= w.num_tokens
     else:
-        turn.tokens -= _tokens_to_compute(s, w, hit, resident=where == "pool")
+        turn.tokens -= _tokens_to_compute(s, w, hit)
     if where == "zone":
         host_blocks = _layered_blocks(w)
         zone_blocks = host_blocks - hit.num_blocks
@@ -642,8 +642,8 @@ def _start(s: Snapshot, draft: _Draft, w: WaitingRequest, turn: _Turn, where: Li
         turn.forecast.add(need, w.tokens_left)
 
 
-def _tokens_to_compute(s: Snapshot, w: WaitingRequest, hit: PrefixHit, *, resident: bool = False) -> int:
-    num_hits = hit.num_blocks + (hit.num_host_blocks if resident else 0)
+def _tokens_to_compute(s: Snapshot, w: WaitingRequest, hit: PrefixHit) -> int:
+    num_hits = hit.num_blocks + hit.num_host_blocks  # since layered prompts load what host memory caches
     return max(w.num_tokens - num_hits * s.block_tokens, 1)
 
 

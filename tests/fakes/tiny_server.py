@@ -124,8 +124,8 @@ class TinyServer:
             self._users[block] += 1
         request.num_computed = len(request.prefix_blocks) * tokens
 
-    def arrive_again(self, request_id: str, token_ids: Sequence[int], num_tokens: int) -> int:
-        """A resident prompt of so many tokens comes that begins with these; it loads what host memory has of them.
+    def arrive_again(self, request_id: str, token_ids: Sequence[int], num_tokens: int, *, layered: bool = False) -> int:
+        """A prompt of so many tokens comes that begins with these; it loads what host memory has of them.
 
         Returns:
             Blocks that it loads.
@@ -136,10 +136,18 @@ class TinyServer:
         self.requests[request_id] = request
         hashes = self.hashes(request.token_ids)
         last = (num_tokens - 1) // self.geometry.block_tokens
-        found = self.ledger.num_prefix_blocks(request_id, hashes, range(last))
-        if found:
+        if layered:
+            table_blocks = self.blocks(num_tokens)
+            self.ledger.admit_layered(
+                request_id, table_blocks=table_blocks, zone_blocks=table_blocks, hashes=hashes[:last]
+            )
+            found = self.ledger.settle_prefix(request_id, hashes[:last], 0)
+            request.block_ids = self.ledger.zone.take(request_id, found)
+        else:
+            found = self.ledger.num_prefix_blocks(request_id, hashes, range(last))
             request.block_ids = self.pool.take(found)
             self._users.update(dict.fromkeys(request.block_ids, 1))
+        if found:
             self.ledger.load_prefix(request_id, tuple(request.block_ids), hashes, range(found))
             request.num_computed = found * self.geometry.block_tokens
         return found

@@ -16,6 +16,7 @@ import numpy as np
 
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.transfer import BlockRun, StepPlan
+from layerkv.device.store_watch import host_blocks
 
 VOCABULARY = 500
 POISON = -1
@@ -78,9 +79,13 @@ class CheckedWorker:
         self._known: dict[str, _Known] = {}
         self._fetching: list[tuple[int, str, tuple[BlockRun, ...], bool]] = []  # (steps left, ...)
 
-    def run(self, scheduled: Any, *, fail_hits: bool = False, fail_fetches: bool = False) -> Any:
+    def run(
+        self, scheduled: Any, *, fail_hits: bool = False, fail_zone_hits: bool = False, fail_fetches: bool = False
+    ) -> Any:
         """One step; what vLLM's workers would answer."""
         from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+        from layerkv.vllm_plugin.failed_copies import FailedCopies
 
         plan: StepPlan = scheduled.kv_connector_metadata.plan
         invalid: set[int] = set()
@@ -88,6 +93,7 @@ class CheckedWorker:
         self._store(plan.parks)
         self._load(plan.hits, invalid if fail_hits else None)
         self._load(plan.loads, None)
+        self._load(plan.zone_hits, set() if fail_zone_hits else None)
         for fetch in plan.fetches:
             self._fetching.append((self._fetch_steps, fetch.request_id, fetch.runs, fail_fetches))
         sampled = self._compute(scheduled)
@@ -101,6 +107,9 @@ class CheckedWorker:
         received = KVConnectorOutput(
             finished_recving={fetch[1] for fetch in arrived} or None, invalid_block_ids=invalid
         )
+        if fail_zone_hits and plan.zone_hits:  # a worker tells of all that its layers wanted to load
+            unloaded = frozenset(host_blocks((*plan.loads, *plan.zone_hits)))
+            received.kv_connector_worker_meta = FailedCopies(unloaded=unloaded)
         names = list(sampled)
         return ModelRunnerOutput(
             req_ids=names,

@@ -23,7 +23,7 @@ import numpy as np
 
 from layerkv.core.residency import Residency
 from layerkv.scheduler.reasons import Reason
-from layerkv.scheduler.snapshot import Admission
+from layerkv.scheduler.snapshot import Admission, StoreAhead
 from tests.vllm.checked_model import CheckedWorker, answer, truth
 
 BLOCK_TOKENS = 16
@@ -43,12 +43,16 @@ class Step:
         return set(self.scheduled.num_scheduled_tokens)
 
 
+ALL_BLOCKS = 10**6
+
+
 class HandEngine:
     """See the module.
 
-    Set ``fail_hits`` or ``fail_fetches`` before :meth:`schedule` to make the loads of that step fail: nothing is
-    copied, and the blocks are reported with the step's output (fetches after ``fetch_steps`` steps). Requests in
-    ``held`` are neither started nor fetched, those in ``keep_in_zone`` are not parked after their first token.
+    Set ``fail_hits``, ``fail_zone_hits`` or ``fail_fetches`` before :meth:`schedule` to make the loads of that step
+    fail: nothing is copied, and the blocks are reported with the step's output (fetches after ``fetch_steps`` steps).
+    Requests in ``held`` are neither started nor fetched, those in ``keep_in_zone`` are not parked after their first
+    token.
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class HandEngine:
         self._is_ahead = ahead
         self._now_s = 1000.0
         self.in_flight: deque[Step] = deque()
-        self.fail_hits = self.fail_fetches = False
+        self.fail_hits = self.fail_zone_hits = self.fail_fetches = False
         self.requests: dict[str, Any] = {}
         self.tokens: dict[str, list[int]] = {}
         self.worker = CheckedWorker(
@@ -157,11 +161,14 @@ class HandEngine:
         taken = {request_id for more in forced.values() for request_id in more}
         moves = {
             name: (
-                *(r for r in getattr(decision, name) if r not in taken and r not in self.keep_in_zone),
+                *(r for r in _ids(getattr(decision, name)) if r not in taken and r not in self.keep_in_zone),
                 *forced.get(name, ()),
             )
             for name in ("park", "recompute", "store_ahead")
         }
+        decided = {ahead.request_id: ahead for ahead in decision.store_ahead}
+        moves["store_ahead"] = tuple(decided.get(r, StoreAhead(r, ALL_BLOCKS)) for r in moves["store_ahead"])
+        moves["drop_copy"] = tuple(r for r in decision.drop_copy if r not in taken)
         reasons = {**dict.fromkeys((*taken, *fetched), Reason.MAKES_ROOM), **decision.reasons}
         decision = replace(decision, admit=admit, fetch=fetch, reasons=reasons, **moves)
         if self._forced_tokens is not None:
@@ -188,10 +195,15 @@ class HandEngine:
         self._now_s += STEP_S
         with self._at_its_time():
             scheduled = self.scheduler.schedule()
-        output = self.worker.run(scheduled, fail_hits=self.fail_hits, fail_fetches=self.fail_fetches)
+        output = self.worker.run(
+            scheduled,
+            fail_hits=self.fail_hits,
+            fail_zone_hits=self.fail_zone_hits,
+            fail_fetches=self.fail_fetches,
+        )
         step = Step(scheduled, output)
         self.in_flight.append(step)
-        self.fail_hits = self.fail_fetches = False
+        self.fail_hits = self.fail_zone_hits = self.fail_fetches = False
         return step
 
     def process(self) -> dict[str, list[int]]:
@@ -298,3 +310,7 @@ def configs(
     ).create_engine_config()
     config.cache_config.num_gpu_blocks = num_blocks = pool_blocks + 1 + ZONE_BLOCKS  # with vLLM's null block
     return config, KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(layers, LayerKVSpec.of(full, WorkerMemory.here()))])
+
+
+def _ids(verdicts: Iterable[Any]) -> Iterable[str]:
+    return (verdict if isinstance(verdict, str) else verdict.request_id for verdict in verdicts)

@@ -47,7 +47,13 @@ class Caches:
         self.scheduler = SimpleNamespace(
             kv_cache_manager=self.manager, enable_kv_cache_events=False, requests={}, current_step=0
         )
-        side = SimpleNamespace(geometry=geometry, num_prefix_blocks=self._num_on_host)
+        side = SimpleNamespace(
+            geometry=geometry,
+            num_prefix_blocks=self._num_on_host,
+            num_held_prefix_blocks=lambda request, blocks: self.ledger.num_held_prefix_blocks(
+                request.block_hashes, blocks
+            ),
+        )
         self.hits: PrefixHits = PrefixHits(self.scheduler, side)  # type: ignore[arg-type]
         self.num_lookups = self.num_probes = 0
         self._count()

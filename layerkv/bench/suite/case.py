@@ -20,7 +20,8 @@ from layerkv.bench.tiny_model import SHAPES, ModelShape
 
 # One way of reading YAML and of writing refusals for all of layerkv: these helpers are private to the package.
 from layerkv.config import SloPolicy
-from layerkv.sim.workload import Trace, TraceArrivals, WorkloadSpec
+from layerkv.sim.prompt_blocks import repeated_share
+from layerkv.sim.workload import Trace, TraceArrivals, WorkloadSpec, make_workload
 from layerkv.sim.workload_config import (
     check_distinct,
     count_meta,
@@ -357,8 +358,28 @@ def _known(names: Sequence[str], known: Sequence[str], *, where: str) -> Sequenc
 
 
 def _trace_notes(points: Sequence[Point]) -> tuple[str, ...]:
-    traces = [p.workload.arrivals.trace for p in points if isinstance(p.workload.arrivals, TraceArrivals)]
-    return tuple(dict.fromkeys(note for trace in traces for note in _notes_of(trace)))
+    notes = [
+        note
+        for point in points
+        if isinstance(point.workload.arrivals, TraceArrivals)
+        for note in (
+            *_notes_of(point.workload.arrivals.trace),
+            *_notes_of_prefixes(point, point.workload.arrivals.trace),
+        )
+    ]
+    return tuple(dict.fromkeys(notes))
+
+
+def _notes_of_prefixes(point: Point, trace: Trace) -> list[str]:
+    """How much of the load an engine could find in a prefix cache; few rows of a trace may have little in common."""
+    if (of_all := trace.repeated_share) is None:
+        return []
+    replayed = make_workload(point.workload, rate_per_s=point.rate_per_s, seed=0)
+    of_run = repeated_share((request.prompt_tokens, request.blocks) for request in replayed)
+    return [
+        f"Prompts begin alike where the trace's hash_ids do: {of_all:.0%} of its prompt tokens repeat the beginning of "
+        f"an earlier prompt, and {of_run:.1%} of those of the {len(replayed)} requests that the first seed replays."
+    ]
 
 
 def _notes_of(trace: Trace) -> list[str]:

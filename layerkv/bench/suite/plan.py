@@ -14,6 +14,7 @@ from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, PlannedRequest
 from layerkv.bench.priorities import Priorities
 from layerkv.bench.suite.case import Case, Point
 from layerkv.bench.suite.ends import Ends
+from layerkv.bench.suite.prompts import Prompts
 from layerkv.sim.workload import SimRequest, make_workload
 
 
@@ -42,15 +43,15 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 def plan_requests(case: Case, point: Point, seed: int) -> list[PlannedRequest]:
     """The requests of one point, first those that wait for nothing, in order of arrival."""
     drawn = make_workload(point.workload, rate_per_s=point.rate_per_s, seed=seed)
-    rng = Random(f"{seed}: prompts of {point.name}")
     ordinary = range(FIRST_ORDINARY_TOKEN_ID, vocab_size(case))
+    prompts = Prompts(seed, point.name, ordinary)
     if point.sessions is not None:
-        return _sessions(point, drawn, rng, ordinary, seed)
+        return _sessions(point, drawn, prompts.rng, ordinary, seed)
     planned = [
         PlannedRequest(
             request_id=request.request_id,
             arrival_s=request.arrival_s,
-            prompt=rng.choices(ordinary, k=request.prompt_tokens),
+            prompt=prompts.write(request),
             output_tokens=request.output_tokens,
             max_tokens=request.max_tokens if request.max_tokens > request.output_tokens else None,
             slo_class=request.slo_class,

@@ -9,6 +9,7 @@ from layerkv.scheduler.draft import Draft
 from layerkv.scheduler.needs import (
     can_ever_layer,
     hit_of,
+    host_blocks_to_take,
     layered_blocks,
     needs_longer_step,
     outgrows_pool,
@@ -111,7 +112,7 @@ def _has_step_for_all_of_it(now: Outlook, draft: Draft, w: WaitingRequest) -> bo
 def _why_not_layered(now: Outlook, draft: Draft, w: WaitingRequest) -> Reason | None:
     """None if zone, host memory and this step's tokens have room for the prompt and that helps it; else why not."""
     s, hit, num_blocks = now.s, hit_of(now.s, w), layered_blocks(w)
-    if num_blocks > draft.host:
+    if host_blocks_to_take(s, w) > draft.host:
         return Reason.HOST_FULL
     if num_blocks - hit.num_blocks > draft.zone or hit.num_evictable > max(draft.pool, 0):
         return Reason.ZONE_FULL

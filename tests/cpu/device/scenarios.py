@@ -366,6 +366,77 @@ def prefix_stored_ahead_and_finished_at_once(server: TinyServer) -> None:
     server.end()
 
 
+def prefix_found_by_a_layered_prompt(server: TinyServer) -> None:
+    """Loaded layer by layer, also into layers that have a lane for themselves, and again with each later chunk."""
+    server.arrive("a", 14, layered=False)
+    server.step(a=14)
+    server.step(a=1)
+    said = server.finish("a", keeps=True)
+    server.step()
+    assert server.arrive_again("b", said, 27, layered=True) == 3
+    server.step(b=7)
+    server.step(b=8)
+    server.step(b=1)
+    server.park("b")
+    server.step()
+    server.fetch("b")
+    server.await_fetch("b")
+    server.step(b=1)
+    server.end()
+
+
+def prefix_found_by_a_layered_prompt_in_the_step_that_stores_it(server: TinyServer) -> None:
+    server.arrive("a", 17, layered=False)
+    server.step(a=17)
+    said = server.finish("a", keeps=True)
+    assert server.arrive_again("b", said, 20, layered=True) == 4
+    server.step(b=4)
+    server.end()
+
+
+def prefix_shared_by_layered_prompts_that_come_and_go(server: TinyServer) -> None:
+    """What one of them gives back is nobody else's while another reads it, and nothing is stored over it."""
+    server.arrive("a", 14, layered=False)
+    server.step(a=14)
+    said = server.finish("a", keeps=True)
+    server.step()
+    assert server.arrive_again("b", said, 20, layered=True) == 3
+    assert server.arrive_again("c", said, 19, layered=True) == 3
+    server.step(b=4, c=3)
+    server.finish("b")
+    server.step(c=2)
+    server.park("c")
+    server.arrive("x", 44, layered=True)
+    server.step(x=30)
+    server.step(x=14)
+    server.finish("x")
+    assert server.arrive_again("d", said, 16, layered=True) == 3
+    server.fetch("c")
+    server.step(d=4)
+    server.await_fetch("c")
+    server.step(c=1)
+    server.end()
+
+
+def prefix_loaded_over_zone_blocks_that_are_still_stored(server: TinyServer) -> None:
+    """The prompt starts in zone blocks that the last layers of the step before have not left yet."""
+    server.arrive("a", 13, layered=False)
+    server.step(a=13)
+    said = server.finish("a", keeps=True)
+    server.step()
+    server.arrive("x", 24, layered=True)
+    server.arrive("y", 23, layered=True)
+    server.step(x=24, y=20)
+    server.park("x")
+    server.finish("y")
+    assert server.arrive_again("b", said, 22, layered=True) == 3
+    server.step(b=10)
+    server.fetch("x")
+    server.await_fetch("x")
+    server.step(x=1)
+    server.end()
+
+
 def stored_ahead_and_overwritten_in_the_step_that_parks(server: TinyServer) -> None:
     """What was stored ahead is not stored by the park, whose pool blocks a prompt takes in the same step."""
     server.arrive("r", 33, layered=False)
@@ -431,6 +502,10 @@ SCENARIOS: tuple[Scenario, ...] = (
     prefix_loaded_into_blocks_finished_in_the_same_step,
     prefix_of_parked_and_fetched_requests,
     prefix_stored_ahead_and_finished_at_once,
+    prefix_found_by_a_layered_prompt,
+    prefix_found_by_a_layered_prompt_in_the_step_that_stores_it,
+    prefix_shared_by_layered_prompts_that_come_and_go,
+    prefix_loaded_over_zone_blocks_that_are_still_stored,
     stored_ahead_and_overwritten_in_the_step_that_parks,
     host_blocks_stored_ahead_given_to_others,
 )

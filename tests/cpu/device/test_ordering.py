@@ -96,6 +96,7 @@ class DeafEngine:
             ("6", "fetch"): {"store", "park"},
             ("6, for compute", "fetch"): {"compute"},
             ("8, for stores", "hit"): {"store", "park"},
+            ("8, layered", "load"): {"park"},
             ("8, for compute", "hit"): {"compute"},
         }.get((self._rule, kind), set())
         heard = [event for event in after if self._kinds[id(event)] not in deaf_to]
@@ -138,6 +139,13 @@ MUTANTS = {
     "8": scenarios.prefix_found_in_host_memory,
     "8, for stores": scenarios.prefix_found_in_the_step_that_stores_it,
     "8, for compute": scenarios.prefix_loaded_into_blocks_finished_in_the_same_step,
+    "8, layered": scenarios.prefix_found_by_a_layered_prompt_in_the_step_that_stores_it,
+}
+LAYERED_PREFIX_MUTANTS = {
+    "2": scenarios.prefix_found_by_a_layered_prompt,
+    "2, while attention has ended": scenarios.prefix_found_by_a_layered_prompt,
+    "3": scenarios.prefix_found_by_a_layered_prompt,
+    "4, across steps, with loads": scenarios.prefix_loaded_over_zone_blocks_that_are_still_stored,
 }
 
 
@@ -146,6 +154,29 @@ MUTANTS = {
 def test_breaking_a_rule_shows_as_wrong_kv(broken_rule: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(AssertionError, match="read wrong KV"):
         run_broken(MUTANTS[broken_rule], broken_rule, shape)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (5, 2), (4, 3)], ids=shape_id)
+@pytest.mark.parametrize("broken_rule", LAYERED_PREFIX_MUTANTS)
+def test_breaking_a_rule_shows_where_a_layered_prompt_loads_a_prefix(broken_rule: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(AssertionError, match="read wrong KV"):
+        run_broken(LAYERED_PREFIX_MUTANTS[broken_rule], broken_rule, shape)
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 1), (6, 2, 2)], ids=shape_id)
+def test_a_prefix_is_loaded_into_layers_that_have_a_lane_for_themselves_too(shape: tuple[int, ...]) -> None:
+    """In later steps they have it. Were it loaded as what was computed before is, they would not."""
+    worker = make_worker(ORDERS[0], small_geometry(*shape), HOST_BLOCKS)
+    server = worker.server(HOST_BLOCKS)
+    take_plan = server.ledger.take_plan
+
+    def as_if_computed(num_tokens: int) -> StepPlan:
+        plan = take_plan(num_tokens)
+        return plan._replace(loads=(*plan.loads, *plan.zone_hits), zone_hits=())
+
+    server.ledger.take_plan = as_if_computed  # type: ignore[method-assign]
+    with pytest.raises(AssertionError, match="read wrong KV"):
+        scenarios.prefix_found_by_a_layered_prompt(server)
 
 
 def listening(deaf: DeafEngine, worker: Worker) -> TinyServer:
@@ -303,14 +334,20 @@ class AnyLife(RuleBasedStateMachine):
             self.said.append(said)
 
     @precondition(lambda self: self.said and len(self.server.requests) < 5)
-    @rule(data=st.data(), num_new=st.integers(1, 9))
-    def next_turn(self, data: st.DataObject, num_new: int) -> None:
+    @rule(data=st.data(), num_new=st.integers(1, 9), layered=st.booleans())
+    def next_turn(self, data: st.DataObject, num_new: int, layered: bool) -> None:
         server, said = self.server, data.draw(st.sampled_from(self.said[-4:]))
-        if server.blocks(len(said) + num_new) > server.pool.num_free:
+        if not layered and server.blocks(len(said) + num_new) > server.pool.num_free:
             return
         request_id = f"r{self.num_arrived}"
         self.num_arrived += 1
-        server.arrive_again(request_id, said, len(said) + num_new)
+        try:
+            server.arrive_again(request_id, said, len(said) + num_new, layered=layered)
+        except CapacityError:
+            assert layered
+            server.requests.pop(request_id)
+            server.ledger.finish(request_id)
+            return
         left = len(said) + num_new - server.requests[request_id].num_computed
         server.step(**{request_id: data.draw(st.integers(1, left))})
 

@@ -112,6 +112,54 @@ def test_news_that_nobody_takes_stay_few() -> None:
     assert (len(gone), len(new)) == (4, 4)
 
 
+def test_a_shared_block_gives_way_to_nobody_and_is_found_all_the_while() -> None:
+    tier = HostTier(3)
+    blocks = tier.take(2)
+    tier.keep(blocks, ["a", "b"])
+    tier.unpin()
+    assert tier.num_that_count_as_free(blocks) == 2
+    tier.share(blocks)
+    tier.share(blocks[:1])
+    assert tier.num_that_count_as_free(blocks) == 0
+    assert (tier.num_free, tier.num_cached, tier.num_held) == (1, 2, 2)
+    assert tier.find(["a", "b"]) == blocks
+    tier.give_back(blocks)
+    assert [tier.num_sharers(block) for block in blocks] == [1, 0]
+    tier.unpin()
+    assert tier.num_free == 2
+    tier.take(2)
+    assert tier.find(["a", "b"]) == blocks[:1]
+
+
+def test_what_is_forgotten_while_it_is_shared_stays_with_its_sharers_and_is_not_kept_again() -> None:
+    tier = HostTier(2)
+    blocks = tier.take(2)
+    tier.keep(blocks, ["a", "b"])
+    tier.share(blocks)
+    tier.share(blocks)
+    tier.forget_all()
+    assert tier.find(["a"]) == []
+    assert (tier.num_free, tier.num_cached, tier.num_held) == (0, 0, 2)
+    tier.keep(blocks, ["a", "b"])
+    assert (tier.find(["a"]), tier.num_held) == ([], 2)
+    tier.give_back(blocks)
+    assert (tier.num_free, tier.num_held) == (0, 0), "the plan that is being made may read it"
+    tier.check()
+    tier.unpin()
+    assert tier.num_free == 2
+
+
+def test_who_shares_a_block_and_leaves_its_copy_as_a_prefix_leaves_one_of_it() -> None:
+    tier = HostTier(3)
+    tier.keep(shared := tier.take(1), ["a"])
+    tier.share(shared)
+    own = tier.take(1)
+    tier.keep([*shared, *own], ["a", "b"])
+    assert (tier.num_cached, tier.num_held) == (2, 0)
+    assert tier.find(["a", "b"]) == [*shared, *own]
+    tier.check()
+
+
 class AnyUse(RuleBasedStateMachine):
     """Requests take and leave, prefixes are kept, found, read and forgotten, and somebody listens."""
 
@@ -119,6 +167,7 @@ class AnyUse(RuleBasedStateMachine):
         super().__init__()
         self.tier = HostTier(12)
         self.held: list[list[int]] = []
+        self.shared: list[list[int]] = []
         self.content: dict[int, str] = {}
         self.news = self.tier.listen()
         self.heard: set[Hashable] = set()
@@ -133,7 +182,7 @@ class AnyUse(RuleBasedStateMachine):
             return
         blocks = self.tier.take(num_blocks)
         assert len(set(blocks)) == num_blocks
-        assert not {block for mine in self.held for block in mine} & set(blocks)
+        assert not {block for mine in (*self.held, *self.shared) for block in mine} & set(blocks)
         for block in blocks:
             self.content.pop(block, None)
         self.held.append(blocks)
@@ -142,6 +191,23 @@ class AnyUse(RuleBasedStateMachine):
     @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
         self.tier.give_back(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+
+    @rule(prefix=st.sampled_from("pq"), num_hashes=st.integers(1, 9))
+    def share(self, prefix: str, num_hashes: int) -> None:
+        found = self.tier.find([f"{prefix}{i}" for i in range(num_hashes)])
+        free, counted = self.tier.num_free, self.tier.num_that_count_as_free(found)
+        self.tier.share(found)
+        assert self.tier.num_free == free - counted
+        self.shared.append(found)
+
+    @precondition(lambda self: self.shared)
+    @rule(data=st.data(), keeps=st.booleans())
+    def end_share(self, data: st.DataObject, keeps: bool) -> None:
+        blocks = self.shared.pop(data.draw(st.integers(0, len(self.shared) - 1)))
+        if keeps:
+            self.tier.keep(blocks, [self.content[block] for block in blocks])
+        else:
+            self.tier.give_back(blocks)
 
     @precondition(lambda self: self.held)
     @rule(data=st.data(), prefix=st.sampled_from("pq"))
@@ -193,7 +259,9 @@ class AnyUse(RuleBasedStateMachine):
     @invariant()
     def every_block_is_in_one_state(self) -> None:
         self.tier.check()
-        assert self.tier.num_held == sum(map(len, self.held))
+        shared = [block for blocks in self.shared for block in blocks]
+        assert self.tier.num_held == sum(map(len, self.held)) + len(set(shared))
+        assert all(self.tier.num_sharers(block) == shared.count(block) for block in range(12))
 
 
 TestAnyUse = AnyUse.TestCase

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from layerkv.core.ledger import KVLedger
 from layerkv.core.transfer import StepPlan
 from layerkv.errors import CapacityError
 from tests.fakes.tiny_ledger import (
+    LAYERED,
     RESIDENT,
     TOKENS,
+    books,
     finished,
     layered,
     make_ledger,
@@ -50,13 +53,131 @@ def test_a_prompt_that_begins_alike_loads_what_the_device_has_not() -> None:
     ledger.check()
 
 
-def test_who_is_to_run_layered_or_runs_already_finds_no_prefix() -> None:
+def test_who_runs_already_finds_no_prefix() -> None:
     ledger = make_ledger()
     finished(ledger, "a", (4, 5), ["h0", "h1"], 2 * TOKENS)
     layered(ledger, "b", 3)
+    assert ledger.num_prefix_blocks("b", ["h0", "h1"], range(2)) == 0
+
+
+def starts_with_a_prefix(
+    ledger: KVLedger, request_id: str, num_blocks: int, hashes: list[str], num_local: int = 0
+) -> tuple[int, ...]:
+    """Admit and start a layered prompt of whose blocks host memory caches some; its block table."""
+    ledger.add(request_id)
+    ledger.admit_layered(request_id, table_blocks=num_blocks, zone_blocks=num_blocks - num_local, hashes=hashes)
+    found = ledger.settle_prefix(request_id, hashes, num_local)
+    table = (*range(1, 1 + num_local), *ledger.zone.take(request_id, num_blocks - num_local))
+    ledger.load_prefix(request_id, table, hashes, range(num_local, num_local + found))
+    return table
+
+
+def test_a_layered_prompt_shares_what_is_cached_and_loads_it_first_into_all_layers_then_as_what_it_computed() -> None:
+    ledger = make_ledger()
+    finished(ledger, "a", (4, 5), ["h0", "h1"], 2 * TOKENS)
+    kept = pairs(ledger.take_plan(0).parks)
+    table = starts_with_a_prefix(ledger, "b", 4, ["h0", "h1", "h2"])
+    assert ledger.residency["b"] is LAYERED
+    assert ledger.num_host_blocks_used == 4
+    ledger.step_layered("b", table, num_computed=2 * TOKENS, num_scheduled=5)
+    plan = ledger.take_plan(5)
+    assert pairs(plan.zone_hits) == {table[0]: kept[4], table[1]: kept[5]}
+    assert not plan.loads
+    assert not plan.hits
+    assert set(pairs(plan.stores)) == set(table[2:4])
+    ledger.step_layered("b", table, num_computed=2 * TOKENS + 5, num_scheduled=1)
+    plan = ledger.take_plan(1)
+    assert set(pairs(plan.loads)) == set(table)
+    assert not plan.zone_hits
+    assert ledger.counters.prefix_hit_blocks == 2
+    assert ledger.counters.loaded_blocks == 2 + 4
+    ledger.check()
+
+
+def test_room_is_wanted_only_for_what_is_not_cached_and_a_refusal_changes_nothing() -> None:
+    ledger = make_ledger(num_host_blocks=5)
+    finished(ledger, "a", (4, 5), ["h0", "h1"], 2 * TOKENS)
+    ledger.take_plan(0)
+    starts_with_a_prefix(ledger, "b", 4, ["h0", "h1"])
+    assert ledger.host.num_free == 1
     ledger.add("c")
-    ledger.admit_layered("c", table_blocks=2, zone_blocks=2)
-    assert [ledger.num_prefix_blocks(request_id, ["h0", "h1"], range(2)) for request_id in "bc"] == [0, 0]
+    before = books(ledger)
+    with pytest.raises(CapacityError, match="2 blocks wanted, 1 free"):
+        ledger.admit_layered("c", table_blocks=4, zone_blocks=4, hashes=["h0", "h1"])
+    assert books(ledger) == before
+    ledger.admit_layered("c", table_blocks=3, zone_blocks=3, hashes=["h0", "h1"])
+    assert ledger.host.num_free == 0
+    assert ledger.num_held_prefix_blocks(["h0", "h1"], range(2)) == 2
+    ledger.check()
+
+
+def test_a_hit_on_the_device_that_is_shared_too_is_not_stored_by_the_park() -> None:
+    """More was on the device than was expected: the block is in the pool, and in host memory already."""
+    ledger = make_ledger()
+    finished(ledger, "a", (4, 5), ["h0", "h1"], 2 * TOKENS)
+    ledger.take_plan(0)
+    ledger.add("b")
+    ledger.admit_layered("b", table_blocks=3, zone_blocks=3, hashes=["h0", "h1"])
+    assert ledger.settle_prefix("b", ["h0", "h1"], 1) == 1
+    table = (4, *ledger.zone.take("b", 2))
+    ledger.load_prefix("b", table, ["h0", "h1"], range(1, 2))
+    ledger.step_layered("b", table, num_computed=2 * TOKENS, num_scheduled=2)
+    assert set(pairs(ledger.take_plan(2).zone_hits)) == {table[1]}
+    ledger.park("b", table, 2 * TOKENS + 2)
+    ledger.zone.give_back(table[1:])
+    assert ledger.take_plan(0).parks == ()
+    ledger.check()
+
+
+def test_what_a_prompt_shares_and_is_to_write_becomes_its_own_or_it_does_not_start() -> None:
+    """It was to follow a hit on the device that is gone: the prompt computes all of it."""
+    for num_host_blocks, is_short in ((5, False), (4, True)):
+        ledger = make_ledger(num_host_blocks)
+        finished(ledger, "a", (4, 5, 6), ["h0", "h1", "h2"], 3 * TOKENS)
+        cached = pairs(ledger.take_plan(0).parks)
+        ledger.add("b")
+        ledger.admit_layered("b", table_blocks=3, zone_blocks=2, hashes=["h0", "h1", "h2"])
+        ledger.host._forget([cached[4]])
+        taken = ledger.host.take(ledger.host.num_free - (0 if is_short else 2))
+        assert ledger.settle_prefix("b", ["h0", "h1", "h2"], 0) == 0
+        assert ledger.lacks_host_blocks("b") == is_short
+        if not is_short:
+            assert not {cached[5], cached[6]} & set(ledger.host_blocks_of("b"))
+        ledger.cancel_layered("b")
+        assert not ledger.lacks_host_blocks("b")
+        ledger.host.give_back(taken)
+        ledger.check()
+
+
+@pytest.mark.parametrize("end", ["drop", "finish", "park and finish", "fetch", "fetch and finish"])
+def test_who_shares_a_prefix_gives_it_back_however_it_ends(end: str) -> None:
+    ledger = make_ledger()
+    hashes = ["h0", "h1"]
+    finished(ledger, "a", (4, 5), hashes, 2 * TOKENS)
+    ledger.take_plan(0)
+    table = starts_with_a_prefix(ledger, "b", 3, hashes)
+    starts_with_a_prefix(ledger, "c", 3, hashes)
+    ledger.step_layered("b", table, num_computed=2 * TOKENS, num_scheduled=2)
+    ledger.take_plan(2)
+    ledger.zone.give_back(table)
+    if end == "drop":
+        ledger.drop("b")
+    elif end != "finish":
+        ledger.park("b", table, 2 * TOKENS + 2)
+    if "fetch" in end:
+        ledger.fetch("b", (7, 8, 9), 0)
+        ledger.take_plan(0)
+        if "finish" in end:
+            ledger.finish("b", hashes=hashes)
+        ledger.complete_fetch("b", hashes)
+    elif "finish" in end:
+        ledger.finish("b", hashes=hashes)
+    ledger.check()
+    assert all(ledger.host.num_sharers(block) == 1 for block in ledger.host.find(hashes))
+    ledger.drop("c")
+    ledger.take_plan(0)
+    assert (ledger.num_host_blocks_used, ledger.host.num_cached, ledger.host.num_free) == (0, 2, 12)
+    ledger.check()
 
 
 def test_requests_come_before_prefixes() -> None:

@@ -65,7 +65,9 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     hits = {}
     for w in waiting[: draw(st.integers(0, 4))]:
         num_hits = draw(st.integers(0, min(w.num_blocks - 1, POOL)))
-        hits[w.request_id] = PrefixHit(num_hits, draw(st.integers(0, min(num_hits, free))))
+        on_host = draw(st.integers(0, w.num_blocks - 1 - num_hits))
+        held = draw(st.integers(0, on_host))
+        hits[w.request_id] = PrefixHit(num_hits, draw(st.integers(0, min(num_hits, free))), on_host, held)
     in_host = [
         parked(f"p{i}", draw(deadlines), draw(st.integers(1, POOL)), tokens_left=draw(st.sampled_from((1, 100))))
         for i in range(draw(st.integers(0, 5)))
@@ -128,7 +130,7 @@ def test_no_decision_gives_out_more_than_there_is(s: Snapshot) -> None:
         hit = hits[admission.request_id]
         assert admission.zone_blocks == blocks[admission.request_id] - hit.num_blocks > 0
 
-    early = sum(blocks[a.request_id] for a in layered)
+    early = sum(blocks[a.request_id] - hits[a.request_id].num_host_held for a in layered)
     from_host = early + sum(r.needs_host_block for r in stayers)
     from_host += sum(r.num_blocks - r.num_stored for r in s.load.resident if r.request_id in d.park)
     from_host += sum(r.num_tokens // BLOCK - r.num_stored for r in s.load.resident if r.request_id in d.store_ahead)

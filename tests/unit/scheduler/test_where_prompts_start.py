@@ -103,14 +103,23 @@ def test_without_tokens_left_nobody_starts() -> None:
 
 
 def test_what_host_memory_has_of_a_prompt_leaves_tokens_to_the_next_one_if_it_is_loaded() -> None:
-    """A resident prompt loads it; a layered one computes all that the device's cache has not."""
+    """Wherever it starts."""
     s = snapshot(waiting=[prompt("a", 20), prompt("b", 10)], budget_tokens=320)
     assert admitted(decide(s)) == [("a", False)]
     found = changed(s, hits={"a": PrefixHit(num_host_blocks=1)})
     assert admitted(decide(found)) == [("a", False), ("b", False)]
-    layered = changed(found, free_blocks=0, budget_tokens=320 + 159, **crowd(3))
+    layered = changed(found, free_blocks=0, budget_tokens=304 + 159, **crowd(3))
     assert admitted(decide(layered)) == [("a", True)]
-    assert admitted(decide(changed(layered, budget_tokens=320 + 160))) == [("a", True), ("b", True)]
+    assert admitted(decide(changed(layered, budget_tokens=304 + 160))) == [("a", True), ("b", True)]
+
+
+def test_a_layered_prompt_takes_no_free_host_blocks_for_what_others_hold_of_its_beginning() -> None:
+    s = snapshot(waiting=[prompt("a", 20), prompt("b", 20)], free_blocks=0, free_host_blocks=25, **crowd(3))
+    assert admitted(decide(s)) == [("a", True)]
+    hits = {name: PrefixHit(num_host_blocks=10, num_host_held=held) for name, held in (("a", 10), ("b", 5))}
+    assert admitted(decide(changed(s, hits=hits))) == [("a", True), ("b", True)]
+    assert admitted(decide(changed(s, hits=hits, free_host_blocks=24))) == [("a", True)]
+    assert decide(changed(s, hits=hits)).admit[1].host_blocks == 20, "its table has a place for each"
 
 
 # The zone -------------------------------------------------------------------------------------------------------------

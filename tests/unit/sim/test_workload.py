@@ -38,14 +38,18 @@ def mixed(num_requests: int = 4000, arrivals: Arrivals | None = None, **others: 
     return WorkloadSpec(num_requests, arrivals or PoissonArrivals(), (CHAT, BATCH), **others)  # type: ignore[arg-type]
 
 
-def mooncake(*rows: tuple[object, object, object]) -> str:
-    names = ("timestamp", "input_length", "output_length")
-    return "".join(json.dumps(dict(zip(names, row, strict=True)) | {"hash_ids": [0, 1]}) + "\n" for row in rows)
+def mooncake(*rows: tuple[object, ...]) -> str:
+    names = ("timestamp", "input_length", "output_length", "hash_ids")
+    return "".join(json.dumps(dict(zip(names, row, strict=False))) + "\n" for row in rows)
 
 
 def trace_file(folder: Path, text: str) -> Path:
     (folder / "trace").write_text(text)
     return folder / "trace"
+
+
+def lengths(trace: Trace) -> tuple[tuple[float, int, int], ...]:
+    return tuple(row[:3] for row in trace.requests)
 
 
 def variation(arrivals: Arrivals) -> float:
@@ -61,7 +65,7 @@ def test_equal_seeds_give_equal_requests_and_others_do_not() -> None:
 
 def test_a_workload_is_the_same_on_every_machine_and_python() -> None:
     first = make_workload(mixed(2), rate_per_s=2, seed=0)[0]
-    assert first == ("r0", pytest.approx(0.1768566351824887), 139, 116, 116, "chat")
+    assert first == ("r0", pytest.approx(0.1768566351824887), 139, 116, 116, "chat", ())
 
 
 @pytest.mark.parametrize("arrivals", [PoissonArrivals(), GammaArrivals(2.0), UniformArrivals()])
@@ -128,7 +132,7 @@ def test_a_trace_gives_arrivals_and_lengths_and_is_squeezed_to_the_rate() -> Non
     spec = WorkloadSpec(9, TraceArrivals(trace), (ClassMix("chat"),))
     assert trace.rate_per_s == 0.5
     recorded = make_workload(spec, rate_per_s=trace.rate_per_s, seed=0)
-    assert [request[1:] for request in recorded] == [
+    assert [request[1:6] for request in recorded] == [
         (0, 10, 5, 5, "chat"),
         (3, 20, 6, 6, "chat"),
         (6, 30, 7, 7, "chat"),
@@ -157,7 +161,7 @@ def test_a_class_may_draw_lengths_of_its_own_at_the_arrivals_of_a_trace() -> Non
     trace = Trace("made", (TraceRow(0, 10, 5), TraceRow(3, 90, 6)))
     spec = WorkloadSpec(2, TraceArrivals(trace), (ClassMix(output_tokens=FixedLength(50)),), max_model_len=90)
     # The second prompt fills the model's length: vLLM would refuse it.
-    assert [request[2:] for request in make_workload(spec, rate_per_s=1, seed=0)] == [(10, 50, 50, None)]
+    assert [request[2:6] for request in make_workload(spec, rate_per_s=1, seed=0)] == [(10, 50, 50, None)]
 
 
 @pytest.mark.parametrize(
@@ -178,13 +182,13 @@ def test_every_layout_is_told_by_its_first_line(tmp_path: Path, text: str, layou
 
 def test_rows_out_of_order_are_sorted_and_equal_times_keep_their_order(tmp_path: Path) -> None:
     trace = read_trace(trace_file(tmp_path, f"{VIDUR}5,9,1\n5,8,1\n2,7,1\n"))
-    assert trace.requests == ((0, 7, 1), (3, 9, 1), (3, 8, 1))
+    assert lengths(trace) == ((0, 7, 1), (3, 9, 1), (3, 8, 1))
 
 
 def test_time_is_scaled_and_reading_ends_at_the_limit(tmp_path: Path) -> None:
     path = trace_file(tmp_path, f"{VIDUR}0,10,5\n3,20,6\n6,30,7\nnonsense\n")
     trace = read_trace(path, time_scale=2.0, limit=2)
-    assert trace.requests == ((0, 10, 5), (6, 20, 6))
+    assert lengths(trace) == ((0, 10, 5), (6, 20, 6))
     assert not trace.broken
 
 
@@ -202,7 +206,7 @@ def test_requests_that_failed_or_are_too_long_are_left_out_and_counted(tmp_path:
 def test_broken_rows_are_named_by_line_and_the_rest_is_read(tmp_path: Path) -> None:
     rows = ["0,10,5", "x,10,5", "1,ten,5", "2,10", "nan,10,5", "3,-1,5", "4,10,2.5", "", '5,"10,5', "6,20,6"]
     trace = read_trace(trace_file(tmp_path, VIDUR + "\n".join(rows)))
-    assert trace.requests == ((0, 10, 5), (6, 20, 6))
+    assert lengths(trace) == ((0, 10, 5), (6, 20, 6))
     assert [row.line for row in trace.broken] == [3, 4, 5, 6, 7, 8, 10]
     assert trace.broken[1] == BrokenRow(4, "found 'ten' as num_prefill_tokens; expected a whole number, 1 or more")
     assert trace.broken[2] == BrokenRow(5, "found 2 cells; expected 3")
@@ -254,3 +258,72 @@ def test_a_file_without_a_good_row_is_refused(tmp_path: Path, text: str, complai
 def test_a_trace_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere: found no readable file \(No such file or directory\)"):
         read_trace(tmp_path / "nowhere")
+
+
+# What prompts have in common ------------------------------------------------------------------------------------------
+
+CONVERSATION = mooncake((0, 1400, 5, [7, 8, 9]), (1000, 1024, 5, [7, 8]), (2000, 2000, 5, [7, 8, 10, 11]))
+
+
+def blocks_of(folder: Path, text: str, **more: float) -> list[tuple[tuple[int, int], ...]]:
+    trace = read_trace(trace_file(folder, text), **more)  # type: ignore[arg-type]
+    assert not trace.broken
+    load = make_workload(WorkloadSpec(len(trace.requests), TraceArrivals(trace)), rate_per_s=1, seed=0)
+    assert all(sum(block.num_tokens for block in request.blocks) <= request.prompt_tokens for request in load)
+    return [request.blocks for request in load]
+
+
+def test_a_mooncake_trace_says_what_its_prompts_have_in_common(tmp_path: Path) -> None:
+    assert blocks_of(tmp_path, CONVERSATION) == [
+        ((7, 512), (8, 512), (9, 376)),
+        ((7, 512), (8, 512)),
+        ((7, 512), (8, 512), (10, 512), (11, 464)),
+    ]
+
+
+@pytest.mark.parametrize("token_scale", [0.1, 0.037, 0.0015, 3.0])
+def test_blocks_are_scaled_with_prompts_and_begin_where_they_did_in_every_prompt(
+    tmp_path: Path, token_scale: float
+) -> None:
+    for (blocks, _), ids in zip(
+        zip(blocks_of(tmp_path, CONVERSATION, token_scale=token_scale), range(3), strict=True),
+        ([7, 8, 9], [7, 8], [7, 8, 10, 11]),
+        strict=True,
+    ):
+        starts = {hash_id: sum(length for _, length in blocks[:i]) for i, (hash_id, _) in enumerate(blocks)}
+        assert [hash_id for hash_id, _ in blocks] == [hash_id for hash_id in ids if hash_id in starts]
+        for hash_id, start in starts.items():
+            assert start == round(ids.index(hash_id) * 512 * token_scale)
+
+
+def test_a_last_block_that_is_not_whole_may_have_no_id_and_is_the_prompts_own(tmp_path: Path) -> None:
+    assert blocks_of(tmp_path, mooncake((0, 600, 5, [7]), (1, 511, 5, []), (2, 600, 5))) == [((7, 512),), (), ()]
+
+
+@pytest.mark.parametrize(
+    ("hash_ids", "reason"),
+    [
+        ("7", "found '7' as hash_ids; expected a list of whole numbers, 0 or more"),
+        ([7, None], "found [7, None] (list) as hash_ids; expected a list of whole numbers, 0 or more"),
+        ([True, 7], "found [True, 7] (list) as hash_ids; expected a list of whole numbers, 0 or more"),
+        ([7, -1], "found [7, -1] (list) as hash_ids; expected a list of whole numbers, 0 or more"),
+        ([7, 8, 9], "found 3 hash_ids for 600 tokens; expected 2, one for each 512"),
+        ([], "found 0 hash_ids for 600 tokens; expected 2, one for each 512"),
+    ],
+)
+def test_hash_ids_that_are_none_break_their_row_only(tmp_path: Path, hash_ids: object, reason: str) -> None:
+    trace = read_trace(trace_file(tmp_path, mooncake((0, 10, 5, [1]), (1, 600, 5, hash_ids))))
+    assert len(trace.requests) == 1
+    assert [(row.line, row.reason) for row in trace.broken] == [(2, reason)]
+
+
+def test_a_class_with_prompts_of_its_own_has_nothing_of_the_trace_in_common(tmp_path: Path) -> None:
+    trace = read_trace(trace_file(tmp_path, CONVERSATION))
+    spec = WorkloadSpec(3, TraceArrivals(trace), (ClassMix(prompt_tokens=FixedLength(2000)),))
+    assert [request.blocks for request in make_workload(spec, rate_per_s=1, seed=0)] == [()] * 3
+
+
+def test_the_share_that_repeats_is_what_an_earlier_prompt_began_with(tmp_path: Path) -> None:
+    trace = read_trace(trace_file(tmp_path, CONVERSATION + mooncake((3000, 1024, 5, [12, 8]))))
+    assert trace.repeated_share == pytest.approx(4 * 512 / (1400 + 1024 + 2000 + 1024))
+    assert read_trace(trace_file(tmp_path, f"{VIDUR}0,10,5\n")).repeated_share is None

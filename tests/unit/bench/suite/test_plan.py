@@ -1,7 +1,8 @@
 """Plans: the same for every engine, and what a case says."""
 
+import json
 from dataclasses import replace
-from itertools import permutations
+from itertools import combinations, permutations, takewhile
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,62 @@ def test_whoever_would_have_more_patience_than_the_model_has_room_does_not_hang_
         room = 120 - len(request.prompt)
         assert request.output_tokens <= room
         assert request.max_tokens == (room if request.output_tokens < room else None)
+
+
+SHARING = (
+    [1, 2, 3],
+    [1, 2],
+    [1, 2, 4, 5],
+    [6, 2],
+    [1, 2, 3, 40_000],
+)
+
+
+def case_of_trace(folder: Path, token_scale: float) -> Case:
+    """It replays a Mooncake trace with these ids, the last block of each prompt not whole, at a scale."""
+    rows = [
+        {"timestamp": i, "input_length": 512 * len(ids) - 100, "output_length": 5, "hash_ids": ids}
+        for i, ids in enumerate(SHARING)
+    ]
+    (folder / "trace.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = (CASES / "trace.yaml").read_text().replace("token_scale: 0.1", f"token_scale: {token_scale}")
+    (folder / "case.yaml").write_text(text.replace("traces/made_up.jsonl", "trace.jsonl"))
+    return load_case(folder / "case.yaml")
+
+
+def plan_of_trace(folder: Path, token_scale: float, seed: int = 0) -> list[list[int]]:
+    case = case_of_trace(folder, token_scale)
+    return [request.prompt for request in plan_requests(case, case.points[0], seed)]
+
+
+def test_a_result_says_how_much_of_its_load_repeats(tmp_path: Path) -> None:
+    """The last prompt repeats a block only as far as it was there before."""
+    repeated = 924 + 1024 + (1024 + 412)
+    total = 15 * 512 - 5 * 100
+    assert round(100 * repeated / total) == 47
+    assert any(
+        "47% of its prompt tokens" in n and "47.1% of those of the 5 req" in n for n in case_of_trace(tmp_path, 1).notes
+    )
+    assert not any("hash_ids" in note for note in case_of("trace").notes)
+
+
+@pytest.mark.parametrize("token_scale", [0.1, 0.73, 0.05])
+def test_prompts_of_a_trace_begin_alike_exactly_as_far_as_their_hash_ids(tmp_path: Path, token_scale: float) -> None:
+    prompts = plan_of_trace(tmp_path, token_scale)
+    assert [len(prompt) for prompt in prompts] == [round((512 * len(ids) - 100) * token_scale) for ids in SHARING]
+    for (one, ids), (other, other_ids) in combinations(zip(prompts, SHARING, strict=True), 2):
+        num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, other_ids, strict=False)))
+        expected = min(round(512 * num_shared * token_scale), len(one), len(other))
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+        assert same == expected, (ids, other_ids)
+
+
+def test_a_block_says_the_same_wherever_it_stands_and_something_else_with_another_seed(tmp_path: Path) -> None:
+    prompts = plan_of_trace(tmp_path, 0.1)
+    assert prompts == plan_of_trace(tmp_path, 0.1)
+    assert prompts[3][51:92] == prompts[0][51:92]
+    other = plan_of_trace(tmp_path, 0.1, seed=1)
+    assert other[0] != prompts[0]
 
 
 def test_no_request_is_longer_than_the_model_takes() -> None:
