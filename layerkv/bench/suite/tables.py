@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from layerkv.bench.suite.result import CaseResult, Figures, Spread
+from layerkv.bench.suite.result import CaseResult, Distribution, Figures, Spread
 from layerkv.bench.suite.titles import ENGINE_TITLES, engine_order, has_first_tokens
 from layerkv.bench.words import MISSING, format_duration
 from layerkv.units import format_bytes
 
 # Between a cell's figure and its uncertainty; the report prints what follows it small.
 PLUS_MINUS = " ±"
-POINT_COLUMNS = ("TTFT mean", "TTFT p99", "Goodput", "SLOs met", "Throughput")
+SLOS_MET = "SLOs met by mean TPOT"
+POINT_COLUMNS = ("Fluid", SLOS_MET, "TTFT mean", "TTFT p99", "Fluid goodput", "Goodput", "Throughput")
 
 
 # What only a server tells: these rows are left out where no engine was one.
@@ -106,8 +107,10 @@ def number_cell(value: Spread, decimals: int = 0, unit: str = "") -> str:
     return _with_spread(f"{value.median:.{decimals}f}{unit}", value.spread, decimals)
 
 
-def percent_cell(share: Spread) -> str:
-    """`97.5 % ±0.4` of a share between 0 and 1."""
+def percent_cell(share: Spread | None) -> str:
+    """`97.5 % ±0.4` of a share between 0 and 1; a dash where it is not known."""
+    if share is None:
+        return MISSING
     return _with_spread(f"{share.median * 100:.1f} %", share.spread * 100, 1)
 
 
@@ -126,6 +129,28 @@ def _with_spread(text: str, spread: float, decimals: int) -> str:
 def _latency(pick: Callable[[Figures], Spread]) -> Callable[[Figures], str]:
     """A latency's cell; 0 s is that of no sample."""
     return lambda figures: duration_cell(pick(figures)) if pick(figures).median > 0 else MISSING
+
+
+def _wait(pick: Callable[[Figures], Distribution | None], part: str) -> Callable[[Figures], str]:
+    """A reader's wait: 0 s is a good one, and a dash what was not measured."""
+
+    def cell(figures: Figures) -> str:
+        waits = pick(figures)
+        return MISSING if waits is None else duration_cell(getattr(waits, part))
+
+    return cell
+
+
+def _rate(pick: Callable[[Figures], Spread | None]) -> Callable[[Figures], str]:
+    def cell(figures: Figures) -> str:
+        rate = pick(figures)
+        return MISSING if rate is None else number_cell(rate, 2, "/s")
+
+    return cell
+
+
+def _index(figures: Figures) -> str:
+    return MISSING if figures.fluidity_index is None else number_cell(figures.fluidity_index, 3)
 
 
 def _queue(figures: Figures) -> str:
@@ -153,16 +178,26 @@ def _scheduler_time(figures: Figures) -> str:
 
 def _point_cells(figures: Figures) -> tuple[str, ...]:
     cells: Sequence[Callable[[Figures], str]] = (
+        lambda f: percent_cell(f.fluid),
+        lambda f: percent_cell(f.slo_attainment),
         _latency(lambda f: f.ttft_s.mean),
         _latency(lambda f: f.ttft_s.p99),
-        lambda f: number_cell(f.goodput_rps, 2, "/s"),
-        lambda f: percent_cell(f.slo_attainment),
+        _rate(lambda f: f.fluid_goodput_rps),
+        _rate(lambda f: f.goodput_rps),
         lambda f: number_cell(f.output_tokens_per_s, unit=" tok/s"),
     )
     return tuple(cell(figures) for cell in cells)
 
 
 _ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
+    ("Fluid", "requests whose reader had to wait neither long nor often", lambda f: percent_cell(f.fluid)),
+    (SLOS_MET, "requests that met TTFT and, on the mean, TPOT", lambda f: percent_cell(f.slo_attainment)),
+    ("Fluid goodput", "fluid requests per second", _rate(lambda f: f.fluid_goodput_rps)),
+    ("Goodput", "requests per second that met TTFT and mean TPOT", _rate(lambda f: f.goodput_rps)),
+    ("Tokens on time", "by arrival + TTFT + k x TPOT", lambda f: percent_cell(f.tokens_on_time)),
+    ("Lag mean", "all waits of a request's reader", _wait(lambda f: f.lag_s, "mean")),
+    ("Lag p99", "all waits of a request's reader", _wait(lambda f: f.lag_s, "p99")),
+    ("Longest pause p99", "a reader's longest single wait", _wait(lambda f: f.longest_pause_s, "p99")),
     ("TTFT mean", "time to first token, from when the request was due", _latency(lambda f: f.ttft_s.mean)),
     ("TTFT p50", "half of the first tokens came by then", _latency(lambda f: f.ttft_s.p50)),
     ("TTFT p90", "nine of ten first tokens", _latency(lambda f: f.ttft_s.p90)),
@@ -175,8 +210,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
     ("Between tokens p99", "all gaps of all requests pooled", _latency(lambda f: f.time_between_tokens_s.p99)),
     ("End to end mean", "until the request's last token", _latency(lambda f: f.end_to_end_s.mean)),
     ("Throughput", "output tokens per second", lambda f: number_cell(f.output_tokens_per_s, unit=" tok/s")),
-    ("Goodput", "requests per second that met TTFT and TPOT", lambda f: number_cell(f.goodput_rps, 2, "/s")),
-    ("SLOs met", "share of requests that met both", lambda f: percent_cell(f.slo_attainment)),
+    ("Fluidity index", "Etalon's: 1 - token deadlines missed / all", _index),
     ("Preemptions", "KV thrown away and computed again", lambda f: number_cell(f.preemptions)),
     ("Parks / fetches", "KV moved to host memory / back", lambda f: _pair(f.parks, f.fetches)),
     ("Hits device / host", "share of prompt tokens found there", _hits),
