@@ -96,8 +96,7 @@ def engine_ratios(runs: Mapping[str, Mapping[int, LoadRun]], policy: SloPolicy) 
     }
 
     def against(name: str, ratio: Callable[[_Totals, _Totals], float | None]) -> Spread | None:
-        values = [ratio(ours[seed], other) for seed, other in others.get(name, {}).items()]
-        return _any_seed(values)
+        return _any_seed([ratio(ours[seed], other) for seed, other in others.get(name, {}).items()])
 
     def all_against(ratio: Callable[[_Totals, _Totals], float | None]) -> dict[str, Spread]:
         return {name: spread for name in others if (spread := against(name, ratio)) is not None}
@@ -196,8 +195,7 @@ def _ends(runs: Sequence[LoadRun]) -> dict[str, Spread]:
 
 
 def _mean_output_tokens(run: LoadRun) -> float | None:
-    finished = [len(request.token_times_s) for request in _answered(run)]
-    return _mean_of(finished)
+    return _mean_of([len(request.token_times_s) for request in _answered(run)])
 
 
 def _some(values: Iterable[float | None]) -> list[float]:

@@ -5,7 +5,7 @@ Pure functions of a :class:`CaseResult`; the terminal and the HTML report show t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from layerkv.bench.suite.result import CaseResult, Distribution, Figures, Spread
@@ -48,7 +48,7 @@ class PointRow:
     Attributes:
         point: Where the point lies on the case's axis; the same for all its engines.
         engine: Its name; `engine_title` is how tables call it.
-        cells: `cells[i]` belongs to the i-th of `POINT_COLUMNS`.
+        cells: `cells[i]` belongs to the i-th of `POINT_COLUMNS`, which are labels of `figure_rows`.
         failure: Why some or all of the figures are missing; empty if none are.
         is_main: Whether this is the case's main point.
     """
@@ -80,7 +80,7 @@ def point_rows(result: CaseResult) -> list[PointRow]:
             figures, failure = point.engines.get(name), point.failures.get(name)
             if figures is None and failure is None:
                 continue
-            cells = (MISSING,) * len(POINT_COLUMNS) if figures is None else _point_cells(figures)
+            cells = tuple(MISSING if figures is None else _CELLS[label](figures) for label in POINT_COLUMNS)
             rows.append(
                 PointRow(
                     point=f"{point.x:g}",
@@ -102,8 +102,10 @@ def duration_cell(value: Spread) -> str:
     return _with_spread(text, value.spread * (1e3 if unit == "ms" else 1.0), decimals)
 
 
-def number_cell(value: Spread, decimals: int = 0, unit: str = "") -> str:
-    """`120 tok/s ±3`; `unit` stands after the number as it is."""
+def number_cell(value: Spread | None, decimals: int = 0, unit: str = "") -> str:
+    """`120 tok/s ±3`; `unit` stands after the number as it is; a dash where it is not known."""
+    if value is None:
+        return MISSING
     return _with_spread(f"{value.median:.{decimals}f}{unit}", value.spread, decimals)
 
 
@@ -141,18 +143,6 @@ def _wait(pick: Callable[[Figures], Distribution | None], part: str) -> Callable
     return cell
 
 
-def _rate(pick: Callable[[Figures], Spread | None]) -> Callable[[Figures], str]:
-    def cell(figures: Figures) -> str:
-        rate = pick(figures)
-        return MISSING if rate is None else number_cell(rate, 2, "/s")
-
-    return cell
-
-
-def _index(figures: Figures) -> str:
-    return MISSING if figures.fluidity_index is None else number_cell(figures.fluidity_index, 3)
-
-
 def _queue(figures: Figures) -> str:
     return duration_cell(figures.queue_s.mean) if has_first_tokens(figures) else MISSING
 
@@ -176,24 +166,11 @@ def _scheduler_time(figures: Figures) -> str:
     return MISSING if figures.scheduler_s_per_step is None else duration_cell(figures.scheduler_s_per_step)
 
 
-def _point_cells(figures: Figures) -> tuple[str, ...]:
-    cells: Sequence[Callable[[Figures], str]] = (
-        lambda f: percent_cell(f.fluid),
-        lambda f: percent_cell(f.slo_attainment),
-        _latency(lambda f: f.ttft_s.mean),
-        _latency(lambda f: f.ttft_s.p99),
-        _rate(lambda f: f.fluid_goodput_rps),
-        _rate(lambda f: f.goodput_rps),
-        lambda f: number_cell(f.output_tokens_per_s, unit=" tok/s"),
-    )
-    return tuple(cell(figures) for cell in cells)
-
-
 _ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
     ("Fluid", "requests whose reader had to wait neither long nor often", lambda f: percent_cell(f.fluid)),
     (SLOS_MET, "requests that met TTFT and, on the mean, TPOT", lambda f: percent_cell(f.slo_attainment)),
-    ("Fluid goodput", "fluid requests per second", _rate(lambda f: f.fluid_goodput_rps)),
-    ("Goodput", "requests per second that met TTFT and mean TPOT", _rate(lambda f: f.goodput_rps)),
+    ("Fluid goodput", "fluid requests per second", lambda f: number_cell(f.fluid_goodput_rps, 2, "/s")),
+    ("Goodput", "requests per second that met TTFT and mean TPOT", lambda f: number_cell(f.goodput_rps, 2, "/s")),
     ("Tokens on time", "by arrival + TTFT + k x TPOT", lambda f: percent_cell(f.tokens_on_time)),
     ("Lag mean", "all waits of a request's reader", _wait(lambda f: f.lag_s, "mean")),
     ("Lag p99", "all waits of a request's reader", _wait(lambda f: f.lag_s, "p99")),
@@ -210,7 +187,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
     ("Between tokens p99", "all gaps of all requests pooled", _latency(lambda f: f.time_between_tokens_s.p99)),
     ("End to end mean", "until the request's last token", _latency(lambda f: f.end_to_end_s.mean)),
     ("Throughput", "output tokens per second", lambda f: number_cell(f.output_tokens_per_s, unit=" tok/s")),
-    ("Fluidity index", "Etalon's: 1 - token deadlines missed / all", _index),
+    ("Fluidity index", "Etalon's: 1 - token deadlines missed / all", lambda f: number_cell(f.fluidity_index, 3)),
     ("Preemptions", "KV thrown away and computed again", lambda f: number_cell(f.preemptions)),
     ("Parks / fetches", "KV moved to host memory / back", lambda f: _pair(f.parks, f.fetches)),
     ("Hits device / host", "share of prompt tokens found there", _hits),
@@ -227,3 +204,4 @@ _ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
         lambda f: f"{sum(f.num_failed.values):g} of {sum(f.num_requests.values):g}",
     ),
 )
+_CELLS = {label: cell for label, _, cell in _ROWS}
