@@ -25,7 +25,6 @@ from layerkv.bench import records
 from layerkv.bench.board import ProgressBoard
 from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, LoadSpec, PlannedRequest
 from layerkv.bench.machine import measured_here
-from layerkv.bench.metrics import engine_figures
 from layerkv.bench.policy_file import write_policy
 from layerkv.bench.suite.tables import SLOS_MET
 from layerkv.bench.supervise import run_engine
@@ -39,17 +38,6 @@ from layerkv.sim.outcome import GapHistogram, RequestOutcome, SimOutcome
 from layerkv.sim.run import WATERMARK, make_engine, medians, policy_of, requests_of
 
 SHAPE = "demo"
-# What a reader sees of an engine; the suite's figures of a real run, so that they mean the same there.
-READERS = (
-    "fluid",
-    "fluid_goodput_rps",
-    "tokens_on_time",
-    "fluidity_index",
-    "lag_s",
-    "longest_pause_s",
-    "end_to_end_s",
-    "second_token_s",
-)
 COMPARED = (
     ("fluid", None),
     ("tokens_on_time", None),
@@ -118,17 +106,7 @@ def _run_real(
 ) -> dict[str, Any]:
     spec = _spec(config, name, load, seed, folder)
     run = run_engine(spec, folder, lambda line: board.advances(name, line))
-    figures = engine_figures(_with_classes(run, load), config.policy)
-    readers = {name: msgspec.to_builtins(getattr(figures, name)) for name in READERS}
-    host = {"step_s": run.step_s, "host_s_per_step": run.host_s_per_step}
-    return {**_outcome(run, load).figures(), **readers, **host}
-
-
-def _with_classes(run: records.EngineRun, load: Sequence[SimRequest]) -> records.EngineRun:
-    """The run with the classes that its requests are judged by: stock is not told of them."""
-    slo_class = {request.request_id: request.slo.name for request in load}
-    requests = [msgspec.structs.replace(r, slo_class=slo_class[r.request_id]) for r in run.requests]
-    return msgspec.structs.replace(run, requests=requests)
+    return {**_outcome(run, load).figures(), "step_s": run.step_s, "host_s_per_step": run.host_s_per_step}
 
 
 def _spec(config: SimConfig, name: str, load: Sequence[SimRequest], seed: int, folder: Path) -> records.EngineSpec:

@@ -53,7 +53,7 @@ def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
         requests_per_s=per_second(sum(r.error is None for r in run.requests) for run in runs),
         fluid=share(fluid),
         fluid_goodput_rps=per_second(fluid),
-        tokens_on_time=_any_seed([_on_time(of) for of in readings]),
+        tokens_on_time=_any_seed([_on_time(run, of) for run, of in zip(runs, readings, strict=True)]),
         fluidity_index=_any_seed([_mean_of(_some(reading.fluidity_index for reading in of)) for of in readings]),
         goodput_rps=per_second(met),
         slo_attainment=share(met),
@@ -175,8 +175,8 @@ def _any_seed(values: Sequence[float | None]) -> Spread | None:
     return Spread.of(known) if known else None
 
 
-def _on_time(readings: Sequence[Reading]) -> float | None:
-    num_tokens = sum(reading.num_tokens for reading in readings)
+def _on_time(run: LoadRun, readings: Sequence[Reading]) -> float | None:
+    num_tokens = sum(len(request.token_times_s) for request in run.requests)
     return sum(reading.num_on_time for reading in readings) / num_tokens if num_tokens else None
 
 

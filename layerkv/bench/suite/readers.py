@@ -15,23 +15,21 @@ from layerkv.config import SloClass, SloPolicy
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One request's answer; what only a reader can tell is None where nobody reads, or nothing came.
+    """One request's answer; what only a reader can tell is None where nobody reads along, or nothing came.
 
     Attributes:
         met_slo: It finished and met all objectives of its class, TPOT on the mean.
         is_fluid: It finished and flowed; where nobody reads, that is `met_slo`.
         lag_s: All waits of its reader together.
         longest_pause_s: The longest of them.
-        num_tokens: Tokens that came for a reader,
-        num_on_time: and those of them that came when due.
-        fluidity_index: Etalon's.
+        num_on_time: Tokens that came when due, whoever reads them.
+        fluidity_index: Etalon's; None without tokens.
     """
 
     met_slo: bool
     is_fluid: bool
     lag_s: float | None = None
     longest_pause_s: float | None = None
-    num_tokens: int = 0
     num_on_time: int = 0
     fluidity_index: float | None = None
 
@@ -46,15 +44,13 @@ def reading_of(request: RequestRecord, policy: SloPolicy) -> Reading:
     slo, times_s = slo_of(request, policy), request.token_times_s
     is_whole = request.error is None
     met_slo = is_whole and figures.met_slo(slo, ttft_s(request), tpot_s(request), max(request.gaps_s, default=0.0))
-    if not slo.has_reader or not times_s:
-        return Reading(met_slo, not slo.has_reader and met_slo)
     reader = figures.reader_of(slo, times_s)
+    is_read = slo.has_reader and bool(times_s)
     return Reading(
         met_slo,
-        is_whole and figures.is_fluid(slo, ttft_s(request), reader.lag_s),
-        reader.lag_s,
-        reader.longest_pause_s,
-        len(times_s),
+        is_whole and figures.is_fluid(slo, ttft_s(request), reader.lag_s) if slo.has_reader else met_slo,
+        reader.lag_s if is_read else None,
+        reader.longest_pause_s if is_read else None,
         figures.num_on_time(slo, request.arrival_s, times_s),
         figures.fluidity_index(slo, request.arrival_s, times_s),
     )

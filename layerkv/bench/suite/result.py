@@ -46,10 +46,10 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     `end_to_end_s`: to its last token. `queue_s` is what the server says (its percentiles are read off a histogram).
     `goodput_rps`: requests per second that met both the TTFT and the mean TPOT of their class; `slo_attainment`: their
     share of all requests, a failed request being one that missed. `arrival_error_s`: how late the generator sent.
-    `fluid`: share of all requests that were fluid; `fluid_goodput_rps`: how many per second. Of requests with a reader:
-    `tokens_on_time` is the share of the tokens that came, `lag_s` and `longest_pause_s` are their readers' waits,
-    `fluidity_index` is the mean of Etalon's (all as :mod:`layerkv.figures` has them). These are None in results from
-    before there was that, and, but for the first two, where nobody had anything to read.
+    `fluid`: share of all requests that were fluid; `fluid_goodput_rps`: how many per second. `tokens_on_time`: share of
+    the tokens that came; `fluidity_index`: the mean of Etalon's; `lag_s` and `longest_pause_s`: waits of readers, where
+    requests have one (all as :mod:`layerkv.figures` has them). These are None in results from before there was that,
+    and, but for the first two, where nothing came to be read.
     Peaks are in bytes: KV in use at most on the device, KV held at most on the host (cached prefixes included, which
     give way to requests), and resident memory of all processes.
     `scheduler_s_per_step` is CPU time. `ends`: how many requests finished in each way (`length`, `stop`, `hang_up`), as

@@ -115,7 +115,7 @@ def _waits(result: CaseResult) -> list[str]:
     if ours is None or theirs is None or layerkv.tokens_on_time is None or stock.tokens_on_time is None:
         return []
     return [
-        f"After its first token a reader waited {_mean_and_p99(ours)} in all (stock: {_mean_and_p99(theirs)}); "
+        f"After its first token a reader waited, in all, {_mean_and_p99(ours)} (stock: {_mean_and_p99(theirs)}); "
         f"{_share(layerkv.tokens_on_time)} of the tokens came on time (stock: {_share(stock.tokens_on_time)})."
     ]
 

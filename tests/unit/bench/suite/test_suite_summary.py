@@ -100,7 +100,7 @@ def test_what_readers_waited_is_said_beside() -> None:
         case(), "layerkv", lag_s=Distribution(each, each, each, each), tokens_on_time=Spread.of([0.9])
     )
     result = with_figures(result, "stock", lag_s=Distribution(none, none, none, none), tokens_on_time=Spread.of([0.4]))
-    assert "a reader waited 300 ms on average, p99 300 ms in all (stock: 0 s on average, p99 0 s)" in said(result)
+    assert "a reader waited, in all, 300 ms on average, p99 300 ms (stock: 0 s on average, p99 0 s)" in said(result)
     assert "90.0 % of the tokens came on time (stock: 40.0 %)" in said(result)
     assert "a reader's lag p99 (300 ms against 0 s)" in said(result)
 
