@@ -8,9 +8,9 @@ something fails.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -25,12 +25,11 @@ from layerkv.bench.suite.outcome import with_figures
 from layerkv.bench.suite.report import write_report
 from layerkv.bench.suite.result import CaseResult, PointResult
 from layerkv.bench.suite.terminal import print_result
-from layerkv.bench.supervise import child_env, log_tail, run_child
+from layerkv.bench.supervise import ENGINE_COMMAND, try_engine
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 from layerkv.config import SloPolicy, default_policy
 
 MODEL_SHAPE = "demo"
-ENGINE_COMMAND = (sys.executable, "-m", "layerkv.bench.engine_run")
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
 
@@ -86,7 +85,7 @@ def run_engines(
         for spec in specs:
             board.starts(spec.name)
             try:
-                outcome = _run_engine(spec, out_dir, board, command)
+                outcome = try_engine(spec, out_dir, partial(board.advances, spec.name), command)
             except KeyboardInterrupt:
                 outcomes.failures[spec.name] = records.EngineFailure(reason="was interrupted", log_tail=[])
                 outcomes.interrupted = True
@@ -105,26 +104,6 @@ def _remove_earlier_results(out_dir: Path) -> None:
     of_engines = (f"{name}{end}" for name in ENGINE_NAMES for end in (".spec.json", ".json", ".log"))
     for name in ("result.json", "report.html", *of_engines):
         (out_dir / name).unlink(missing_ok=True)
-
-
-def _run_engine(
-    spec: records.EngineSpec, out_dir: Path, board: ProgressBoard, command: Sequence[str]
-) -> records.EngineRun | records.EngineFailure:
-    spec_path, run_path = out_dir / f"{spec.name}.spec.json", out_dir / f"{spec.name}.json"
-    log_path = out_dir / f"{spec.name}.log"
-    records.write_json(spec, spec_path)
-    failure = run_child(
-        [*command, str(spec_path), str(run_path)],
-        env=child_env(),
-        log_path=log_path,
-        on_progress=lambda line: board.advances(spec.name, line),
-    )
-    if failure is not None:
-        return failure
-    try:
-        return records.read_json(run_path, records.EngineRun)
-    except (OSError, msgspec.DecodeError) as error:
-        return records.EngineFailure(reason=f"left no readable result ({error})", log_tail=log_tail(log_path))
 
 
 def compare(specs: Sequence[records.EngineSpec], outcomes: Outcomes) -> metrics.DemoResult:
