@@ -24,6 +24,7 @@ from rich.table import Table
 from layerkv.bench.records import read_json, write_json
 from layerkv.bench.suite.result import SCHEMA_VERSION, CaseResult, Figures, PointResult, Spread
 from layerkv.bench.suite.titles import ENGINE_TITLES
+from layerkv.bench.words import NOTABLE_WAIT_S
 from layerkv.errors import ConfigError
 
 # If chance alone moves a figure, with a deviation of a tenth, three seeds are all worse by so much once in 35 times.
@@ -82,8 +83,6 @@ class _Figure:
     notable: float = 0.0
 
 
-# Readers do not notice a tenth of a second in a whole answer.
-NOTABLE_WAIT_S = 0.1
 _FIGURES = (
     _Figure("fluid", lambda f: f.fluid, less_is_better=False, stands_alone=True),
     _Figure("tokens on time", lambda f: f.tokens_on_time, less_is_better=False, stands_alone=True),

@@ -13,7 +13,7 @@ from layerkv.bench.records import HUNG_UP, STOPPED
 from layerkv.bench.suite.result import CaseResult, Distribution, Figures, PointResult, Ratios, Spread
 from layerkv.bench.suite.tables import POINT_COLUMNS, PointRow, figure_rows, point_rows
 from layerkv.bench.suite.titles import ENGINE_NOTES, ENGINE_TITLES, engine_order, has_first_tokens, point_label
-from layerkv.bench.words import SAME_WITHIN, format_duration, format_ratio, is_same
+from layerkv.bench.words import NOTABLE_WAIT_S, SAME_WITHIN, format_duration, format_ratio, is_same
 from layerkv.units import format_bytes
 
 __all__ = [
@@ -178,8 +178,7 @@ def _against_peer(result: CaseResult, name: str, layerkv: Figures) -> str:
     return f"Against {ENGINE_TITLES[name]} ({ENGINE_NOTES[name]}): {', '.join(parts)}."
 
 
-_COSTS: tuple[tuple[str, Callable[[Figures], Spread | None], Callable[[float], str]], ...] = (
-    ("a reader's lag p99", lambda f: None if f.lag_s is None else f.lag_s.p99, format_duration),
+_COSTS: tuple[tuple[str, Callable[[Figures], Spread], Callable[[float], str]], ...] = (
     ("second token p99", lambda f: f.second_token_s.p99, format_duration),
     ("TPOT mean", lambda f: f.tpot_s.mean, format_duration),
     ("between tokens p99", lambda f: f.time_between_tokens_s.p99, format_duration),
@@ -193,15 +192,17 @@ def _losses(ratios: Ratios, stock: Figures, layerkv: Figures) -> list[str]:
     """Costs that are higher with layerkv by more than repeated runs differ; TTFT stands elsewhere."""
     found = []
     throughput = ratios.throughput_ratio
-    fluid = ratios.fluid_gain
-    if fluid is not None and fluid.median < 0:
-        found.append(f"fluid requests ({-fluid.median * 100:.1f} % of all fewer)")
+    if ratios.fluid_gain is not None and ratios.fluid_gain.median < 0:
+        found.append(f"fluid requests ({_share(layerkv.fluid)} against {_share(stock.fluid)})")
+    lags = [None if figures.lag_s is None else figures.lag_s.p99.median for figures in (layerkv, stock)]
+    if lags[0] is not None and lags[1] is not None and lags[0] > lags[1] + NOTABLE_WAIT_S:
+        found.append(f"a reader's lag p99 ({format_duration(lags[0])} against {format_duration(lags[1])})")
     if throughput is not None and throughput.median < 1 / (1 + SAME_WITHIN):
         found.append(f"throughput ({_over_seeds(throughput)}{_share(throughput)} of stock's)")
     for label, pick, write in _COSTS:
-        ours, theirs = pick(layerkv), pick(stock)
-        if ours is not None and theirs is not None and ours.median > theirs.median * (1 + SAME_WITHIN):
-            found.append(f"{label} ({write(ours.median)} against {write(theirs.median)})")
+        ours, theirs = pick(layerkv).median, pick(stock).median
+        if ours > theirs * (1 + SAME_WITHIN):
+            found.append(f"{label} ({write(ours)} against {write(theirs)})")
     return found
 
 

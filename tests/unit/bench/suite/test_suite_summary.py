@@ -105,6 +105,17 @@ def test_what_readers_waited_is_said_beside() -> None:
     assert "a reader's lag p99 (300 ms against 0 s)" in said(result)
 
 
+def test_fewer_readers_than_stock_are_a_loss_and_a_wait_that_nobody_notices_is_none() -> None:
+    result = with_ratios(case(), fluid_gain=Spread.of([-0.1, 0.05, -0.2]))
+    result = with_figures(result, "layerkv", fluid=Spread.of([0.4, 0.5, 0.3]))
+    result = with_figures(result, "stock", fluid=Spread.of([0.5, 0.45, 0.5]))
+    assert "Worse than stock with layerkv: fluid requests (40.0 % against 50.0 %)" in said(result)
+    assert "fluid 40.0 % against 50.0 %" in said(result)
+    little, none = (Distribution(*[Spread.of([wait_s] * 3)] * 4) for wait_s in (0.09, 0.0))
+    result = with_figures(with_figures(result, "layerkv", lag_s=little), "stock", lag_s=none)
+    assert "lag p99" not in said(result)
+
+
 def test_a_result_from_before_readers_were_measured_speaks_of_first_tokens_and_shows_dashes() -> None:
     old = msgspec.to_builtins(case())
     for figures in (*old["engines"].values(), *(f for point in old["points"] for f in point["engines"].values())):
