@@ -198,6 +198,16 @@ def _add_suite(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]"
     comparison.add_argument("after", type=Path, metavar="B.json", help="the later result")
     comparison.add_argument("--json", type=Path, metavar="FILE", help="write the comparison there as well")
     comparison.set_defaults(run=_bench_compare)
+    figures = benchmarks.add_parser(
+        "figures",
+        help="compute a result again from the records of its runs",
+        description="Compute result.json and report.html again from the records that `layerkv bench run` or `layerkv "
+        "demo` has left in a folder.",
+    )
+    figures.add_argument("folder", type=Path, metavar="FOLDER", help="such as out/bench/rate_sweep, or the demo's")
+    figures.add_argument("--json", type=Path, metavar="FILE", help="where the figures go (FOLDER/result.json)")
+    figures.add_argument("--html", type=Path, metavar="FILE", help="where the report goes (FOLDER/report.html)")
+    figures.set_defaults(run=_bench_figures)
     punctuality = benchmarks.add_parser(
         "generator",
         help="how punctual the load generator is",
@@ -234,6 +244,12 @@ def _bench_generator(arguments: argparse.Namespace) -> int:
     from layerkv.bench.suite.generator_check import run_generator_check
 
     return run_generator_check(arguments.json)
+
+
+def _bench_figures(arguments: argparse.Namespace) -> int:
+    from layerkv.bench.suite.kept import run_figures
+
+    return run_figures(arguments.folder, json_path=arguments.json, html_path=arguments.html)
 
 
 def _bench_compare(arguments: argparse.Namespace) -> int:

@@ -11,9 +11,9 @@ server nor a client that a busy engine could starve of CPU, nothing to probe, an
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -23,16 +23,16 @@ from layerkv.bench import metrics, records
 from layerkv.bench.board import ProgressBoard
 from layerkv.bench.machine import measured_here
 from layerkv.bench.plan import ENGINE_NAMES, check_engine_names, demo_load, engine_specs
-from layerkv.bench.suite import figures
+from layerkv.bench.suite.kept import read_result
+from layerkv.bench.suite.outcome import with_figures
 from layerkv.bench.suite.report import write_report
 from layerkv.bench.suite.result import CaseResult, PointResult
 from layerkv.bench.suite.terminal import print_result
-from layerkv.bench.supervise import child_env, log_tail, run_child
+from layerkv.bench.supervise import ENGINE_COMMAND, try_engine
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
-from layerkv.config import default_policy
+from layerkv.config import SloPolicy, default_policy
 
 MODEL_SHAPE = "demo"
-ENGINE_COMMAND = (sys.executable, "-m", "layerkv.bench.engine_run")
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
 
@@ -67,7 +67,7 @@ def run_demo(out_dir: Path, *, seed: int = 0, quick: bool = False, engines: Sequ
     result = compare(specs, outcomes)
     records.write_json(result, out_dir / "result.json")
     case, loads = as_case(result, outcomes.runs)
-    write_report(case, loads, out_dir / "report.html")
+    write_report(case, loads, out_dir / "report.html", default_policy())
     print_result(case, console)
     console.print(f"\nresult  {out_dir / 'result.json'}\nreport  {out_dir / 'report.html'}", highlight=False)
     if outcomes.interrupted:
@@ -88,7 +88,7 @@ def run_engines(
         for spec in specs:
             board.starts(spec.name)
             try:
-                outcome = _run_engine(spec, out_dir, board, command)
+                outcome = try_engine(spec, out_dir, partial(board.advances, spec.name), command)
             except KeyboardInterrupt:
                 outcomes.failures[spec.name] = records.EngineFailure(reason="was interrupted", log_tail=[])
                 outcomes.interrupted = True
@@ -109,26 +109,6 @@ def _remove_earlier_results(out_dir: Path) -> None:
         (out_dir / name).unlink(missing_ok=True)
 
 
-def _run_engine(
-    spec: records.EngineSpec, out_dir: Path, board: ProgressBoard, command: Sequence[str]
-) -> records.EngineRun | records.EngineFailure:
-    spec_path, run_path = out_dir / f"{spec.name}.spec.json", out_dir / f"{spec.name}.json"
-    log_path = out_dir / f"{spec.name}.log"
-    records.write_json(spec, spec_path)
-    failure = run_child(
-        [*command, str(spec_path), str(run_path)],
-        env=child_env(),
-        log_path=log_path,
-        on_progress=lambda line: board.advances(spec.name, line),
-    )
-    if failure is not None:
-        return failure
-    try:
-        return records.read_json(run_path, records.EngineRun)
-    except (OSError, msgspec.DecodeError) as error:
-        return records.EngineFailure(reason=f"left no readable result ({error})", log_tail=log_tail(log_path))
-
-
 def compare(specs: Sequence[records.EngineSpec], outcomes: Outcomes) -> metrics.DemoResult:
     """The figures of the engines that finished, side by side, with where and when they were measured."""
     engines = {name: metrics.engine_figures(run) for name, run in outcomes.runs.items()}
@@ -138,7 +118,7 @@ def compare(specs: Sequence[records.EngineSpec], outcomes: Outcomes) -> metrics.
         complete=len(outcomes.runs) == len(specs),
         interrupted=outcomes.interrupted,
         engines=engines,
-        ratios=metrics.engine_ratios(engines),
+        ratios=metrics.engine_ratios(outcomes.runs),
         tokens_equal=(not metrics.differing_requests(layerkv_run, oracle_run) if layerkv_run and oracle_run else None),
         failures=outcomes.failures,
         load=load,
@@ -148,40 +128,42 @@ def compare(specs: Sequence[records.EngineSpec], outcomes: Outcomes) -> metrics.
     )
 
 
+def recompute(folder: Path, json_path: Path) -> tuple[CaseResult, list[records.LoadRun], SloPolicy]:
+    """The demo's result again, from the records that its engines have left in `folder`; writes it to `json_path`.
+
+    Raises:
+        ConfigError: `folder` is not one that the demo has filled.
+    """
+    result = read_result(folder / "result.json", metrics.DemoResult)
+    paths = {name: folder / f"{name}.json" for name in ENGINE_NAMES}
+    runs = {name: read_result(path, records.EngineRun) for name, path in paths.items() if path.exists()}
+    engines = {name: metrics.engine_figures(run) for name, run in runs.items()}
+    result = msgspec.structs.replace(result, engines=engines, ratios=metrics.engine_ratios(runs))
+    records.write_json(result, json_path)
+    return *as_case(result, runs), default_policy()
+
+
 def as_case(
     result: metrics.DemoResult, runs: Mapping[str, records.EngineRun]
 ) -> tuple[CaseResult, list[records.LoadRun]]:
     """The demo as the suite shows it: a case of one point and one seed, and its runs."""
     load, policy = result.load, default_policy()
-    point_name = f"{load.rate_per_s:g} requests per second"
-    loads = [metrics.as_load(run, point=point_name, seed=result.seed) for run in runs.values()]
-    engines = {run.engine: figures.engine_figures([run], policy) for run in loads}
-    by_seed = {run.engine: {run.seed: run} for run in loads}
-    point = PointResult(
-        name=point_name,
-        x=load.rate_per_s,
-        rate_per_s=load.rate_per_s,
-        engines=engines,
-        ratios=figures.engine_ratios(by_seed, policy),
-        tokens_equal=result.tokens_equal,
-        failures=result.failures,
-    )
-    objectives = policy.classes[policy.default_class]
+    rate, objectives = load.rate_per_s, policy.classes[policy.default_class]
+    name = f"{rate:g} requests per second"
+    loads = [metrics.as_load(run, point=name, seed=result.seed) for run in runs.values()]
     case = CaseResult(
         case="demo",
-        question="How much sooner do first tokens come when KV memory is full?",
+        question="How many readers are served without a pause when KV memory is full, and how soon do they begin?",
         size=f"{load.num_requests} requests",
         complete=result.complete,
         interrupted=result.interrupted,
         axis="requests per second",
-        main_point=point_name,
-        engines=engines,
-        ratios=point.ratios,
+        main_point=name,
         tokens_equal=result.tokens_equal,
         failures=result.failures,
-        goodput_rps={name: {point_name: found.goodput_rps} for name, found in engines.items()},
-        slo_attainment={name: {point_name: found.slo_attainment} for name, found in engines.items()},
-        points=[point],
+        points=[
+            PointResult(name=name, x=rate, rate_per_s=rate, tokens_equal=result.tokens_equal, failures=result.failures)
+        ],
         kv_cache_memory_bytes=result.kv_cache_memory_bytes,
         notes=[
             f"{load.num_requests} requests, Poisson arrivals, prompts of {_range(load.prompt_tokens)} tokens, "
@@ -195,7 +177,7 @@ def as_case(
         date=result.date,
         priorities=result.priorities,
     )
-    return case, loads
+    return with_figures(case, loads, policy), loads
 
 
 def _range(of: tuple[int, int]) -> str:

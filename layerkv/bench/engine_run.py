@@ -176,6 +176,7 @@ def _step(engine: LLMEngine, flights: dict[str, _Flight], timer: StepTimer, stat
 def _record(flight: _Flight, start_s: float, moves: list[StateChange]) -> RequestRecord:
     return RequestRecord(
         request_id=flight.request.request_id,
+        slo_class=flight.request.slo_class,
         arrival_s=flight.request.arrival_s,
         prompt_tokens=len(flight.request.prompt),
         output_tokens=flight.request.output_tokens,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,8 +30,10 @@ from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, LoadSpec, PlannedRequest
 from layerkv.bench.machine import measured_here
 from layerkv.bench.policy_file import write_policy
 from layerkv.bench.suite.room_for_one import bytes_for_one, rounded_up
+from layerkv.bench.suite.tables import SLOS_MET
 from layerkv.bench.supervise import run_engine
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
+from layerkv.bench.words import MISSING
 from layerkv.core.cost import load_profile
 from layerkv.errors import ConfigError
 from layerkv.sim.config import SimConfig, load_sim_config
@@ -41,7 +43,15 @@ from layerkv.sim.run import WATERMARK, make_engine, medians, policy_of, requests
 from layerkv.units import format_bytes
 
 SHAPE = "demo"
-COMPARED = (("ttft_s", "mean"), ("ttft_s", "p99"), ("output_tokens_per_s", None))
+COMPARED = (
+    ("fluid", None),
+    ("tokens_on_time", None),
+    ("lag_s", "mean"),
+    ("lag_s", "p99"),
+    ("ttft_s", "mean"),
+    ("ttft_s", "p99"),
+    ("output_tokens_per_s", None),
+)
 
 
 def run_fidelity(
@@ -213,23 +223,30 @@ def _over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         real, simulated = medians([row["real"] for row in chosen]), medians([row["simulated"] for row in chosen])
         ratios = {}
         for figure, part in COMPARED:
-            measured = real[figure][part] if part else real[figure]
-            predicted = simulated[figure][part] if part else simulated[figure]
-            ratios[f"{figure}.{part}" if part else figure] = predicted / measured if measured else None
+            measured, predicted = _part(real, figure, part), _part(simulated, figure, part)
+            ratio = predicted / measured if measured and predicted is not None else None
+            ratios[f"{figure}.{part}" if part else figure] = ratio
         merged.append({"rate_per_s": rate, "policy": name, "simulated_over_real": ratios, "real": real})
         merged[-1]["simulated"] = simulated
     return merged
 
 
+def _part(figures: Mapping[str, Any], figure: str, part: str | None) -> float | None:
+    """None where it is not known."""
+    found = figures.get(figure)
+    return found[part] if part and found is not None else found
+
+
 def _table(rows: Sequence[dict[str, Any]], rate: float) -> Table:
     table = Table(title=f"{rate:g} requests per second: real / simulated", box=SIMPLE, pad_edge=False)
     table.add_column("policy", no_wrap=True)
-    for heading in ("TTFT", "p99", "TPOT", "SLOs met", "goodput", "tok/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("fluid", "TTFT", "p99", "TPOT", SLOS_MET, "goodput", "tok/s"):
+        table.add_column(heading, justify="right", no_wrap=heading != SLOS_MET)
     for row in _over_seeds([row for row in rows if row["rate_per_s"] == rate]):
         r, s = row["real"], row["simulated"]
         table.add_row(
             row["policy"],
+            "/".join(MISSING if part.get("fluid") is None else f"{part['fluid']:.0%}" for part in (r, s)),
             f"{r['ttft_s']['mean']:.2f}/{s['ttft_s']['mean']:.2f}",
             f"{r['ttft_s']['p99']:.2f}/{s['ttft_s']['p99']:.2f}",
             f"{r['tpot_s']['mean'] * 1e3:.0f}/{s['tpot_s']['mean'] * 1e3:.0f}ms",

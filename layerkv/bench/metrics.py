@@ -8,6 +8,7 @@ when a key changes its meaning.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -16,7 +17,7 @@ from layerkv.bench.machine import Machine
 from layerkv.bench.priorities import Priorities
 from layerkv.bench.records import Counters, EngineFailure, EngineRun, LoadRun, RequestRecord
 from layerkv.bench.suite import figures, result
-from layerkv.config import default_policy
+from layerkv.config import SloPolicy, default_policy
 from layerkv.figures import distribution
 
 SCHEMA_VERSION = 1
@@ -37,20 +38,28 @@ class Distribution(msgspec.Struct, frozen=True):
 
 
 class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine's figures; every latency is counted from the request's scheduled arrival or its own tokens.
+    """One engine's figures, as :class:`layerkv.bench.suite.result.Figures` has them, of one seed; None: not known.
+    Those with a default are not in results of before 2026-11-28.
 
-    ttft_s: arrival to first token. tpot_s: per request, mean gap between its tokens. time_between_tokens_s:
-    all gaps of all requests pooled, so that one long stall shows in p99. second_token_s: first to second
-    token. queue_s: arrival to first scheduling. output_tokens_per_s: all output tokens over (last token -
-    first arrival). preemptions: requests whose KV was thrown away and recomputed.
+    Latencies count from the request's scheduled arrival, or its own tokens. `num_steps` counts steps that ran the
+    model; `step_s` and `host_s_per_step` are means over them.
     """
 
     ttft_s: Distribution
     tpot_s: Distribution
     time_between_tokens_s: Distribution
     second_token_s: Distribution
+    end_to_end_s: Distribution | None = None
+    lag_s: Distribution | None = None
+    longest_pause_s: Distribution | None = None
     queue_s: Distribution
     output_tokens_per_s: float
+    fluid: float | None = None
+    fluid_goodput_rps: float | None = None
+    tokens_on_time: float | None = None
+    fluidity_index: float | None = None
+    goodput_rps: float | None = None
+    slo_attainment: float | None = None
     preemptions: int
     bytes_stored: int
     bytes_loaded: int
@@ -63,12 +72,16 @@ class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ratios(msgspec.Struct, frozen=True, kw_only=True):
-    """Comparisons of engines; None where an engine is missing. Speed-ups are stock / layerkv."""
+    """Comparisons of engines; None where an engine is missing. Speed-ups are stock / layerkv.
+
+    `fluid_gain` is layerkv's share of fluid requests less stock's.
+    """
 
     ttft_mean_speedup: float | None
     ttft_p99_speedup: float | None
     throughput_ratio: float | None
     ttft_mean_over_oracle: float | None
+    fluid_gain: float | None = None
 
 
 class DemoResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,41 +129,27 @@ def as_load(run: EngineRun, *, point: str = "", seed: int = 0) -> LoadRun:
     )
 
 
-def engine_figures(run: EngineRun) -> EngineFigures:
+def engine_figures(run: EngineRun, policy: SloPolicy | None = None) -> EngineFigures:
     """The figures of one run. A request without the tokens that a figure needs is left out of that figure."""
-    found = figures.engine_figures([as_load(run)], default_policy())
+    found = figures.engine_figures([as_load(run)], policy or default_policy())
     return EngineFigures(
-        ttft_s=_of_one_seed(found.ttft_s),
-        tpot_s=_of_one_seed(found.tpot_s),
-        time_between_tokens_s=_of_one_seed(found.time_between_tokens_s),
-        second_token_s=_of_one_seed(found.second_token_s),
-        queue_s=_of_one_seed(found.queue_s),
-        output_tokens_per_s=found.output_tokens_per_s.median,
-        preemptions=run.preemptions,
-        bytes_stored=run.bytes_stored,
-        bytes_loaded=run.bytes_loaded,
-        wall_s=run.wall_s,
-        parks=run.parks,
-        fetches=run.fetches,
-        num_steps=run.num_steps,
-        step_s=run.step_s,
-        host_s_per_step=run.host_s_per_step,
+        **{
+            name: getattr(run, name) if hasattr(run, name) else _of_one_seed(getattr(found, name))
+            for name in EngineFigures.__struct_fields__
+        }
     )
 
 
-def _of_one_seed(over_seeds: result.Distribution) -> Distribution:
-    return Distribution(over_seeds.mean.median, over_seeds.p50.median, over_seeds.p90.median, over_seeds.p99.median)
-
-
-def engine_ratios(engines: Mapping[str, EngineFigures]) -> Ratios:
+def engine_ratios(runs: Mapping[str, EngineRun]) -> Ratios:
     """Compares the engines named stock, layerkv and oracle, as far as they are there."""
-    stock, layerkv, oracle = (engines.get(name) for name in ("stock", "layerkv", "oracle"))
-    return Ratios(
-        ttft_mean_speedup=_ratio(stock.ttft_s.mean, layerkv.ttft_s.mean) if stock and layerkv else None,
-        ttft_p99_speedup=_ratio(stock.ttft_s.p99, layerkv.ttft_s.p99) if stock and layerkv else None,
-        throughput_ratio=_ratio(layerkv.output_tokens_per_s, stock.output_tokens_per_s) if stock and layerkv else None,
-        ttft_mean_over_oracle=_ratio(layerkv.ttft_s.mean, oracle.ttft_s.mean) if layerkv and oracle else None,
-    )
+    found = figures.engine_ratios({name: {0: as_load(run)} for name, run in runs.items()}, default_policy())
+    return Ratios(**{name: _of_one_seed(getattr(found, name)) for name in Ratios.__struct_fields__})
+
+
+def _of_one_seed(over_seeds: result.Spread | result.Distribution | None) -> Any:
+    if isinstance(over_seeds, result.Distribution):
+        return Distribution(*(getattr(over_seeds, part).median for part in Distribution.__struct_fields__))
+    return None if over_seeds is None else over_seeds.median
 
 
 def differing_requests(left: EngineRun, right: EngineRun) -> list[str]:
@@ -162,7 +161,3 @@ def differing_requests(left: EngineRun, right: EngineRun) -> list[str]:
 
 def _tokens_by_request(requests: Sequence[RequestRecord]) -> dict[str, list[int]]:
     return {request.request_id: request.token_ids for request in requests}
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ def write_policy(policy: SloPolicy, path: Path) -> Path:
     """Writes `policy` to `path`, which is returned: `load_policy` reads an equal policy from it."""
     classes: dict[str, dict[str, Any]] = {}
     for slo in policy.classes.values():
-        promises = {"ttft": slo.ttft_s, "tpot": slo.tpot_s, "weight": slo.weight, "overload": slo.overload}
-        promises |= {"smooth": slo.smooth}
-        classes[slo.name] = promises if slo.max_stall_s is None else {**promises, "max_stall": slo.max_stall_s}
+        promises: dict[str, Any] = {"ttft": slo.ttft_s, "tpot": slo.tpot_s, "weight": slo.weight}
+        promises["overload"] = slo.overload
+        promises |= {"max_lag": slo.max_lag_s, "stream": slo.stream, "smooth": slo.smooth, "max_stall": slo.max_stall_s}
+        # What is not promised is not in the file: no bound for stalls, nor for the time per token.
+        classes[slo.name] = {key: value for key, value in promises.items() if value not in (None, math.inf)}
     document = {
         "version": 1,
         "default_class": policy.default_class,

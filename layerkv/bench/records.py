@@ -7,11 +7,13 @@ monotonic clock, counted from the start of its load.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from layerkv import figures
 from layerkv.bench.load import LoadSpec, PlannedRequest
 
 T = TypeVar("T")
@@ -79,10 +81,21 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True):
     end: str | None = None
     error: str | None = None
 
+    @property
+    def gaps_s(self) -> list[float]:
+        """Seconds between each two of its tokens."""
+        return [later - earlier for earlier, later in pairwise(self.token_times_s)]
+
 
 def ttft_s(request: RequestRecord) -> float | None:
     """Seconds from the due time to the first token; None when there was none."""
     return request.token_times_s[0] - request.arrival_s if request.token_times_s else None
+
+
+def tpot_s(request: RequestRecord) -> float | None:
+    """Mean seconds between tokens; None with fewer than two."""
+    times = request.token_times_s
+    return figures.tpot_s(times[0], times[-1], len(times)) if times else None
 
 
 class EngineRun(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ from layerkv.bench.log_cause import cause_of
 from layerkv.bench.records import EngineFailure, EngineRun, EngineSpec, Progress, read_json, write_json
 from layerkv.errors import LayerKVError
 
+ENGINE_COMMAND = (sys.executable, "-m", "layerkv.bench.engine_run")
 # Longer than any start-up seen (15-60 s, nearly all imports) and any single step.
 STALL_LIMIT_S = 180.0
 POLL_INTERVAL_S = 0.5
@@ -83,23 +84,39 @@ def ended_badly(status: int, log_path: Path) -> EngineFailure:
     return EngineFailure(reason=f"{reason} ({_cut(cause, CAUSE_CHARS)})", log_tail=tail)
 
 
+def try_engine(
+    spec: EngineSpec,
+    folder: Path,
+    on_progress: Callable[[Progress], None],
+    command: Sequence[str] = ENGINE_COMMAND,
+) -> EngineRun | EngineFailure:
+    """Drives one engine's load in a process of its own: `command` SPEC OUT.
+
+    Leaves NAME.spec.json, NAME.json (all its records) and NAME.log in `folder`.
+    """
+    spec_path, run_path, log_path = (folder / f"{spec.name}.{end}" for end in ("spec.json", "json", "log"))
+    write_json(spec, spec_path)
+    failure = run_child(
+        [*command, str(spec_path), str(run_path)], env=child_env(), log_path=log_path, on_progress=on_progress
+    )
+    if failure is not None:
+        return failure
+    try:
+        return read_json(run_path, EngineRun)
+    except (OSError, msgspec.DecodeError) as error:
+        return EngineFailure(reason=f"left no readable result ({error})", log_tail=log_tail(log_path))
+
+
 def run_engine(spec: EngineSpec, folder: Path, on_progress: Callable[[Progress], None]) -> EngineRun:
-    """Drives one engine's load in a process of its own, with its files in `folder`.
+    """The same for those who can do nothing without its run.
 
     Raises:
         LayerKVError: the engine failed; the message has the last lines of its log.
     """
-    spec_path, run_path = folder / "spec.json", folder / "run.json"
-    write_json(spec, spec_path)
-    failure = run_child(
-        [sys.executable, "-m", "layerkv.bench.engine_run", str(spec_path), str(run_path)],
-        env=dict(os.environ),
-        log_path=folder / "engine.log",
-        on_progress=on_progress,
-    )
-    if failure is not None:
-        raise LayerKVError(f"{spec.name} {failure.reason}: " + "\n".join(failure.log_tail))
-    return read_json(run_path, EngineRun)
+    outcome = try_engine(spec, folder, on_progress)
+    if isinstance(outcome, EngineFailure):
+        raise LayerKVError(f"{spec.name} {outcome.reason}: " + "\n".join(outcome.log_tail))
+    return outcome
 
 
 def child_env(defaults: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:

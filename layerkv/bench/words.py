@@ -5,6 +5,8 @@ from __future__ import annotations
 # Two engines whose times differ by less than this share are called equal: repeated runs differ by as much.
 SAME_WITHIN = 0.05
 MISSING = "-"
+# Readers do not notice less than this in a whole answer.
+NOTABLE_WAIT_S = 0.1
 
 
 def format_duration(duration_s: float) -> str:

@@ -11,13 +11,14 @@ import pytest
 from layerkv.bench.demo import as_case
 from layerkv.bench.suite import summary
 from layerkv.bench.suite.report import write_report
+from layerkv.config import default_policy
 from tests.browser.chromium import Page, browser_page, find_chromium
 from tests.unit.bench import made_records
 from tests.unit.bench.suite import made_results as made
 
 LOOKS = [(scheme, size) for scheme in ("light", "dark") for size in ((390, 844), (1280, 900))]
 READABLE_CONTRAST = 4.5
-PLOTS = ("ttft", "goodput", "attainment", "cdf")
+PLOTS = ("fluid", "ttft", "goodput", "attainment", "cdf")
 
 # What lies in every plot: its size, the marks without any size, and the marks that leave the plot's panel.
 DRAWN = """
@@ -121,11 +122,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("reports")
     paths = {name: folder / f"{name}.html" for name in ("full", "short", "demo")}
     runs = made.load_runs()
-    write_report(made.case_result(runs, main="rate-6"), runs, paths["full"])
+    write_report(made.case_result(runs, main="rate-6"), runs, paths["full"], made.POLICY)
     short = made.load_runs(rates=(6.0,), engines=("vllm-cpu-offload", "layerkv"), seeds=(0,), num_requests=20)
     short.append(made.load_run("stock", 6.0, 0, num_requests=20, num_failed=5))
-    write_report(made.case_result(short, {"oracle": made.FAILURE}, interrupted=True), short, paths["short"])
-    write_report(*as_case(made_records.result(), made_records.all_runs()), paths["demo"])
+    interrupted = made.case_result(short, {"oracle": made.FAILURE}, interrupted=True)
+    write_report(interrupted, short, paths["short"], made.POLICY)
+    write_report(*as_case(made_records.result(), made_records.all_runs()), paths["demo"], default_policy())
     return paths
 
 

@@ -17,6 +17,7 @@ from layerkv.bench import plots
 from layerkv.bench.plots import colour, format_tick, marked
 from layerkv.bench.records import LoadRun, RequestRecord, Sample, ttft_s
 from layerkv.bench.suite.result import CaseResult, Figures, PointResult, Spread
+from layerkv.bench.suite.tables import SLOS_MET
 from layerkv.bench.suite.titles import (
     ENGINE_NOTES,
     ENGINE_TITLES,
@@ -76,6 +77,14 @@ def _percent_text(share: float) -> str:
     return f"{share * 100:.3g} %"
 
 
+_FLUID = _Quantity(
+    "fluid",
+    "Fluid requests",
+    "Share of all requests with the first token in time and a reader who hardly had to wait. Higher is better",
+    lambda figures: figures.fluid,
+    _percent_text,
+    _percent_text,
+)
 _TTFT = _Quantity(
     "ttft",
     "Time to first token",
@@ -88,27 +97,31 @@ _TTFT = _Quantity(
 _GOODPUT = _Quantity(
     "goodput",
     "Goodput",
-    "Requests per second that met both TTFT and TPOT. Higher is better",
+    "Requests per second that met TTFT and, on the mean, TPOT. Higher is better",
     lambda figures: figures.goodput_rps,
     lambda rate: f"{rate:.2f}/s",
     lambda rate: f"{rate:g}/s",
 )
 _ATTAINMENT = _Quantity(
     "attainment",
-    "Objectives met",
-    "Share of all requests that met both TTFT and TPOT. Higher is better",
+    SLOS_MET,
+    "Share of all requests that met TTFT and, on the mean, TPOT. Higher is better",
     lambda figures: figures.slo_attainment,
     _percent_text,
     _percent_text,
 )
 
 
+_QUANTITIES = (_FLUID, _TTFT, _GOODPUT, _ATTAINMENT)
+
+
 def against_axis(result: CaseResult) -> list[Plot]:
-    """TTFT, goodput and SLO attainment against the case's axis; none with fewer than two points that have figures."""
+    """The quantities against the case's axis; none with fewer than two points that have figures."""
     points = sorted((point for point in result.points if point.engines), key=lambda point: point.x)
     if len({point.x for point in points}) < 2:
         return []
-    return [_against_axis(result, points, quantity) for quantity in (_TTFT, _GOODPUT, _ATTAINMENT)]
+    known = [q for q in _QUANTITIES if any(q.pick(figures) is not None for figures in _all_figures(points))]
+    return [_against_axis(result, points, quantity) for quantity in known]
 
 
 def _against_axis(result: CaseResult, points: Sequence[PointResult], quantity: _Quantity) -> Plot:
@@ -122,7 +135,7 @@ def _against_axis(result: CaseResult, points: Sequence[PointResult], quantity: _
     if quantity is _TTFT:
         is_log = plots.scale_times(axes, "y", values, quantity.mark)
     else:
-        most = 1.0 if quantity is _ATTAINMENT else max([*values, *rates], default=0.0)
+        most = 1.0 if quantity in (_FLUID, _ATTAINMENT) else max([*values, *rates], default=0.0)
         plots.scale_from_zero(axes, "y", most, quantity.mark)
     if rates:
         axes.plot(rates, rates, color=colour("soft"), linewidth=0.8, dashes=(3, 4), gid="offered")
@@ -139,11 +152,11 @@ def _against_axis(result: CaseResult, points: Sequence[PointResult], quantity: _
 
 
 def bars(result: CaseResult) -> list[Plot]:
-    """The same three figures as bars, for a case with one point; empty without any figures."""
+    """The same figures as bars, for a case with one point; empty without any figures."""
     point = main_point(result)
     if point is None or not point.engines:
         return []
-    drawn = (_bars(result, point, quantity) for quantity in (_TTFT, _GOODPUT, _ATTAINMENT))
+    drawn = (_bars(result, point, quantity) for quantity in _QUANTITIES)
     return [plot for plot in drawn if plot is not None]
 
 

@@ -2,9 +2,9 @@
 
 Times of different runs are not comparable where machines drift, so a figure is compared as its ratio to stock vLLM's
 in the same run and with the same seed (stock's own figures move with the machine and are left out); without stock in
-both, as it is, and the output says so. Loads differ from seed to seed by more than most regressions, so each seed is
-compared with itself: a difference counts if every seed moved the same way by at least :data:`LEAST_CHANGE`; anything
-else is noise.
+both, as it is, and the output says so. What readers had is always compared as it is: as a share, or in their seconds.
+Loads differ from seed to seed by more than most regressions, so each seed is compared with itself: a difference counts
+if every seed moved the same way by at least :data:`LEAST_CHANGE`; anything else is noise.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rich.table import Table
 from layerkv.bench.records import read_json, write_json
 from layerkv.bench.suite.result import SCHEMA_VERSION, CaseResult, Figures, PointResult, Spread
 from layerkv.bench.suite.titles import ENGINE_TITLES
+from layerkv.bench.words import NOTABLE_WAIT_S
 from layerkv.errors import ConfigError
 
 # If chance alone moves a figure, with a deviation of a tenth, three seeds are all worse by so much once in 35 times.
@@ -69,12 +70,37 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class _Figure:
+    """A figure to compare.
+
+    One that `stands_alone` is compared as it is, not with stock's: that one's may be zero, and a share, or how long a
+    reader waits beyond the pace of reading, is not the machine's pace. A difference below `notable` is none.
+    """
+
     name: str
-    pick: Callable[[Figures], Spread]
+    pick: Callable[[Figures], Spread | None]
     less_is_better: bool
+    stands_alone: bool = False
+    notable: float = 0.0
 
 
 _FIGURES = (
+    _Figure("fluid", lambda f: f.fluid, less_is_better=False, stands_alone=True),
+    _Figure("tokens on time", lambda f: f.tokens_on_time, less_is_better=False, stands_alone=True),
+    _Figure("fluid goodput", lambda f: f.fluid_goodput_rps, less_is_better=False, stands_alone=True),
+    _Figure(
+        "lag p99",
+        lambda f: None if f.lag_s is None else f.lag_s.p99,
+        less_is_better=True,
+        stands_alone=True,
+        notable=NOTABLE_WAIT_S,
+    ),
+    _Figure(
+        "longest pause p99",
+        lambda f: None if f.longest_pause_s is None else f.longest_pause_s.p99,
+        less_is_better=True,
+        stands_alone=True,
+        notable=NOTABLE_WAIT_S,
+    ),
     _Figure("TTFT mean", lambda f: f.ttft_s.mean, less_is_better=True),
     _Figure("TTFT p99", lambda f: f.ttft_s.p99, less_is_better=True),
     _Figure("TPOT mean", lambda f: f.tpot_s.mean, less_is_better=True),
@@ -132,8 +158,9 @@ def _changes(before: PointResult, after: PointResult, num_seeds: int) -> Iterato
         if engine not in after.engines or (has_reference and engine == REFERENCE):
             continue
         for figure in _FIGURES:
-            old = _values(before, engine, figure.pick, relative=has_reference)
-            new = _values(after, engine, figure.pick, relative=has_reference)
+            is_relative = has_reference and not figure.stands_alone
+            old = _values(before, engine, figure.pick, relative=is_relative)
+            new = _values(after, engine, figure.pick, relative=is_relative)
             if old and new:
                 yield Change(
                     point=before.name,
@@ -141,47 +168,57 @@ def _changes(before: PointResult, after: PointResult, num_seeds: int) -> Iterato
                     figure=figure.name,
                     before=median(old),
                     after=median(new),
-                    relative_to=REFERENCE if has_reference else None,
+                    relative_to=REFERENCE if is_relative else None,
                     verdict=verdict(
                         old,
                         new,
                         less_is_better=figure.less_is_better,
                         is_paired=len(old) == len(new) == num_seeds,
+                        notable=figure.notable,
                     ),
                 )
 
 
-def _values(point: PointResult, engine: str, pick: Callable[[Figures], Spread], *, relative: bool) -> list[float]:
-    values = pick(point.engines[engine]).values
-    if any(point.engines[engine].num_failed.values):
+def _values(
+    point: PointResult, engine: str, pick: Callable[[Figures], Spread | None], *, relative: bool
+) -> list[float]:
+    """By seed; nothing where it is not known, as in results from before there was the figure."""
+    found = pick(point.engines[engine])
+    if found is None or any(point.engines[engine].num_failed.values):
         return []  # what is missing would make latencies look better; `broken` says it
     if not relative:
-        return values
-    reference = pick(point.engines[REFERENCE]).values
+        return found.values
+    reference = pick(point.engines[REFERENCE])
+    bases = [] if reference is None else reference.values
     # An engine that failed has fewer seeds; they are in order, and the first ones belong together.
-    return [value / base for value, base in zip(values, reference, strict=False) if base]
+    return [value / base for value, base in zip(found.values, bases, strict=False) if base]
 
 
-def verdict(before: list[float], after: list[float], *, less_is_better: bool, is_paired: bool) -> Verdict:
-    """Whether a figure moved by more than chance moves it.
+def verdict(
+    before: list[float], after: list[float], *, less_is_better: bool, is_paired: bool, notable: float = 0.0
+) -> Verdict:
+    """Whether a figure moved by more than chance moves it, and by at least `notable`.
 
     `is_paired`: the two lists hold the same seeds in the same order. Otherwise the ranges of the two must be apart.
     """
     if is_paired:
-        changes = [
-            new / old - 1 if old else math.copysign(math.inf, new) if new else 0.0
-            for old, new in zip(before, after, strict=True)
-        ]
+        changes = [_change(old, new, notable) for old, new in zip(before, after, strict=True)]
     else:
-        old, new = median(before), median(after)
         overlaps = min(before) <= max(after) and min(after) <= max(before)
-        changes = [0.0 if overlaps or not old else new / old - 1]
+        changes = [0.0 if overlaps else _change(median(before), median(after), notable)]
     least = LEAST_CHANGE if min(len(before), len(after)) > 1 else LEAST_CHANGE_OF_ONE
     if all(change >= least for change in changes):
         return "worse" if less_is_better else "better"
     if all(change <= -least for change in changes):
         return "better" if less_is_better else "worse"
     return "same"
+
+
+def _change(old: float, new: float, notable: float) -> float:
+    """Relative to `old`; from nothing to something it is infinite."""
+    if abs(new - old) < notable or new == old:
+        return 0.0
+    return new / old - 1 if old else math.copysign(math.inf, new)
 
 
 def run_compare(before_path: Path, after_path: Path, *, json_path: Path | None = None) -> int:
@@ -254,7 +291,8 @@ def _print(comparison: Comparison, console: Console) -> None:
         f"{num_worse} figures worse, {len(changed) - num_worse} better, {num_same} within the noise of the seeds.",
         highlight=False,
     )
-    if any(change.relative_to is None for change in comparison.changes):
+    alone = {figure.name for figure in _FIGURES if figure.stands_alone}
+    if any(change.relative_to is None and change.figure not in alone for change in comparison.changes):
         console.print("Without stock vLLM in both results, times of two runs were compared as they are.")
     if not comparison.same_machine:
         console.print("The two results are from different machines.")

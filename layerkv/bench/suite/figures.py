@@ -9,38 +9,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import pairwise
 
 import numpy as np
 
 from layerkv import figures
-from layerkv.bench.records import Counters, LoadRun, RequestRecord, ttft_s
+from layerkv.bench.records import Counters, LoadRun, RequestRecord, tpot_s, ttft_s
+from layerkv.bench.suite.readers import Reading, reading_of
 from layerkv.bench.suite.result import Distribution, Figures, Ratios, Spread
 from layerkv.bench.suite.server_metrics import quantile
 from layerkv.config import SloPolicy
-
-
-def tpot_s(request: RequestRecord) -> float | None:
-    """Mean seconds between tokens; None with fewer than two."""
-    times = request.token_times_s
-    return figures.tpot_s(times[0], times[-1], len(times)) if times else None
-
-
-def has_met_slo(request: RequestRecord, policy: SloPolicy) -> bool:
-    """Whether the request finished and met all objectives of its class."""
-    slo = policy.classes[request.slo_class or policy.default_class]
-    longest_gap_s = max(_gaps_s(request), default=0.0)
-    return request.error is None and figures.met_slo(slo, ttft_s(request), tpot_s(request), longest_gap_s)
 
 
 def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
     """The figures of one engine at one point, from its runs: one for each seed."""
     assert runs
     spans = [_span_s(run.requests) for run in runs]
-    met = [sum(has_met_slo(request, policy) for request in run.requests) for run in runs]
+    readings = [[reading_of(request, policy) for request in run.requests] for run in runs]
+    met = [sum(reading.met_slo for reading in of) for of in readings]
+    fluid = [sum(reading.is_fluid for reading in of) for of in readings]
 
     def counted(read: Callable[[Counters], float]) -> Spread:
         return Spread.of([read(run.counters) for run in runs])
+
+    def share(counts: Sequence[int]) -> Spread:
+        return Spread.of([count / len(run.requests) for count, run in zip(counts, runs, strict=True)])
 
     def per_second(counts: Iterable[float]) -> Spread:
         return Spread.of([count / span if span else 0.0 for count, span in zip(counts, spans, strict=True)])
@@ -48,19 +40,25 @@ def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
     return Figures(
         ttft_s=_over_seeds([_some(map(ttft_s, run.requests)) for run in runs]),
         tpot_s=_over_seeds([_some(map(tpot_s, run.requests)) for run in runs]),
-        time_between_tokens_s=_over_seeds([[gap for r in run.requests for gap in _gaps_s(r)] for run in runs]),
-        second_token_s=_over_seeds([[gaps[0] for r in run.requests if (gaps := _gaps_s(r))] for run in runs]),
+        time_between_tokens_s=_over_seeds([[gap for r in run.requests for gap in r.gaps_s] for run in runs]),
+        second_token_s=_over_seeds([[gaps[0] for r in run.requests if (gaps := r.gaps_s)] for run in runs]),
         end_to_end_s=_over_seeds([[r.token_times_s[-1] - r.arrival_s for r in _answered(run)] for run in runs]),
+        lag_s=_where_read([_some(reading.lag_s for reading in of) for of in readings]),
+        longest_pause_s=_where_read([_some(reading.longest_pause_s for reading in of) for of in readings]),
         queue_s=_queue(runs),
         arrival_error_s=_over_seeds(
             [[r.sent_s - r.arrival_s for r in run.requests if r.sent_s is not None] for run in runs]
         ),
         output_tokens_per_s=per_second(sum(len(r.token_times_s) for r in run.requests) for run in runs),
         requests_per_s=per_second(sum(r.error is None for r in run.requests) for run in runs),
+        fluid=share(fluid),
+        fluid_goodput_rps=per_second(fluid),
+        tokens_on_time=_any_seed([_on_time(run, of) for run, of in zip(runs, readings, strict=True)]),
+        fluidity_index=_any_seed([_mean_of(_some(reading.fluidity_index for reading in of)) for of in readings]),
         goodput_rps=per_second(met),
-        slo_attainment=Spread.of([count / len(run.requests) for count, run in zip(met, runs, strict=True)]),
+        slo_attainment=share(met),
         slo_attainment_by_class=_by_class(
-            runs, policy, lambda requests: sum(has_met_slo(r, policy) for r in requests) / len(requests)
+            runs, policy, lambda requests: sum(reading_of(r, policy).met_slo for r in requests) / len(requests)
         ),
         ttft_mean_s_by_class=_by_class(runs, policy, lambda requests: _mean(_some(map(ttft_s, requests)))),
         num_requests=Spread.of([len(run.requests) for run in runs]),
@@ -100,9 +98,7 @@ def engine_ratios(runs: Mapping[str, Mapping[int, LoadRun]], policy: SloPolicy) 
     }
 
     def against(name: str, ratio: Callable[[_Totals, _Totals], float | None]) -> Spread | None:
-        values = [ratio(ours[seed], other) for seed, other in others.get(name, {}).items()]
-        known = [value for value in values if value is not None]
-        return Spread.of(known) if known else None
+        return _any_seed([ratio(ours[seed], other) for seed, other in others.get(name, {}).items()])
 
     def all_against(ratio: Callable[[_Totals, _Totals], float | None]) -> dict[str, Spread]:
         return {name: spread for name in others if (spread := against(name, ratio)) is not None}
@@ -113,6 +109,7 @@ def engine_ratios(runs: Mapping[str, Mapping[int, LoadRun]], policy: SloPolicy) 
         throughput_ratio=against("stock", lambda our, other: _ratio(our.tokens_per_s, other.tokens_per_s)),
         ttft_mean_over_oracle=against("oracle", lambda our, other: _ttft_ratio(our, other, "ttft_mean_s")),
         goodput_ratio=against("stock", lambda our, other: _ratio(our.goodput_rps, other.goodput_rps)),
+        fluid_gain=against("stock", lambda our, other: our.fluid - other.fluid),
         ttft_mean_speedup_over=all_against(_ttft_speedup),
         goodput_ratio_over=all_against(lambda our, other: _ratio(our.goodput_rps, other.goodput_rps)),
         throughput_ratio_over=all_against(lambda our, other: _ratio(our.tokens_per_s, other.tokens_per_s)),
@@ -140,7 +137,9 @@ class _Totals:
         self.ttft_mean_s = _mean(first_tokens)
         self.ttft_p99_s = figures.percentile(sorted(first_tokens), 0.99) if first_tokens else 0.0
         self.tokens_per_s = sum(len(r.token_times_s) for r in run.requests) / span_s
-        self.goodput_rps = sum(has_met_slo(r, policy) for r in run.requests) / span_s
+        readings = [reading_of(request, policy) for request in run.requests]
+        self.goodput_rps = sum(reading.met_slo for reading in readings) / span_s
+        self.fluid = _mean([reading.is_fluid for reading in readings])
 
 
 def _ttft_speedup(our: _Totals, other: _Totals) -> float | None:
@@ -173,6 +172,21 @@ def _where_known(values: Sequence[float | None]) -> Spread | None:
     return Spread.of(known) if len(known) == len(values) else None
 
 
+def _any_seed(values: Sequence[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
+    return Spread.of(known) if known else None
+
+
+def _on_time(run: LoadRun, readings: Sequence[Reading]) -> float | None:
+    num_tokens = sum(len(request.token_times_s) for request in run.requests)
+    return sum(reading.num_on_time for reading in readings) / num_tokens if num_tokens else None
+
+
+def _where_read(samples_by_seed: Sequence[Sequence[float]]) -> Distribution | None:
+    """None where nobody had anything to read: a lag of 0 s would be the best of all."""
+    return _over_seeds(samples_by_seed) if any(samples_by_seed) else None
+
+
 def _answered(run: LoadRun) -> list[RequestRecord]:
     return [request for request in run.requests if request.error is None and request.token_times_s]
 
@@ -183,16 +197,15 @@ def _ends(runs: Sequence[LoadRun]) -> dict[str, Spread]:
 
 
 def _mean_output_tokens(run: LoadRun) -> float | None:
-    finished = [len(request.token_times_s) for request in _answered(run)]
-    return _mean(finished) if finished else None
-
-
-def _gaps_s(request: RequestRecord) -> list[float]:
-    return [later - earlier for earlier, later in pairwise(request.token_times_s)]
+    return _mean_of([len(request.token_times_s) for request in _answered(run)])
 
 
 def _some(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None]
+
+
+def _mean_of(values: Sequence[float]) -> float | None:
+    return _mean(values) if values else None
 
 
 def _mean(values: Sequence[float]) -> float:

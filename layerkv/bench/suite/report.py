@@ -15,8 +15,10 @@ import jinja2
 from layerkv.bench.records import LoadRun
 from layerkv.bench.suite import charts, summary
 from layerkv.bench.suite.result import CaseResult
+from layerkv.bench.suite.stream_charts import streams
 from layerkv.bench.suite.tables import PLUS_MINUS
 from layerkv.bench.suite.titles import main_point, point_label
+from layerkv.config import SloPolicy
 from layerkv.units import format_bytes
 
 TEMPLATE = "suite.html.j2"
@@ -28,8 +30,11 @@ PRIORITIES = {
 }
 
 
-def render_report(result: CaseResult, runs: Sequence[LoadRun]) -> str:
-    """The report as HTML. An engine without figures has its failure in their place; what has no runs has no plots."""
+def render_report(result: CaseResult, runs: Sequence[LoadRun], policy: SloPolicy | None = None) -> str:
+    """The report as HTML. An engine without figures has its failure in their place; what has no runs has no plots.
+
+    Without the policy that the runs are judged by nobody knows when a token was due: no single answers are shown.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("layerkv.bench"),
         autoescape=True,
@@ -58,6 +63,7 @@ def render_report(result: CaseResult, runs: Sequence[LoadRun]) -> str:
         plus_minus=PLUS_MINUS,
         plots=[*curves, *([] if cdf is None else [cdf])],
         bars=[] if curves else charts.bars(result),
+        streams=[] if policy is None else streams(first_runs, policy),
         requests=requests,
         kinds=[(kind.value, kind in charts.THICK) for kind in kinds],
         memory=charts.memory(result, first_runs),
@@ -66,9 +72,9 @@ def render_report(result: CaseResult, runs: Sequence[LoadRun]) -> str:
     )
 
 
-def write_report(result: CaseResult, runs: Sequence[LoadRun], path: Path) -> None:
+def write_report(result: CaseResult, runs: Sequence[LoadRun], path: Path, policy: SloPolicy | None = None) -> None:
     """Writes `render_report` to `path`."""
-    path.write_text(render_report(result, runs), encoding="utf-8")
+    path.write_text(render_report(result, runs, policy), encoding="utf-8")
 
 
 def _unbroken(text: str) -> str:

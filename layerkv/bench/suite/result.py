@@ -46,8 +46,12 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
     Latencies count from the time a request was due; a seed in which no request got so far is left out of them.
     `end_to_end_s`: to its last token. `queue_s` is what the server says (its percentiles are read off a histogram).
-    `goodput_rps`: requests per second that met both the TTFT and the TPOT of their class; `slo_attainment`: their
+    `goodput_rps`: requests per second that met both the TTFT and the mean TPOT of their class; `slo_attainment`: their
     share of all requests, a failed request being one that missed. `arrival_error_s`: how late the generator sent.
+    `fluid`: share of all requests that were fluid; `fluid_goodput_rps`: how many per second. `tokens_on_time`: share of
+    the tokens that came; `fluidity_index`: the mean of Etalon's; `lag_s` and `longest_pause_s`: waits of readers, where
+    requests have one (all as :mod:`layerkv.figures` has them). These are None in results from before there was that,
+    and, but for the first two, where nothing came to be read.
     Peaks are in bytes: KV in use at most on the device, KV held at most on the host (cached prefixes included, which
     give way to requests), and resident memory of all processes.
     `scheduler_s_per_step` is CPU time. `ends`: how many requests finished in each way (`length`, `stop`, `hang_up`), as
@@ -63,10 +67,16 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     time_between_tokens_s: Distribution
     second_token_s: Distribution
     end_to_end_s: Distribution
+    lag_s: Distribution | None = None
+    longest_pause_s: Distribution | None = None
     queue_s: Distribution
     arrival_error_s: Distribution
     output_tokens_per_s: Spread
     requests_per_s: Spread
+    fluid: Spread | None = None
+    fluid_goodput_rps: Spread | None = None
+    tokens_on_time: Spread | None = None
+    fluidity_index: Spread | None = None
     goodput_rps: Spread
     slo_attainment: Spread
     slo_attainment_by_class: dict[str, Spread]
@@ -99,7 +109,8 @@ class Ratios(msgspec.Struct, frozen=True, kw_only=True):
 
     Speed-ups are the other's time / layerkv's; `throughput_ratio` and `goodput_ratio` are layerkv's / stock's, those
     `_over` others layerkv's / theirs.
-    `goodput_ratio` is None for a seed in which stock has no goodput at all.
+    `goodput_ratio` is None for a seed in which stock has no goodput at all. `fluid_gain` is layerkv's share of fluid
+    requests less stock's.
     """
 
     ttft_mean_speedup: Spread | None = None
@@ -107,6 +118,7 @@ class Ratios(msgspec.Struct, frozen=True, kw_only=True):
     throughput_ratio: Spread | None = None
     ttft_mean_over_oracle: Spread | None = None
     goodput_ratio: Spread | None = None
+    fluid_gain: Spread | None = None
     ttft_mean_speedup_over: dict[str, Spread] = {}
     goodput_ratio_over: dict[str, Spread] = {}
     throughput_ratio_over: dict[str, Spread] = {}
@@ -124,8 +136,8 @@ class PointResult(msgspec.Struct, frozen=True, kw_only=True):
     x: float
     rate_per_s: float
     has_sessions: bool = False
-    engines: dict[str, Figures]
-    ratios: Ratios
+    engines: dict[str, Figures] = {}
+    ratios: Ratios = Ratios()
     tokens_equal: bool | None
     failures: dict[str, EngineFailure]
 
@@ -135,9 +147,10 @@ class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
 
     `engines`, `ratios` and `tokens_equal` are those of the case's main point, `main_point`; `tokens_equal` there is
     about all points. `failures` holds each engine's first failure anywhere. `complete` is False when an engine failed
-    that the case does not expect to, or the run was interrupted. `goodput_rps` and `slo_attainment` are by engine, then
-    by the point's rate per second (by its name, where points have the same rate). `load` is a digest of requests,
-    policy and settings: two results are comparable where it is equal. `commit` is layerkv's, if it ran from a checkout.
+    that the case does not expect to, or the run was interrupted. `fluid`, `goodput_rps` and `slo_attainment` are by
+    engine, then by the point's rate per second (by its name, where points have the same rate). `load` is a digest of
+    requests, policy and settings: two results are comparable where it is equal. `commit` is layerkv's, if it ran from a
+    checkout.
     `priorities` says what kept engines from starving servers and clients: see :mod:`layerkv.bench.priorities`; None in
     results from before there was that.
     """
@@ -150,12 +163,13 @@ class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
     interrupted: bool
     axis: str
     main_point: str
-    engines: dict[str, Figures]
-    ratios: Ratios
+    engines: dict[str, Figures] = {}
+    ratios: Ratios = Ratios()
     tokens_equal: bool | None
     failures: dict[str, EngineFailure]
-    goodput_rps: dict[str, dict[str, Spread]]
-    slo_attainment: dict[str, dict[str, Spread]]
+    fluid: dict[str, dict[str, Spread]] = {}
+    goodput_rps: dict[str, dict[str, Spread]] = {}
+    slo_attainment: dict[str, dict[str, Spread]] = {}
     points: list[PointResult]
     kv_cache_memory_bytes: dict[str, int]
     notes: list[str]

@@ -35,6 +35,7 @@ from layerkv.bench.suite.engines import (
 )
 from layerkv.bench.suite.generator import GeneratorRun
 from layerkv.bench.suite.health_probe import Probe
+from layerkv.bench.suite.kept import forget, keep
 from layerkv.bench.suite.lmcache_peer import Lmcache, lmcache_env, running_cache_server
 from layerkv.bench.suite.outcome import Outcome, case_result
 from layerkv.bench.suite.plan import LoadPlan, plan_requests, warm_up_requests
@@ -166,6 +167,7 @@ def _run_case(case: Case, options: RunOptions, console: Console, serve: ServeCom
         json_path=options.json_path or folder / "result.json", html_path=options.html_path or folder / "report.html"
     )
     _prepare(folder, files)
+    forget(folder)
     free_port(options.port)  # so that a port in use is found before anything is measured
     console.print(f"\n[bold]{case.name}[/] ({case.size}): {case.question}", highlight=False)
     for note in case.notes:
@@ -178,7 +180,7 @@ def _run_case(case: Case, options: RunOptions, console: Console, serve: ServeCom
         console.print("- interrupted: what was measured before is kept")
     result = case_result(case, outcome)
     print_result(result, console)
-    _save(result, outcome, files)
+    _save(case, result, outcome, folder, files)
     console.print(f"\nresult  {files.json_path}\nreport  {files.html_path}\nlogs    {folder}", highlight=False)
     if outcome.interrupted:
         return EXIT_INTERRUPTED
@@ -449,7 +451,9 @@ class _CaseRun:
     def _keep_partial(self, board: SuiteBoard) -> None:
         """So that not even a power cut takes what has been measured."""
         try:
-            write_json(case_result(self._case, self._outcome), self._files.json_path)
+            result = case_result(self._case, self._outcome)
+            write_json(result, self._files.json_path)
+            keep(self._folder, result, self._outcome.runs, self._case.policy)
         except OSError as error:
             board.note(f"{self._files.json_path}: could not be written yet ({error.strerror})")
 
@@ -478,10 +482,11 @@ def _longest_pause_s(requests: Sequence[PlannedRequest]) -> float:
     return max((later - earlier for earlier, later in pairwise(due)), default=0.0) + thinking
 
 
-def _save(result: CaseResult, outcome: Outcome, files: _Files) -> None:
+def _save(case: Case, result: CaseResult, outcome: Outcome, folder: Path, files: _Files) -> None:
     try:
         write_json(result, files.json_path)
-        write_report(result, outcome.runs, files.html_path)
+        keep(folder, result, outcome.runs, case.policy)
+        write_report(result, outcome.runs, files.html_path, case.policy)
     except OSError as error:
         raise LayerKVError(
             f"{error.filename or files.json_path}: could not be written ({error.strerror}); the figures are above; "

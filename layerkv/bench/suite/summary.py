@@ -13,7 +13,7 @@ from layerkv.bench.records import HUNG_UP, PROBE_LIMIT_S, STOPPED
 from layerkv.bench.suite.result import CaseResult, Distribution, Figures, PointResult, Ratios, Spread
 from layerkv.bench.suite.tables import DISTURBED, POINT_COLUMNS, PointRow, figure_rows, point_rows
 from layerkv.bench.suite.titles import ENGINE_NOTES, ENGINE_TITLES, engine_order, has_first_tokens, point_label
-from layerkv.bench.words import SAME_WITHIN, format_duration, format_ratio, is_same
+from layerkv.bench.words import NOTABLE_WAIT_S, SAME_WITHIN, format_duration, format_ratio, is_same
 from layerkv.units import format_bytes
 
 __all__ = [
@@ -30,16 +30,42 @@ __all__ = [
 
 # The oracle has more KV memory than the others: it is a reference, not a rival.
 PEERS = ("stock-watermark", "vllm-cpu-offload", "lmcache", "layerkv-no-slo")
+# Shares of fluid requests that differ by no more than this are called equal.
+FLUID_SAME = 0.05
 RIVALS = ("stock", "stock-watermark", "vllm-cpu-offload", "lmcache")
 
 
 def headline(result: CaseResult) -> str:
-    """One sentence with the main point's measured ratios, or what is missing for them."""
+    """One sentence on the main point: whose readers could read without a pause; else, on first tokens."""
+    ours, theirs = _readers(result, "layerkv"), _readers(result, "stock")
+    if ours and theirs:
+        return f"{ours} readers served without a pause; stock vLLM: {theirs}."
+    return _first_tokens(result) or _nothing(result)
+
+
+def _readers(result: CaseResult, name: str) -> str:
+    """`28 of 28`, over all seeds; empty where it is not known.
+
+    A request that nobody reads as it comes counts if it met its objectives.
+    """
+    figures = _served(result, name)
+    if figures is None or figures.fluid is None:
+        return ""
+    counts = zip(figures.fluid.values, figures.num_requests.values, strict=True)
+    return f"{sum(round(share * num) for share, num in counts)} of {sum(figures.num_requests.values):g}"
+
+
+def _nothing(result: CaseResult) -> str:
+    missing = [ENGINE_TITLES[name] for name in ("stock", "layerkv") if _served(result, name) is None]
+    return f"Nothing to compare: no figures of {' and '.join(missing) or 'first tokens'}."
+
+
+def _first_tokens(result: CaseResult) -> str:
+    """How much sooner they came, by the measured ratios; empty where there are none."""
     stock, layerkv = _served(result, "stock"), _served(result, "layerkv")
     mean, p99 = result.ratios.ttft_mean_speedup, result.ratios.ttft_p99_speedup
     if stock is None or layerkv is None or not _positive(mean) or not _positive(p99):
-        missing = [ENGINE_TITLES[name] for name in ("stock", "layerkv") if _served(result, name) is None]
-        return f"Nothing to compare: no figures of {' and '.join(missing) or 'first tokens'}."
+        return ""
     stock_ttft, layerkv_ttft = format_duration(stock.ttft_s.mean.median), format_duration(layerkv.ttft_s.mean.median)
     joined = "as" if is_same(mean.median) else "than"
     return (
@@ -51,7 +77,8 @@ def headline(result: CaseResult) -> str:
 
 def sentences(result: CaseResult) -> list[str]:
     """What the main point and the other points show, in plain words; one fact each, losses among them."""
-    said = _unsaid_lengths(result)
+    said = [text for text in (_first_tokens(result), *_waits(result)) if text and text != headline(result)]
+    said.extend(_unsaid_lengths(result))
     stock, layerkv = _served(result, "stock"), _served(result, "layerkv")
     if stock is not None and layerkv is not None:
         said.append(_goodput(result, stock, layerkv))
@@ -79,6 +106,20 @@ def sentences(result: CaseResult) -> list[str]:
     return said
 
 
+def _waits(result: CaseResult) -> list[str]:
+    """What readers waited for tokens after the first, where both engines' are known."""
+    stock, layerkv = _served(result, "stock"), _served(result, "layerkv")
+    if stock is None or layerkv is None:
+        return []
+    ours, theirs = layerkv.lag_s, stock.lag_s
+    if ours is None or theirs is None or layerkv.tokens_on_time is None or stock.tokens_on_time is None:
+        return []
+    return [
+        f"After its first token a reader waited, in all, {_mean_and_p99(ours)} (stock: {_mean_and_p99(theirs)}); "
+        f"{_share(layerkv.tokens_on_time)} of the tokens came on time (stock: {_share(stock.tokens_on_time)})."
+    ]
+
+
 def _unsaid_lengths(result: CaseResult) -> list[str]:
     """How requests ended at the main point, where they did not say themselves how long their answers get."""
     for name in ("layerkv", *result.engines):
@@ -97,7 +138,7 @@ _ENDS = {STOPPED: "ended by a stop string", HUNG_UP: "when their client hung up"
 
 def _goodput(result: CaseResult, stock: Figures, layerkv: Figures) -> str:
     ours, theirs = layerkv.goodput_rps.median, stock.goodput_rps.median
-    shares = f"{_share(layerkv.slo_attainment)} of requests against {_share(stock.slo_attainment)}"
+    shares = f"{_share(layerkv.slo_attainment)} of requests against {_share(stock.slo_attainment)}, TPOT on the mean"
     if not ours and not theirs:
         return "No request met its objectives, neither with layerkv nor with stock: goodput is zero for both."
     ratio = result.ratios.goodput_ratio
@@ -151,6 +192,11 @@ def _losses(ratios: Ratios, stock: Figures, layerkv: Figures) -> list[str]:
     """Costs that are higher with layerkv by more than repeated runs differ; TTFT stands elsewhere."""
     found = []
     throughput = ratios.throughput_ratio
+    if ratios.fluid_gain is not None and ratios.fluid_gain.median < 0:
+        found.append(f"fluid requests ({_share(layerkv.fluid)} against {_share(stock.fluid)})")
+    lags = [None if figures.lag_s is None else figures.lag_s.p99.median for figures in (layerkv, stock)]
+    if lags[0] is not None and lags[1] is not None and lags[0] > lags[1] + NOTABLE_WAIT_S:
+        found.append(f"a reader's lag p99 ({format_duration(lags[0])} against {format_duration(lags[1])})")
     if throughput is not None and throughput.median < 1 / (1 + SAME_WITHIN):
         found.append(f"throughput ({_over_seeds(throughput)}{_share(throughput)} of stock's)")
     for label, pick, write in _COSTS:
@@ -161,7 +207,7 @@ def _losses(ratios: Ratios, stock: Figures, layerkv: Figures) -> list[str]:
 
 
 def _points_behind(result: CaseResult) -> list[str]:
-    """For each rival the points at which layerkv's mean TTFT or goodput is worse; then the rivals without any."""
+    """For each rival the points at which layerkv's TTFT, goodput or readers are worse off; then those without any."""
     said, never = [], []
     for name in RIVALS:
         both = [point for point in result.points if {name, "layerkv"} <= point.engines.keys()]
@@ -172,7 +218,9 @@ def _points_behind(result: CaseResult) -> list[str]:
             never.append(ENGINE_TITLES[name])
     if never:
         margin = f"more than {SAME_WITHIN * 100:.0f} %"
-        said.append(f"At no point was layerkv {margin} behind {_listed(never)} in mean TTFT or goodput.")
+        said.append(
+            f"At no point was layerkv {margin} behind {_listed(never)} in mean TTFT, goodput or fluid requests."
+        )
     return said
 
 
@@ -183,6 +231,8 @@ def _listed(names: list[str]) -> str:
 def _behind(result: CaseResult, point: PointResult, name: str) -> str:
     other, layerkv = point.engines[name], point.engines["layerkv"]
     parts = []
+    if other.fluid is not None and layerkv.fluid is not None and other.fluid.median > layerkv.fluid.median + FLUID_SAME:
+        parts.append(f"fluid {_share(layerkv.fluid)} against {_share(other.fluid)}")
     ours, theirs = layerkv.ttft_s.mean.median, other.ttft_s.mean.median
     if has_first_tokens(other) and has_first_tokens(layerkv) and ours > theirs * (1 + SAME_WITHIN):
         parts.append(f"TTFT {format_duration(ours)} against {format_duration(theirs)}")

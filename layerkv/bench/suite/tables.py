@@ -5,10 +5,10 @@ Pure functions of a :class:`CaseResult`; the terminal and the HTML report show t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from layerkv.bench.suite.result import CaseResult, Figures, Spread
+from layerkv.bench.suite.result import CaseResult, Distribution, Figures, Spread
 from layerkv.bench.suite.titles import ENGINE_TITLES, engine_order, has_first_tokens
 from layerkv.bench.words import MISSING, format_duration
 from layerkv.units import format_bytes
@@ -17,7 +17,8 @@ from layerkv.units import format_bytes
 PLUS_MINUS = " ±"
 # After a figure of a disturbed run; a sentence with the same mark says what that is.
 DISTURBED = "*"
-POINT_COLUMNS = ("TTFT mean", "TTFT p99", "Goodput", "SLOs met", "Throughput")
+SLOS_MET = "SLOs met by mean TPOT"
+POINT_COLUMNS = ("Fluid", SLOS_MET, "TTFT mean", "TTFT p99", "Fluid goodput", "Goodput", "Throughput")
 
 
 # What only a server tells: these rows are left out where no engine was one.
@@ -50,7 +51,7 @@ class PointRow:
     Attributes:
         point: Where the point lies on the case's axis; the same for all its engines.
         engine: Its name; `engine_title` is how tables call it.
-        cells: `cells[i]` belongs to the i-th of `POINT_COLUMNS`.
+        cells: `cells[i]` belongs to the i-th of `POINT_COLUMNS`, which are labels of `figure_rows`.
         failure: Why some or all of the figures are missing; empty if none are.
         is_main: Whether this is the case's main point.
     """
@@ -88,7 +89,7 @@ def point_rows(result: CaseResult) -> list[PointRow]:
                 continue
             cells = (MISSING,) * len(POINT_COLUMNS)
             if figures is not None:
-                cells = tuple(_marked(cell, figures) for cell in _point_cells(figures))
+                cells = tuple(_marked(_CELLS[label](figures), figures) for label in POINT_COLUMNS)
             rows.append(
                 PointRow(
                     point=f"{point.x:g}",
@@ -110,13 +111,17 @@ def duration_cell(value: Spread) -> str:
     return _with_spread(text, value.spread * (1e3 if unit == "ms" else 1.0), decimals)
 
 
-def number_cell(value: Spread, decimals: int = 0, unit: str = "") -> str:
-    """`120 tok/s ±3`; `unit` stands after the number as it is."""
+def number_cell(value: Spread | None, decimals: int = 0, unit: str = "") -> str:
+    """`120 tok/s ±3`; `unit` stands after the number as it is; a dash where it is not known."""
+    if value is None:
+        return MISSING
     return _with_spread(f"{value.median:.{decimals}f}{unit}", value.spread, decimals)
 
 
-def percent_cell(share: Spread) -> str:
-    """`97.5 % ±0.4` of a share between 0 and 1."""
+def percent_cell(share: Spread | None) -> str:
+    """`97.5 % ±0.4` of a share between 0 and 1; a dash where it is not known."""
+    if share is None:
+        return MISSING
     return _with_spread(f"{share.median * 100:.1f} %", share.spread * 100, 1)
 
 
@@ -145,6 +150,16 @@ def _latency(pick: Callable[[Figures], Spread]) -> Callable[[Figures], str]:
     return lambda figures: duration_cell(pick(figures)) if pick(figures).median > 0 else MISSING
 
 
+def _wait(pick: Callable[[Figures], Distribution | None], part: str) -> Callable[[Figures], str]:
+    """A reader's wait: 0 s is a good one, and a dash what was not measured."""
+
+    def cell(figures: Figures) -> str:
+        waits = pick(figures)
+        return MISSING if waits is None else duration_cell(getattr(waits, part))
+
+    return cell
+
+
 def _queue(figures: Figures) -> str:
     return duration_cell(figures.queue_s.mean) if has_first_tokens(figures) else MISSING
 
@@ -168,18 +183,15 @@ def _scheduler_time(figures: Figures) -> str:
     return MISSING if figures.scheduler_s_per_step is None else duration_cell(figures.scheduler_s_per_step)
 
 
-def _point_cells(figures: Figures) -> tuple[str, ...]:
-    cells: Sequence[Callable[[Figures], str]] = (
-        _latency(lambda f: f.ttft_s.mean),
-        _latency(lambda f: f.ttft_s.p99),
-        lambda f: number_cell(f.goodput_rps, 2, "/s"),
-        lambda f: percent_cell(f.slo_attainment),
-        lambda f: number_cell(f.output_tokens_per_s, unit=" tok/s"),
-    )
-    return tuple(cell(figures) for cell in cells)
-
-
 _ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
+    ("Fluid", "requests whose reader had to wait neither long nor often", lambda f: percent_cell(f.fluid)),
+    (SLOS_MET, "requests that met TTFT and, on the mean, TPOT", lambda f: percent_cell(f.slo_attainment)),
+    ("Fluid goodput", "fluid requests per second", lambda f: number_cell(f.fluid_goodput_rps, 2, "/s")),
+    ("Goodput", "requests per second that met TTFT and mean TPOT", lambda f: number_cell(f.goodput_rps, 2, "/s")),
+    ("Tokens on time", "by arrival + TTFT + k x TPOT", lambda f: percent_cell(f.tokens_on_time)),
+    ("Lag mean", "all waits of a request's reader", _wait(lambda f: f.lag_s, "mean")),
+    ("Lag p99", "all waits of a request's reader", _wait(lambda f: f.lag_s, "p99")),
+    ("Longest pause p99", "a reader's longest single wait", _wait(lambda f: f.longest_pause_s, "p99")),
     ("TTFT mean", "time to first token, from when the request was due", _latency(lambda f: f.ttft_s.mean)),
     ("TTFT p50", "half of the first tokens came by then", _latency(lambda f: f.ttft_s.p50)),
     ("TTFT p90", "nine of ten first tokens", _latency(lambda f: f.ttft_s.p90)),
@@ -192,8 +204,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
     ("Between tokens p99", "all gaps of all requests pooled", _latency(lambda f: f.time_between_tokens_s.p99)),
     ("End to end mean", "until the request's last token", _latency(lambda f: f.end_to_end_s.mean)),
     ("Throughput", "output tokens per second", lambda f: number_cell(f.output_tokens_per_s, unit=" tok/s")),
-    ("Goodput", "requests per second that met TTFT and TPOT", lambda f: number_cell(f.goodput_rps, 2, "/s")),
-    ("SLOs met", "share of requests that met both", lambda f: percent_cell(f.slo_attainment)),
+    ("Fluidity index", "Etalon's: 1 - token deadlines missed / all", lambda f: number_cell(f.fluidity_index, 3)),
     ("Preemptions", "KV thrown away and computed again", lambda f: number_cell(f.preemptions)),
     ("Parks / fetches", "KV moved to host memory / back", lambda f: _pair(f.parks, f.fetches)),
     ("Hits device / host", "share of prompt tokens found there", _hits),
@@ -211,3 +222,4 @@ _ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
         lambda f: f"{sum(f.num_failed.values):g} of {sum(f.num_requests.values):g}",
     ),
 )
+_CELLS = {label: cell for label, _, cell in _ROWS}

@@ -8,7 +8,7 @@ import pytest
 
 from layerkv.bench.records import EngineFailure, write_json
 from layerkv.bench.suite.compare import compare, run_compare, verdict
-from layerkv.bench.suite.result import CaseResult, Spread
+from layerkv.bench.suite.result import CaseResult, Distribution, Spread
 from layerkv.errors import ConfigError
 from tests.unit.bench.suite.made_results import case_result as made_case_result
 from tests.unit.bench.suite.made_results import load_runs
@@ -174,3 +174,42 @@ def test_results_of_different_sizes_are_refused(tmp_path: Path) -> None:
     write_json(msgspec.structs.replace(case_result(), size="ci"), small)
     with pytest.raises(ConfigError, match=r"small\.json: found size ci; expected made"):
         run_compare(full, small)
+
+
+def with_readers(result: CaseResult, **figures: object) -> CaseResult:
+    """The result with other figures of layerkv's readers at every point."""
+    points = [
+        msgspec.structs.replace(
+            point, engines={**point.engines, "layerkv": msgspec.structs.replace(point.engines["layerkv"], **figures)}
+        )
+        for point in result.points
+    ]
+    return msgspec.structs.replace(result, points=points)
+
+
+def test_readers_who_lose_are_seen_though_stock_served_none_of_them() -> None:
+    before = with_readers(case_result(), fluid=Spread.of([1.0, 0.9, 1.0]))
+    after = with_readers(before, fluid=Spread.of([0.2, 0.1, 0.2]))
+    assert changed(before, after) == {("layerkv", "fluid", "worse")}
+    assert changed(after, before) == {("layerkv", "fluid", "better")}
+
+
+def test_a_wait_that_no_reader_notices_is_no_change() -> None:
+    before = case_result()
+
+    def waits(wait_s: float) -> CaseResult:
+        each = Spread.of([wait_s] * 3)
+        return with_readers(before, lag_s=Distribution(each, each, each, each))
+
+    assert not changed(waits(0.001), waits(0.09))
+    assert changed(waits(0.001), waits(0.2)) == {("layerkv", "lag p99", "worse")}
+
+
+def test_results_from_before_readers_were_measured_are_compared_in_what_both_have() -> None:
+    after = case_result()
+    absent = dict.fromkeys(("fluid", "fluid_goodput_rps", "tokens_on_time", "lag_s", "longest_pause_s"))
+    before = with_readers(after, **absent)
+    found = {change.figure for change in compare(before, after).changes if change.engine == "layerkv"}
+    assert "TTFT mean" in found
+    assert not found & {"fluid", "tokens on time", "fluid goodput", "lag p99", "longest pause p99"}
+    assert not changed(before, after)

@@ -4,13 +4,15 @@ import msgspec
 import pytest
 
 from layerkv.bench.records import Counters, LoadRun, RequestRecord, Sample
-from layerkv.bench.suite.figures import engine_figures, engine_ratios, has_met_slo, have_equal_tokens
+from layerkv.bench.suite.figures import engine_figures, engine_ratios, have_equal_tokens
+from layerkv.bench.suite.readers import reading_of
 from layerkv.config import SloClass, SloPolicy
 
 POLICY = SloPolicy(
     classes={
         "chat": SloClass(name="chat", ttft_s=1.0, tpot_s=0.1),
         "batch": SloClass(name="batch", ttft_s=10.0, tpot_s=1.0),
+        "whole": SloClass(name="whole", ttft_s=10.0, tpot_s=1.0, stream=False),
     },
     default_class="chat",
 )
@@ -48,13 +50,13 @@ def test_latencies_count_from_the_due_time() -> None:
 
 
 def test_an_objective_is_met_with_ttft_and_tpot_and_an_end() -> None:
-    assert has_met_slo(record(0, 0.0, [0.9, 0.95]), POLICY)
-    assert not has_met_slo(record(0, 0.0, [1.1, 1.15]), POLICY)
-    assert not has_met_slo(record(0, 0.0, [0.5, 0.7]), POLICY)
-    assert has_met_slo(record(0, 0.0, [5.0, 5.5], slo_class="batch"), POLICY)
-    assert not has_met_slo(record(0, 0.0, [0.5, 0.55], error="broke off"), POLICY)
-    assert not has_met_slo(record(0, 0.0, []), POLICY)
-    assert has_met_slo(record(0, 0.0, [0.5]), POLICY)
+    assert reading_of(record(0, 0.0, [0.9, 0.95]), POLICY).met_slo
+    assert not reading_of(record(0, 0.0, [1.1, 1.15]), POLICY).met_slo
+    assert not reading_of(record(0, 0.0, [0.5, 0.7]), POLICY).met_slo
+    assert reading_of(record(0, 0.0, [5.0, 5.5], slo_class="batch"), POLICY).met_slo
+    assert not reading_of(record(0, 0.0, [0.5, 0.55], error="broke off"), POLICY).met_slo
+    assert not reading_of(record(0, 0.0, []), POLICY).met_slo
+    assert reading_of(record(0, 0.0, [0.5]), POLICY).met_slo
 
 
 def test_failed_requests_are_counted_and_missed() -> None:
@@ -194,3 +196,59 @@ def test_the_longest_probe_is_that_of_all_seeds_and_one_disturbed_seed_disturbs_
 def test_where_nobody_asked_for_health_nothing_is_said_of_it() -> None:
     figures = engine_figures([probed(0, None)], POLICY)
     assert (figures.longest_probe_s, figures.disturbed) == (None, False)
+
+
+def paused(number: int, pause_s: float, **more: object) -> RequestRecord:
+    """Four tokens at the pace of its reader, but for one pause before the third."""
+    return record(number, 0.0, [0.5, 0.6, 0.7 + pause_s, 0.8 + pause_s], **more)
+
+
+def test_readers_are_served_without_a_pause_if_they_begin_in_time_and_wait_for_at_most_a_second() -> None:
+    run = run_of(paused(0, 0.0), paused(1, 0.9), paused(2, 1.5), record(3, 0.0, [1.2, 1.3]), paused(4, 0.0, error="x"))
+    figures = engine_figures([run], POLICY)
+    assert figures.fluid is not None
+    assert figures.fluid_goodput_rps is not None
+    assert figures.fluid.values == [2 / 5]
+    assert figures.fluid_goodput_rps.median == pytest.approx(2 / 2.3)
+    assert figures.lag_s is not None
+    assert figures.longest_pause_s is not None
+    assert figures.lag_s.mean.median == pytest.approx((0.9 + 1.5) / 5)
+    assert figures.longest_pause_s.p99.median == pytest.approx(1.5 - 0.04 * 0.6)
+
+
+def test_tokens_on_time_are_a_share_of_those_that_came() -> None:
+    # Due by 1.0, 1.1, 1.2 and 1.3 s: a pause of 0.9 s makes two of four late.
+    figures = engine_figures([run_of(paused(0, 0.9), paused(1, 0.0), record(2, 0.0, [], error="gone"))], POLICY)
+    assert figures.tokens_on_time is not None
+    assert figures.tokens_on_time.median == 6 / 8
+    assert figures.fluidity_index is not None
+    assert figures.fluidity_index.median < 1
+
+
+def test_what_nobody_reads_as_it_comes_flows_if_it_met_its_objectives_and_has_no_lag() -> None:
+    late = record(0, 0.0, [0.5, 0.6, 2.4], slo_class="whole")
+    too_late = record(1, 0.0, [0.5, 0.6, 3.5], slo_class="whole")
+    figures = engine_figures([run_of(late, too_late)], POLICY)
+    assert figures.fluid is not None
+    assert figures.fluid.median == 0.5
+    assert (figures.lag_s, figures.longest_pause_s) == (None, None)
+    assert figures.tokens_on_time is not None
+    assert figures.tokens_on_time.median == 1.0  # due by 10 s and later
+    beside = engine_figures([run_of(late, paused(2, 0.2))], POLICY)
+    assert beside.lag_s is not None
+    assert beside.lag_s.mean.median == pytest.approx(0.2)
+
+
+def test_an_engine_that_served_nothing_has_no_lag_and_no_fluid_request() -> None:
+    figures = engine_figures([run_of(record(0, 0.0, [], error="gone"))], POLICY)
+    assert figures.fluid is not None
+    assert figures.fluid.median == 0
+    assert (figures.lag_s, figures.tokens_on_time, figures.fluidity_index) == (None, None, None)
+
+
+def test_what_layerkv_gains_for_readers_is_a_difference_of_shares_within_a_seed() -> None:
+    ours = {0: run_of(paused(0, 0.0), paused(1, 0.0)), 1: run_of(paused(0, 0.0), paused(1, 2.0), seed=1)}
+    stock = {seed: run_of(paused(0, 2.0), paused(1, 0.0), engine="stock", seed=seed) for seed in (0, 1)}
+    gain = engine_ratios({"layerkv": ours, "stock": stock}, POLICY).fluid_gain
+    assert gain is not None
+    assert gain.values == [0.5, 0.0]

@@ -22,6 +22,7 @@ from layerkv.bench.records import read_json
 from layerkv.bench.suite import run as suite_run
 from layerkv.bench.suite.generator import GeneratorRun
 from layerkv.bench.suite.health_probe import Probe
+from layerkv.bench.suite.kept import read_runs, run_figures
 from layerkv.bench.suite.result import CaseResult
 from layerkv.bench.suite.run import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, RunOptions, run_suite
 from layerkv.errors import ConfigError, LayerKVError
@@ -94,6 +95,19 @@ def test_a_case_runs_all_engines_points_and_seeds(tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "out" / "made" / "report.html").read_text()
 
 
+def test_every_load_keeps_its_records_from_which_the_same_result_follows(tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "made"
+    (folder / "runs").mkdir(parents=True)
+    (folder / "runs" / "oracle.40.seed7.json.gz").write_text("of an earlier case")
+    run_suite(case_file(tmp_path, engines=["stock", "layerkv"]), options(tmp_path), serve=toy())
+    runs = read_runs(folder)
+    assert len(runs) == 2 * 2 * 2
+    assert all(len(request.token_times_s) == 6 for run in runs for request in run.requests)
+    assert run_figures(folder, json_path=tmp_path / "again.json") == 0
+    again = msgspec.json.decode((tmp_path / "again.json").read_bytes(), type=CaseResult)
+    assert again == read(tmp_path)
+
+
 def test_the_json_has_the_keys_that_other_tools_read(tmp_path: Path) -> None:
     run_suite(case_file(tmp_path, engines=["stock", "layerkv"]), options(tmp_path, num_seeds=1), serve=toy())
     result = json.loads((tmp_path / "result.json").read_text())
@@ -103,6 +117,12 @@ def test_the_json_has_the_keys_that_other_tools_read(tmp_path: Path) -> None:
     for latency in ("ttft_s", "tpot_s", "time_between_tokens_s", "second_token_s", "queue_s"):
         for part in ("mean", "p50", "p90", "p99"):
             assert stock[latency][part].keys() == {"median", "spread", "values"}
+    for latency in ("lag_s", "longest_pause_s", "end_to_end_s"):
+        assert stock[latency]["p99"].keys() == {"median", "spread", "values"}
+    for figure in ("fluid", "tokens_on_time", "fluid_goodput_rps", "fluidity_index"):
+        assert stock[figure].keys() == {"median", "spread", "values"}
+    assert result["ratios"]["fluid_gain"].keys() == {"median", "spread", "values"}
+    assert result["fluid"]["layerkv"].keys() == {"40", "80"}
     for figure in ("output_tokens_per_s", "preemptions", "bytes_stored", "bytes_loaded", "wall_s", "goodput_rps"):
         assert stock[figure].keys() == {"median", "spread", "values"}
 

@@ -96,9 +96,31 @@ def test_a_line_breaks_where_an_engine_has_no_figures() -> None:
 
 def test_bars_are_as_long_as_their_figures() -> None:
     result = made.case_result(made.load_runs(rates=(4.0,)))
-    ttft = charts.bars(result)[0]
+    ttft = next(plot for plot in charts.bars(result) if plot.name == "bars-ttft")
     widths = {str(bar.get_gid()).partition("|")[0]: bar.get_width() for bar in ttft.axes.patches}
     assert widths == {name: figures.ttft_s.mean.median for name, figures in result.engines.items()}
+
+
+def test_the_share_of_fluid_requests_is_drawn_first_and_against_a_whole() -> None:
+    result = made.case_result(made.load_runs())
+    plot = charts.against_axis(result)[0]
+    assert plot.name == "fluid"
+    assert plot.axes.get_ylim()[1] >= 1
+    shares = [point.engines["layerkv"].fluid for point in result.points]
+    assert list(lines(plot, "layerkv")[0].get_ydata()) == [share.median for share in shares if share is not None]
+
+
+def test_what_a_result_from_before_does_not_know_is_not_drawn() -> None:
+    result = made.case_result(made.load_runs(engines=("stock", "layerkv"), seeds=(0,), num_requests=8))
+    points = [
+        msgspec.structs.replace(
+            point, engines={name: msgspec.structs.replace(of, fluid=None) for name, of in point.engines.items()}
+        )
+        for point in result.points
+    ]
+    old = msgspec.structs.replace(result, points=points, engines=points[2].engines)
+    assert [plot.name for plot in charts.against_axis(old)] == ["ttft", "goodput", "attainment"]
+    assert [plot.name for plot in charts.bars(old)] == ["bars-ttft", "bars-goodput", "bars-attainment"]
 
 
 def test_the_distribution_pools_all_seeds_of_the_main_point_only() -> None:

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from layerkv.bench.suite import summary, tables
-from layerkv.bench.suite.result import CaseResult, Figures, Spread
+from layerkv.bench.suite.result import CaseResult, Distribution, Figures, Spread
 from layerkv.bench.words import format_duration
 from tests.unit.bench.suite import made_results as made
 
@@ -56,13 +56,13 @@ def test_how_requests_ended_is_said_where_they_did_not_name_a_length() -> None:
         (0.5, 2.5, ("2.0x later than with stock vLLM on average", "and 2.5x sooner at p99")),
     ],
 )
-def test_the_headline_says_sooner_later_or_the_same_as_the_ratios_have_it(
+def test_first_tokens_are_said_to_come_sooner_later_or_the_same_as_the_ratios_have_it(
     mean: float, p99: float, words: tuple[str, str]
 ) -> None:
     ratios = {"ttft_mean_speedup": Spread.of([mean]), "ttft_p99_speedup": Spread.of([p99])}
-    said = summary.headline(with_ratios(case(), **ratios))
-    assert said.startswith(f"First tokens came {words[0]}")
-    assert words[1] in said
+    first = summary.sentences(with_ratios(case(), **ratios))[0]
+    assert first.startswith(f"First tokens came {words[0]}")
+    assert words[1] in first
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,56 @@ def test_durations_have_three_digits_and_the_unit_that_suits(duration_s: float, 
     assert format_duration(duration_s) == text
 
 
-def test_the_headline_gives_both_times_and_the_throughput() -> None:
+def test_both_times_to_first_token_and_the_throughput_are_said() -> None:
     result = with_ratios(case(), throughput_ratio=Spread.of([0.9, 0.8, 0.85]))
     times = {name: cells(result, "TTFT mean")[name].partition(tables.PLUS_MINUS)[0] for name in ("stock", "layerkv")}
-    assert f"({times['layerkv']} against {times['stock']})" in summary.headline(result)
-    assert summary.headline(result).endswith("at 85.0 % of its throughput.")
+    first = summary.sentences(result)[0]
+    assert f"({times['layerkv']} against {times['stock']})" in first
+    assert first.endswith("at 85.0 % of its throughput.")
+
+
+def test_the_headline_counts_the_readers_of_all_seeds() -> None:
+    result = with_figures(case(), "layerkv", fluid=Spread.of([1.0, 0.95, 1.0]))
+    result = with_figures(result, "stock", fluid=Spread.of([0.1, 0.0, 0.25]))
+    assert summary.headline(result) == "236 of 240 readers served without a pause; stock vLLM: 28 of 240."
+
+
+def test_what_readers_waited_is_said_beside() -> None:
+    each, none = Spread.of([0.2, 0.3, 0.4]), Spread.of([0.0, 0.0, 0.0])
+    result = with_figures(
+        case(), "layerkv", lag_s=Distribution(each, each, each, each), tokens_on_time=Spread.of([0.9])
+    )
+    result = with_figures(result, "stock", lag_s=Distribution(none, none, none, none), tokens_on_time=Spread.of([0.4]))
+    assert "a reader waited, in all, 300 ms on average, p99 300 ms (stock: 0 s on average, p99 0 s)" in said(result)
+    assert "90.0 % of the tokens came on time (stock: 40.0 %)" in said(result)
+    assert "a reader's lag p99 (300 ms against 0 s)" in said(result)
+
+
+def test_fewer_readers_than_stock_are_a_loss_and_a_wait_that_nobody_notices_is_none() -> None:
+    result = with_ratios(case(), fluid_gain=Spread.of([-0.1, 0.05, -0.2]))
+    result = with_figures(result, "layerkv", fluid=Spread.of([0.4, 0.5, 0.3]))
+    result = with_figures(result, "stock", fluid=Spread.of([0.5, 0.45, 0.5]))
+    assert "Worse than stock with layerkv: fluid requests (40.0 % against 50.0 %)" in said(result)
+    assert "fluid 40.0 % against 50.0 %" in said(result)
+    little, none = (Distribution(*[Spread.of([wait_s] * 3)] * 4) for wait_s in (0.09, 0.0))
+    result = with_figures(with_figures(result, "layerkv", lag_s=little), "stock", lag_s=none)
+    assert "lag p99" not in said(result)
+
+
+def test_a_result_from_before_readers_were_measured_speaks_of_first_tokens_and_shows_dashes() -> None:
+    old = msgspec.to_builtins(case())
+    for figures in (*old["engines"].values(), *(f for point in old["points"] for f in point["engines"].values())):
+        for key in ("fluid", "fluid_goodput_rps", "tokens_on_time", "fluidity_index", "lag_s", "longest_pause_s"):
+            del figures[key]
+    del old["ratios"]["fluid_gain"], old["fluid"]
+    result = msgspec.convert(old, CaseResult)
+    assert summary.headline(result).startswith("First tokens came ")
+    assert "First tokens came" not in said(result)
+    assert "reader waited" not in said(result)
+    for label in ("Fluid", "Fluid goodput", "Tokens on time", "Lag p99", "Longest pause p99", "Fluidity index"):
+        assert set(cells(result, label).values()) == {"-"}
+    assert all(row.cells[0] == "-" for row in summary.point_rows(result))
+    assert set(cells(result, "SLOs met by mean TPOT").values()) != {"-"}
 
 
 def test_without_figures_of_both_there_is_nothing_to_compare() -> None:
