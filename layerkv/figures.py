@@ -162,3 +162,148 @@ def fluidity_index(slo: SloClass, arrival_s: float, token_times_s: Iterable[floa
             deadline_s = at_s
         deadline_s += slo.tpot_s
     return 1 - missed / deadlines if deadlines else None
+
+
+class StreamTally:
+    """What :class:`ReaderClock`, :func:`num_on_time` and :func:`fluidity_index` say of one stream, counted as it comes.
+
+    Feed it a stream's tokens in order. What it holds does not grow, and so many tokens that come evenly are one call.
+    As long as tokens come before they are wanted, and no more slowly than they are read, they are only counted.
+
+    Attributes:
+        slo: The stream's class.
+        arrival_s: When its request arrived.
+        num_tokens: Tokens so far.
+        num_on_time: Those that came by :func:`due_s`.
+        first_s: When the first token came; None before.
+        second_token_s: How long after it the second one came; None before.
+    """
+
+    __slots__ = (
+        "_deadline_s",
+        "_deadlines",
+        "_missed",
+        "_not_told",
+        "_reader",
+        "_safe_s",
+        "arrival_s",
+        "first_s",
+        "num_on_time",
+        "num_tokens",
+        "second_token_s",
+        "slo",
+    )
+
+    def __init__(self, slo: SloClass, arrival_s: float) -> None:
+        self.slo = slo
+        self.arrival_s = arrival_s
+        self.num_tokens = 0
+        self.num_on_time = 0
+        self.first_s: float | None = None
+        self.second_token_s: float | None = None
+        self._reader = ReaderClock(slo.pace_s)
+        self._deadlines = 0
+        self._missed = 0
+        self._deadline_s = due_s(slo, arrival_s, 0)  # Etalon's, of the next token
+        self._safe_s = -math.inf  # a token by then makes neither the reader wait nor a deadline be missed
+        self._not_told = 0  # tokens by then, which reader and deadlines have not been told of
+
+    def add(self, at_s: float, num_tokens: int = 1, every_s: float = 0.0) -> None:
+        """So many tokens come out, the first at ``at_s`` and one more each ``every_s`` (0: all at once)."""
+        tpot_s = self.slo.tpot_s
+        k = self.num_tokens
+        self.num_tokens = k + num_tokens
+        due = self.arrival_s + self.slo.ttft_s
+        if k:
+            due += k * tpot_s
+        is_no_slower = every_s <= tpot_s
+        if is_no_slower and at_s <= due:
+            self.num_on_time += num_tokens
+        elif num_tokens > 1 or at_s <= due:
+            self.num_on_time += self._on_time_of(k, at_s, num_tokens, every_s)
+        if is_no_slower and at_s <= self._safe_s:
+            self._not_told += num_tokens
+            self._safe_s += num_tokens * tpot_s
+            return
+        if k == 0:
+            self.first_s = at_s
+        if k < 2 <= self.num_tokens and self.first_s is not None:
+            self.second_token_s = at_s - self.first_s if k else every_s
+        self._tell_early_ones()
+        self._reader.add(at_s, num_tokens, every_s)
+        self._pass_deadlines(at_s, num_tokens, every_s)
+        if self.num_tokens > 1:  # the second one must come this way
+            self._safe_s = min(self._reader.wants_next_s, self._deadline_s)
+
+    @property
+    def reader(self) -> ReaderClock:
+        """The clock of its reader, who waits for nothing if its class has none."""
+        self._tell_early_ones()
+        return self._reader
+
+    @property
+    def fluidity_index(self) -> float | None:
+        """See :func:`fluidity_index`."""
+        self._tell_early_ones()
+        return 1 - self._missed / self._deadlines if self._deadlines else None
+
+    def _tell_early_ones(self) -> None:
+        if not self._not_told:
+            return
+        num, self._not_told = self._not_told, 0
+        self._reader.num_tokens += num
+        self._reader.wants_next_s += num * self._reader.pace_s
+        self._deadlines += num
+        self._deadline_s += num * self.slo.tpot_s
+
+    def _on_time_of(self, k: int, at_s: float, num_tokens: int, every_s: float) -> int:
+        """Tokens on time of so many from token ``k`` on: a run at their beginning, or at their end if they catch up."""
+        slo, arrival_s = self.slo, self.arrival_s
+
+        def is_on_time(i: int) -> bool:
+            return at_s + i * every_s <= due_s(slo, arrival_s, k + i)
+
+        if is_on_time(0) == is_on_time(num_tokens - 1):
+            return num_tokens if is_on_time(0) else 0
+        if slo.tpot_s == math.inf:  # only the first token of all has a due time
+            return num_tokens - 1
+        low, high = 0, num_tokens - 1  # the two differ: find where it changes
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if is_on_time(middle) == is_on_time(low) else (low, middle)
+        return high if is_on_time(0) else num_tokens - high
+
+    def _pass_deadlines(self, at_s: float, num_tokens: int, every_s: float) -> None:
+        tpot_s = self.slo.tpot_s
+        num_left = num_tokens
+        self._deadlines += num_tokens
+        if at_s <= self._deadline_s and every_s > tpot_s:  # what was banked lasts for some
+            slack_s = self._deadline_s - at_s
+            num = min(math.floor(slack_s / (every_s - tpot_s)) + 1, num_left)
+            at_s += num * every_s
+            self._deadline_s += num * tpot_s
+            num_left -= num
+        if num_left and at_s > self._deadline_s:
+            self._miss(at_s - self._deadline_s)
+            self._deadline_s = at_s + tpot_s
+            num_left -= 1
+            if every_s > tpot_s:  # and each of the others as much as it is slower
+                self._miss(every_s - tpot_s, num_left)
+                self._deadline_s += num_left * every_s
+                return
+        if num_left:
+            self._deadline_s += num_left * tpot_s
+
+    def _miss(self, late_s: float, num_tokens: int = 1) -> None:
+        """So many tokens come so late: each misses its own deadline and one for each TPOT that passed."""
+        missed = 1 + int(late_s / self.slo.tpot_s)
+        self._missed += missed * num_tokens
+        self._deadlines += (missed - 1) * num_tokens
+
+
+def tally_of(slo: SloClass, arrival_s: float, token_times_s: Iterable[float]) -> StreamTally:
+    """The tally of a whole stream whose tokens came out at these times."""
+    tally = StreamTally(slo, arrival_s)
+    for at_s in token_times_s:
+        tally.add(at_s)
+    return tally
