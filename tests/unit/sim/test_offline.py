@@ -153,7 +153,7 @@ def test_no_policy_keeps_more_fluid_than_the_bound_or_than_the_schedule_of_all(s
 
 
 def test_in_overload_those_selected_are_more_than_anybody_serves_who_takes_all() -> None:
-    config = simulation(rate=40.0, requests=90)
+    config = simulation(rate=40.0, requests=150)
     load = requests_of(config, 40.0, 0)
     online = max(
         sum(request.is_fluid for request in make_engine(config, name, load).run().requests)
