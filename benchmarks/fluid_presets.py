@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     parser.add_argument("--preset", choices=PRESETS, help="only this one")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=max(Console().width, 100))  # in a file too, nothing of the table is cut off
     presets = (arguments.preset,) if arguments.preset else PRESETS
     rows = []
     with Progress(console=console, transient=True) as progress:
