@@ -93,6 +93,14 @@ def _parser() -> argparse.ArgumentParser:
         "--log", type=Path, metavar="FILE", help="write the decisions of the first layerkv run, for `layerkv explain`"
     )
     simulation.add_argument("--exact", action="store_true", help="decide before every step, not every few (slower)")
+    simulation.add_argument(
+        "--capacity",
+        action="store_true",
+        help="search the highest rate at which 90 %% of requests are fluid, for stock, layerkv and the oracle",
+    )
+    simulation.add_argument(
+        "--offline", action="store_true", help="say as well what could be fluid if all requests were known beforehand"
+    )
     simulation.set_defaults(run=_simulate)
 
     explanation = commands.add_parser(
@@ -303,6 +311,8 @@ def _simulate(arguments: argparse.Namespace) -> int | None:
         plots_dir=arguments.plots,
         log_path=arguments.log,
         exact=arguments.exact,
+        capacity=arguments.capacity,
+        with_offline=arguments.offline,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from layerkv.config import SloClass
 
@@ -182,3 +182,139 @@ def fluidity_index(slo: SloClass, arrival_s: float, token_times_s: Iterable[floa
             deadline_s = at_s
         deadline_s += slo.tpot_s
     return 1 - missed / deadlines if deadlines else None
+
+
+@dataclass(slots=True)
+class StreamTally:
+    """What :class:`ReaderClock`, :func:`num_on_time` and :func:`fluidity_index` say of one stream, counted as it comes.
+
+    Feed it a stream's tokens in order. What it holds does not grow, and so many tokens that come evenly are one call.
+    As long as tokens come before they are wanted, and no more slowly than they are read, they are only counted.
+
+    Attributes:
+        slo: The stream's class.
+        arrival_s: When its request arrived.
+        num_tokens: Tokens so far.
+        num_on_time: Those that came by :func:`due_s`.
+        first_s: When the first token came; None before.
+        second_token_s: How long after it the second one came; None before.
+    """
+
+    slo: SloClass
+    arrival_s: float
+    num_tokens: int = field(default=0, init=False)
+    num_on_time: int = field(default=0, init=False)
+    first_s: float | None = field(default=None, init=False)
+    second_token_s: float | None = field(default=None, init=False)
+    _tpot_s: float = field(init=False)
+    _first_due_s: float = field(init=False)
+    _reader: ReaderClock = field(init=False)  # does not know of the latest tokens that came before they were wanted
+    _deadline_s: float = field(init=False)  # Etalon's, of the token that the reader is told of next
+    _num_deadlines: int = field(default=0, init=False)
+    _num_missed: int = field(default=0, init=False)
+    _safe_s: float = field(default=-math.inf, init=False)  # token k by this and k TPOTs keeps nobody waiting
+
+    def __post_init__(self) -> None:
+        self._tpot_s = self.slo.tpot_s
+        self._first_due_s = self._deadline_s = due_s(self.slo, self.arrival_s, 0)
+        self._reader = ReaderClock(self.slo.pace_s)
+
+    def add(self, at_s: float, num_tokens: int = 1, every_s: float = 0.0) -> None:
+        """So many tokens come out, the first at ``at_s`` and one more each ``every_s`` (0: all at once)."""
+        tpot_s = self._tpot_s
+        k = self.num_tokens
+        self.num_tokens = k + num_tokens
+        if k > 1 and (num_tokens == 1 or every_s <= tpot_s):  # millions of times in a simulation
+            ahead_s = k * tpot_s
+            if at_s <= self._first_due_s + ahead_s:
+                self.num_on_time += num_tokens
+            elif num_tokens > 1 and at_s + (num_tokens - 1) * (every_s - tpot_s) <= self._first_due_s + ahead_s:
+                self.num_on_time += self._on_time_of(k, at_s, num_tokens, every_s)
+            if at_s <= self._safe_s + ahead_s:
+                return
+        else:
+            self.num_on_time += self._on_time_of(k, at_s, num_tokens, every_s)
+        if k == 0:
+            self.first_s = at_s
+        if k < 2 <= self.num_tokens and self.first_s is not None:
+            self.second_token_s = at_s - self.first_s if k else every_s
+        self._tell_of(k)
+        self._reader.add(at_s, num_tokens, every_s)
+        self._pass_deadlines(at_s, num_tokens, every_s)
+        if tpot_s < math.inf:
+            self._safe_s = min(self._reader.wants_next_s, self._deadline_s) - self.num_tokens * tpot_s
+        else:
+            self._safe_s = 0.0  # with all the time in the world
+
+    @property
+    def reader(self) -> ReaderClock:
+        """The clock of its reader, who waits for nothing if its class has none."""
+        self._tell_of(self.num_tokens)
+        return self._reader
+
+    @property
+    def fluidity_index(self) -> float | None:
+        """See :func:`fluidity_index`."""
+        self._tell_of(self.num_tokens)
+        return 1 - self._num_missed / self._num_deadlines if self._num_deadlines else None
+
+    def _tell_of(self, num_tokens: int) -> None:
+        """Tell reader and deadlines of so many tokens; those that they do not know of yet were early."""
+        num = num_tokens - self._reader.num_tokens
+        if num > 0:
+            self._reader.num_tokens += num
+            self._reader.wants_next_s += num * self._reader.pace_s
+            self._num_deadlines += num
+            self._deadline_s += num * self._tpot_s
+
+    def _on_time_of(self, k: int, at_s: float, num_tokens: int, every_s: float) -> int:
+        """Tokens on time of so many from token ``k`` on: a run at their beginning, or at their end if they catch up."""
+        slo, arrival_s = self.slo, self.arrival_s
+
+        def is_on_time(i: int) -> bool:
+            return at_s + i * every_s <= due_s(slo, arrival_s, k + i)
+
+        if is_on_time(0) == is_on_time(num_tokens - 1):
+            return num_tokens if is_on_time(0) else 0
+        if slo.tpot_s == math.inf:  # only the first token of all has a due time
+            return num_tokens - 1
+        low, high = 0, num_tokens - 1  # the two differ: find where it changes
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if is_on_time(middle) == is_on_time(low) else (low, middle)
+        return high if is_on_time(0) else num_tokens - high
+
+    def _pass_deadlines(self, at_s: float, num_tokens: int, every_s: float) -> None:
+        tpot_s = self.slo.tpot_s
+        num_left = num_tokens
+        self._num_deadlines += num_tokens
+        if at_s <= self._deadline_s and every_s > tpot_s:  # what was banked lasts for some
+            slack_s = self._deadline_s - at_s
+            num = min(math.floor(slack_s / (every_s - tpot_s)) + 1, num_left)
+            at_s += num * every_s
+            self._deadline_s += num * tpot_s
+            num_left -= num
+        if num_left and at_s > self._deadline_s:
+            self._miss(at_s - self._deadline_s)
+            self._deadline_s = at_s + tpot_s
+            num_left -= 1
+            if every_s > tpot_s:  # and each of the others as much as it is slower
+                self._miss(every_s - tpot_s, num_left)
+                self._deadline_s += num_left * every_s
+                return
+        if num_left:
+            self._deadline_s += num_left * tpot_s
+
+    def _miss(self, late_s: float, num_tokens: int = 1) -> None:
+        """So many tokens come so late: each misses its own deadline and one for each TPOT that passed."""
+        missed = 1 + int(late_s / self.slo.tpot_s)
+        self._num_missed += missed * num_tokens
+        self._num_deadlines += (missed - 1) * num_tokens
+
+
+def tally_of(slo: SloClass, arrival_s: float, token_times_s: Iterable[float]) -> StreamTally:
+    """The tally of a whole stream whose tokens came out at these times."""
+    tally = StreamTally(slo, arrival_s)
+    for at_s in token_times_s:
+        tally.add(at_s)
+    return tally

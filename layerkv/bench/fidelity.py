@@ -34,12 +34,13 @@ from layerkv.bench.suite.tables import SLOS_MET
 from layerkv.bench.supervise import run_engine
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 from layerkv.bench.words import MISSING
-from layerkv.core.cost import load_profile
+from layerkv.core.cost import load_profile, seconds_per_byte
 from layerkv.errors import ConfigError
+from layerkv.figures import tally_of
 from layerkv.sim.config import SimConfig, load_sim_config
 from layerkv.sim.engine import SimRequest
 from layerkv.sim.outcome import GapHistogram, RequestOutcome, SimOutcome
-from layerkv.sim.run import WATERMARK, make_engine, medians, policy_of, requests_of
+from layerkv.sim.run import WATERMARK, make_engine, medians, policy_of, requests_of, with_memory_of
 from layerkv.units import format_bytes
 
 SHAPE = "demo"
@@ -123,10 +124,11 @@ def _run_real(
 ) -> dict[str, Any]:
     spec = _spec(config, name, load, seed, folder)
     run = run_engine(spec, folder, lambda line: board.advances(name, line))
-    return {**_outcome(run, load).figures(), "step_s": run.step_s, "host_s_per_step": run.host_s_per_step}
+    return {**_outcome(config, run, load).figures(), "step_s": run.step_s, "host_s_per_step": run.host_s_per_step}
 
 
 def _spec(config: SimConfig, name: str, load: Sequence[SimRequest], seed: int, folder: Path) -> records.EngineSpec:
+    config = with_memory_of(config, name, load)
     longest = max(request.prompt_tokens for request in load)
     args: dict[str, Any] = {
         "model": str(make_tiny_model(SHAPE, folder / "models")),
@@ -179,7 +181,7 @@ def _spec(config: SimConfig, name: str, load: Sequence[SimRequest], seed: int, f
     )
 
 
-def _outcome(run: records.EngineRun, load: Sequence[SimRequest]) -> SimOutcome:
+def _outcome(config: SimConfig, run: records.EngineRun, load: Sequence[SimRequest]) -> SimOutcome:
     """A real run in the simulator's terms, so that both are judged by the same code."""
     planned = {request.request_id: request for request in load}
     gaps = GapHistogram()
@@ -198,6 +200,7 @@ def _outcome(run: records.EngineRun, load: Sequence[SimRequest]) -> SimOutcome:
                 len(times),
                 times[0] if times else None,
                 times[-1] if times else None,
+                tally_of(request.slo, record.arrival_s, times),
                 max(between, default=0.0),
             )
         )
@@ -212,6 +215,7 @@ def _outcome(run: records.EngineRun, load: Sequence[SimRequest]) -> SimOutcome:
         fetches=run.fetches,
         stored_bytes=run.bytes_stored,
         loaded_bytes=run.bytes_loaded,
+        link_s_per_byte=(seconds_per_byte(config.profile.store), seconds_per_byte(config.profile.load)),
     )
 
 

@@ -19,7 +19,9 @@ from layerkv.sim.run import SimRun
 COLOURS = {
     "stock": "#666666",
     "stock-watermark": "#E69F00",
+    "oracle": "#000000",
     "layerkv": "#0072B2",
+    "layerkv-slo": "#56B4E9",
     "layerkv-no-slo": "#D55E00",
     "layerkv-no-length-prediction": "#009E73",
     "layerkv-streamed": "#CC79A7",
@@ -27,8 +29,10 @@ COLOURS = {
 CURVES: Sequence[tuple[str, str, Callable[[dict[str, Any]], float | None], bool]] = (
     ("TTFT mean", "seconds", lambda f: f["ttft_s"]["mean"], True),
     ("TTFT p99", "seconds", lambda f: f["ttft_s"]["p99"], True),
-    ("SLO attainment", "share of requests", lambda f: f["slo_attainment"], False),
-    ("Goodput", "requests per second", lambda f: f["goodput_rps"], False),
+    ("Fluid", "share of requests", lambda f: f["fluid"], False),
+    ("Fluid goodput", "requests per second", lambda f: f["fluid_goodput_rps"], False),
+    ("SLOs met, by mean TPOT", "share of requests", lambda f: f["slo_attainment"], False),
+    ("Goodput, by mean TPOT", "requests per second", lambda f: f["goodput_rps"], False),
 )
 
 
@@ -42,7 +46,7 @@ def draw(result: dict[str, Any], runs: Sequence[SimRun], folder: Path) -> list[P
 
 
 def _against_rate(result: dict[str, Any], path: Path) -> Path:
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex=True, layout="constrained")
+    figure, axes = plt.subplots(3, 2, figsize=(10, 10), sharex=True, layout="constrained")
     for axis, (title, unit, figure_of, is_log) in zip(axes.flat, CURVES, strict=True):
         for name in result["policies"]:
             points: dict[float, list[float]] = {}
@@ -60,7 +64,7 @@ def _against_rate(result: dict[str, Any], path: Path) -> Path:
             axis.set_yscale("log")
         else:
             axis.set_ylim(bottom=0)
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("requests per second")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)

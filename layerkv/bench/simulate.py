@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 from rich.table import Table
 
+from layerkv.bench.capacity import run_capacity
 from layerkv.bench.machine import measured_here
 from layerkv.errors import ConfigError
 from layerkv.sim.config import SimConfig, load_sim_config
-from layerkv.sim.run import STRIDE, SimRun, medians, report, simulate
+from layerkv.sim.offline import offline
+from layerkv.sim.run import STRIDE, SimRun, medians, report, requests_of, simulate
 from layerkv.sim.workload import TraceArrivals
+
+HEADINGS = ("TTFT", "fluid", "2nd tok\np99", "pause\np99", "end to\nend", "tok/s", "SLOs\nmet")
+CAPTION = "pause: the longest of a reader; SLOs met: by mean TPOT"
 
 
 def run_simulate(
@@ -26,9 +33,14 @@ def run_simulate(
     plots_dir: Path | None = None,
     log_path: Path | None = None,
     exact: bool = False,
+    capacity: bool = False,
+    with_offline: bool = False,
     console: Console | None = None,
 ) -> int:
     """Simulate a file; `exact` decides before every step, as production does, instead of every few.
+
+    `capacity` searches each policy's fluid capacity instead of simulating the file's rates. `with_offline` also says
+    what somebody could keep fluid who knew the load beforehand.
 
     Raises:
         ConfigError: the file, or one that it names, is wrong; or an output cannot be written.
@@ -39,14 +51,28 @@ def run_simulate(
     _check_outputs([path for path in (json_path, log_path) if path is not None], plots_dir)
     if log_path is not None and "layerkv" not in config.policies:
         raise ConfigError(f"{config_path}: $.policies: found no layerkv, whose decisions --log writes; add it")
+    if capacity:
+        for flag, value in (("--plots", plots_dir), ("--log", log_path), ("--offline", with_offline or None)):
+            if value is not None:
+                raise ConfigError(
+                    f"{flag}: found it beside --capacity, which searches rates and simulates none for it; leave one out"
+                )
+        run_capacity(config, config_path, json_path, exact=exact, console=console)
+        return 0
     runs = _simulate(config, log_path, stride=1 if exact else STRIDE, console=console)
+    known = _offline(config, stride=1 if exact else STRIDE, console=console) if with_offline else []
     for rate in config.rates:
         console.print(_table(config, [run for run in runs if run.rate_per_s == rate], rate))
+        for found in [row for row in known if row["rate_per_s"] == rate]:
+            low, high = _share(found["schedule"]), _share(found["bound"])
+            console.print(f"known beforehand, seed {found['seed']}: {low} to {high} could be fluid")
     result = {
         **msgspec.to_builtins(measured_here()),
         "config": str(config_path),
         **report(config, runs),
     }
+    if with_offline:
+        result["offline"] = known
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if plots_dir is not None:
@@ -88,6 +114,19 @@ def _simulate(config: SimConfig, log_path: Path | None, *, stride: int, console:
             log.close()
 
 
+def _offline(config: SimConfig, *, stride: int, console: Console) -> list[dict[str, Any]]:
+    """Shares of requests that could be fluid, by rate and seed."""
+    rows = []
+    with Status("what could be fluid", console=console):
+        for rate in config.rates:
+            for seed in config.seeds:
+                found = offline(config, requests_of(config, rate, seed), stride=stride)
+                num = max(found.requests, 1)
+                shares = {"schedule": found.schedule / num, "bound": found.bound / num}
+                rows.append({"rate_per_s": rate, "seed": seed, **shares})
+    return rows
+
+
 def _tell_about_trace(config: SimConfig, console: Console) -> None:
     arrivals = config.workload.arrivals
     if not isinstance(arrivals, TraceArrivals):
@@ -105,25 +144,30 @@ def _tell_about_trace(config: SimConfig, console: Console) -> None:
 def _table(config: SimConfig, runs: Sequence[SimRun], rate: float) -> Table:
     seeds = ", ".join(str(seed) for seed in config.seeds)
     title = f"{config.profile.name}, {rate:g} requests per second, seed {seeds}"
-    table = Table(title=title, box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title=title, caption=CAPTION, box=SIMPLE, pad_edge=False, padding=0)
     table.add_column("policy", no_wrap=True)
-    for heading in ("TTFT", "p99", "TPOT", "SLOs met", "goodput", "tok/s"):
+    for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for name in config.policies:
         f = medians([run.outcome.figures() for run in runs if run.policy == name])
         table.add_row(
             name,
             _seconds(f["ttft_s"]["mean"]),
-            _seconds(f["ttft_s"]["p99"]),
-            _seconds(f["tpot_s"]["mean"]),
-            f"{f['slo_attainment']:.1%}",
-            f"{f['goodput_rps']:.3g}/s",
+            _share(f["fluid"]),
+            _seconds(f["second_token_s"]["p99"]),
+            _seconds(f["longest_pause_s"]["p99"]),
+            _seconds(f["end_to_end_s"]["mean"]),
             f"{f['output_tokens_per_s']:.0f}",
+            _share(f["slo_attainment"]),
         )
     return table
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}" if value < 1 else "100%"
 
 
 def _seconds(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.3g} s"
+    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.3g} s" if value < 100 else f"{value:.0f} s"

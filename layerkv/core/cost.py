@@ -210,9 +210,14 @@ class CostView(NamedTuple):
 
     def load_bytes_in(self, seconds: float) -> int:
         """Bytes that the link loads in ``seconds``, latency left out (the link budget of streamed decode)."""
-        probe = 1 << 30
-        per_byte = (self.profile.load(2 * probe) - self.profile.load(probe)) / probe
+        per_byte = seconds_per_byte(self.profile.load)
         return int(max(seconds, 0.0) / per_byte) if per_byte > 0 else 1 << 62
+
+
+def seconds_per_byte(copy: Curve) -> float:
+    """What a further byte adds to a copy of many (bytes to seconds): the link's bandwidth, latency left out."""
+    probe_bytes = 1 << 30
+    return (copy(2 * probe_bytes) - copy(probe_bytes)) / probe_bytes
 
 
 def generic_profile(kv_bytes_per_token: int = 0) -> CostProfile:

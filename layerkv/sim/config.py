@@ -34,6 +34,8 @@ POLICIES: Final = (
     "layerkv-no-slo",
     "layerkv-no-length-prediction",
     "layerkv-streamed",
+    "layerkv-slo",
+    "oracle",
 )
 """What can be simulated, by name."""
 

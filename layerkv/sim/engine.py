@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from layerkv.config import SloClass
 from layerkv.core.cost import CostProfile, CostView, StepWork, chunk_pairs
 from layerkv.core.geometry import KVGeometry
-from layerkv.figures import ReaderClock
+from layerkv.figures import StreamTally
 from layerkv.scheduler.reasons import End
 from layerkv.sim.outcome import GapHistogram, RequestOutcome, SimOutcome
 
@@ -81,10 +81,10 @@ class Live:
     longest_gap_s: float = 0.0
     num_parks: int = 0
     num_recomputes: int = 0
-    reader: ReaderClock = field(init=False)
+    tally: StreamTally = field(init=False)
 
     def __post_init__(self) -> None:
-        self.reader = ReaderClock(self.request.slo.pace_s)
+        self.tally = StreamTally(self.request.slo, self.request.arrival_s)
         # Asked for millions of times in a run.
         self.request_id, self.prompt_tokens = self.request.request_id, self.request.prompt_tokens
 
@@ -142,9 +142,8 @@ class VirtualEngine(ABC):
         """What the step copies: bytes stored and loaded layer by layer, stored before it; and if it is layered."""
         return 0, 0, 0, False
 
-    def made_tokens(self, live: Live, at_s: float, num_tokens: int, every_s: float) -> None:
+    def made_tokens(self, live: Live, at_s: float, num_tokens: int, every_s: float) -> None:  # noqa: B027 (may do nothing)
         """A request has made tokens, the first at ``at_s`` and one more each ``every_s``."""
-        live.reader.add(at_s, num_tokens, every_s)
 
     def stepped(self, work: StepWork, seconds: float, firsts: Sequence[Live]) -> None:  # noqa: B027 (may do nothing)
         """A step (or several alike, each of which took so long) has ended; ``firsts`` made their first token."""
@@ -257,6 +256,7 @@ class VirtualEngine(ABC):
                 live.longest_gap_s = max(live.longest_gap_s, gap_s)
             live.last_token_s = now_s
             live.num_made += repeats
+            live.tally.add(first_gap_end_s, repeats, seconds)
             self.made_tokens(live, first_gap_end_s, repeats, seconds)
             if live.num_made >= live.request.output_tokens:
                 self._finish(live)
@@ -283,6 +283,7 @@ class VirtualEngine(ABC):
                 live.num_made,
                 live.first_token_s,
                 finish_s,
+                live.tally,
                 live.longest_gap_s,
                 live.num_parks,
                 live.num_recomputes,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from layerkv.config import Mode, SloPolicy
-from layerkv.core.cost import StepWork
+from layerkv.core.cost import StepWork, seconds_per_byte
 from layerkv.core.ledger import KVLedger
 from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan, num_blocks
@@ -122,7 +122,6 @@ class LayeredEngine(VirtualEngine):
         )
 
     def made_tokens(self, live: Live, at_s: float, num_tokens: int, every_s: float) -> None:
-        super().made_tokens(live, at_s, num_tokens, every_s)
         self.controller.made_tokens(live.request_id, at_s, num_tokens, every_s)
 
     def stepped(self, work: StepWork, seconds: float, firsts: Sequence[Live]) -> None:
@@ -155,6 +154,7 @@ class LayeredEngine(VirtualEngine):
             fetches=counters.fetches,
             stored_bytes=counters.stored_blocks * self.geometry.block_bytes,
             loaded_bytes=counters.loaded_blocks * self.geometry.block_bytes,
+            link_s_per_byte=(seconds_per_byte(self.truth.profile.store), seconds_per_byte(self.truth.profile.load)),
             reasons={reason.value: count for reason, count in self.controller.reasons.items()},
         )
 

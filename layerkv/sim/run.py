@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -25,7 +25,9 @@ from layerkv.units import format_bytes
 SCHEMA = 1
 WATERMARK = 0.02
 """Share of the pool that `stock-watermark` keeps free when it admits. Not measured: chosen by judgement."""
-STRIDE = 8
+STOCK_POLICIES = ("stock", "stock-watermark", "oracle")
+"""Those that are vLLM's own scheduling."""
+STRIDE = 4
 """Steps between decisions while nothing changes. Throughput is that of deciding before every step to within a per cent;
 in overload, where one decision changes all later ones, other figures move about as much as from seed to seed. Not
 measured: chosen by comparison with a decision before every step, in the simulator (2026-11-21, no result file)."""
@@ -98,7 +100,8 @@ def make_engine(
     Raises:
         ConfigError: KV memory holds no lane zone beside a pool, or the pool holds not all of the longest request.
     """
-    is_stock = name in ("stock", "stock-watermark")
+    config = with_memory_of(config, name, requests)
+    is_stock = name in STOCK_POLICIES
     geometry = geometry_of(config, zone_tokens=0 if is_stock else config.zone_tokens)
     _check_room(geometry, requests)
     setup = _setup(config, geometry, stride)
@@ -107,10 +110,21 @@ def make_engine(
     return LayeredEngine(setup, requests, policy_of(config.policy, name), keep_log=keep_log)
 
 
+def with_memory_of(config: SimConfig, name: str, requests: Sequence[SimRequest]) -> SimConfig:
+    """The configuration with the KV memory that a policy has: the oracle's holds all of as many requests as run."""
+    if name != "oracle":
+        return config
+    blocks = sorted((-(-(r.prompt_tokens + r.output_tokens) // config.block_tokens) for r in requests), reverse=True)
+    needed = 2 + sum(blocks[: config.max_num_seqs])  # one is vLLM's null block, one is lost to rounding
+    block_bytes = config.profile.kv_bytes_per_token * config.block_tokens
+    return replace(config, kv_memory_bytes=max(config.kv_memory_bytes, needed * block_bytes))
+
+
 def policy_of(policy: SloPolicy, name: str) -> SloPolicy:
     """The SLO policy of one of layerkv's variants."""
     change: dict[str, dict[str, Any]] = {
         "layerkv": {},
+        "layerkv-slo": {"policy": "slo"},
         "layerkv-no-slo": {"policy": "arrival"},
         "layerkv-no-length-prediction": {"length_prediction": "none"},
         "layerkv-streamed": {"streamed_decode": True},

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from layerkv.config import SloClass
 from layerkv.figures import (
     ReaderClock,
+    StreamTally,
     distribution,
     fluidity_index,
     is_fluid,
@@ -20,6 +21,7 @@ from layerkv.figures import (
     num_on_time,
     percentile,
     reader_of,
+    tally_of,
     tpot_s,
 )
 
@@ -147,3 +149,65 @@ def test_the_fluidity_index_counts_every_deadline_that_passes_and_begins_anew_af
     assert fluidity_index(READS, 0.0, [1.0, 2.6]) == pytest.approx(1 - 1 / 2)  # due at 2.5
     # 1.3 s late are three deadlines missed; the next one counts from there
     assert fluidity_index(READS, 0.0, [1.0, 3.8, 4.3]) == pytest.approx(1 - 3 / 5)
+
+
+# Counted as it comes ----------------------------------------------------------------------------------------------
+
+
+def sixty_fourths(most: int) -> st.SearchStrategy[float]:
+    """Times that sums of floats hold exactly: then a token that is due is not late by a rounding."""
+    return st.integers(0, most).map(lambda n: n / 64)
+
+
+classes = st.builds(
+    SloClass,
+    name=st.just("any"),
+    ttft_s=st.integers(1, 200).map(lambda n: n / 64),
+    tpot_s=st.integers(1, 100).map(lambda n: n / 64) | st.just(math.inf),
+    stream=st.booleans(),
+)
+batches_of_tokens = st.lists(
+    st.tuples(sixty_fourths(300), st.integers(1, 30), sixty_fourths(150)), min_size=1, max_size=12
+)
+
+
+@given(classes, sixty_fourths(100), sixty_fourths(500), batches_of_tokens)
+def test_a_tally_of_tokens_told_together_is_what_the_list_of_their_times_says(
+    slo: SloClass, arrival_s: float, first_s: float, batches: list[tuple[float, int, float]]
+) -> None:
+    together = StreamTally(slo, arrival_s)
+    times: list[float] = []
+    at_s = arrival_s + first_s
+    for gap_s, num, every_s in batches:
+        at_s += gap_s
+        together.add(at_s, num, every_s)
+        times += [at_s + k * every_s for k in range(num)]
+        at_s += (num - 1) * every_s
+    reader = reader_of(slo, times)
+    for tally in (together, tally_of(slo, arrival_s, times)):
+        assert tally.num_tokens == len(times)
+        assert tally.num_on_time == num_on_time(slo, arrival_s, times)
+        assert tally.fluidity_index == pytest.approx(fluidity_index(slo, arrival_s, times), abs=1e-12)
+        assert tally.first_s == times[0]
+        assert tally.second_token_s == (times[1] - times[0] if len(times) > 1 else None)
+        assert tally.reader.lag_s == pytest.approx(reader.lag_s)
+        assert tally.reader.longest_pause_s == pytest.approx(reader.longest_pause_s)
+        assert tally.reader.wants_next_s == pytest.approx(reader.wants_next_s)
+        assert tally.reader.num_tokens == reader.num_tokens
+
+
+@given(st.floats(0.01, 3), st.lists(st.floats(0, 10), min_size=1, max_size=40).map(sorted))
+def test_asking_a_tally_in_between_changes_nothing(tpot: float, times: list[float]) -> None:
+    slo = SloClass(name="any", ttft_s=1.0, tpot_s=tpot)
+    asked, alone = StreamTally(slo, 0.0), tally_of(slo, 0.0, times)
+    for at_s in times:
+        asked.add(at_s)
+        assert asked.reader.num_tokens == asked.num_tokens
+        assert asked.fluidity_index is not None
+    assert (asked.num_on_time, asked.fluidity_index) == (alone.num_on_time, pytest.approx(alone.fluidity_index))
+    assert asked.reader.lag_s == pytest.approx(alone.reader.lag_s)
+
+
+def test_a_tally_without_tokens_has_no_index() -> None:
+    tally = StreamTally(READS, 0.0)
+    assert (tally.num_tokens, tally.num_on_time, tally.fluidity_index, tally.second_token_s) == (0, 0, None, None)

@@ -70,6 +70,75 @@ def test_the_json_holds_every_policy_and_every_run(config: Path, tmp_path: Path)
     assert len(result["runs"]) == 4
 
 
+def test_the_json_holds_what_readers_saw(config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    assert run("simulate", config, "--json", path) == 0
+    for figures in json.loads(path.read_text())["policies"].values():
+        for name in ("lag_s", "longest_pause_s", "end_to_end_s", "second_token_s"):
+            assert set(figures[name]) == {"mean", "p50", "p90", "p99"}
+        for name in ("fluid", "tokens_on_time", "fluidity_index"):
+            assert 0 <= figures[name] <= 1
+        assert figures["fluid_goodput_rps"] >= 0
+        assert set(figures["link_utilisation"]) == {"store", "load"}
+
+
+def test_the_table_fits_80_columns_and_names_what_it_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    document = simulation(policies=list(POLICIES))
+    document["workload"]["rates"] = [20.0]
+    assert run("simulate", written(tmp_path, document)) == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "\u2026" not in printed  # nothing was cut off
+    for words in ("TTFT", "fluid", "2nd tok", "pause", "end to", "tok/s", "SLOs", "by mean TPOT", *POLICIES):
+        assert words in printed
+
+
+def test_capacity_is_searched_and_written(tmp_path: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "capacity.json"
+    assert run("simulate", config, "--capacity", "--json", path) == 0
+    result = json.loads(path.read_text())
+    assert result["schema"] == 1
+    assert set(result["fluid_capacity_rps"]) == {"stock", "layerkv", "layerkv-slo", "oracle"}
+    assert result["fluid_capacity_rps"]["oracle"] > result["fluid_capacity_rps"]["stock"] > 0
+    rates = [row["rate"] for row in result["rates"]]
+    assert rates == sorted(rates)
+    for row in result["rates"]:
+        assert all(0 <= share <= 1 for share in row["fluid"].values())
+    for name, rate in result["fluid_capacity_rps"].items():
+        (row,) = (row for row in result["rates"] if row["rate"] == rate)
+        assert row["fluid"][name] >= 0.9
+    printed = capsys.readouterr().out
+    assert "fluid capacity" in printed
+    assert "30 requests a run" in printed
+
+
+@pytest.mark.parametrize("flag", ["--plots", "--log", "--offline"])
+def test_what_capacity_makes_nothing_of_is_refused_beside_it(
+    flag: str, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = [] if flag == "--offline" else [tmp_path / "there"]
+    assert run("simulate", config, "--capacity", flag, *value) == 2
+    error = capsys.readouterr().err
+    assert flag in error
+    assert "leave one out" in error
+
+
+def test_offline_says_what_could_be_fluid_at_each_rate(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.json"
+    assert run("simulate", config, "--offline", "--json", path) == 0
+    result = json.loads(path.read_text())
+    assert [(row["rate_per_s"], row["seed"]) for row in result["offline"]] == [(1.0, 0), (3.0, 0)]
+    by_run = {(each["rate_per_s"], each["policy"]): each["fluid"] for each in result["runs"]}
+    for row in result["offline"]:
+        assert by_run[row["rate_per_s"], "stock"] <= row["schedule"] <= row["bound"] <= 1
+    assert "known beforehand, seed 0" in capsys.readouterr().out
+
+
 def test_the_same_file_gives_the_same_figures(config: Path, tmp_path: Path) -> None:
     results = []
     for name in ("first.json", "again.json"):

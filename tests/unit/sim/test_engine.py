@@ -12,6 +12,7 @@ import pytest
 from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile, CostView, Curve, StepWork, chunk_pairs
 from layerkv.core.geometry import KVGeometry
+from layerkv.figures import fluidity_index, num_on_time, reader_of
 from layerkv.sim.engine import EngineSetup, SimRequest, VirtualEngine
 from layerkv.sim.layered import LayeredEngine
 from layerkv.sim.outcome import SimOutcome
@@ -288,3 +289,45 @@ def test_figures_do_not_depend_on_how_this_process_hashes_names() -> None:
 def test_a_load_that_takes_too_many_steps_is_a_failed_assertion() -> None:
     with pytest.raises(AssertionError, match="still 1 requests under way after 3 steps"):
         stock(setup(tokens=10), [request("a")]).run(3)
+
+
+@pytest.mark.parametrize("kind", [StockEngine, LayeredEngine])
+@pytest.mark.parametrize("tpot_s", [0.012, 0.03, 0.2])
+def test_figures_of_steps_taken_together_are_those_of_the_tokens_times(kind: type, tpot_s: float) -> None:
+    slo = SloClass(name="chat", ttft_s=0.3, tpot_s=tpot_s)
+    times_s: dict[str, list[float]] = {}
+
+    class Recording(kind):  # type: ignore[misc, valid-type]
+        def made_tokens(self, live, at_s, num_tokens, every_s) -> None:
+            times_s.setdefault(live.request_id, []).extend(at_s + k * every_s for k in range(num_tokens))
+            super().made_tokens(live, at_s, num_tokens, every_s)
+
+    load = [replace(each, slo=slo) for each in mixed_load(100, 5.0)]
+    options = [] if kind is StockEngine else [SloPolicy(classes={"chat": slo}, default_class="chat")]
+    outcome = Recording(setup(pool=60, zone=30, stride=8, profile=ROUGH), load, *options).run()
+    assert outcome.num_steps > 0.9 * max(map(len, times_s.values()))
+    for found in outcome.requests:
+        times = times_s[found.request_id]
+        reader = reader_of(slo, times)
+        assert len(times) == found.output_tokens
+        assert found.lag_s == pytest.approx(reader.lag_s, abs=1e-9)
+        assert found.longest_pause_s == pytest.approx(reader.longest_pause_s, abs=1e-9)
+        assert found.tally.num_on_time == num_on_time(slo, found.arrival_s, times)
+        assert found.tally.fluidity_index == pytest.approx(fluidity_index(slo, found.arrival_s, times))
+        assert found.tally.second_token_s == pytest.approx(times[1] - times[0])
+    figures = outcome.figures()
+    assert figures["tokens_on_time"] == sum(
+        num_on_time(slo, r.arrival_s, times_s[r.request_id]) for r in outcome.requests
+    ) / sum(map(len, times_s.values()))
+
+
+def test_the_share_of_the_link_that_copies_take_is_told_for_each_direction() -> None:
+    outcome = layered(setup(pool=8, zone=8), [request("a"), request("b")]).run(100)
+    used = outcome.figures()["link_utilisation"]
+    assert outcome.stored_bytes > 0
+    assert outcome.loaded_bytes > 0
+    # A block is stored in 0.5 ms and loaded in 1 ms.
+    span_s = outcome.figures()["span_s"]
+    assert used["store"] == pytest.approx(outcome.stored_bytes / BLOCK_BYTES * 0.0005 / span_s)
+    assert used["load"] == pytest.approx(outcome.loaded_bytes / BLOCK_BYTES * 0.001 / span_s)
+    assert stock(setup(pool=8), [request("a")]).run().figures()["link_utilisation"] == {"store": 0, "load": 0}

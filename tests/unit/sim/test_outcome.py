@@ -1,11 +1,12 @@
 import json
 import math
+from itertools import pairwise
 from random import Random
 
 import pytest
 
 from layerkv.config import SloClass
-from layerkv.figures import distribution
+from layerkv.figures import distribution, tally_of
 from layerkv.sim.outcome import GapHistogram, RequestOutcome, SimOutcome
 
 CHAT = SloClass(name="chat", ttft_s=1.0, tpot_s=0.1)
@@ -16,11 +17,13 @@ NOTHING = {"mean": None, "p50": None, "p90": None, "p99": None}
 def served(
     *, first: float = 0.5, finish: float = 1.0, tokens: int = 11, slo: SloClass = CHAT, at: float = 0.0, gap: float = 0
 ) -> RequestOutcome:
-    return RequestOutcome("a", slo, at, 100, tokens, first, finish, gap)
+    every_s = (finish - first) / max(tokens - 1, 1)
+    tally = tally_of(slo, at, [first + k * every_s for k in range(tokens)])
+    return RequestOutcome("a", slo, at, 100, tokens, first, finish, tally, gap)
 
 
 def refused(at: float = 0.0) -> RequestOutcome:
-    return RequestOutcome("b", CHAT, at, 100, 0, None, None)
+    return RequestOutcome("b", CHAT, at, 100, 0, None, None, tally_of(CHAT, at, []))
 
 
 def outcome(*requests: RequestOutcome, end_s: float = 10.0) -> SimOutcome:
@@ -107,3 +110,52 @@ def test_attainment_is_also_told_by_class() -> None:
     assert figures["slo_attainment"] == 0.5
     assert figures["slo_attainment_by_class"] == {"chat": pytest.approx(1 / 3), "steady": 1.0}
     assert math.isclose(figures["span_s"], 10.0)
+
+
+def streamed(slo: SloClass, *times: float, at: float = 0.0) -> RequestOutcome:
+    gap = max((b - a for a, b in pairwise(times)), default=0.0)
+    return RequestOutcome("s", slo, at, 100, len(times), times[0], times[-1], tally_of(slo, at, times), gap)
+
+
+def test_a_stream_is_fluid_by_its_reader_s_clock_and_not_by_its_mean() -> None:
+    slow = [0.5, *(2.5 + 0.01 * k for k in range(40))]  # 60 ms a token on the mean, and two seconds without one
+    paused = streamed(CHAT, *slow)
+    assert paused.met_slo
+    assert not paused.is_fluid
+    assert (paused.lag_s, paused.longest_pause_s) == (pytest.approx(1.9), pytest.approx(1.9))
+    figures = outcome(paused, streamed(CHAT, 0.5, 0.6, at=0.2), refused()).figures()
+    assert figures["fluid"] == pytest.approx(1 / 3)
+    assert figures["fluid_goodput_rps"] == pytest.approx(1 / 10)
+    assert figures["slo_attainment"] == pytest.approx(2 / 3)
+    assert figures["lag_s"]["mean"] == pytest.approx(1.9 / 2)
+    assert figures["longest_pause_s"]["p99"] == pytest.approx(1.9 * 0.99)
+    assert figures["second_token_s"]["mean"] == pytest.approx((2.0 + 0.1) / 2)
+    assert figures["end_to_end_s"]["mean"] == pytest.approx((2.89 + 0.4) / 2)
+    # Token k of the first is due at 1.0 + k / 10: from 2.5 s on they catch up, and are there from the 17th on.
+    assert figures["tokens_on_time"] == pytest.approx((1 + 24 + 2) / 43)
+
+
+@pytest.mark.parametrize(
+    "nobody_reads",
+    [
+        SloClass(name="whole", ttft_s=1.0, tpot_s=0.1, stream=False),
+        SloClass(name="batch", ttft_s=1.0, tpot_s=math.inf),
+    ],
+)
+def test_where_nobody_reads_along_fluid_is_what_meets_the_objectives(nobody_reads: SloClass) -> None:
+    slow = [0.5, *(2.5 + 0.01 * k for k in range(40))]
+    done = streamed(nobody_reads, *slow)
+    assert done.is_fluid
+    assert (done.lag_s, done.longest_pause_s) == (None, None)
+    assert not streamed(nobody_reads, 1.1, 1.2).is_fluid
+    figures = outcome(done).figures()
+    assert figures["lag_s"] == figures["longest_pause_s"] == NOTHING
+    assert figures["fluid"] == 1.0
+
+
+def test_without_tokens_there_is_no_share_of_them_on_time() -> None:
+    figures = outcome(refused()).figures()
+    assert figures["tokens_on_time"] is figures["fluidity_index"] is None
+    assert figures["fluid"] == figures["fluid_goodput_rps"] == 0
+    assert figures["second_token_s"] == figures["end_to_end_s"] == NOTHING
+    assert outcome(end_s=0.0).figures()["fluid"] is None
