@@ -65,13 +65,18 @@ class FluidOutlook(Outlook):
 
     @cached_property
     def prefill_tokens(self) -> int:
-        """What the smallest buffer among readers allows, unless a prompt that can be on time would become late."""
-        s, paced = self.s, self.paced_tokens
+        """What the smallest buffer among readers allows, or as much more as keeps prompts on time that can be.
+
+        Large steps compute prompts hardly faster than small ones, and readers wait for each to end.
+        """
+        s, tokens = self.s, self.paced_tokens
         most = max(s.engine.budget_tokens - s.load.decode_tokens, 0)
-        if paced >= most or not s.lines.waiting:
-            return paced
-        would_be_late = late_prompts(s, s.lines.waiting, paced) - late_prompts(s, s.lines.waiting, most)
-        return most if would_be_late else paced
+        if tokens >= most or not s.lines.waiting:
+            return tokens
+        late = late_prompts(s, s.lines.waiting, most)
+        while tokens < most and late_prompts(s, s.lines.waiting, tokens) - late:
+            tokens = min(max(2 * tokens, self.limits.min_prefill_tokens), most)
+        return tokens
 
     @cached_property
     def victims(self) -> Sequence[ResidentRequest]:

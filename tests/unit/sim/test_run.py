@@ -15,7 +15,7 @@ from layerkv.sim.config import POLICIES, SimConfig
 from layerkv.sim.engine import SimRequest
 from layerkv.sim.layered import LayeredEngine
 from layerkv.sim.outcome import SimOutcome
-from layerkv.sim.run import make_engine, medians, report, requests_of, simulate
+from layerkv.sim.run import make_engine, medians, policy_of, report, requests_of, simulate
 from layerkv.sim.stock import StockEngine
 from layerkv.sim.workload import ClassMix, FixedLength, UniformLength, WorkloadSpec
 
