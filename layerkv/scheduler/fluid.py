@@ -9,10 +9,10 @@ its reader has left to read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import cached_property
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 from layerkv.scheduler.lines import Claim
 from layerkv.scheduler.needs import pool_blocks
@@ -42,20 +42,9 @@ MOST_LOADS_S = 0.1
 """Seconds of fetches under way beyond which no further one begins: its blocks would be idle."""
 
 
-class Turn(NamedTuple):
-    """A resident that has had its slice.
-
-    Attributes:
-        resident: It.
-        spare_s: Seconds that its reader is served by what it has, beyond the time of its load.
-        flows: Whether its stream flows, and is not held.
-        ends_soon: Whether it will have ended soon.
-    """
-
-    resident: ResidentRequest
-    spare_s: float
-    flows: bool
-    ends_soon: bool
+Turn = tuple[ResidentRequest, float, bool, bool]
+"""A resident that has had its slice; seconds that its reader is served by what it has, beyond the time of its load;
+whether its stream flows, and is not held; whether it will have ended soon."""
 
 
 class FluidOutlook(Outlook):
@@ -69,14 +58,25 @@ class FluidOutlook(Outlook):
 
         Large steps compute prompts hardly faster than small ones, and readers wait for each to end.
         """
+        return self._prefill[0]
+
+    @cached_property
+    def late(self) -> Set[str]:
+        """Prompts that cannot have their first token in time."""
+        return self._prefill[1]
+
+    @cached_property
+    def _prefill(self) -> tuple[int, Set[str]]:
         s, tokens = self.s, self.paced_tokens
         most = max(s.engine.budget_tokens - s.load.decode_tokens, 0)
-        if tokens >= most or not s.lines.waiting:
-            return tokens
-        late = late_prompts(s, s.lines.waiting, most)
-        while tokens < most and late_prompts(s, s.lines.waiting, tokens) - late:
+        late = late_prompts(s, s.lines.waiting, tokens)
+        if tokens >= most or not late:
+            return tokens, late
+        at_best = late_prompts(s, s.lines.waiting, most)
+        while tokens < most and late - at_best:
             tokens = min(max(2 * tokens, self.limits.min_prefill_tokens), most)
-        return tokens
+            late = at_best if tokens == most else late_prompts(s, s.lines.waiting, tokens)
+        return tokens, late
 
     @cached_property
     def victims(self) -> Sequence[ResidentRequest]:
@@ -106,13 +106,21 @@ class FluidOutlook(Outlook):
         now_s, token_s = s.now_s, max(self.step_s, s.token_s)
         pool = s.shape.pool_blocks * POOL_SHARE
         flows: list[tuple[float, float, float, str]] = []  # buffer, need, need to its end by weight, id
+        shares: dict[float, float] = {}  # of its blocks' time that a stream needs, by TPOT
         views: list[ResidentRequest | ParkedRequest] = [*s.load.resident, *s.lines.parked]
+        all_needs = 0.0
         for view in views:
-            buffer_s = max(view.dry_s - now_s, 0.0)
-            if view.deadline_s >= now_s and buffer_s < HORIZON_S:
-                need = view.num_blocks * min(token_s / view.tpot_s, 1.0)
-                flows.append((buffer_s, need, need * view.tokens_left / view.weight, view.request_id))
-        if sum(need for _, need, _, _ in flows) <= pool:
+            buffer_s = view.dry_s - now_s
+            if buffer_s < HORIZON_S and view.deadline_s >= now_s:
+                tpot_s = view.tpot_s
+                share = shares.get(tpot_s)
+                if share is None:
+                    share = shares[tpot_s] = min(token_s / tpot_s, 1.0)
+                need = view.num_blocks * share
+                all_needs += need
+                to_end = need * view.tokens_left / view.weight
+                flows.append((buffer_s if buffer_s > 0 else 0.0, need, to_end, view.request_id))
+        if all_needs <= pool:
             return frozenset()
         flows.sort()
         held: set[str] = set()
@@ -158,19 +166,21 @@ class FluidOutlook(Outlook):
         for r in s.load.resident:
             if not r.can_park:
                 continue
-            load_s = load_first_s + load_block_s * r.num_blocks
-            turn_s, to_store = load_s, r.num_blocks - r.num_stored
+            num_blocks, tokens_left = r.num_blocks, r.tokens_left
+            load_s = load_first_s + load_block_s * num_blocks
+            turn_s, to_store = load_s, num_blocks - r.num_stored
             if to_store > 0:
                 turn_s += (store_first_s + store_block_s * to_store) * num_waiting
             in_slice = r.resident_s < LEAST_SLICE_S or r.resident_s * COPIES_SHARE < turn_s
-            spare_s = max(r.dry_s - now_s, 0.0) - load_s
+            spare_s = r.dry_s - now_s
+            spare_s = (spare_s if spare_s > 0 else 0.0) - load_s
             flows = r.deadline_s >= now_s and r.request_id not in held
             kind = 0 if not flows else 1 if spare_s >= PLENTY_S else 2
-            last = -spare_s if kind == 2 else -float(r.tokens_left)
-            turn = Turn(r, spare_s, flows, r.tokens_left <= last_tokens)
+            last = -spare_s if kind == 2 else -float(tokens_left)
+            turn = (r, spare_s, flows, tokens_left <= last_tokens)
             keyed.append((-r.rank, in_slice, kind, r.weight, last, r.request_id, turn))
         keyed.sort()
-        return [entry[-1].resident for entry in keyed], [entry[-1] for entry in keyed if not entry[1]]
+        return [entry[6][0] for entry in keyed], [entry[6] for entry in keyed if not entry[1]]
 
     @cached_property
     def _load_line(self) -> tuple[float, float]:

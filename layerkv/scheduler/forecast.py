@@ -39,9 +39,7 @@ class Forecast:
 
     def add(self, num_blocks: int, tokens_left: int) -> None:
         """Let a newcomer in."""
-        if self._is_stale:
-            self._index()
-        at = bisect_left(self._negated, -tokens_left)
+        at = bisect_left(self._requests, -tokens_left, key=lambda request: -request[0])
         self._requests.insert(at, (tokens_left, num_blocks))
         self._is_stale = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
@@ -42,7 +42,7 @@ class Outlook:
         return prefill_budget(self.s, min_tokens=limits.min_prefill_tokens, max_idle_steps=limits.max_idle_steps)
 
     @cached_property
-    def late(self) -> set[str]:
+    def late(self) -> Set[str]:
         """Prompts that cannot have their first token in time."""
         return late_prompts(self.s, self.s.lines.waiting, self.prefill_tokens)
 
@@ -69,6 +69,14 @@ class Outlook:
         return self.s.cost.step_s(
             StepWork(num_decodes=self.s.load.decode_tokens, decode_context=self.s.load.decode_context)
         )
+
+    def can_ever_layer(self, w: WaitingRequest) -> bool:
+        """Whether an empty zone and empty host memory would take a prompt. Asked several times for each."""
+        return w.request_id in self._layerable
+
+    @cached_property
+    def _layerable(self) -> frozenset[str]:
+        return frozenset(w.request_id for w in self.s.lines.waiting[: self.limits.scan] if can_ever_layer(self.s, w))
 
     def has_room(self, draft: Draft, claim: Claim) -> bool:
         """Whether the pool has blocks for a claim now, and by the forecast will until it ends."""
@@ -103,7 +111,7 @@ class Outlook:
         prompts = [
             w
             for w in waiting
-            if not outgrows_pool(s, w) and ((overdue and w.request_id in overdue) or not can_ever_layer(s, w))
+            if not outgrows_pool(s, w) and ((overdue and w.request_id in overdue) or not self.can_ever_layer(w))
         ]
         for first in waiting if overdue else ():
             if first.request_id in overdue and outgrows_pool(s, first):  # not in this line, and nobody passes it

@@ -76,13 +76,12 @@ def _who_leaves(
     claim_flows = claim.deadline_s >= now.s.now_s
     host = draft.host
     leaving: list[ResidentRequest] = []
-    for turn in now.turns:
+    for r, spare_s, flows, ends_soon in now.turns:
         if num_blocks <= 0 and num_slots <= 0:
             break
-        r = turn.resident
-        if r.rank < claim.rank or (turn.ends_soon and not is_overdue) or r.request_id in draft.park:
+        if spare_s < least_s and (flows or not claim_flows):
             continue
-        if turn.spare_s < least_s and (turn.flows or not claim_flows):
+        if r.rank < claim.rank or (ends_soon and not is_overdue) or r.request_id in draft.park:
             continue
         if draft.blocks_to_store(r) > host:
             continue

@@ -7,7 +7,6 @@ from typing import Literal
 
 from layerkv.scheduler.draft import Draft
 from layerkv.scheduler.needs import (
-    can_ever_layer,
     hit_of,
     host_blocks_to_take,
     layered_blocks,
@@ -46,7 +45,7 @@ def start_prompts(now: Outlook, draft: Draft, prompts: Sequence[WaitingRequest])
             draft.start_layered(w, reason)
         else:
             # an overdue prompt that may run layered stands in line for the pool too, but does not need it
-            tell = draft.wait if can_ever_layer(now.s, w) else draft.wait_too
+            tell = draft.wait if now.can_ever_layer(w) else draft.wait_too
             tell(w, reason)
             if w.request_id in now.overdue:
                 closed, draft.is_closed = Reason.BEHIND_OVERDUE, True
@@ -61,7 +60,7 @@ def _why_refused(now: Outlook, draft: Draft, w: WaitingRequest) -> Reason | None
         return None
     if w.may_refuse and w.request_id in now.late:
         return Reason.OVERLOAD
-    if outgrows_pool(now.s, w) and not can_ever_layer(now.s, w):
+    if outgrows_pool(now.s, w) and not now.can_ever_layer(w):
         return Reason.NEVER_FITS
     return None
 
@@ -80,7 +79,7 @@ def _where_to_start(now: Outlook, draft: Draft, w: WaitingRequest) -> tuple[Plac
         return None, Reason.NO_TOKENS_LEFT
     if w.request_id in draft.granted:
         return "pool", Reason.FITS
-    if not can_ever_layer(s, w):
+    if not now.can_ever_layer(w):
         return None, Reason.POOL_FULL
     if draft.slots <= 0:
         return None, Reason.NO_SLOT  # not an end: a later prompt may have been granted the slot
