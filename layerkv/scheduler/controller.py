@@ -8,7 +8,7 @@ every time is handed in.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from layerkv.config import SloPolicy
 from layerkv.core.cost import CostProfile, StepWork
@@ -79,6 +79,7 @@ class Controller(RequestBooks):
         self.token_s = 0.0
         """Seconds from token to token of requests that decode, prompts' share of the steps included; 0 at first."""
         self._last_exchange_step = -EXCHANGE_STEPS
+        self._promised: dict[str, int] = {}
         self._last_decided: tuple[Snapshot, int] | None = None
 
     def step_done(self, work: StepWork, seconds: float, *, waited_s: float | None = None) -> None:
@@ -148,6 +149,7 @@ class Controller(RequestBooks):
             parked=self.parked.head(self._limits.scan_parked, now_s, is_fetchable),
             hits=hits(waiting) if hits is not None and waiting and may_start(engine, load) else {},
             overtaken=self.overtaken,
+            promised=self._still_promised(engine.step),
             flowing=self.flows.blocks(now_s),
         )
         return Snapshot(
@@ -160,7 +162,7 @@ class Controller(RequestBooks):
             policy=policy.policy,
             streamed_decode=policy.streamed_decode,
             steps_without_prefill=self._steps_without_prefill,
-            can_exchange=engine.step - self._last_exchange_step >= (EXCHANGE_STEPS if engine.steps_ahead else 1),
+            can_exchange=engine.step - self._last_exchange_step >= EXCHANGE_STEPS,
             token_s=self.token_s,
             can_store_ahead=engine.step % STORE_AHEAD_STEPS == 0,
         )
@@ -212,12 +214,20 @@ class Controller(RequestBooks):
         """How often each reason was given; whoever reports them clears it."""
         return self.journal.reasons
 
+    def _still_promised(self, step: int) -> Collection[str]:
+        """Claims that room was made for in the last few steps; whoever was granted it stands in no line any more."""
+        if self._promised:
+            self._promised = {r: made for r, made in self._promised.items() if 0 <= step - made <= EXCHANGE_STEPS}
+        return frozenset(self._promised)
+
     def _note(self, decision: Decision, snapshot: Snapshot, step: int) -> None:
         """Remember what the next decisions depend on, and say why."""
         for request_id in decision.overtaken:
             self.overtaken[request_id] = self.overtaken.get(request_id, 0) + 1
         if decision.made_room:
             self._last_exchange_step = step
+        for request_id in decision.room_for:
+            self._promised[request_id] = step
         wants_prefill = bool(snapshot.lines.waiting) or snapshot.load.prefilling_tokens > 0
         self._steps_without_prefill = (
             self._steps_without_prefill + 1 if wants_prefill and decision.prefill_tokens == 0 else 0

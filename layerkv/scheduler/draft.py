@@ -82,6 +82,7 @@ class Draft:
     reasons: dict[str, Reason] = field(default_factory=dict)
     waits: dict[str, Reason] = field(default_factory=dict)
     made_room: bool = False
+    room_for: list[str] = field(default_factory=list)
     whole_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -251,6 +252,7 @@ class Draft:
             refuse=tuple(self.refuse),
             overtaken=tuple(self.overtaken),
             made_room=self.made_room,
+            room_for=tuple(self.room_for),
             reasons=self.reasons,
             waits=self.waits,
         )

@@ -74,6 +74,7 @@ class EngineState(NamedTuple):
         running: All running requests.
         arriving: Requests being fetched: of each the id, its blocks, and output tokens made.
         free_blocks: Pool blocks free now.
+        freeing_blocks: Blocks given up already that come back when a step in flight has ended.
         reserved_blocks: Pool blocks promised to prefills and fetches under way.
         free_zone_blocks: Zone blocks neither taken nor promised.
         free_host_blocks: Host blocks free now.
@@ -99,6 +100,7 @@ class EngineState(NamedTuple):
     steps_ahead: int = 0
     is_paused: bool = False
     held_tokens: int = 0
+    freeing_blocks: int = 0
 
     @property
     def frees_are_deferred(self) -> bool:

@@ -27,6 +27,8 @@ LEAST_SLICE_S = 0.25
 """A slice is at least so long,"""
 COPIES_SHARE = 0.05
 """and the copies of its turn are no more of it."""
+IDLE_STEPS = 1
+"""Steps that a turn's blocks are idle where frees are deferred."""
 LAST_S = 0.5
 """Nobody who will have ended within so long is parked for a claim."""
 PLENTY_S = 8.0
@@ -34,6 +36,8 @@ PLENTY_S = 8.0
 URGENT_S = 1.0
 """Claims due within so long go by when they are due; the others, those with the fewest tokens left first: what ends
 soon gives its blocks back for good."""
+SPARE_FOR_LOST_S = 4.0
+"""A stream that flows makes room for a lost one if its reader has so much to read."""
 HORIZON_S = 8.0
 """How far ahead streams must be able to flow together,"""
 POOL_SHARE = 0.9
@@ -161,6 +165,7 @@ class FluidOutlook(Outlook):
         load_first_s, load_block_s = self._load_line
         store_first_s, store_block_s = self._store_line
         num_waiting = s.load.num_resident  # for a park's stores, as compute does
+        idle_s = IDLE_STEPS * s.engine.steps_ahead * self.step_s if s.cost is not None else 0.0
         last_tokens = LAST_S / self.step_s if s.cost is not None else 0.0
         keyed = []
         for r in s.load.resident:
@@ -168,7 +173,7 @@ class FluidOutlook(Outlook):
                 continue
             num_blocks, tokens_left = r.num_blocks, r.tokens_left
             load_s = load_first_s + load_block_s * num_blocks
-            turn_s, to_store = load_s, num_blocks - r.num_stored
+            turn_s, to_store = load_s + idle_s, num_blocks - r.num_stored
             if to_store > 0:
                 turn_s += (store_first_s + store_block_s * to_store) * num_waiting
             in_slice = r.resident_s < LEAST_SLICE_S or r.resident_s * COPIES_SHARE < turn_s
@@ -193,21 +198,28 @@ class FluidOutlook(Outlook):
         return (0.0, 0.0) if cost is None else _line(cost.store_s, shape.block_bytes, shape.pool_blocks)
 
     def _claims(self, waiting: Sequence[WaitingRequest]) -> list[Claim]:
-        """Who was overtaken too often; then what flows, by when it is due, or if that is not soon, by what is left of
-        it; then what is held; then what is lost."""
+        """In this order: who was overtaken too often; whom room was made for; what flows and is due, by when; what
+        flows and will be due, by what is left of it; what is held; what is lost; what flows and has so much to read
+        that lost ones take its place.
+        """
         s, overdue, held, late = self.s, self.overdue, self.held, self.late
-        urgent_s = s.now_s + URGENT_S
+        promised = s.lines.promised
+        urgent_s, soon_s = s.now_s + URGENT_S, s.now_s + SPARE_FOR_LOST_S
 
         def turn(claim: Claim) -> tuple[int, int, float]:
             request_id = claim.request_id
             if request_id in overdue:
                 return claim.rank, 0, claim.deadline_s
+            if request_id in promised:
+                return claim.rank, 1, claim.deadline_s
             if claim.deadline_s < s.now_s or request_id in late:
-                return claim.rank, 4, claim.tokens_left
+                return claim.rank, 5, claim.tokens_left
             if request_id in held:
-                return claim.rank, 3, claim.deadline_s
+                return claim.rank, 4, claim.deadline_s
             due_s = self.due_s(claim)
-            return (claim.rank, 1, due_s) if due_s <= urgent_s else (claim.rank, 2, claim.tokens_left)
+            if due_s <= urgent_s:
+                return claim.rank, 2, due_s
+            return claim.rank, 3 if due_s <= soon_s else 6, claim.tokens_left
 
         return sorted(self._claimants(waiting), key=turn)
 

@@ -8,7 +8,7 @@ every step.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -191,6 +191,7 @@ class Lines(NamedTuple):
         parked: The same of parked requests; only those that can be fetched now.
         hits: Prefix-cache hits of the first waiting requests, by id; absent means none known.
         overtaken: In how many steps a request was the one charged with being overtaken, by id.
+        promised: Claims that room was made for in a step shortly before.
         flowing: Blocks of parked requests that flow (they have run in the pool, and can still keep their objectives),
             by TPOT.
     """
@@ -199,6 +200,7 @@ class Lines(NamedTuple):
     parked: Sequence[ParkedRequest] = ()
     hits: Mapping[str, PrefixHit] = {}
     overtaken: Mapping[str, int] = {}
+    promised: Collection[str] = ()
     flowing: Mapping[float, int] = {}
 
 
@@ -300,6 +302,7 @@ class Decision:
         overtaken: Of those left behind in a line whom others overtake, the ones to charge with it
             (:func:`layerkv.scheduler.lines.overtaken_in`).
         made_room: Whether requests are parked to make room for another.
+        room_for: The claims that room is made for and that have not been granted it yet.
         reasons: Why, for each request that is parked, recomputed, fetched, admitted or refused.
         waits: Why each of the other requests that were looked at has to wait.
     """
@@ -315,5 +318,6 @@ class Decision:
     refuse: tuple[Refusal, ...] = ()
     overtaken: tuple[str, ...] = ()
     made_room: bool = False
+    room_for: tuple[str, ...] = ()
     reasons: Mapping[str, Reason] = field(default_factory=dict)
     waits: Mapping[str, Reason] = field(default_factory=dict)

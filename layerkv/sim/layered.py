@@ -176,6 +176,7 @@ class LayeredEngine(VirtualEngine):
             free_slots=self.setup.max_num_seqs - len(self.running) - len(self._loading),
             budget_tokens=self.setup.max_num_batched_tokens,
             steps_ahead=1 if self.setup.frees_are_deferred else 0,
+            freeing_blocks=len(self._freed),
         )
         return self.controller.decide(state, self.now_s)
 

@@ -69,6 +69,7 @@ class EngineReader:
             steps_ahead=steps_ahead(s),
             is_paused=s._pause_state is not PauseState.UNPAUSED,
             held_tokens=self._held_tokens(),
+            freeing_blocks=sum(len(blocks) for _, blocks in s.deferred_frees) if s.deferred_frees else 0,
         )
 
     def work(self, output: SchedulerOutput, plan: StepPlan | None) -> StepWork:

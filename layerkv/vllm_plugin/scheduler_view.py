@@ -36,6 +36,7 @@ class SchedulerView(Protocol):
     defer_block_free: bool
     sched_step_seq: int
     processed_step_seq: int
+    deferred_frees: Any
     finished_recving_kv_req_ids: set[str]
     failed_recving_kv_req_ids: set[str]
     prev_step_scheduled_req_ids: set[str]

@@ -7,15 +7,18 @@ from unittest import mock
 
 import pytest
 
-from layerkv.scheduler.lengths import MIN_SAMPLES, UNKNOWN_TOKENS
+from layerkv.scheduler.lengths import MIN_SAMPLES
 from tests.vllm.hand_engine import HandEngine
 
 pytestmark = pytest.mark.vllm
 
+MOST_TOKENS = 100
+"""What a request may make: planned for while nothing is known."""
+
 
 def planned_tokens(engine: HandEngine) -> int:
-    """Output tokens that memory is planned for when a request comes now that may make a hundred."""
-    engine.add("new", [*range(20)], max_tokens=100)
+    """Output tokens that memory is planned for when a request comes now."""
+    engine.add("new", [*range(20)], max_tokens=MOST_TOKENS)
     planned: int = engine.scheduler._controller.tracked["new"].middle_tokens
     engine.abort("new")
     return planned
@@ -24,7 +27,7 @@ def planned_tokens(engine: HandEngine) -> int:
 def serve(engine: HandEngine, *, num_tokens: int) -> None:
     """Enough requests of so many tokens each, which nobody told the engine of: their clients end them."""
     for index in range(MIN_SAMPLES):
-        engine.add(f"r{index}", [index, *range(20)], max_tokens=100)
+        engine.add(f"r{index}", [index, *range(20)], max_tokens=MOST_TOKENS)
         while len(engine.tokens[f"r{index}"]) < num_tokens:
             engine.step()
         engine.abort(f"r{index}")
@@ -34,7 +37,7 @@ def serve(engine: HandEngine, *, num_tokens: int) -> None:
 @pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 def test_requests_that_their_clients_end_teach_how_long_requests_get(tiny_model: Path, ahead: bool) -> None:
     engine = HandEngine(tiny_model, ahead=ahead)
-    assert planned_tokens(engine) == UNKNOWN_TOKENS
+    assert planned_tokens(engine) == MOST_TOKENS
     serve(engine, num_tokens=5)
     assert planned_tokens(engine) == 5
 
@@ -44,7 +47,7 @@ def test_requests_that_are_ended_with_all_others_are_lower_bounds(tiny_model: Pa
 
     engine = HandEngine(tiny_model)
     for index in range(2 * MIN_SAMPLES):
-        engine.add(f"r{index}", [index, *range(5)], max_tokens=100)
+        engine.add(f"r{index}", [index, *range(5)], max_tokens=MOST_TOKENS)
     for _ in range(4):
         engine.step()
     observe = engine.scheduler._controller.lengths.observe
@@ -52,12 +55,12 @@ def test_requests_that_are_ended_with_all_others_are_lower_bounds(tiny_model: Pa
         engine.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
     assert observed.call_count >= MIN_SAMPLES
     assert all(call.kwargs["is_bound"] for call in observed.call_args_list)
-    assert planned_tokens(engine) == UNKNOWN_TOKENS
+    assert planned_tokens(engine) == MOST_TOKENS
 
 
 def test_a_request_that_leaves_while_it_is_parked_is_a_lower_bound(tiny_model: Path) -> None:
     engine = HandEngine(tiny_model)
-    engine.add("parked", [*range(20)], max_tokens=100)
+    engine.add("parked", [*range(20)], max_tokens=MOST_TOKENS)
     engine.step()
     engine.force(park=["parked"])
     engine.held.add("parked")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from layerkv.scheduler.draft import Draft
-from layerkv.scheduler.fluid import FluidOutlook
+from layerkv.scheduler.fluid import SPARE_FOR_LOST_S, FluidOutlook
 from layerkv.scheduler.lines import Claim
 from layerkv.scheduler.needs import pool_blocks
 from layerkv.scheduler.outlook import Outlook
@@ -24,9 +24,7 @@ SOON_STEPS = 4
 SPARE_FOR_FRESH_S = 0.5
 """What the reader must have left who makes room for a request's second token,"""
 SPARE_FOR_FLOWING_S = 0.1
-"""beyond what the other reader has for one that flows,"""
-SPARE_FOR_LOST_S = 4.0
-"""and for one that flows no longer."""
+"""and beyond what the other reader has for one that flows."""
 
 _WAITS_FOR_PLACE = frozenset({Reason.POOL_FULL, Reason.NO_SLOT})
 
@@ -40,10 +38,10 @@ def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
     """
     assert isinstance(now, FluidOutlook)
     s = now.s
-    if draft.is_relieving or draft.pool_is_closed or s.cost is None or not s.can_exchange:
+    if draft.is_relieving or draft.pool_is_closed or s.cost is None:
         return
     soon_s = s.now_s + SOON_S + SOON_STEPS * now.step_s
-    room, slots = draft.pool, draft.slots
+    room, slots = draft.pool + s.engine.freeing_blocks, draft.slots
     num_swaps = num_vain = 0
     for claim in claims:
         if num_swaps >= MOST_SWAPS or num_vain >= MOST_VAIN:
@@ -66,6 +64,8 @@ def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
         num_swaps += bool(leaving)
         if draft.slots > 0 and draft.fits_pool(claim) and draft.has_link(claim):
             draft.grant(claim)
+        elif leaving:
+            draft.room_for.append(claim.request_id)
 
 
 def _who_leaves(
