@@ -36,6 +36,8 @@ PLENTY_S = 8.0
 URGENT_S = 1.0
 """Claims due within so long go by when they are due; the others, those with the fewest tokens left first: what ends
 soon gives its blocks back for good."""
+START_BY_S = 2.0
+"""A prompt whose prefill is due within so long starts also while streams are held."""
 SPARE_FOR_LOST_S = 4.0
 """A stream that flows makes room for a lost one if its reader has so much to read."""
 HORIZON_S = 8.0
@@ -141,6 +143,10 @@ class FluidOutlook(Outlook):
                 needs -= gone_need
                 buffered -= gone_need * gone_buffer_s
         return frozenset(held)
+
+    def may_start(self, w: WaitingRequest) -> bool:
+        """Whether a prompt may start: while some streams are held, not before it must."""
+        return not self.held or self.due_s(w) <= self.s.now_s + START_BY_S
 
     def has_room(self, draft: Draft, claim: Claim) -> bool:
         """Whether the pool has blocks for a claim now, and a few steps on: whoever is in the way then is parked."""

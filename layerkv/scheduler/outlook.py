@@ -78,6 +78,10 @@ class Outlook:
     def _layerable(self) -> frozenset[str]:
         return frozenset(w.request_id for w in self.s.lines.waiting[: self.limits.scan] if can_ever_layer(self.s, w))
 
+    def may_start(self, w: WaitingRequest) -> bool:
+        """Whether a prompt may start if it finds room."""
+        return True
+
     def has_room(self, draft: Draft, claim: Claim) -> bool:
         """Whether the pool has blocks for a claim now, and by the forecast will until it ends."""
         need = pool_blocks(self.s, claim)

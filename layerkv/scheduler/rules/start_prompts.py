@@ -79,6 +79,8 @@ def _where_to_start(now: Outlook, draft: Draft, w: WaitingRequest) -> tuple[Plac
         return None, Reason.NO_TOKENS_LEFT
     if w.request_id in draft.granted:
         return "pool", Reason.FITS
+    if not now.may_start(w):
+        return None, Reason.HELD
     if not now.can_ever_layer(w):
         return None, Reason.POOL_FULL
     if draft.slots <= 0:
