@@ -67,7 +67,7 @@ class FluidOutlook(Outlook):
     def prefill_tokens(self) -> int:
         """What the smallest buffer among readers allows, unless a prompt that can be on time would become late."""
         s, paced = self.s, self.paced_tokens
-        most = s.most_prefill_tokens
+        most = max(s.engine.budget_tokens - s.load.decode_tokens, 0)
         if paced >= most or not s.lines.waiting:
             return paced
         would_be_late = late_prompts(s, s.lines.waiting, paced) - late_prompts(s, s.lines.waiting, most)
