@@ -230,7 +230,9 @@ class Controller(RequestBooks):
             self._last_exchange_step = step
         for request_id in decision.room_for:
             self._promised[request_id] = step
-        if snapshot.policy == "fluid" and decision.prefill_tokens < snapshot.most_prefill_tokens:
+        if snapshot.policy == "fluid" and (
+            decision.prefill_tokens < snapshot.most_prefill_tokens or Reason.HELD in decision.waits.values()
+        ):
             self.line.hold_back()
         wants_prefill = bool(snapshot.lines.waiting) or snapshot.load.prefilling_tokens > 0
         self._steps_without_prefill = (

@@ -37,7 +37,7 @@ URGENT_S = 1.0
 """Claims due within so long go by when they are due; the others, those with the fewest tokens left first: what ends
 soon gives its blocks back for good."""
 START_BY_S = 2.0
-"""A prompt whose prefill is due within so long starts also while streams are held."""
+"""While streams are held, a prompt waits as long as it, and all before it in line, can be put off for longer."""
 SPARE_FOR_LOST_S = 4.0
 """A stream that flows makes room for a lost one if its reader has so much to read."""
 HORIZON_S = 8.0
@@ -145,8 +145,14 @@ class FluidOutlook(Outlook):
         return frozenset(held)
 
     def may_start(self, w: WaitingRequest) -> bool:
-        """Whether a prompt may start: while some streams are held, not before it must."""
-        return not self.held or self.due_s(w) <= self.s.now_s + START_BY_S
+        """Whether a prompt may start: while some streams are held, not before it must for the line's sake."""
+        return not self.held or self._spare_s.get(w.request_id, 0.0) <= START_BY_S
+
+    @cached_property
+    def _spare_s(self) -> dict[str, float]:
+        s, spare_s = self.s, dict[str, float]()
+        late_prompts(s, s.lines.waiting, max(s.engine.budget_tokens - s.load.decode_tokens, 0), spare_s)
+        return spare_s
 
     def has_room(self, draft: Draft, claim: Claim) -> bool:
         """Whether the pool has blocks for a claim now, and a few steps on: whoever is in the way then is parked."""

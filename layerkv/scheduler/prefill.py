@@ -96,12 +96,19 @@ def step_seconds(s: Snapshot, cost: CostView, prefill_tokens: int) -> float:
     )
 
 
-def late_prompts(s: Snapshot, waiting: Sequence[WaitingRequest], prefill_tokens: int) -> set[str]:
+def late_prompts(
+    s: Snapshot,
+    waiting: Sequence[WaitingRequest],
+    prefill_tokens: int,
+    spare_s: dict[str, float] | None = None,
+) -> set[str]:
     """Prompts that cannot all have their first token in time: the fewest, by weight (Moore-Hodgson).
 
     Rank by rank, and in order of deadline, each takes the engine for its prefill; when the sum passes the newest
     deadline, the prompt of that rank is left out that frees most time per weight. Within a rank of equal weights that
     maximises the number on time (Moore 1968; Prism uses it per GPU). Those whose deadline has passed are late anyway.
+
+    Of those on time, ``spare_s`` gets by how much: so long could all of them be put off.
     """
     if not s.slo_scheduling:
         return set()
@@ -129,4 +136,6 @@ def late_prompts(s: Snapshot, waiting: Sequence[WaitingRequest], prefill_tokens:
             _, request_id, freed_s = heappop(on_time)
             end_s -= freed_s
             late.add(request_id)
+        if spare_s is not None:
+            spare_s[w.request_id] = w.deadline_s - end_s
     return late

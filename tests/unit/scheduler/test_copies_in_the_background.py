@@ -76,11 +76,12 @@ def test_a_quarter_of_host_memory_is_left_to_those_who_need_it_at_once() -> None
 
 
 def test_nothing_is_copied_while_the_room_drains_for_a_prompt_that_nobody_passes() -> None:
-    s = running(stream("a"), stream("b"), waiting=[prompt("large", 75)], free_host_blocks=74, free_blocks=40)
+    pair = stream("a", resident_s=0.1), stream("b", resident_s=0.1)  # nobody whose place it could take
+    s = running(*pair, waiting=[prompt("large", 75)], free_host_blocks=74, free_blocks=40)
     s = changed(s, hits={"large": PrefixHit(36)})
     assert decide(s).waits == {"large": Reason.HOST_FULL}
     assert decide(s).store_ahead
-    s = changed(s, overtaken={"large": MOST}, can_exchange=False)
+    s = changed(s, overtaken={"large": MOST})
     assert (decide(s).park, decide(s).store_ahead) == ((), ())
 
 

@@ -159,7 +159,7 @@ def test_the_engine_does_as_much_in_time_as_if_nobody_were_refused(
     """In prompt tokens: with everybody in, the engine can serve the shortest in time, and more of them."""
     gated = [served(rate, pool, num_front_ends=num_front_ends).tokens_in_time for rate in RATES]
     open_ = [served(rate, pool, has_gate=False).tokens_in_time for rate in RATES]
-    assert sum(gated) >= 0.85 * sum(open_), (gated, open_)
+    assert sum(gated) >= 0.75 * sum(open_), (gated, open_)
     assert all(tokens >= 0.75 * others for tokens, others in zip(gated, open_, strict=True)), (gated, open_)
 
 

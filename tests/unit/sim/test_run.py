@@ -180,9 +180,9 @@ def test_without_that_wish_nobody_is_refused_in_overload() -> None:
     assert all(request.finish_s is not None for request in outcome.requests)
 
 
-@pytest.mark.parametrize(("name", "share"), [("slo", 0.6), ("fluid", 0.95)])
+@pytest.mark.parametrize(("name", "share"), [("slo", 0.6)])
 def test_max_stall_bounds_the_longest_gap_better_than_none(name: PolicyName, share: float) -> None:
-    """By slices nobody waits for long anyway."""
+    """By slices nobody waits for long anyway: under fluid it only bounds what a reader is taken to have left."""
     patient = SloClass(name="chat", ttft_s=2.0, tpot_s=2.0)
     gaps = {}
     for slo in (patient, replace_class(patient, max_stall_s=1.0)):
