@@ -13,7 +13,6 @@ from layerkv.core.cost import CostProfile
 from layerkv.scheduler.backlog import PrefillLine
 from layerkv.scheduler.costs import OnlineCost
 from layerkv.scheduler.engine import EngineShape
-from layerkv.scheduler.flows import Flows
 from layerkv.scheduler.journal import Journal
 from layerkv.scheduler.lengths import (
     LOW_QUANTILE,
@@ -45,7 +44,6 @@ class RequestBooks:
         waiting: Those without KV.
         parked: Those with their KV in host memory.
         line: Prompts under way and in line, for what front ends are told.
-        flows: Of the parked, streams that flow.
         overtaken: In how many steps a request was the one charged with being overtaken, by id.
         streams: What readers got, for whoever reports it.
         step_s: Seconds of a step that computes no prompt, as of the last look.
@@ -73,7 +71,6 @@ class RequestBooks:
         self.parked: DeadlineQueue[ParkedRequest] = DeadlineQueue()
         self.line = PrefillLine()
         self.overtaken: dict[str, int] = {}
-        self.flows = Flows()
         self.streams = Streams()
         self.step_s = 0.0
         self._refuses_late = refuses_late
@@ -118,7 +115,7 @@ class RequestBooks:
         if tracked is None:
             return
         self.waiting.discard(request_id)
-        self._leave_parked(request_id)
+        self.parked.discard(request_id)
         self.refresh(tracked, num_output)
         if not self.policy.slo_scheduling:
             deadline_s = tracked.arrival_s
@@ -179,8 +176,6 @@ class RequestBooks:
             dry_s = tracked.dry_s(num_output, now_s, self.step_s)
             until_s = tracked.flows_until_s(dry_s)
             deadline_s = until_s - load_s
-            if not is_fresh and until_s >= now_s:
-                self.flows.add(request_id, tracked.tpot_s, num_blocks, until_s)
         elif self.policy.slo_scheduling:
             deadline_s = tracked.start_by_s(num_output, now_s, self.step_s) - load_s
         else:
@@ -204,7 +199,7 @@ class RequestBooks:
     def fetched(self, request_id: str, *, step: int, now_s: float) -> None:
         """A parked request is on its way back into the pool."""
         tracked = self.tracked[request_id]
-        self._leave_parked(request_id)
+        self.parked.discard(request_id)
         self.overtaken.pop(request_id, None)
         tracked.resident_since_step, tracked.resident_since_s = step, now_s
         tracked.stream.comes_back()
@@ -255,7 +250,7 @@ class RequestBooks:
         """
         tracked = self.tracked.pop(request_id, None)
         self.waiting.discard(request_id)
-        self._leave_parked(request_id)
+        self.parked.discard(request_id)
         self.overtaken.pop(request_id, None)
         if tracked is None:
             return
@@ -283,10 +278,6 @@ class RequestBooks:
         self.waiting.discard(request_id)
         self.journal.count((reason,))
         self.journal.write(now_s, request_id, Event.REFUSED, reason, text=text)
-
-    def _leave_parked(self, request_id: str) -> None:
-        self.parked.discard(request_id)
-        self.flows.discard(request_id)
 
     def _give_up_prefill(self, tracked: TrackedRequest) -> None:
         """If a request's prefill is under way, it does not go on."""

@@ -150,7 +150,6 @@ class Controller(RequestBooks):
             hits=hits(waiting) if hits is not None and waiting and may_start(engine, load) else {},
             overtaken=self.overtaken,
             promised=self._still_promised(engine.step),
-            flowing=self.flows.blocks(now_s),
         )
         return Snapshot(
             now_s=now_s,

@@ -192,8 +192,6 @@ class Lines(NamedTuple):
         hits: Prefix-cache hits of the first waiting requests, by id; absent means none known.
         overtaken: In how many steps a request was the one charged with being overtaken, by id.
         promised: Claims that room was made for in a step shortly before.
-        flowing: Blocks of parked requests that flow (they have run in the pool, and can still keep their objectives),
-            by TPOT.
     """
 
     waiting: Sequence[WaitingRequest] = ()
@@ -201,7 +199,6 @@ class Lines(NamedTuple):
     hits: Mapping[str, PrefixHit] = {}
     overtaken: Mapping[str, int] = {}
     promised: Collection[str] = ()
-    flowing: Mapping[float, int] = {}
 
 
 @dataclass(frozen=True, slots=True)

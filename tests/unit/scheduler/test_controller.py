@@ -28,7 +28,7 @@ def test_a_whole_life_leaves_nothing_behind() -> None:
     assert "a" not in c.parked
     c.stored_ahead("a", 10.7)
     c.leave("a", num_output=50, end=End.FINISHED, now_s=11.0)
-    assert not any((c.tracked, c.waiting.views, c.parked.views, c.overtaken, c.flows.blocks(0.0)))
+    assert not any((c.tracked, c.waiting.views, c.parked.views, c.overtaken))
     assert names(c.take_log()) == [
         ("a", Event.ARRIVED, None),
         ("a", Event.ADMITTED_LAYERED, Reason.FITS),
@@ -55,7 +55,7 @@ def test_a_request_may_leave_from_anywhere(state: str) -> None:
     if state == "stored ahead":
         c.stored_ahead("a", 10.5)
     c.leave("a", num_output=0, end=End.LEFT, now_s=11.0)
-    assert not any((c.tracked, c.waiting.views, c.parked.views, c.overtaken, c.flows.blocks(0.0)))
+    assert not any((c.tracked, c.waiting.views, c.parked.views, c.overtaken))
 
 
 def test_a_wait_is_counted_only_until_the_first_admission() -> None:
