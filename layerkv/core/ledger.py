@@ -337,8 +337,8 @@ class KVLedger:
     def complete_fetch(self, request_id: str, hashes: Sequence[Hashable] = ()) -> None:
         """All workers have reported the load complete, or failed: its host blocks are no longer read.
 
-        With :attr:`keeps_copies` the request keeps its whole blocks there; else their ``hashes`` keep them as a cached
-        prefix.
+        With :attr:`keeps_copies` the request keeps its whole blocks there, unless it shares some of them; else their
+        ``hashes`` keep them as a cached prefix.
         """
         if (orphan := self._orphans.pop(request_id, None)) is not None:
             self.host.give_back(orphan.blocks)
@@ -346,7 +346,8 @@ class KVLedger:
         if self.residency.get(request_id) is Residency.FETCHING:
             copy = self._copies.pop(request_id)
             num_whole = copy.num_tokens // self.geometry.block_tokens
-            if self.keeps_copies and copy.is_trusted and num_whole:
+            is_own = not any(map(self.host.num_sharers, copy.blocks))  # a copy that gives way frees all that it has
+            if self.keeps_copies and copy.is_trusted and num_whole and is_own:
                 self.host.give_back(copy.blocks[num_whole:])  # it is written on, and so stored anew
                 self._copies[request_id] = HostCopy(copy.blocks[:num_whole], is_ahead=True)
             else:

@@ -66,7 +66,7 @@ class Pace:
         self._started_s = self._done_s = self._observed_s = 0.0
         self._seen_s: float | None = None
         self._seen_done_s = 0.0
-        self._ran_out = False
+        self._ran_out = self._is_held_back = False
 
     def started(self, cost_s: float, *, was_last: bool) -> None:
         """A prompt of this cost has been given compute; ``was_last``: nobody waits behind it."""
@@ -85,14 +85,18 @@ class Pace:
             fade = math.exp(-passed_s / PACE_MEMORY_S)
             self._done_s *= fade
             self._observed_s *= fade
-            if under_way_s > 0 or not self._ran_out:
+            if not self._is_held_back and (under_way_s > 0 or not self._ran_out):
                 self._done_s += max(done_s - self._seen_done_s, 0.0)
                 self._observed_s += passed_s
-        self._seen_s, self._seen_done_s, self._ran_out = now_s, done_s, False
+        self._seen_s, self._seen_done_s, self._ran_out, self._is_held_back = now_s, done_s, False, False
 
     def rest(self) -> None:
         """Nothing is to be prefilled: the time until the next look says nothing."""
         self._ran_out = True
+
+    def hold_back(self) -> None:
+        """Prompts get less of the step than they could, because none is in a hurry: its time says nothing."""
+        self._is_held_back = True
 
     def per_second(self, expected: float) -> float:
         """The pace, between what was observed and what is expected."""
@@ -150,6 +154,10 @@ class PrefillLine:
         """Before a step: what prompts that have begun still cost."""
         self._under_way_s = under_way_s
         self._pace.look(now_s, under_way_s)
+
+    def hold_back(self) -> None:
+        """Prompts get less of the next step than they could, because none is in a hurry."""
+        self._pace.hold_back()
 
     def rest(self) -> None:
         """No prompt waits or is under way."""

@@ -193,6 +193,8 @@ class Controller(RequestBooks):
         if not self._is_cost_known or self._last_decided is None:
             return None
         snapshot, prefill_tokens = self._last_decided
+        if snapshot.policy == "fluid":  # who would be late is not held back for readers
+            prefill_tokens = snapshot.most_prefill_tokens
         tokens = max(prefill_tokens, self._limits.min_prefill_tokens)
         step_s = step_seconds(snapshot, self.cost.view, tokens)
         return self.line.word(
@@ -228,6 +230,8 @@ class Controller(RequestBooks):
             self._last_exchange_step = step
         for request_id in decision.room_for:
             self._promised[request_id] = step
+        if snapshot.policy == "fluid" and decision.prefill_tokens < snapshot.most_prefill_tokens:
+            self.line.hold_back()
         wants_prefill = bool(snapshot.lines.waiting) or snapshot.load.prefilling_tokens > 0
         self._steps_without_prefill = (
             self._steps_without_prefill + 1 if wants_prefill and decision.prefill_tokens == 0 else 0

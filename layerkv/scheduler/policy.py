@@ -12,6 +12,9 @@ Ranks (vLLM's request priorities) are served one after the other: while a reques
 ranks get none of it, as in vLLM. They starve as long as better ones take everything; within a rank nobody does. There,
 of those left behind in a line, the first and the one due first may be overtaken in ``max_overtakes`` steps; then nobody
 passes it any more, and the room is left to drain for it: any single request fits an empty pool and an empty zone.
+With ``fluid`` it need not wait for that: it takes the place of whoever has had a slice (:mod:`.rules.rotate`). Whatever
+the order of claims, nobody is passed by one of its line and rank that is due later in more than ``k * max_overtakes``
+steps, where ``k`` counts those of its rank that waited meanwhile and were due no later, itself included.
 Prefill itself never stops for more than ``max_idle_steps`` steps.
 """
 

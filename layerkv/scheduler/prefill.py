@@ -27,7 +27,7 @@ def prefill_budget(s: Snapshot, *, min_tokens: int, max_idle_steps: int) -> int:
         min_tokens: Prompt tokens computed even without slack,
         max_idle_steps: after this many steps without any (so prefill never starves).
     """
-    most = max(s.engine.budget_tokens - s.load.decode_tokens, 0)
+    most = s.most_prefill_tokens
     if s.cost is None or s.load.decode_slack_s == math.inf:
         return most
     if step_seconds(s, s.cost, most) <= s.load.decode_slack_s:

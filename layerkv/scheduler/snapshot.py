@@ -242,6 +242,11 @@ class Snapshot:
         """Whether objectives count."""
         return self.policy != "arrival"
 
+    @property
+    def most_prefill_tokens(self) -> int:
+        """Prompt tokens that the step has room for beside those who decode."""
+        return max(self.engine.budget_tokens - self.load.decode_tokens, 0)
+
 
 class Admission(NamedTuple):
     """Start a waiting request.

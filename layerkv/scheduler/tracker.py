@@ -285,4 +285,4 @@ class TrackedRequest:
         if not self.has_reader:
             return dry_s
         may_wait_s = self.slo.max_lag_s - self.reader.lag_s
-        return dry_s + may_wait_s if may_wait_s >= 0 else self.ttft_deadline_s
+        return dry_s + may_wait_s if may_wait_s >= 0 else self.arrival_s

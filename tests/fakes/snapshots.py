@@ -79,8 +79,6 @@ def changed(s: Snapshot, **changes: Any) -> Snapshot:
 class Flat:
     """A snapshot whose values are asked for without the part that holds them."""
 
-    early_host_blocks = None
-
     def __init__(self, s: Snapshot) -> None:
         self._s = s
 

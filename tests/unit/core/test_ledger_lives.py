@@ -50,9 +50,10 @@ class Lives(RuleBasedStateMachine):
     The zone is poisoned between steps: what a step needs there it must load, and what it leaves there is lost.
     """
 
-    @initialize(num_host_blocks=st.sampled_from((16, 12, 9, 3, 0)))
-    def begin(self, num_host_blocks: int) -> None:
+    @initialize(num_host_blocks=st.sampled_from((16, 12, 9, 3, 0)), keeps_copies=st.booleans())
+    def begin(self, num_host_blocks: int, keeps_copies: bool) -> None:
         self.ledger = make_ledger(num_host_blocks)
+        self.ledger.keeps_copies = keeps_copies
         self.pool = RunAllocator(1, POOL - 1)
         self.users: dict[int, int] = {}
         self.lives: dict[str, Life] = {}
@@ -204,20 +205,34 @@ class Lives(RuleBasedStateMachine):
             assert found == life.token(position), f"{request_id} finds {found} at token {position}"
 
     @precondition(lambda self: self.among(RESIDENT))
-    @rule(data=st.data())
-    def store_ahead(self, data: st.DataObject) -> None:
+    @rule(most_blocks=st.sampled_from((None, 1, 3)), data=st.data())
+    def store_ahead(self, most_blocks: int | None, data: st.DataObject) -> None:
         self.carry_out(self.ledger.take_plan(0), [])
         request_id = data.draw(st.sampled_from(self.among(RESIDENT)))
         life, before = self.lives[request_id], books(self.ledger)
         num_held = self.ledger.num_host_blocks_of(request_id)
         num_whole = life.num_computed // TOKENS
+        if most_blocks is not None:
+            num_whole = min(num_whole, num_held + most_blocks)
         try:
-            num_stored = self.ledger.store_ahead(request_id, tuple(life.table), life.num_computed)
+            num_stored = self.ledger.store_ahead(request_id, tuple(life.table), life.num_computed, most_blocks)
         except CapacityError:
             assert num_whole - num_held > self.ledger.host.num_free
             assert books(self.ledger) == before
             return
         assert num_stored == self.ledger.num_host_blocks_of(request_id) == max(num_whole, num_held)
+
+    @precondition(lambda self: self.with_copies)
+    @rule(data=st.data())
+    def drop_ahead(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(self.with_copies))
+        free, num_held = self.ledger.host.num_free, self.ledger.num_host_blocks_of(request_id)
+        self.ledger.drop_ahead(request_id)
+        assert self.ledger.host.num_free == free + num_held
+
+    @property
+    def with_copies(self) -> list[str]:
+        return [r for r in self.among(RESIDENT) if self.ledger.num_host_blocks_of(r)]
 
     @property
     def parkable(self) -> list[str]:

@@ -26,9 +26,9 @@ def test_a_whole_life_leaves_nothing_behind() -> None:
     c.decide(engine(step=2), 10.5)
     c.fetched("a", step=2, now_s=10.6)
     assert "a" not in c.parked
-    c.stored_ahead("a", 10, 10.7)
+    c.stored_ahead("a", 10.7)
     c.leave("a", num_output=50, end=End.FINISHED, now_s=11.0)
-    assert not any((c.tracked, c.waiting.views, c.parked.views, c.overtaken, c.stored_blocks))
+    assert not any((c.tracked, c.waiting.views, c.parked.views, c.overtaken, c.flows.blocks(0.0)))
     assert names(c.take_log()) == [
         ("a", Event.ARRIVED, None),
         ("a", Event.ADMITTED_LAYERED, Reason.FITS),
@@ -53,9 +53,9 @@ def test_a_request_may_leave_from_anywhere(state: str) -> None:
     if state == "fetching":
         c.fetched("a", step=2, now_s=10.6)
     if state == "stored ahead":
-        c.stored_ahead("a", 4, 10.5)
+        c.stored_ahead("a", 10.5)
     c.leave("a", num_output=0, end=End.LEFT, now_s=11.0)
-    assert not any((c.tracked, c.waiting.views, c.parked.views, c.overtaken, c.stored_blocks))
+    assert not any((c.tracked, c.waiting.views, c.parked.views, c.overtaken, c.flows.blocks(0.0)))
 
 
 def test_a_wait_is_counted_only_until_the_first_admission() -> None:
@@ -68,7 +68,7 @@ def test_a_wait_is_counted_only_until_the_first_admission() -> None:
 
 
 def test_a_prompt_is_due_by_its_class_and_after_its_first_token_by_its_slack() -> None:
-    c = controller(length_prediction="none")
+    c = controller(policy="slo", length_prediction="none")
     arrive(c, "a")
     assert c.waiting.views[0].deadline_s == 11.0
     c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
@@ -80,7 +80,7 @@ def test_a_prompt_is_due_by_its_class_and_after_its_first_token_by_its_slack() -
 
 
 def test_a_parked_request_has_to_go_on_earlier_by_the_time_its_fetch_takes() -> None:
-    c = controller(length_prediction="none")
+    c = controller(policy="slo", length_prediction="none")
     arrive(c, "a")
     c.admitted("a", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     c.first_token("a", 10.5)

@@ -13,7 +13,7 @@ from tests.fakes.tiny_controller import arrive, controller, decoding, engine
 
 
 def test_steps_without_prefill_are_counted_while_somebody_wants_some() -> None:
-    c = controller()
+    c = controller(policy="slo")
     arrive(c, "a", "d")
     c.admitted("d", layered=False, reason=Reason.FITS, step=1, now_s=10.0)
     c.first_token("d", 10.0)
@@ -31,7 +31,7 @@ def test_steps_without_prefill_are_counted_while_somebody_wants_some() -> None:
 
 
 def test_after_an_exchange_the_next_has_to_wait_until_its_blocks_are_free() -> None:
-    c = controller(length_prediction="none")
+    c = controller(policy="slo", length_prediction="none")
     patient = SloClass(name="batch", ttft_s=10.0, tpot_s=1.0)
     arrive(c, "claim", "other")
     arrive(c, "patient", slo=patient)
@@ -39,7 +39,7 @@ def test_after_an_exchange_the_next_has_to_wait_until_its_blocks_are_free() -> N
         c.admitted(name, layered=False, reason=Reason.FITS, step=0, now_s=10.0)
         c.first_token(name, 10.0)
     c.park("claim", num_computed=160, num_tokens=161, num_output=49, reason=Reason.FIRST_TOKEN_DONE, now_s=10.0)
-    full = engine(decoding("patient"), decoding("other"), free_blocks=4, step=100)
+    full = engine(decoding("patient"), decoding("other"), free_blocks=4, step=100, steps_ahead=1)
     now_s = c.parked.views[0].deadline_s - 0.01
     snapshot, decision = c.decide(full, now_s)
     assert snapshot.can_exchange

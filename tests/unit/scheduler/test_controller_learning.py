@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from layerkv.config import SloClass
 from layerkv.core.cost import StepWork
 from layerkv.scheduler.controller import Controller
 from layerkv.scheduler.engine import Running
@@ -73,6 +74,27 @@ def test_a_prompt_that_was_computed_to_its_end_counts_as_work_whatever_becomes_o
     assert observed_pace(c) > 0.05
 
 
+def test_prompts_that_are_held_back_for_readers_say_nothing_of_the_pace_at_which_they_could_get_on() -> None:
+    """Regression: nobody was in a hurry, so the gate took the pace for all that there is, and refused the next."""
+    picky = SloClass(name="chat", ttft_s=30.0, tpot_s=0.05, overload="reject")
+    c = controller()
+    c.policy.classes["chat"] = picky
+    arrive(c, "d", "long", "next", slo=picky)
+    for name in ("d", "long"):
+        c.admitted(name, layered=False, reason=Reason.FITS, step=0, now_s=10.0)
+    waits_s = {}
+    for step in range(50):  # a hundredth of what the engine could do
+        now_s = 10.0 + step * 0.05
+        c.made_tokens("d", now_s)
+        running = (decoding("d", step + 1, 161 + step), Running("long", 160, step, 0, True, 1))
+        _, decision = c.decide(engine(*running, step=step, free_slots=0), now_s)
+        assert decision.prefill_tokens < 2047
+        word = c.word(now_s, now_s)
+        assert word is not None
+        waits_s[step] = word.classes["chat"].wait_s
+    assert waits_s[49] < waits_s[0]
+
+
 # Costs, words, policies -------------------------------------------------------------------------------------------
 
 
@@ -139,7 +161,7 @@ def test_lengths_are_learned_from_requests_that_ended_whoever_ended_them(end: En
 
 
 def test_a_request_that_left_before_it_made_a_token_says_nothing_of_lengths() -> None:
-    c = controller()
+    c = controller(policy="slo")
     for i in range(2 * MIN_SAMPLES):
         arrive(c, f"r{i}")
         c.leave(f"r{i}", num_output=0, end=End.LEFT, now_s=11.0)
@@ -171,6 +193,6 @@ def test_a_request_that_is_cut_off_would_have_become_longer(how: str) -> None:
 
 def test_while_nothing_is_known_memory_is_planned_for_a_while_ahead_and_slack_for_all_it_may_make() -> None:
     """Else a client that allows 32,000 tokens would keep a pool empty."""
-    c = controller()
+    c = controller(policy="slo")
     c.arrive("a", CHAT, now_s=10.0, arrival_s=10.0, num_tokens=160, max_tokens=32_000)
     assert (c.tracked["a"].low_tokens, c.tracked["a"].middle_tokens) == (32_000, UNKNOWN_TOKENS)

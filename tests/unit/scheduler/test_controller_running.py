@@ -16,14 +16,13 @@ from tests.fakes.tiny_scheduler import policy, profile
 
 
 def test_the_snapshot_has_the_running_as_they_are() -> None:
-    c = controller(length_prediction="none")
+    c = controller(policy="slo", length_prediction="none")
     arrive(c, "d", "p", "z", "f")
     for name in ("d", "p", "z", "f"):
         c.admitted(name, layered=name == "z", reason=Reason.FITS, step=3, now_s=10.0)
     c.first_token("d", 10.2)
-    c.stored_ahead("d", 7, 10.2)
     state = engine(
-        decoding("d", num_output=16, num_tokens=177),
+        decoding("d", num_output=16, num_tokens=177, num_host_blocks=7),
         Running("p", 160, 64, 0, True, 4),
         Running("z", 160, 80, 0, True, 5, num_zone_blocks=5, is_layered=True, num_host_blocks=10),
         step=13,
@@ -62,7 +61,7 @@ def test_who_must_be_computed_in_one_step_and_has_outgrown_it_is_seen_as_not_to_
 
 
 def test_who_is_late_holds_prefill_back_no_more() -> None:
-    c = controller(length_prediction="none")
+    c = controller(policy="slo", length_prediction="none")
     arrive(c, "d")
     c.admitted("d", layered=False, reason=Reason.FITS, step=0, now_s=10.0)
     c.first_token("d", 10.2)
@@ -72,7 +71,7 @@ def test_who_is_late_holds_prefill_back_no_more() -> None:
 
 def test_the_longest_stall_of_a_class_bounds_how_long_prefill_may_hold_its_decodes_up() -> None:
     """By its mean time per token it could wait much longer."""
-    c = controller(length_prediction="none")
+    c = controller(policy="slo", length_prediction="none")
     arrive(c, "d")
     arrive(c, "s", slo=SloClass(name="steady", ttft_s=1.0, tpot_s=0.05, max_stall_s=0.2))
     for name in ("d", "s"):

@@ -14,7 +14,7 @@ from layerkv.scheduler.desk import Desk
 from layerkv.scheduler.engine import EngineShape
 from layerkv.scheduler.prefill import prefill_share
 from layerkv.scheduler.reasons import End, Event, Reason
-from layerkv.scheduler.snapshot import Admission
+from layerkv.scheduler.snapshot import Admission, StoreAhead
 from tests.fakes.tiny_scheduler import BLOCK_BYTES, BLOCK_TOKENS, job, policy, profile, setup
 
 
@@ -52,11 +52,10 @@ class Books:
 def test_both_books_follow_a_request_from_its_start_to_its_end() -> None:
     books = Books("a")
     books.check("a", Residency.RESIDENT)
-    books.desk.store_ahead("a", [1, 2], 20)
-    assert books.controller.stored_blocks["a"] == books.ledger.num_host_blocks_of("a") == 1
+    books.desk.store_ahead(StoreAhead("a", 9), [1, 2], 20)
+    assert books.ledger.num_host_blocks_of("a") == 1, "of its whole blocks"
     books.park("a", 1, 2)
     books.check("a", Residency.PARKED)
-    assert not books.controller.stored_blocks
     books.desk.begin_step(9, 2.0)
     books.desk.fetch("a", [3, 4])
     books.check("a", Residency.FETCHING)
@@ -91,15 +90,14 @@ def test_what_the_ledger_refuses_the_controller_never_hears_of() -> None:
         books.park("b", 3, 4)
     books.check("b", Residency.RESIDENT)
     with pytest.raises(CapacityError):
-        books.desk.store_ahead("b", [3, 4], 32)
-    assert "b" not in books.controller.stored_blocks
+        books.desk.store_ahead(StoreAhead("b", 2), [3, 4], 32)
+    assert Event.STORED_AHEAD not in [entry.event for entry in books.controller.take_log()]
 
 
-def test_a_copy_that_is_dropped_ahead_of_a_park_is_forgotten_by_both() -> None:
+def test_a_copy_that_is_dropped_ahead_of_a_park_is_forgotten() -> None:
     books = Books("a")
-    books.desk.store_ahead("a", [1, 2], 20)
+    books.desk.store_ahead(StoreAhead("a", 1), [1, 2], 20)
     books.desk.drop_ahead("a")
-    assert not books.controller.stored_blocks
     assert books.ledger.num_host_blocks_used == 0
 
 

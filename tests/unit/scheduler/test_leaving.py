@@ -9,7 +9,7 @@ import pytest
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
-from layerkv.scheduler.snapshot import LayeredRequest, PrefixHit
+from layerkv.scheduler.snapshot import LayeredRequest, PrefixHit, StoreAhead
 from tests.fakes.snapshots import HOST, NOW_S, ZONE, admitted, changed, cost, parked, prompt, resident, snapshot
 
 MOST = PolicyLimits().max_overtakes
@@ -265,7 +265,7 @@ GROWING: dict[str, Any] = {
 
 def test_the_likeliest_victim_is_stored_ahead_when_the_pool_is_going_to_be_short() -> None:
     decision = decide(snapshot(**GROWING))
-    assert decision.store_ahead == ("patient",)
+    assert decision.store_ahead == (StoreAhead("patient", 10),)
     assert decision.park == ()
 
 
@@ -274,9 +274,9 @@ def test_who_is_stored_to_the_half_is_not_stored_again_and_the_next_only_if_need
     half = [s.load.resident[0], s.load.resident[1]._replace(num_stored=5)]
     assert decide(changed(s, resident=half)).store_ahead == ()
     less = [s.load.resident[0], s.load.resident[1]._replace(num_stored=4)]
-    assert decide(changed(s, resident=less)).store_ahead == ("patient",)
+    assert decide(changed(s, resident=less)).store_ahead == (StoreAhead("patient", 6),)
     small = [s.load.resident[0], s.load.resident[1]._replace(num_stored=5, num_blocks=3)]
-    assert decide(changed(s, resident=small)).store_ahead == ("urgent",), "three blocks are not enough"
+    assert decide(changed(s, resident=small)).store_ahead == (StoreAhead("urgent", 10),), "three blocks are not enough"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_nothing_is_stored_ahead_while_the_room_drains_for_one_overtaken_too_oft
     s = snapshot(**GROWING, waiting=[prompt("large", 75)], free_host_blocks=HOST // 2 + 10, zone_blocks=ZONE)
     s = changed(s, hits={"large": PrefixHit(36)})
     assert decide(s).waits == {"large": Reason.HOST_FULL}
-    assert decide(s).store_ahead == ("patient",)
+    assert decide(s).store_ahead == (StoreAhead("patient", 10),)
     assert decide(changed(s, overtaken={"large": MOST})).store_ahead == ()
 
 

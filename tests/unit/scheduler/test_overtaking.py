@@ -106,7 +106,7 @@ engines = st.fixed_dictionaries(
         "slots": st.sampled_from((1, 3, 16)),
         "mode": st.sampled_from(("auto", "auto", "resident", "layered")),
         "frees_are_deferred": st.booleans(),
-        "slo": st.sampled_from((policy(), policy(), policy(policy="arrival"))),
+        "slo": st.sampled_from([policy(policy=name) for name in ("fluid", "fluid", "slo", "arrival")]),
     }
 )
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec import structs
 
-from layerkv.config import SloClass, SloPolicy
+from layerkv.config import PolicyName, SloClass, SloPolicy
 from layerkv.core.cost import CostProfile, Curve
 from layerkv.errors import ConfigError
 from layerkv.scheduler.reasons import Event, LogEntry
@@ -84,7 +85,7 @@ def test_first_tokens_come_sooner_under_layerkv_when_kv_memory_is_short() -> Non
 @pytest.mark.parametrize(
     ("name", "kind", "key", "value"),
     [
-        ("layerkv", LayeredEngine, "policy", "slo"),
+        ("layerkv", LayeredEngine, "policy", "fluid"),
         ("layerkv-no-slo", LayeredEngine, "policy", "arrival"),
         ("layerkv-no-length-prediction", LayeredEngine, "length_prediction", "none"),
         ("layerkv-streamed", LayeredEngine, "streamed_decode", True),
@@ -168,7 +169,7 @@ def test_a_class_that_asks_to_be_refused_in_overload_is_and_the_rest_are_on_time
     assert 0 < outcome.figures()["refused"] == len(outcome.requests) - len(served)
     assert len(served) >= 20
     # Who is let in is predicted to be just in time, and the last step takes a little longer than that.
-    assert max(served) <= 0.5 * 1.05
+    assert max(served) <= 0.5 * 1.1
     assert sum(ttft_s <= 0.5 for ttft_s in served) >= 0.8 * len(served)
 
 
@@ -179,17 +180,21 @@ def test_without_that_wish_nobody_is_refused_in_overload() -> None:
     assert all(request.finish_s is not None for request in outcome.requests)
 
 
-def test_max_stall_bounds_the_longest_gap_better_than_none() -> None:
+@pytest.mark.parametrize(("name", "share"), [("slo", 0.6), ("fluid", 0.95)])
+def test_max_stall_bounds_the_longest_gap_better_than_none(name: PolicyName, share: float) -> None:
+    """By slices nobody waits for long anyway."""
     patient = SloClass(name="chat", ttft_s=2.0, tpot_s=2.0)
     gaps = {}
     for slo in (patient, replace_class(patient, max_stall_s=1.0)):
         config = simulation(slo, requests=200, policies=("layerkv",))
+        config = replace(config, policy=structs.replace(config.policy, policy=name))
         found = outcomes(config, stride=1)["layerkv"]
         gaps[slo.max_stall_s] = sorted(request.longest_gap_s for request in found.requests)
     without, limited = gaps[None], gaps[1.0]
     assert sum(gap > 1.0 for gap in without) > 50
-    assert sum(gap > 1.0 for gap in limited) < 0.6 * sum(gap > 1.0 for gap in without)
-    assert limited[100] < without[100]
+    assert sum(gap > 1.0 for gap in limited) < share * sum(gap > 1.0 for gap in without)
+    assert limited[100] < 0.85 * without[100]
+    assert limited[150] < 0.85 * without[150]
 
 
 def replace_class(slo: SloClass, **changes: Any) -> SloClass:

@@ -172,7 +172,7 @@ def test_without_objectives_the_policy_is_the_same_but_for_the_switch(tmp_path: 
     flags(tmp_path, "layerkv-no-slo")
     ours, without = load_policy(tmp_path / "layerkv.slo.yaml"), load_policy(tmp_path / "layerkv-no-slo.slo.yaml")
     assert ours == case_of("rate_sweep").policy
-    assert ours.policy == "slo"
+    assert ours.policy == "fluid"
     assert without.policy == "arrival"
     assert without.classes == ours.classes
 
