@@ -22,7 +22,12 @@ def engine_of(model: Path, *, ahead: bool, host_blocks: int = 200) -> HandEngine
     costs = model.parent / "costs.json"
     costs.write_text(profile(store=link, load=link, decode_context=Curve([(100_000, 1e-6)])).to_json())
     return HandEngine(
-        model, ahead=ahead, pool_blocks=30, host_blocks=host_blocks, extra_config={"cost_profile": str(costs)}
+        model,
+        ahead=ahead,
+        pool_blocks=30,
+        host_blocks=host_blocks,
+        fetch_steps=2,
+        extra_config={"cost_profile": str(costs)},
     )
 
 
@@ -48,10 +53,14 @@ def parked_in_mid_stream(engine: HandEngine, least_tokens: int = 5) -> str:
 @pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 def test_streams_take_turns_keep_their_copies_and_every_answer_is_right(tiny_model: Path, ahead: bool) -> None:
     engine = crowd(tiny_model, ahead=ahead)
+    name = parked_in_mid_stream(engine)
+    while engine.residency(name) is not Residency.RESIDENT:
+        engine.step()
+    assert engine.ledger.num_host_blocks_of(name) > 0, "what its fetch has loaded stays in host memory"
     engine.run(3_000)
     counters = engine.ledger.counters
-    assert counters.fetches > 8
-    assert counters.stored_blocks < counters.loaded_blocks, "what a fetch has loaded stays in host memory"
+    assert counters.fetches > 6
+    assert counters.stored_ahead_blocks > counters.stored_blocks / 2
     assert counters.recomputes == 0
 
 
@@ -74,12 +83,9 @@ def test_a_fetch_that_fails_while_its_reader_is_dry_costs_time_and_no_token(tiny
     assert len(engine.tokens[name]) == 120
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize("where", [Residency.RESIDENT, Residency.FETCHING, Residency.PARKED])
-def test_clients_that_hang_up_in_mid_rotation_leave_nothing_behind(
-    tiny_model: Path, where: Residency, ahead: bool
-) -> None:
-    engine = crowd(tiny_model, ahead=ahead)
+def test_clients_that_hang_up_in_mid_rotation_leave_nothing_behind(tiny_model: Path, where: Residency) -> None:
+    engine = crowd(tiny_model, ahead=True)
     parked_in_mid_stream(engine)
     for _ in range(500):
         found = [r for r in engine.requests if engine.residency(r) is where and engine.ledger.num_host_blocks_of(r)]
@@ -91,7 +97,7 @@ def test_clients_that_hang_up_in_mid_rotation_leave_nothing_behind(
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
-@pytest.mark.parametrize("host_blocks", [12, 24, 40])
+@pytest.mark.parametrize("host_blocks", [12, 40])
 def test_where_host_memory_fills_in_mid_rotation_every_answer_is_right(
     tiny_model: Path, host_blocks: int, ahead: bool
 ) -> None:
