@@ -85,6 +85,14 @@ def test_what_was_overtaken_too_often_comes_first_and_what_is_lost_last() -> Non
     assert claims(s) == ["lost, but overdue", "overdue", "soon", "later", "lost"]
 
 
+def test_a_prompt_that_cannot_be_on_time_goes_behind_what_flows() -> None:
+    """1,600 tokens take 160 ms."""
+    late = prompt("late", 100, NOW_S + 0.1, can_layer=False)
+    s = fluid(waiting=[late], parked=[stream("flows", 3.0)])
+    assert claims(s) == ["flows", "late"]
+    assert claims(changed(s, waiting=[late._replace(deadline_s=NOW_S + 0.3)])) == ["late", "flows"]
+
+
 def test_of_those_that_are_lost_what_ends_first_goes_first() -> None:
     line = [stream("long", 0.0, **LOST, tokens_left=90), stream("short", 0.0, **LOST, tokens_left=9)]
     assert claims(fluid(parked=line)) == ["short", "long"]

@@ -14,6 +14,7 @@ from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.rules.rotate import (
     MOST_SWAPS,
+    MOST_VAIN,
     SOON_S,
     SOON_STEPS,
     SPARE_FOR_FLOWING_S,
@@ -141,6 +142,13 @@ def test_a_resident_whose_rest_has_no_room_in_host_memory_makes_none() -> None:
     assert decide(changed(s, free_host_blocks=12, resident=stored)).park == ("r",)
 
 
+def test_residents_that_leave_together_need_room_in_host_memory_together() -> None:
+    small = [flowing(f"r{i}", num_blocks=8, num_stored=0) for i in range(2)]
+    s = full(*small, stream("claim"), host_blocks=80)
+    assert len(decide(changed(s, free_host_blocks=16)).park) == 2
+    assert decide(changed(s, free_host_blocks=15)).park == ()
+
+
 def test_an_overdue_claim_takes_the_place_of_any_that_has_had_its_slice() -> None:
     """Even of one that flows with nothing to spare, or is about to end; though it is itself lost, or not due yet."""
     r = flowing("r", 0.0, tokens_left=1)
@@ -198,6 +206,13 @@ def test_a_step_swaps_a_few_and_no_more() -> None:
     crowd = [flowing(f"r{i}", num_blocks=21) for i in range(9)]
     d = decide(full(*crowd, *(stream(f"c{i}") for i in range(9))))
     assert len(d.park) == len(d.fetch) == MOST_SWAPS
+
+
+def test_a_step_gives_up_after_so_many_claims_for_which_nobody_can_leave() -> None:
+    large = [stream(f"c{i:02}", 0.001 * i, num_blocks=90) for i in range(MOST_VAIN)]
+    small = stream("small", 0.05)
+    assert decide(full(flowing("r"), *large[1:], small)).park == ("r",)
+    assert decide(full(flowing("r"), *large, small)).park == ()
 
 
 def test_a_fetch_waits_while_the_link_is_busy_and_nobody_leaves_for_it() -> None:
