@@ -148,7 +148,7 @@ def test_prefixes_that_left_the_device_are_loaded_and_tokens_are_stocks(
 def test_only_what_is_new_is_stored(ours: dict[str, Any]) -> None:
     """The third call repeats the first: all its whole blocks but those of the last token are known."""
     stored = [reading["stored"] for reading in ours["readings"]]
-    assert stored[0] > 0
+    assert ours["readings"][0]["cached"] > 0  # stored at an end, or written through before it
     assert stored[2] == stored[1]
 
 

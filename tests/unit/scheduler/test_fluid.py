@@ -8,11 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerkv.scheduler.fluid import HORIZON_S, LAST_S, LEAST_SLICE_S, PLENTY_S, POOL_SHARE, FluidOutlook
+from layerkv.scheduler.fluid import (
+    HORIZON_S,
+    LAST_S,
+    LEAST_SLICE_S,
+    PLENTY_S,
+    POOL_SHARE,
+    SPARE_FOR_LOST_S,
+    START_BY_S,
+    FluidOutlook,
+)
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
+from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import ParkedRequest, ResidentRequest, Snapshot
-from tests.fakes.snapshots import NOW_S, POOL, changed, cost, parked, prompt, resident, snapshot
+from tests.fakes.snapshots import NOW_S, POOL, admitted, changed, cost, parked, prompt, resident, snapshot
 
 MOST = PolicyLimits().max_overtakes
 
@@ -79,10 +89,27 @@ def test_what_was_overtaken_too_often_comes_first_and_what_is_lost_last() -> Non
         stream("lost", 0.0, **LOST, tokens_left=1),
         stream("lost, but overdue", 0.0, **LOST, tokens_left=500),
         stream("overdue", 5.0, tokens_left=500),
-        stream("later", 3.0),
+        stream("later", SPARE_FOR_LOST_S - 0.1),
+        stream("has plenty", SPARE_FOR_LOST_S + 0.1, tokens_left=1),
     ]
     s = fluid(parked=line, overtaken={"lost, but overdue": MOST, "overdue": MOST, "later": MOST - 1})
-    assert claims(s) == ["lost, but overdue", "overdue", "soon", "later", "lost"]
+    assert claims(s) == ["lost, but overdue", "overdue", "soon", "later", "lost", "has plenty"]
+
+
+def test_whom_room_was_made_for_goes_before_all_but_those_overtaken_too_often() -> None:
+    line = [stream("soon", 0.1), stream("promised", 0.0, **LOST), stream("overdue", 5.0)]
+    s = fluid(parked=line, overtaken={"overdue": MOST}, promised={"promised"})
+    assert claims(s) == ["overdue", "promised", "soon"]
+
+
+def test_while_streams_are_held_a_prompt_starts_no_sooner_than_it_must() -> None:
+    crowded = [flowing(f"r{i}", 0.5, num_blocks=10, tpot_s=0.01) for i in range(20)]
+    s = fluid(resident=crowded, num_resident=20, waiting=[prompt("can wait", 2, NOW_S + START_BY_S + 1.0)])
+    assert outlook(s).held
+    assert decide(s).waits == {"can wait": Reason.HELD}
+    now = changed(s, waiting=[prompt("must start", 2, NOW_S + START_BY_S)])
+    assert admitted(decide(now)) == [("must start", False)]
+    assert admitted(decide(changed(s, resident=crowded[:5], num_resident=5))) == [("can wait", False)]
 
 
 def test_a_prompt_that_cannot_be_on_time_goes_behind_what_flows() -> None:

@@ -27,8 +27,7 @@ class Readers(TinyScheduler):
 
     def made_tokens(self, live: Live, at_s: float, num_tokens: int, every_s: float) -> None:
         super().made_tokens(live, at_s, num_tokens, every_s)
-        reader = self.readers.setdefault(live.request_id, ReaderClock(live.request.slo.pace_s))
-        reader.add(at_s, num_tokens, every_s)
+        self.readers[live.request_id] = live.tally.reader
 
     def served(self) -> SimOutcome:
         """All requests to their ends; each got what it asked for."""

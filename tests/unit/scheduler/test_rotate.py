@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerkv.scheduler.fluid import LEAST_SLICE_S, MOST_LOADS_S
+from layerkv.scheduler.fluid import LEAST_SLICE_S, MOST_LOADS_S, SPARE_FOR_LOST_S
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
@@ -28,7 +28,6 @@ LOAD_S = 0.005
 """Of ten blocks."""
 STEP_S = 0.0102
 """Of two requests."""
-SPARE_FOR_LOST_S = 4.0
 BLOCKS, BLOCKS_LOAD_S = 14, 0.007
 """Enough for ten, and for what each resident needs soon."""
 LOST = {"deadline_s": NOW_S - 0.1, "dry_s": NOW_S - 1.0}
@@ -75,6 +74,11 @@ def test_where_frees_are_deferred_the_claim_gets_its_blocks_in_a_later_step() ->
     assert (d.park, d.fetch) == (("r",), ())
     assert d.reasons == {"r": Reason.TURN_OVER}
     assert d.waits == {"claim": Reason.POOL_FULL}
+    assert d.made_room, "no other swap begins while this one is carried out"
+
+
+def test_blocks_on_their_way_back_count_as_room() -> None:
+    assert decide(full(flowing("r"), stream("claim"), freeing_blocks=POOL)).park == ()
 
 
 def test_while_nothing_is_known_of_costs_nobody_rotates() -> None:
