@@ -28,13 +28,9 @@ EXCHANGE_STEPS = 3
 measured: chosen by judgement, to cover vLLM's deferred frees."""
 
 
-STORE_AHEAD_STEPS = 4
-"""Steps between looks for a victim to store ahead; the forecast looks many times as far. Not measured: chosen by
-judgement, so that most steps look for nobody."""
-
-
 TOKEN_MEMORY_S = 8.0
-"""How far back steps count in what a token takes. Not measured: chosen by judgement."""
+"""How far back steps count in what a token takes. Not measured: chosen by simulated loads (2026-11-28, no result
+file)."""
 
 
 class Controller(RequestBooks):
@@ -163,7 +159,7 @@ class Controller(RequestBooks):
             steps_without_prefill=self._steps_without_prefill,
             can_exchange=engine.step - self._last_exchange_step >= EXCHANGE_STEPS,
             token_s=self.token_s,
-            can_store_ahead=engine.step % STORE_AHEAD_STEPS == 0,
+            can_store_ahead=engine.step % self._limits.store_ahead_steps == 0,
         )
 
     def is_quiet(self, num_running: int, free_blocks: int, steps_ahead: int) -> bool:

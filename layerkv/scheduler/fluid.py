@@ -24,28 +24,35 @@ if TYPE_CHECKING:
     from layerkv.scheduler.draft import Draft
 
 LEAST_SLICE_S = 0.25
-"""A slice is at least so long,"""
+"""A slice is at least so long. Not measured: chosen by simulated loads (2026-11-28, no result file)."""
 COPIES_SHARE = 0.05
-"""and the copies of its turn are no more of it."""
+"""Of a slice, what the copies of its turn may be. Not measured: taken from the prototype of 2026-11."""
 IDLE_STEPS = 1
-"""Steps that a turn's blocks are idle where frees are deferred."""
+"""Steps that a turn's blocks are idle where frees are deferred. Not measured: chosen by judgement."""
 LAST_S = 0.5
-"""Nobody who will have ended within so long is parked for a claim."""
+"""Nobody who will have ended within so long is parked for a claim. Not measured: taken from the prototype of
+2026-11."""
 PLENTY_S = 8.0
-"""Of residents whose readers have so much to read, those with the most tokens left leave first."""
+"""Of residents whose readers have so much to read, those with the most tokens left leave first. Not measured: chosen by
+simulated loads (2026-11-28, no result file)."""
 URGENT_S = 1.0
 """Claims due within so long go by when they are due; the others, those with the fewest tokens left first: what ends
-soon gives its blocks back for good."""
+soon gives its blocks back for good. Not measured: taken from the prototype of 2026-11."""
 START_BY_S = 2.0
-"""While streams are held, a prompt waits as long as it, and all before it in line, can be put off for longer."""
+"""While streams are held, a prompt waits as long as it, and all before it in line, can be put off for longer. Not
+measured: chosen by simulated loads (2026-11-28, no result file)."""
 SPARE_FOR_LOST_S = 4.0
-"""A stream that flows makes room for a lost one if its reader has so much to read."""
+"""A stream that flows makes room for a lost one if its reader has so much to read. Not measured: chosen by simulated
+loads (2026-11-28, no result file)."""
 HORIZON_S = 8.0
-"""How far ahead streams must be able to flow together,"""
+"""How far ahead streams must be able to flow together. Not measured: chosen by simulated loads (2026-11-28, no result
+file)."""
 POOL_SHARE = 0.9
-"""in so much of the pool's time: turns and ends leave blocks idle."""
+"""Of the pool's time, what they may need for that: turns and ends leave blocks idle. Not measured: chosen by simulated
+loads (2026-11-28, no result file)."""
 MOST_LOADS_S = 0.1
-"""Seconds of fetches under way beyond which no further one begins: its blocks would be idle."""
+"""Seconds of fetches under way beyond which no further one begins: its blocks would be idle. Not measured: taken from
+the prototype of 2026-11."""
 
 
 Turn = tuple[ResidentRequest, float, bool, bool]

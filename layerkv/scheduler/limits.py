@@ -21,7 +21,10 @@ class PolicyLimits:
         scan: How many waiting prompts are looked at in one step. Not measured: chosen by judgement; with it a decision
             took 0.30 ms (median, 1,000 waiting; Intel Xeon with 2 cores, 2026-11-21,
             benchmarks/results/2026-11-21-decide.json).
-        scan_parked: How many parked requests are. Not measured: chosen by judgement; part of the same 0.30 ms.
+        scan_parked: How many parked requests are. Not measured: chosen by simulated loads (2026-11-28, no result
+            file).
+        store_ahead_steps: Steps between looks for somebody to copy to host memory; the forecast looks many times as
+            far. Not measured: chosen by judgement, so that most steps look for nobody.
         ahead_steps: The forecast's horizon: shortages that near are prepared for by storing ahead. Not measured: chosen
             by judgement.
         overcommit: How many times the pool the forecast may fill it. A wrong guess costs a park, which was stored
@@ -38,6 +41,7 @@ class PolicyLimits:
     max_idle_steps: int = 8
     scan: int = 64
     scan_parked: int = 64
+    store_ahead_steps: int = 4
     ahead_steps: int = 64
     rescue_steps: int = 4
     overcommit: float = 1.1

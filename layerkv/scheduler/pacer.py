@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Final
 
 END_S: Final = 1.0
-"""The longest time by which pacing delays the end of a choice, and of the response."""
+"""The longest time by which pacing delays the end of a choice, and of the response. Not measured: chosen by design, as
+what a reader hardly notices."""
 HELD_BYTES: Final = 1 << 20
-"""Events that are held back beyond this go out ahead of their time, oldest first: some 4,000 tokens' worth."""
+"""Events that are held back beyond this go out ahead of their time, oldest first: some 4,000 tokens' worth. Not
+measured: chosen by judgement."""
 
 
 @dataclass(slots=True)

@@ -17,13 +17,12 @@ if TYPE_CHECKING:
     from layerkv.scheduler.tracker import TrackedRequest
 
 LEAST_TOLD_S = 0.1
-"""Shorter waits of a reader are in the figures and not in the decision log."""
+"""Shorter waits of a reader are in the figures and not in the decision log. Not measured: chosen by judgement."""
 
 
 REPORT_TOKENS = 256
-"""So many tokens of a class are reported together, unless a request of it has ended: with few
-requests running, a payload for each step would cost more than what it tells. Chosen by what a dashboard shows, not
-measured."""
+"""So many tokens of a class are reported together, unless a request of it has ended: with few requests running, a
+payload for each step would cost more than what it tells. Not measured: chosen by what a dashboard shows."""
 
 
 class Pause(NamedTuple):

@@ -18,12 +18,15 @@ from layerkv.sim.run import STRIDE, make_engine, requests_of
 
 SCHEMA = 1
 FLUID_SHARE = 0.9
-"""The share of requests that are fluid at a rate within capacity."""
+"""The share of requests that are fluid at a rate within capacity. Derived: the definition of fluid capacity."""
 RUNGS_PER_DOUBLING = 14
-"""Rates are so many to a doubling: 5 % apart."""
+"""Rates are so many to a doubling: 5 % apart. Not measured: chosen by judgement."""
 MOST_DOUBLINGS = 6
+"""How often the rate is doubled, and halved, in search of one within capacity and one beyond it. Not measured: chosen
+by judgement."""
 MOST_REQUESTS = 2000
-"""Of a longer load, the first so many: a search is some seven runs for each policy and seed."""
+"""Of a longer load, the first so many: a search is some seven runs for each policy and seed. Not measured: chosen by
+judgement."""
 CAPACITY_POLICIES = ("stock", "layerkv", "layerkv-slo", "oracle")
 
 

@@ -33,8 +33,10 @@ from layerkv.sim.engine import SimRequest
 from layerkv.sim.run import STRIDE, make_engine
 
 NUM_BOUNDARIES = 24
-"""Beginnings, and of each kind ends, of the intervals that are looked at: more find a lower bound, in more time."""
+"""Beginnings, and of each kind ends, of the intervals that are looked at: more find a lower bound, in more time. Not
+measured: chosen by judgement."""
 SPEEDS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2)
+"""Of a stream's pace, at what it is tried to be served. Not measured: chosen by judgement."""
 ENGINES = ("stock", "layerkv")
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "layerkv"
 FOLDERS = ("core", "device", "kernels", "scheduler", "sim", "vllm_plugin")
 LIMITS = "scheduler/limits.py"
-ORIGINS = re.compile(r"\b(Measured:|Derived\b|Not measured: chosen by )")
+ORIGINS = re.compile(r"\b(Measured:|Derived\b|Not measured: (chosen by|taken from) )")
 ROW = re.compile(
     r"^\| `(?P<path>[\w/]+\.py)` \| `(?P<name>\w+)` \| `(?P<value>[^`]+)` \| (?P<origin>.+) \|$", re.MULTILINE
 )
@@ -32,7 +32,9 @@ FACTS = {
     "scheduler/admission.py": {"_NOTHING"},
     "scheduler/decision_log.py": {"VERSION"},
     "scheduler/lengths.py": {"_ROUNDING"},
+    "sim/capacity.py": {"SCHEMA"},
     "sim/config.py": {"_NOT_EMPTY"},
+    "sim/prompt_blocks.py": {"HASH_BLOCK_TOKENS"},
     "sim/presets.py": {"FP16_BYTES", "_SAMPLED_TOKENS", "_GIB"},
     "sim/run.py": {"SCHEMA"},
     "sim/workload_config.py": {"_NOT_EMPTY"},
@@ -99,8 +101,8 @@ def test_every_chosen_number_says_where_it_comes_from(constant: Chosen) -> None:
     said = " ".join(constant.said.split())
     assert ORIGINS.search(said), (
         f"say in the docstring of {constant} what it was measured on, when and in which result file ('Measured: ...'), "
-        "how it follows from others ('Derived: ...'), or 'Not measured: chosen by ...'; a number that nobody tuned "
-        "belongs to FACTS of this test"
+        "how it follows from others ('Derived: ...'), or 'Not measured: chosen by ...' (or 'taken from ...'); a number "
+        "that nobody tuned belongs to FACTS of this test"
     )
 
 

@@ -14,17 +14,19 @@ from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import ParkedRequest, ResidentRequest
 
 MOST_SWAPS = 4
-"""Claims that room is made for in one step,"""
+"""Claims that room is made for in one step. Not measured: taken from the prototype of 2026-11."""
 MOST_VAIN = 16
-"""and claims for which nobody can leave, after which a step gives up."""
+"""Claims for which nobody can leave, after which a step gives up. Not measured: chosen by judgement."""
 SOON_S = 0.05
-"""A claim that is due within so long,"""
+"""A claim has room made for it that is due within so long, and :data:`SOON_STEPS` more. Not measured: taken from the
+prototype of 2026-11."""
 SOON_STEPS = 4
-"""and so many steps more, has room made for it."""
+"""See :data:`SOON_S`. Not measured: taken from the prototype of 2026-11."""
 SPARE_FOR_FRESH_S = 0.5
-"""What the reader must have left who makes room for a request's second token,"""
+"""What the reader must have left who makes room for a request's second token. Not measured: taken from the prototype of
+2026-11."""
 SPARE_FOR_FLOWING_S = 0.1
-"""and beyond what the other reader has for one that flows."""
+"""And beyond what the other reader has, for one that flows. Not measured: taken from the prototype of 2026-11."""
 
 _WAITS_FOR_PLACE = frozenset({Reason.POOL_FULL, Reason.NO_SLOT})
 

@@ -6,9 +6,7 @@ from layerkv.scheduler.draft import Draft
 from layerkv.scheduler.outlook import Outlook
 
 LINK_SHARE = 0.2
-"""Of the link's time, what such copies may take. FLUID: with 0.2 parks cost nearly nothing."""
-STEPS = 4
-"""Steps between looks (:data:`layerkv.scheduler.controller.STORE_AHEAD_STEPS`)."""
+"""Of the link's time, what such copies may take. Not measured: taken from the prototype of 2026-11."""
 
 
 def write_through(now: Outlook, draft: Draft) -> None:
@@ -23,7 +21,7 @@ def write_through(now: Outlook, draft: Draft) -> None:
     if draft.pool * 2 > s.shape.pool_blocks:
         return
     block_s = max(s.cost.store_s(2 * s.shape.block_bytes) - s.cost.store_s(s.shape.block_bytes), 1e-9)
-    blocks = max(int(LINK_SHARE * STEPS * now.step_s / block_s), 1)
+    blocks = max(int(LINK_SHARE * now.limits.store_ahead_steps * now.step_s / block_s), 1)
     room = draft.host - s.shape.host_blocks // 4
     for r in now.victims:
         if blocks <= 0 or room <= 0:

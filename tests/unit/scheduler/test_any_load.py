@@ -107,9 +107,9 @@ def crowd(num_jobs: int, num_prompt: int = 160, num_output: int = 64, **changes:
 def test_first_tokens_come_as_fast_as_prefill_allows_though_the_pool_holds_one_request() -> None:
     """The point of it all: twelve prompts that fill the pool one at a time, each with 64 tokens to decode."""
     memory = {"num_host_blocks": 300, "budget_tokens": 256}
-    layerkv = TinyScheduler(crowd(12, ttft_s=20.0), zone_blocks=24, **memory)
+    layerkv = TinyScheduler(crowd(12, ttft_s=2.0), zone_blocks=24, **memory)
     layered = layerkv.run(max_steps=5_000)
-    stock = TinyStock(crowd(12, ttft_s=20.0), **memory).run(max_steps=5_000)
+    stock = TinyStock(crowd(12, ttft_s=2.0), **memory).run(max_steps=5_000)
     slowest, stocks_slowest = (max(r.ttft_s or 0.0 for r in outcome.requests) for outcome in (layered, stock))
     assert stocks_slowest > 5 * slowest
     assert layered.preemptions == 0

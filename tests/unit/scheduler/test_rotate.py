@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from layerkv.scheduler.fluid import LEAST_SLICE_S, MOST_LOADS_S
+from layerkv.scheduler.fluid import LEAST_SLICE_S, MOST_LOADS_S, SPARE_FOR_LOST_S
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
@@ -28,7 +28,6 @@ LOAD_S = 0.005
 """Of ten blocks."""
 STEP_S = 0.0102
 """Of two requests."""
-SPARE_FOR_LOST_S = 4.0
 BLOCKS, BLOCKS_LOAD_S = 14, 0.007
 """Enough for ten, and for what each resident needs soon."""
 LOST = {"deadline_s": NOW_S - 0.1, "dry_s": NOW_S - 1.0}
