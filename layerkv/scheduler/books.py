@@ -172,6 +172,7 @@ class RequestBooks:
         tracked = self.tracked[request_id]
         self.refresh(tracked, num_output)
         tracked.prefill_rest_s = 0.0
+        tracked.parked_tokens = num_computed
         num_blocks = -(-max(num_computed + 1, num_tokens) // self.shape.block_tokens)
         dry_s, is_fresh = math.inf, num_output <= 1
         load_s = self.cost.view.load_s(num_blocks * self.shape.block_bytes)

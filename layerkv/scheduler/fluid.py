@@ -163,6 +163,7 @@ class FluidOutlook(Outlook):
             if to_store > 0:
                 turn_s += (store_first_s + store_block_s * to_store) * num_waiting
             in_slice = r.resident_s < LEAST_SLICE_S or r.resident_s * COPIES_SHARE < turn_s
+            in_slice |= not r.has_run  # however long its load and its first step take
             spare_s = max(r.dry_s - now_s, 0.0) - load_s
             flows = r.deadline_s >= now_s and r.request_id not in held
             kind = 0 if not flows else 1 if spare_s >= PLENTY_S else 2

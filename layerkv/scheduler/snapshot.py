@@ -112,7 +112,8 @@ class ResidentRequest(NamedTuple):
         dry_s: When its reader has read all that it made; without a reader, its deadline; infinite for a prompt or a
             fetch under way.
         tpot_s: Its class's TPOT objective.
-        resident_s: Seconds since it was admitted or fetched.
+        resident_s: Seconds since it was admitted or fetched, its load among them.
+        has_run: Whether it has computed a token since it was last parked.
     """
 
     request_id: str
@@ -129,6 +130,7 @@ class ResidentRequest(NamedTuple):
     dry_s: float = math.inf
     tpot_s: float = math.inf
     resident_s: float = math.inf
+    has_run: bool = True
 
 
 class LayeredRequest(NamedTuple):
