@@ -104,6 +104,7 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> tuple[Load, 
                     tracked.tpot_s,
                     now_s - tracked.resident_since_s,
                     r.num_computed > tracked.parked_tokens,
+                    r.num_shared,
                 )
             )
     loading = 0

@@ -114,6 +114,7 @@ class ResidentRequest(NamedTuple):
         tpot_s: Its class's TPOT objective.
         resident_s: Seconds since it was admitted or fetched, its load among them.
         has_run: Whether it has computed a token since it was last parked.
+        num_shared: Of the blocks stored, those that it shares: they are not free at once when its copy gives way.
     """
 
     request_id: str
@@ -131,6 +132,7 @@ class ResidentRequest(NamedTuple):
     tpot_s: float = math.inf
     resident_s: float = math.inf
     has_run: bool = True
+    num_shared: int = 0
 
 
 class LayeredRequest(NamedTuple):
