@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from heapq import heappop, heappush
 
+STALE_ENDS = 64
+"""Ends of streams that are parked no longer are thrown out when there are so many, and as many as others."""
+
 
 class Flows:
     """Blocks of parked streams by TPOT, each until its reader has waited too long."""
@@ -24,6 +27,8 @@ class Flows:
         self._flowing[request_id] = tpot_s, num_blocks, until_s
         self._blocks[tpot_s] = self._blocks.get(tpot_s, 0) + num_blocks
         heappush(self._ends, (until_s, request_id))
+        if len(self._ends) > 2 * len(self._flowing) + STALE_ENDS:  # of earlier parks, some of them due in hours
+            self._ends = sorted((until_s, r) for r, (_, _, until_s) in self._flowing.items())
 
     def discard(self, request_id: str) -> None:
         """It is parked no longer."""
