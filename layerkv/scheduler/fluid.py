@@ -153,7 +153,7 @@ class FluidOutlook(Outlook):
         load_first_s, load_block_s = self._load_line
         store_first_s, store_block_s = self._store_line
         num_waiting = s.load.num_resident  # for a park's stores, as compute does
-        last_tokens = LAST_S / self.step_s if s.cost is not None else 0.0
+        last_tokens = LAST_S / self.step_s if s.cost is not None and self.step_s > 0 else 0.0
         keyed = []
         for r in s.load.resident:
             if not r.can_park:

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from layerkv.core.cost import Curve
+from layerkv.scheduler.policy import decide
 from layerkv.sim.engine import SimRequest
+from tests.fakes.snapshots import cost, resident, snapshot
 from tests.fakes.tiny_scheduler import BLOCK_TOKENS, TinyScheduler, job, profile
 
 POOL = 20
@@ -36,3 +39,11 @@ def test_nobody_is_parked_for_another_before_it_made_a_token(frees_are_deferred:
         num_parks += scheduler.run(max_steps=20_000).parks
         scheduler.check_is_empty()
     assert num_parks > 100
+
+
+def test_a_profile_in_which_an_empty_step_takes_no_time_ends_no_engine() -> None:
+    """A fit may find 0 for what every step takes. While all residents compute prompts, nothing is left of a step."""
+    residents = [resident(f"r{i}") for i in range(4)]
+    free = cost(step_s=0.0, tokens=Curve([(0, 0.0), (1, 1e-4)]))
+    s = snapshot(policy="fluid", resident=residents, num_resident=4, free_blocks=20, cost=free)
+    assert decide(s).store_ahead
