@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from heapq import heappop, heappush
 
 STALE_ENDS = 64
-"""Ends of streams that are parked no longer are thrown out when there are so many, and as many as others. Not measured:
-chosen by judgement, so that it happens seldom."""
+"""Ends of streams that are parked no longer are thrown out when there are so many, and as many as others.
+Not measured: chosen by judgement."""
 
 
 class Flows:
