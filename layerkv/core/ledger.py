@@ -307,6 +307,11 @@ class KVLedger:
         copy = self._copies.get(request_id)
         return 0 if copy is None else len(copy.blocks)
 
+    def num_shared_host_blocks_of(self, request_id: str) -> int:
+        """Of those of a resident request, how many are not free at once when it gives them up."""
+        copy = self._copies.get(request_id)
+        return 0 if copy is None else copy.num_shared
+
     def parked_tokens(self, request_id: str) -> int:
         """Tokens of the request that can be fetched from host memory; 0 if it is not parked."""
         if self.residency.get(request_id) is not Residency.PARKED:
@@ -349,7 +354,9 @@ class KVLedger:
             is_own = not any(map(self.host.num_sharers, copy.blocks))  # a copy that gives way frees all that it has
             if self.keeps_copies and copy.is_trusted and num_whole and is_own:
                 self.host.give_back(copy.blocks[num_whole:])  # it is written on, and so stored anew
-                self._copies[request_id] = HostCopy(copy.blocks[:num_whole], is_ahead=True)
+                kept = copy.blocks[:num_whole]
+                num_shared = sum(self.host.num_sharers(block) > 0 for block in kept)
+                self._copies[request_id] = HostCopy(kept, is_ahead=True, num_shared=num_shared)
             else:
                 self._prefixes.keep_copy(copy, hashes)
             self.residency.move(request_id, Residency.RESIDENT)

@@ -169,11 +169,12 @@ class RequestBooks:
         tracked = self.tracked[request_id]
         self.refresh(tracked, num_output)
         tracked.prefill_rest_s = 0.0
+        tracked.parked_tokens = num_computed
         num_blocks = -(-max(num_computed + 1, num_tokens) // self.shape.block_tokens)
-        dry_s, is_fresh = math.inf, num_output <= 1
+        # whatever the policy: the next one may ask
+        dry_s, is_fresh = tracked.dry_s(num_output, now_s, self.step_s), num_output <= 1
         load_s = self.cost.view.load_s(num_blocks * self.shape.block_bytes)
         if self.policy.policy == "fluid":
-            dry_s = tracked.dry_s(num_output, now_s, self.step_s)
             until_s = tracked.flows_until_s(dry_s)
             deadline_s = until_s - load_s
         elif self.policy.slo_scheduling:

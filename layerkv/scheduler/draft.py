@@ -150,7 +150,7 @@ class Draft:
 
     def drop_copy(self, r: ResidentRequest) -> None:
         """Its copy in host memory gives way."""
-        self.host += r.num_stored
+        self.host += r.num_stored - r.num_shared
         self.dropped.append(r.request_id)
 
     def num_stored(self, r: ResidentRequest) -> int:

@@ -53,6 +53,7 @@ class Running(NamedTuple):
         num_zone_blocks: Of those, blocks of the lane zone.
         is_layered: Whether its new blocks come from the zone.
         num_host_blocks: Host blocks it holds, or, resident, leading blocks that host memory holds too.
+        num_shared: Of those of a resident one, blocks that it shares: they are not free at once when it gives them up.
     """
 
     request_id: str
@@ -64,6 +65,7 @@ class Running(NamedTuple):
     num_zone_blocks: int = 0
     is_layered: bool = False
     num_host_blocks: int = 0
+    num_shared: int = 0
 
 
 class EngineState(NamedTuple):

@@ -185,7 +185,7 @@ class FluidOutlook(Outlook):
         store_first_s, store_block_s = self._store_line
         num_waiting = s.load.num_resident  # for a park's stores, as compute does
         idle_s = IDLE_STEPS * s.engine.steps_ahead * self.step_s if s.cost is not None else 0.0
-        last_tokens = LAST_S / self.step_s if s.cost is not None else 0.0
+        last_tokens = LAST_S / self.step_s if s.cost is not None and self.step_s > 0 else 0.0
         keyed = []
         for r in s.load.resident:
             if not r.can_park:
@@ -196,6 +196,7 @@ class FluidOutlook(Outlook):
             if to_store > 0:
                 turn_s += (store_first_s + store_block_s * to_store) * num_waiting
             in_slice = r.resident_s < LEAST_SLICE_S or r.resident_s * COPIES_SHARE < turn_s
+            in_slice |= not r.has_run  # however long its load and its first step take
             spare_s = r.dry_s - now_s
             spare_s = (spare_s if spare_s > 0 else 0.0) - load_s
             flows = r.deadline_s >= now_s and r.request_id not in held

@@ -103,6 +103,8 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> tuple[Load, 
                     dry_s,
                     tracked.tpot_s,
                     now_s - tracked.resident_since_s,
+                    r.num_computed > tracked.parked_tokens,
+                    r.num_shared,
                 )
             )
     loading = 0

@@ -112,7 +112,9 @@ class ResidentRequest(NamedTuple):
         dry_s: When its reader has read all that it made; without a reader, its deadline; infinite for a prompt or a
             fetch under way.
         tpot_s: Its class's TPOT objective.
-        resident_s: Seconds since it was admitted or fetched.
+        resident_s: Seconds since it was admitted or fetched, its load among them.
+        has_run: Whether it has computed a token since it was last parked.
+        num_shared: Of the blocks stored, those that it shares: they are not free at once when its copy gives way.
     """
 
     request_id: str
@@ -129,6 +131,8 @@ class ResidentRequest(NamedTuple):
     dry_s: float = math.inf
     tpot_s: float = math.inf
     resident_s: float = math.inf
+    has_run: bool = True
+    num_shared: int = 0
 
 
 class LayeredRequest(NamedTuple):

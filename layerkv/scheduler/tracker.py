@@ -188,6 +188,7 @@ class TrackedRequest:
         admitted_s: When it was first given compute; None before.
         resident_since_step: Step of its last admission or fetch,
         resident_since_s: and when that was.
+        parked_tokens: Tokens that had KV when it was last parked.
         low_tokens: Output tokens it is predicted to make in all, low quantile (for slack),
         middle_tokens: and middle quantile (for memory).
         prefill_cost_s: Seconds of its prefill by the profile, not corrected online, as of when it last had no KV.
@@ -216,6 +217,7 @@ class TrackedRequest:
     admitted_s: float | None = None
     resident_since_step: int = 0
     resident_since_s: float = 0.0
+    parked_tokens: int = 0
     low_tokens: int = 1
     middle_tokens: int = 1
     prefill_cost_s: float = 0.0

@@ -138,6 +138,7 @@ class EngineReader:
                 num_zone_blocks([block.block_id for block in held]) if is_layered else 0,
                 is_layered,
                 ledger.num_host_blocks_of(request_id),
+                ledger.num_shared_host_blocks_of(request_id),
             )
 
     def _arriving(self) -> list[tuple[str, int, int]]:

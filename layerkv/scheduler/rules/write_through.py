@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from layerkv.scheduler.draft import Draft
 from layerkv.scheduler.outlook import Outlook
+from layerkv.scheduler.rules.give_way import wanted_by_prompt
 
 LINK_SHARE = 0.2
 """Of the link's time, what such copies may take. Not measured: taken from the prototype of 2026-11."""
@@ -22,7 +23,7 @@ def write_through(now: Outlook, draft: Draft) -> None:
         return
     block_s = max(s.cost.store_s(2 * s.shape.block_bytes) - s.cost.store_s(s.shape.block_bytes), 1e-9)
     blocks = max(int(LINK_SHARE * now.limits.store_ahead_steps * now.step_s / block_s), 1)
-    room = draft.host - s.shape.host_blocks // 4
+    room = draft.host - max(s.shape.host_blocks // 4, wanted_by_prompt(now))  # or it would give way in the next step
     for r in now.victims:
         if blocks <= 0 or room <= 0:
             return
