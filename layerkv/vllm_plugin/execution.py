@@ -63,7 +63,10 @@ class Execution:
             self._desk.drop_ahead(request_id)
         for ahead in decision.store_ahead:
             block_ids = s.kv_cache_manager.get_block_ids(ahead.request_id)[0]
-            self._desk.store_ahead(ahead, block_ids, s.requests[ahead.request_id].num_computed_tokens)
+            try:
+                self._desk.store_ahead(ahead, block_ids, s.requests[ahead.request_id].num_computed_tokens)
+            except CapacityError as error:  # its park copies it then
+                logger.debug("request %s is not stored ahead in this step: %s", ahead.request_id, error)
         if decision.park:
             self.park(decision, now_s)
         for request_id in decision.recompute:
