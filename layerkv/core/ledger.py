@@ -8,36 +8,19 @@ happens as a whole or raises :class:`CapacityError` and changes nothing.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
 
-from layerkv.core.geometry import KVGeometry
-from layerkv.core.host_prefixes import HostPrefixes
-from layerkv.core.host_tier import HostCopy, HostTier
+from layerkv.core.host_tier import HostCopy
+from layerkv.core.ledger_books import LedgerBooks, LedgerCounters
 from layerkv.core.plan_draft import PlanDraft
-from layerkv.core.residency import Residency, ResidencyTable
+from layerkv.core.residency import Residency
 from layerkv.core.transfer import FetchPlan, StepPlan, merge_runs, num_blocks
-from layerkv.core.zone import ZoneLedger
 from layerkv.errors import CapacityError
 
-
-@dataclass(slots=True)
-class LedgerCounters:
-    """Totals since the start, for the metrics."""
-
-    parks: int = 0
-    fetches: int = 0
-    layered_admissions: int = 0
-    recomputes: int = 0
-    stored_ahead_blocks: int = 0
-    stored_blocks: int = 0
-    loaded_blocks: int = 0
-    prefix_stored_blocks: int = 0
-    prefix_hit_blocks: int = 0
+__all__ = ["KVLedger", "LedgerCounters"]
 
 
-class KVLedger:
+class KVLedger(LedgerBooks):
     """Residency, host blocks and zone room of all requests. Not thread-safe; one per scheduler.
 
     Lifetime of a host block: taken when a request is admitted layered, is stored ahead or is parked, given back when
@@ -50,21 +33,6 @@ class KVLedger:
     What leaves with whole blocks and their hashes is kept as a cached prefix (:class:`HostTier`): its blocks count as
     free, and a later prompt that begins with it loads it instead of computing it.
     """
-
-    keeps_copies = False
-    """Whether a request that was fetched keeps the whole blocks of its copy: its next park stores only new ones."""
-
-    def __init__(self, geometry: KVGeometry, num_host_blocks: int) -> None:
-        self.geometry = geometry
-        self.residency = ResidencyTable()
-        self.zone = ZoneLedger(geometry.pool_blocks, geometry.zone_blocks)
-        self.host = HostTier(num_host_blocks)
-        self._prefixes = HostPrefixes(self.host, geometry.block_tokens)
-        self.counters = LedgerCounters()
-        self._copies: dict[str, HostCopy] = {}
-        self._layered: set[str] = set()
-        self._orphans: dict[str, HostCopy] = {}  # left while FETCHING: blocks stay until the load is reported
-        self._draft = PlanDraft()
 
     # Admission -----------------------------------------------------------------------------------------------
 
@@ -102,15 +70,6 @@ class KVLedger:
         self._leave_zone(request_id)
         self._release_host(request_id)
         self.counters.layered_admissions -= 1
-
-    def is_layered(self, request_id: str) -> bool:
-        """Whether the request's new blocks come from the zone."""
-        return request_id in self._layered
-
-    @property
-    def layered_ids(self) -> frozenset[str]:
-        """Requests in the lane zone, or admitted to it."""
-        return frozenset(self._layered)
 
     def started(self, request_id: str) -> None:
         """vLLM has given the request blocks for computing (its first chunk, or a recompute)."""
@@ -183,10 +142,6 @@ class KVLedger:
         for request_id, copy in self._copies.items():
             if self.residency[request_id] is Residency.FETCHING:
                 copy.is_trusted = False
-
-    def holders(self, host_blocks: Set[int]) -> list[str]:
-        """Requests whose copy has any of these host blocks."""
-        return [r for r, copy in self._copies.items() if not host_blocks.isdisjoint(copy.blocks)]
 
     def drop_ahead(self, request_id: str) -> None:
         """What was stored ahead of a resident request is of no use; it goes on."""
@@ -297,27 +252,6 @@ class KVLedger:
         self.counters.parks += 1
         self.counters.stored_blocks += len(to_store)
 
-    def host_blocks_of(self, request_id: str) -> Sequence[int]:
-        """Host blocks that the request holds, by position; a copy, good for as long as anybody keeps it."""
-        copy = self._copies.get(request_id)
-        return () if copy is None else tuple(copy.blocks)
-
-    def num_host_blocks_of(self, request_id: str) -> int:
-        """Host blocks that the request holds."""
-        copy = self._copies.get(request_id)
-        return 0 if copy is None else len(copy.blocks)
-
-    def num_shared_host_blocks_of(self, request_id: str) -> int:
-        """Of those of a resident request, how many are not free at once when it gives them up."""
-        copy = self._copies.get(request_id)
-        return 0 if copy is None else copy.num_shared
-
-    def parked_tokens(self, request_id: str) -> int:
-        """Tokens of the request that can be fetched from host memory; 0 if it is not parked."""
-        if self.residency.get(request_id) is not Residency.PARKED:
-            return 0
-        return self._copies[request_id].num_tokens
-
     def fetch(self, request_id: str, block_ids: Sequence[int], num_local_tokens: int) -> None:
         """Load a parked request into its new pool blocks; the first ``num_local_tokens`` are there already.
 
@@ -416,44 +350,6 @@ class KVLedger:
         else:
             self._release_host(request_id)
         self.residency.remove(request_id)
-
-    # Inspection ----------------------------------------------------------------------------------------------
-
-    @property
-    def is_idle(self) -> bool:
-        """Nothing planned, nobody layered and no fetch under way: this step needs no plan."""
-        return not (self._layered or self._draft.has_copies or self.num_fetching)
-
-    @property
-    def num_fetching(self) -> int:
-        """Fetches under way, those of requests that have left since among them."""
-        return self.residency.counts[Residency.FETCHING] + len(self._orphans)
-
-    @property
-    def num_host_blocks_used(self) -> int:
-        """Host blocks that requests hold; cached prefixes are not among them."""
-        return self.host.num_held
-
-    def check(self) -> None:
-        """Assert that every block is accounted for exactly once.
-
-        Tests call it after every operation, an engine with ``LAYERKV_CHECK=1`` whenever it has nothing to copy.
-        """
-        self.zone.check()
-        self.host.check()
-        held = Counter(block for copy in (*self._copies.values(), *self._orphans.values()) for block in copy.blocks)
-        used = self.num_host_blocks_used
-        assert len(held) == used, f"host memory: {used} blocks are taken; requests hold {len(held)} different ones"
-        twice = [block for block, count in held.items() if count != max(self.host.num_sharers(block), 1)]
-        assert not twice, f"host memory: requests hold blocks {twice} more or less often than they share them"
-        assert not any(self.host.is_free(block) for block in held), "host memory: a request holds a free block"
-        for request_id, state in ((r, self.residency[r]) for r in self.residency):
-            has_copy = request_id in self._copies
-            if state in (Residency.LAYERED, Residency.PARKED, Residency.FETCHING):
-                assert has_copy, f"{request_id} is {state} without a host copy"
-            elif state is Residency.RESIDENT:
-                assert not has_copy or self._copies[request_id].is_ahead, f"{request_id} keeps host blocks for nothing"
-        assert set(self._copies) <= set(self.residency)
 
     def _leave_zone(self, request_id: str) -> None:
         self._layered.discard(request_id)
