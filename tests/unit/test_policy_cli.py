@@ -68,7 +68,7 @@ def test_check_says_whose_streams_are_paced(policy_path: Path, capsys: pytest.Ca
     policy_path.write_text(POLICY.replace("tpot: 50ms", "tpot: 50ms, smooth: true"))
     assert main(["policy", "check", str(policy_path)]) == 0
     chat, batch = capsys.readouterr().out.splitlines()
-    assert "then 50ms per token, streamed at that pace, never more than" in chat
+    assert "per token, waits of 1s in all at most, streamed at that pace, never more than" in chat
     assert "pace" not in batch
 
 
