@@ -395,9 +395,8 @@ def test_any_order_of_everything_leaves_every_answer_right(tiny_model: Path, ahe
     assert num_failed > 0
 
 
-def test_a_kept_copy_frees_only_what_it_does_not_share(tiny_model: Path, ahead: bool) -> None:
-    """Decisions count on what a copy frees that gives way. One that counted the shared blocks as well parked requests
-    into host memory that was not there, and the engine ended."""
+def test_a_copy_that_shares_blocks_is_not_kept(tiny_model: Path, ahead: bool) -> None:
+    """Decisions count on what a copy frees that gives way, and shared blocks are not free at once."""
     engine = with_host_prefix(tiny_model, ahead=ahead)
     engine.add("shares", [*PREFIX, *REST], max_tokens=20)
     start_layered(engine, "shares")
@@ -405,9 +404,5 @@ def test_a_kept_copy_frees_only_what_it_does_not_share(tiny_model: Path, ahead: 
         engine.step()
     engine.drain()
     [seen] = engine.scheduler._reader.state().running
-    num_free = engine.ledger.host.num_free
-    assert seen.num_host_blocks > PREFIX_BLOCKS
-    engine.ledger.drop_ahead("shares")
-    assert engine.ledger.host.num_free - num_free == seen.num_host_blocks - seen.num_shared
-    assert seen.num_shared == PREFIX_BLOCKS
+    assert (seen.num_host_blocks, seen.num_shared) == (0, 0)
     engine.run()

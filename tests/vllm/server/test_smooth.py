@@ -27,7 +27,9 @@ MESSAGES: Any = [{"role": "user", "content": "Tell me something long."}]
 def client(server: Server) -> Iterator[Any]:
     """An OpenAI client of the server."""
     http = httpx.Client(trust_env=False, timeout=REQUEST_LIMIT_S)
-    with openai.OpenAI(base_url=f"{server.client.base_url}v1", api_key="none", http_client=http, max_retries=0) as made:
+    with openai.OpenAI(
+        base_url=f"{str(server.client.base_url).rstrip(chr(47))}/v1", api_key="none", http_client=http, max_retries=0
+    ) as made:
         yield made
 
 
