@@ -14,6 +14,7 @@ import pytest
 
 from layerkv.config import SloClass, SloPolicy
 from layerkv.scheduler.pacer import END_S, HELD_BYTES
+from tests.fakes.heard import heard_by
 from tests.fakes.virtual_loop import run
 
 pytest.importorskip("vllm")
@@ -485,16 +486,8 @@ def test_what_is_held_is_bounded_though_the_client_takes_nothing() -> None:
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
     """What the front end has logged."""
-    heard: list[str] = []
-
-    class Hears(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            heard.append(record.getMessage())
-
-    handler, logger = Hears(), logging.getLogger(pace.logger.name)
-    logger.addHandler(handler)
-    yield heard
-    logger.removeHandler(handler)
+    with heard_by(logging.getLogger(pace.logger.name)) as heard:
+        yield heard
 
 
 def validate(**more: Any) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.fakes.heard import heard_by
+
 pytest.importorskip("vllm")
 
 from layerkv.vllm_plugin import stray_class
@@ -21,16 +23,8 @@ pytestmark = pytest.mark.vllm
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
     """What the watch has logged."""
-    heard: list[str] = []
-
-    class Hears(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            heard.append(record.getMessage())
-
-    handler, logger = Hears(), logging.getLogger(stray_class.logger.name)
-    logger.addHandler(handler)
-    yield heard
-    logger.removeHandler(handler)
+    with heard_by(logging.getLogger(stray_class.logger.name)) as heard:
+        yield heard
 
 
 def send(middleware: RetryAfter, *parts: bytes, method: str = "POST", kind: str = "http") -> bytes:

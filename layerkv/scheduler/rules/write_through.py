@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from layerkv.core.cost import seconds_per_byte
 from layerkv.scheduler.draft import Draft
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.rules.give_way import wanted_by_prompt
@@ -21,7 +22,7 @@ def write_through(now: Outlook, draft: Draft) -> None:
         return
     if draft.pool * 2 > s.shape.pool_blocks:
         return
-    block_s = max(s.cost.store_s(2 * s.shape.block_bytes) - s.cost.store_s(s.shape.block_bytes), 1e-9)
+    block_s = max(seconds_per_byte(s.cost.profile.store) * s.shape.block_bytes, 1e-9)
     blocks = max(int(LINK_SHARE * now.limits.store_ahead_steps * now.step_s / block_s), 1)
     room = draft.host - max(s.shape.host_blocks // 4, wanted_by_prompt(now))  # or it would give way in the next step
     for r in now.victims:
