@@ -90,8 +90,8 @@ class HostPrefixes:
     ) -> int:
         """The whole blocks of a resident request become a cached prefix, as far as host memory has room.
 
-        What was stored ahead is there; of the rest, only what no other prefix has is stored, before this step's
-        forward pass, since vLLM frees the blocks now.
+        What was stored ahead is there; of the rest, only what no other prefix has is stored. vLLM frees the blocks now,
+        but mostly keeps them as they are for long.
 
         Returns:
             Blocks that are stored for that.
@@ -105,6 +105,6 @@ class HostPrefixes:
         host.pin(block for block in known if block is not None)
         new = [i for i in range(num_ahead, len(hashes)) if known[i] is None][: host.num_free]
         blocks = host.take(len(new))
-        draft.parks += merge_runs([block_ids[i] for i in new], blocks)
+        draft.prefixes += merge_runs([block_ids[i] for i in new], blocks)
         host.keep(blocks, [hashes[i] for i in new])
         return len(new)

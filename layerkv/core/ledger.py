@@ -295,11 +295,16 @@ class KVLedger(LedgerBooks):
                 self._prefixes.keep_copy(copy, hashes)
             self.residency.move(request_id, Residency.RESIDENT)
 
+    def gave_out(self, block_ids: Sequence[int]) -> None:
+        """vLLM has given these blocks to a request, which writes them from this step on."""
+        if self._under_way or self._draft.prefixes:
+            self._draft.gave_out(block_ids, self._under_way)
+
     def take_plan(self, num_tokens: int) -> StepPlan:
         """The copies planned since the last call, for the step that computes ``num_tokens``."""
         draft, self._draft = self._draft, PlanDraft()
         self.host.unpin()  # who takes blocks from now on writes them by later plans
-        return draft.plan(num_tokens)
+        return draft.plan(num_tokens, self._under_way)
 
     # Leaving -------------------------------------------------------------------------------------------------
 
@@ -343,7 +348,7 @@ class KVLedger(LedgerBooks):
         elif state is Residency.RESIDENT:
             num_whole = min(num_computed // self.geometry.block_tokens, len(hashes))
             if (ahead := self._copies.pop(request_id, None)) is not None:
-                self._draft.parks_now(request_id)
+                self._leave_stores_ahead(request_id, ahead, block_ids)
             num_stored = self._prefixes.keep_resident(self._draft, ahead, hashes[:num_whole], block_ids)
             self.counters.prefix_stored_blocks += num_stored
             self.counters.stored_blocks += num_stored
@@ -354,6 +359,13 @@ class KVLedger(LedgerBooks):
     def _leave_zone(self, request_id: str) -> None:
         self._layered.discard(request_id)
         self.zone.end_reservation(request_id)
+
+    def _leave_stores_ahead(self, request_id: str, ahead: HostCopy, block_ids: Sequence[int]) -> None:
+        """The stores ahead of a request that ends may still be under way."""
+        if request_id in self._draft.ahead or len(block_ids) < len(ahead.blocks):
+            self._draft.parks_now(request_id)
+        else:
+            self._under_way.add(merge_runs(block_ids[: len(ahead.blocks)], ahead.blocks))
 
     def _release_host(self, request_id: str) -> None:
         copy = self._copies.pop(request_id, None)

@@ -10,6 +10,7 @@ from layerkv.core.geometry import KVGeometry
 from layerkv.core.host_prefixes import HostPrefixes
 from layerkv.core.host_tier import HostCopy, HostTier
 from layerkv.core.plan_draft import PlanDraft
+from layerkv.core.prefix_stores import PrefixStores
 from layerkv.core.residency import Residency, ResidencyTable
 from layerkv.core.zone import ZoneLedger
 
@@ -46,6 +47,7 @@ class LedgerBooks:
         self._layered: set[str] = set()
         self._orphans: dict[str, HostCopy] = {}  # left while FETCHING: blocks stay until the load is reported
         self._draft = PlanDraft()
+        self._under_way = PrefixStores()
 
     def is_layered(self, request_id: str) -> bool:
         """Whether the request's new blocks come from the zone."""

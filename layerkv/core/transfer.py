@@ -33,7 +33,7 @@ class StepPlan(NamedTuple):
             by layer as ``loads``, but in all layers: nothing is there yet of those that have a lane for themselves.
         ahead: Pool blocks to store in the background, all layers: nobody waits for them but a step that settles.
         settle: Whether everything in this step waits until earlier ``ahead`` stores have ended: a host block that
-            one of them writes is read or given to somebody else from now on.
+            one of them writes, or a pool block that one of them reads, is given to somebody else from now on.
         fetches: Requests to load into pool blocks while the step runs.
         num_tokens: Tokens computed in this step; with 0 there is no forward pass to overlap with.
     """

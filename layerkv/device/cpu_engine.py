@@ -24,6 +24,10 @@ from layerkv.device.patience import wait_patiently
 from layerkv.device.run_table import RunCache, host_stretches
 from layerkv.errors import LostCopyError, TransferError
 
+TOUCH_PAUSE_S = 0.005
+"""Between two touches of host memory ahead of use: they take a part of a processor only, and a step that is scheduled
+in between has its copies begun at once. Not measured: chosen by judgement."""
+
 
 class CopyEvent:
     """See :class:`layerkv.device.base.Event`. Set once, by the thread that copies."""
@@ -67,11 +71,15 @@ class _Copy:
 
 
 class _CopyThread(threading.Thread):
-    """Works off the copies of one direction, foreground first, each kind in order of submission."""
+    """Works off the copies of one direction, foreground first, each kind in order of submission.
+
+    The one that stores touches host memory ahead of use while it has nothing to copy.
+    """
 
     def __init__(self, direction: Direction, arena: MmapArena, host: MmapHostMemory) -> None:
         super().__init__(name=f"layerkv-{direction}", daemon=True)
         self._direction = direction
+        self._host = host
         self._tensor = arena.tensor()  # keeps the memory mapped for as long as this thread copies
         self._stretches = RunCache(arena.geometry, host.num_blocks, host_stretches)
         self._device_layers = _blocks(self._tensor.view(arena.geometry.num_layers, -1), arena.geometry.page_bytes)
@@ -96,13 +104,7 @@ class _CopyThread(threading.Thread):
         return event
 
     def run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._queue and not self._closing:
-                    self._wake.wait()
-                if not self._queue:
-                    return
-                copy = heapq.heappop(self._queue)
+        while (copy := self._next()) is not None:
             try:
                 self._await(copy.after)
                 started = time.perf_counter()
@@ -111,6 +113,19 @@ class _CopyThread(threading.Thread):
                 copy.event.end()
             except BaseException as error:  # the edge of this thread: whoever waits must hear of it
                 copy.event.end(error)
+
+    def _next(self) -> _Copy | None:
+        """Wait for a copy; None when there will be no more."""
+        has_more = self._direction is Direction.STORE
+        while True:
+            with self._wake:
+                if not self._queue and not self._closing:
+                    self._wake.wait(TOUCH_PAUSE_S if has_more else None)
+                if self._queue:
+                    return heapq.heappop(self._queue)
+                if self._closing:
+                    return None
+            has_more = has_more and self._host.touch_ahead()
 
     def take_seconds(self) -> float:
         seconds, self._seconds = self._seconds, 0.0
@@ -144,6 +159,7 @@ class _CopyThread(threading.Thread):
                 host_part = host[first : first + len(blocks)]
                 if self._direction is Direction.STORE:
                     np.take(device, blocks, out=host_part, mode="clip")
+                    self._host.used(first + len(blocks))
                 else:
                     np.put(device, blocks, host_part, mode="clip")
 

@@ -7,10 +7,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from layerkv.core.geometry import KVGeometry
 from layerkv.device import libc
+from layerkv.device.touch_ahead import TouchAhead
 
 _LAYER_ALIGNMENT_BYTES = 4096
 
@@ -32,6 +34,7 @@ class MmapHostMemory:
         size = max(geometry.num_layers * self.layer_bytes, 1)
         self._address = libc.reserve(size)
         self._view = (ctypes.c_int8 * size).from_address(self._address)
+        self._ahead = TouchAhead(geometry.num_layers, self.layer_bytes)
         self._before_unmap: list[Callable[[], Any]] = []
         weakref.finalize(self._view, _release, self._address, size, self._before_unmap).atexit = False
 
@@ -42,6 +45,23 @@ class MmapHostMemory:
     def address(self, layer: int, block: int) -> int:
         """Address of ``block`` of ``layer``; valid while this object lives."""
         return self._address + layer * self.layer_bytes + block * self._page_bytes
+
+    def used(self, num_blocks: int) -> None:
+        """The first ``num_blocks`` host blocks have been stored to. From the thread that touches."""
+        self._ahead.used(num_blocks * self._page_bytes)
+
+    def touch_ahead(self) -> bool:
+        """Touch a little of what is used next; False when there is nothing to touch.
+
+        From the one thread that writes here: it writes what it finds.
+        """
+        if (stretch := self._ahead.take()) is None:
+            return False
+        first = stretch.layer * self.layer_bytes + stretch.offset
+        part = np.ctypeslib.as_array(self._view)[first : first + stretch.num_bytes]
+        # Not MADV_POPULATE_WRITE: whoever maps memory in this process waits for that, and for no page fault.
+        np.bitwise_or(part, 0, out=part)
+        return True
 
     def wait_pinned(self, timeout_s: float) -> bool:
         """True: on the CPU there is nothing to pin."""

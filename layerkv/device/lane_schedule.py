@@ -13,8 +13,8 @@ they have in the docs:
    The first layers of a step wait likewise for the last stores of the step before.
 5. blocks that a park frees are stored before this step's compute may overwrite them.
 6. a fetch begins after every store submitted so far, among them the request's own last one.
-7. stores ahead of a park run in the background; a step that settles waits for all of them first, before it reads
-   what they wrote, writes where they write, or computes over what they read.
+7. stores ahead of a park and of prefixes run in the background; a step that settles waits for all of them first,
+   before it reads what they wrote, writes where they write, or computes over what they read.
 8. a cached prefix is loaded after every store submitted so far, and before this step's compute reads it. Of a layered
    prompt it is loaded layer by layer: by rules 2 and 3, and after the last store into each host block that it reads.
 

@@ -85,7 +85,9 @@ class LayerKVManager(FullAttentionManager):
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Give the request slots for ``num_tokens``, from the zone if it is layered."""
         if self._ledger is None or not self._ledger.is_layered(request_id):
-            return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+            new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+            self._gave_out(new)
+            return new
         return self._take_from_zone(self._ledger.zone, request_id, num_tokens)
 
     def allocate_external_computed_blocks(
@@ -98,12 +100,18 @@ class LayerKVManager(FullAttentionManager):
     ) -> None:
         """Blocks to load a cached prefix into, from the zone if the request is layered."""
         if self._ledger is None or not self._ledger.is_layered(request_id):
+            num_held = len(self.req_to_blocks[request_id])
             super().allocate_external_computed_blocks(
                 request_id, num_local_computed_tokens, num_external_computed_tokens, *args, **kwargs
             )
+            self._gave_out(self.req_to_blocks[request_id][num_held:])
         else:
             num_tokens = num_local_computed_tokens + num_external_computed_tokens
             self._take_from_zone(self._ledger.zone, request_id, num_tokens)
+
+    def _gave_out(self, new: Sequence[KVCacheBlock]) -> None:
+        if new and self._ledger is not None:
+            self._ledger.gave_out([block.block_id for block in new])
 
     def _take_from_zone(self, zone: ZoneLedger, request_id: str, num_tokens: int) -> list[KVCacheBlock]:
         held = self.req_to_blocks[request_id]

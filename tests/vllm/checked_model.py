@@ -64,7 +64,8 @@ class _Known:
 
 
 class CheckedWorker:
-    """See the module. All copies of a step are made in it, those of a fetch ``fetch_steps`` steps after it began.
+    """See the module. All copies of a step are made in it, those of a fetch ``fetch_steps`` steps after it began; those
+    in the background as late as they may be: when a step settles, or something that they write is loaded.
 
     Lane-zone blocks are overwritten after each step, as other layers would; memory nobody wrote is poisoned.
     """
@@ -78,6 +79,7 @@ class CheckedWorker:
         self._fetch_steps, self._gets_all_tokens = fetch_steps, gets_all_tokens
         self._known: dict[str, _Known] = {}
         self._fetching: list[tuple[int, str, tuple[BlockRun, ...], bool]] = []  # (steps left, ...)
+        self._background: list[BlockRun] = []
 
     def run(
         self, scheduled: Any, *, fail_hits: bool = False, fail_zone_hits: bool = False, fail_fetches: bool = False
@@ -89,7 +91,9 @@ class CheckedWorker:
 
         plan: StepPlan = scheduled.kv_connector_metadata.plan
         invalid: set[int] = set()
-        self._store(plan.ahead)
+        if plan.settle:
+            self.end_background_stores()
+        self._background += plan.ahead
         self._store(plan.parks)
         self._load(plan.hits, invalid if fail_hits else None)
         self._load(plan.loads, None)
@@ -117,6 +121,11 @@ class CheckedWorker:
             sampled_token_ids=list(sampled.values()),
             kv_connector_output=None if received.is_empty() else received,
         )
+
+    def end_background_stores(self) -> None:
+        """Those that were planned so far."""
+        self._store(self._background)
+        self._background = []
 
     def _compute(self, scheduled: Any) -> dict[str, list[int]]:
         for name in scheduled.finished_req_ids:
@@ -155,7 +164,9 @@ class CheckedWorker:
         for device, host, length in runs:
             self.host[host : host + length] = self.device[device : device + length]
 
-    def _load(self, runs: Iterable[BlockRun], failed: set[int] | None) -> None:
+    def _load(self, runs: Sequence[BlockRun], failed: set[int] | None) -> None:
+        if not host_blocks(runs).isdisjoint(host_blocks(self._background)):
+            self.end_background_stores()
         for device, host, length in runs:
             self.device[device : device + length] = POISON if failed is not None else self.host[host : host + length]
             if failed is not None:

@@ -258,6 +258,7 @@ class HandEngine:
         """
         from vllm.v1.core.kv_cache_utils import get_block_hash
 
+        self.worker.end_background_stores()
         expected: dict[Any, np.ndarray] = {}
         for request in self.requests.values():
             kv = truth(request.all_token_ids)

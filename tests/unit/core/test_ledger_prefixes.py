@@ -24,7 +24,8 @@ def test_the_whole_blocks_of_a_request_that_ends_are_stored_and_nobody_holds_the
     ledger = make_ledger()
     finished(ledger, "a", (4, 5, 6), ["h0", "h1"], 2 * TOKENS + 3)
     assert ledger.num_host_blocks_used == 0
-    assert set(pairs(ledger.take_plan(0).parks)) == {4, 5}
+    plan = ledger.take_plan(0)
+    assert (set(pairs(plan.ahead)), plan.parks, plan.settle) == ({4, 5}, (), False)
     assert ledger.host.num_free == ledger.host.count
     ledger.check()
 
@@ -34,7 +35,7 @@ def test_only_what_no_prefix_has_is_stored() -> None:
     finished(ledger, "a", (4, 5), ["h0", "h1"], 2 * TOKENS)
     ledger.take_plan(0)
     finished(ledger, "b", (4, 5, 7), ["h0", "h1", "h2"], 3 * TOKENS)
-    assert set(pairs(ledger.take_plan(0).parks)) == {7}
+    assert set(pairs(ledger.take_plan(0).ahead)) == {7}
     assert ledger.counters.prefix_stored_blocks == 3
 
 
@@ -42,7 +43,7 @@ def test_a_prompt_that_begins_alike_loads_what_the_device_has_not() -> None:
     ledger = make_ledger()
     hashes = ["h0", "h1", "h2"]
     finished(ledger, "a", (4, 5, 6), hashes, 3 * TOKENS)
-    kept = pairs(ledger.take_plan(0).parks)
+    kept = pairs(ledger.take_plan(0).ahead)
     ledger.add("b")
     assert ledger.num_prefix_blocks("b", [*hashes, "h3"], range(1, 4)) == 2
     ledger.load_prefix("b", (4, 8, 9, 10), [*hashes, "h3"], range(1, 3))
@@ -75,7 +76,7 @@ def starts_with_a_prefix(
 def test_a_layered_prompt_shares_what_is_cached_and_loads_it_first_into_all_layers_then_as_what_it_computed() -> None:
     ledger = make_ledger()
     finished(ledger, "a", (4, 5), ["h0", "h1"], 2 * TOKENS)
-    kept = pairs(ledger.take_plan(0).parks)
+    kept = pairs(ledger.take_plan(0).ahead)
     table = starts_with_a_prefix(ledger, "b", 4, ["h0", "h1", "h2"])
     assert ledger.residency["b"] is LAYERED
     assert ledger.num_host_blocks_used == 4
@@ -134,7 +135,7 @@ def test_what_a_prompt_shares_and_is_to_write_becomes_its_own_or_it_does_not_sta
     for num_host_blocks, is_short in ((5, False), (4, True)):
         ledger = make_ledger(num_host_blocks)
         finished(ledger, "a", (4, 5, 6), ["h0", "h1", "h2"], 3 * TOKENS)
-        cached = pairs(ledger.take_plan(0).parks)
+        cached = pairs(ledger.take_plan(0).ahead)
         ledger.add("b")
         ledger.admit_layered("b", table_blocks=3, zone_blocks=2, hashes=["h0", "h1", "h2"])
         ledger.host._forget([cached[4]])
@@ -207,7 +208,7 @@ def test_as_much_of_a_prefix_is_kept_as_host_memory_has_room_for() -> None:
     ledger = make_ledger(num_host_blocks=3)
     layered(ledger, "x", 2)
     finished(ledger, "a", (4, 5, 6), ["h0", "h1", "h2"], 3 * TOKENS)
-    assert set(pairs(ledger.take_plan(0).parks)) == {4}
+    assert set(pairs(ledger.take_plan(0).ahead)) == {4}
     ledger.check()
 
 
@@ -278,16 +279,17 @@ def test_a_fetched_requests_copy_stays_as_a_prefix() -> None:
     ledger.check()
 
 
-def test_what_was_stored_ahead_becomes_a_prefix_and_the_next_step_settles() -> None:
+def test_what_was_stored_ahead_becomes_a_prefix_and_nobody_waits() -> None:
     ledger = make_ledger()
     resident(ledger, "r")
     ledger.store_ahead("r", (1, 2, 3), 2 * TOKENS)
     ledger.take_plan(1)
     ledger.finish("r", hashes=["h0", "h1", "h2"], block_ids=(1, 2, 3), num_computed=3 * TOKENS)
     plan = ledger.take_plan(1)
-    assert plan.settle
-    assert set(pairs(plan.parks)) == {3}
+    assert (set(pairs(plan.ahead)), plan.parks, plan.settle) == ({3}, (), False)
     assert ledger.host.num_cached == 3
+    ledger.gave_out([2])
+    assert ledger.take_plan(1).settle, "its store ahead may not have read it"
     ledger.check()
 
 
