@@ -13,8 +13,8 @@ from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan
 class PlanDraft:
     """See :class:`StepPlan`; stores ahead by request, because one may be parked before its store has begun.
 
-    ``prefixes`` is what requests that ended left in the pool: stored in the background too, unless this very step writes
-    over it.
+    ``prefixes`` is what requests that ended left in the pool: stored in the background too, unless this very step
+    writes over it.
     """
 
     parks: list[BlockRun] = field(default_factory=list)

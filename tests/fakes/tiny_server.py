@@ -145,7 +145,7 @@ class TinyServer:
             request.block_ids = self.ledger.zone.take(request_id, found)
         else:
             found = self.ledger.num_prefix_blocks(request_id, hashes, range(last))
-            request.block_ids = self.pool.take(found)
+            request.block_ids = self._take_from_pool(found)
             self._users.update(dict.fromkeys(request.block_ids, 1))
         if found:
             self.ledger.load_prefix(request_id, tuple(request.block_ids), hashes, range(found))
@@ -173,7 +173,7 @@ class TinyServer:
         """Fetch a parked request, the first `num_shared` blocks of which another one has in the pool."""
         request = self.requests[request_id]
         shared = self.requests[prefix_of].block_ids[:num_shared] if prefix_of is not None else []
-        new = self.pool.take(self.blocks(request.num_computed + 1) - len(shared))
+        new = self._take_from_pool(self.blocks(request.num_computed + 1) - len(shared))
         for block in shared:
             self._users[block] += 1
         self._users.update(dict.fromkeys(new, 1))
@@ -272,7 +272,7 @@ class TinyServer:
         if missing > 0 and ledger.is_layered(request_id):
             request.block_ids += ledger.zone.take(request_id, missing)
         elif missing > 0:
-            new = self.pool.take(missing)
+            new = self._take_from_pool(missing)
             self._users.update(dict.fromkeys(new, 1))
             request.block_ids += new
         ledger.started(request_id)
@@ -284,6 +284,11 @@ class TinyServer:
         row = Row(request_id, tuple(request.block_ids), tuple(request.token_ids[:num_after]), request.num_computed)
         request.num_computed = num_after
         return row
+
+    def _take_from_pool(self, num_blocks: int) -> list[int]:
+        blocks = self.pool.take(num_blocks)
+        self.ledger.gave_out(blocks)
+        return blocks
 
     def _free(self, block_ids: Sequence[int]) -> None:
         in_zone = [block for block in block_ids if self.geometry.is_zone_block(block)]

@@ -306,6 +306,19 @@ def prefix_found_in_host_memory(server: TinyServer) -> None:
     server.end()
 
 
+def prefix_overwritten_in_the_step_after_its_store(server: TinyServer) -> None:
+    server.arrive("a", 14, layered=False)
+    server.step(a=14)
+    said = server.finish("a", keeps=True)
+    server.step()
+    server.arrive("x", 40, layered=False)
+    server.step(x=40)
+    server.finish("x")
+    assert server.arrive_again("b", said, 21) == 3
+    server.step(b=9)
+    server.end()
+
+
 def prefix_found_in_the_step_that_stores_it(server: TinyServer) -> None:
     server.arrive("a", 17, layered=False)
     server.step(a=17)
@@ -498,6 +511,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     aborted_while_fetching,
     host_blocks_of_an_aborted_prompt_reused,
     prefix_found_in_host_memory,
+    prefix_overwritten_in_the_step_after_its_store,
     prefix_found_in_the_step_that_stores_it,
     prefix_loaded_into_blocks_finished_in_the_same_step,
     prefix_of_parked_and_fetched_requests,

@@ -95,8 +95,8 @@ class DeafEngine:
             ("4, across steps, with loads", "load"): {"store"} if is_first_of_lane else set(),
             ("6", "fetch"): {"store", "park"},
             ("6, for compute", "fetch"): {"compute"},
-            ("8, for stores", "hit"): {"store", "park"},
-            ("8, layered", "load"): {"park"},
+            ("8, for stores", "hit"): {"store", "park", "ahead"},
+            ("8, layered", "load"): {"ahead"},
             ("8, for compute", "hit"): {"compute"},
         }.get((self._rule, kind), set())
         heard = [event for event in after if self._kinds[id(event)] not in deaf_to]
@@ -110,7 +110,7 @@ class DeafEngine:
     def wait_compute(self, event: Event) -> None:
         kind = self._kinds[id(event)]
         within_step = "4, across steps" if self._is_between_steps else "4"
-        rule = self._rule.removesuffix(", for host blocks")
+        rule = self._rule.removesuffix(", for host blocks").removesuffix(", for prefixes")
         if rule == {"load": "3", "store": within_step, "park": "5", "ahead": "7", "hit": "8"}.get(kind):
             self.num_ignored += 1
         else:
@@ -136,6 +136,7 @@ MUTANTS = {
     "6, for compute": scenarios.fetched_into_blocks_finished_in_the_same_step,
     "7": scenarios.stored_ahead_and_overwritten_in_the_step_that_parks,
     "7, for host blocks": scenarios.host_blocks_stored_ahead_given_to_others,
+    "7, for prefixes": scenarios.prefix_overwritten_in_the_step_after_its_store,
     "8": scenarios.prefix_found_in_host_memory,
     "8, for stores": scenarios.prefix_found_in_the_step_that_stores_it,
     "8, for compute": scenarios.prefix_loaded_into_blocks_finished_in_the_same_step,
