@@ -41,6 +41,7 @@ class MetricSpec:
 
 _DIRECTIONS = ("store", "load")
 COPY_WAIT = "layerkv_copy_wait_seconds"
+DECIDE_TIME = "layerkv_decide_seconds"
 
 METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("layerkv_requests", "gauge", "Requests by residency of their KV.", "residency"),
@@ -77,7 +78,7 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("layerkv_zone_blocks_used", "gauge", "Lane-zone blocks in use."),
     MetricSpec("layerkv_zone_blocks", "gauge", "Lane-zone blocks in all."),
     MetricSpec("layerkv_admission_wait_seconds", "histogram", "Arrival to first compute.", None, _SECONDS),
-    MetricSpec("layerkv_decide_seconds", "counter", "Seconds spent deciding and applying decisions, all steps."),
+    MetricSpec(DECIDE_TIME, "counter", "Seconds spent deciding and applying decisions, all steps."),
     MetricSpec(
         "layerkv_prefill_backlog_seconds",
         "gauge",
@@ -144,6 +145,10 @@ class MetricSamples:
 
     def __bool__(self) -> bool:
         return bool(self.counters or self.gauges or self.histograms)
+
+    def has_more_than(self, counter: str) -> bool:
+        """Whether anything is here but that counter."""
+        return bool(self.gauges or self.histograms or self.counters.keys() - {counter})
 
     def take(self) -> Payload:
         """The samples as a payload; this object is empty afterwards."""

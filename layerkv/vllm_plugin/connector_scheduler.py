@@ -11,7 +11,7 @@ from layerkv.core.ledger import KVLedger, LedgerCounters
 from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan
 from layerkv.errors import IncompatibleVLLMError
-from layerkv.metrics import MetricSamples, Payload
+from layerkv.metrics import DECIDE_TIME, MetricSamples, Payload
 from layerkv.runtime import checks_books
 from layerkv.scheduler.desk import Desk
 from layerkv.scheduler.reasons import End
@@ -201,11 +201,11 @@ class SchedulerSide:
         assert not gone, f"requests that vLLM no longer has are in the books: {', '.join(gone)}"
 
     def take_metrics(self) -> Payload | None:
-        """What changed since the last call; None if nothing did."""
+        """What changed since the last call; None if nothing did but that steps were decided, which is told later."""
         self._streams.report(self.metrics)
         ledger, counters = self.ledger, self.ledger.counters
         version = (ledger.residency.version, ledger.zone.num_taken, ledger.host.num_held, ledger.host.num_cached)
-        if version == self._reported_version and not self.metrics:
+        if version == self._reported_version and not self.metrics.has_more_than(DECIDE_TIME):
             return None
         self._reported_version = version
         for field, name in _COUNTED.items():

@@ -13,6 +13,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from layerkv.core.residency import Residency
 from layerkv.errors import CapacityError
+from layerkv.metrics import DECIDE_TIME
 from layerkv.scheduler.prefill import prefill_share
 from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import Decision, Snapshot
@@ -81,7 +82,7 @@ class Execution:
             s.max_num_active_reqs,
         )
         held: list[Request] = []
-        self._metrics.add("layerkv_decide_seconds", time.monotonic() - now_s)
+        self._metrics.add(DECIDE_TIME, time.monotonic() - now_s)
         try:
             held = limit_prefill(s, snapshot, decision)
             if is_paused:

@@ -39,3 +39,18 @@ def test_no_step_waits_for_a_prefix_while_the_pool_has_other_blocks(tiny_model: 
     engine.run()
     assert engine.ledger.counters.prefix_stored_blocks > 12
     assert not any(plan.settle or plan.parks for plan in plans)
+
+
+def test_a_step_that_changed_nothing_tells_nobody(tiny_model: Path) -> None:
+    engine = HandEngine(tiny_model, max_num_seqs=2)
+    add_prompts(engine, 4)
+    side = engine.scheduler.connector.scheduler_side
+    take_metrics, told = side.take_metrics, []
+    side.take_metrics = lambda: told.append(take_metrics())
+    for _ in range(6):
+        engine.step()
+    assert told[0] is not None
+    assert told[2:] == [None] * 4
+    engine.run()
+    with_time = [payload for payload in told[6:] if payload and "layerkv_decide_seconds" in payload["counters"]]
+    assert with_time, "it is told with what happens next"
