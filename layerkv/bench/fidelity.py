@@ -26,6 +26,7 @@ from rich.table import Table
 
 from layerkv.bench import records
 from layerkv.bench.board import ProgressBoard
+from layerkv.bench.engine_args import layerkv_connector, tiny_engine_args
 from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, LoadSpec, PlannedRequest
 from layerkv.bench.machine import measured_here
 from layerkv.bench.policy_file import write_policy
@@ -130,29 +131,22 @@ def _run_real(
 def _spec(config: SimConfig, name: str, load: Sequence[SimRequest], seed: int, folder: Path) -> records.EngineSpec:
     config = with_memory_of(config, name, load)
     longest = max(request.prompt_tokens for request in load)
-    args: dict[str, Any] = {
-        "model": str(make_tiny_model(SHAPE, folder / "models")),
-        "dtype": "float32",
-        "block_size": config.block_tokens,
-        "max_model_len": config.max_model_len,
-        "max_num_batched_tokens": config.max_num_batched_tokens,
-        "max_num_seqs": config.max_num_seqs,
-        "enforce_eager": True,
-        "enable_prefix_caching": False,  # prompts are random, and the simulator has no prefix cache
-        "kv_cache_memory_bytes": config.kv_memory_bytes,
-        "seed": 0,
-    }
+    args = tiny_engine_args(
+        make_tiny_model(SHAPE, folder / "models"),
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        kv_bytes=config.kv_memory_bytes,
+        block_size=config.block_tokens,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_prefix_caching=False,  # prompts are random, and the simulator has no prefix cache
+    )
     is_ours = name.startswith("layerkv")
     if is_ours:
         extra: dict[str, Any] = {"host_memory": config.host_memory_bytes, "lanes": config.lanes}
         extra["policy"] = str(write_policy(policy_of(config.policy, name), folder / "slo.yaml"))
         if config.zone_tokens is not None:
             extra["zone_tokens"] = config.zone_tokens
-        args["kv_transfer_config"] = {
-            "kv_connector": "LayerKVConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": extra,
-        }
+        args["kv_transfer_config"] = layerkv_connector(**extra)
     elif name == "stock-watermark":
         args["watermark"] = WATERMARK
     shape = SHAPES[SHAPE]

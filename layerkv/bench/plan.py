@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from layerkv.bench.engine_args import BLOCK_TOKENS, layerkv_connector, tiny_engine_args
 from layerkv.bench.load import LoadSpec
 from layerkv.bench.records import EngineSpec
 from layerkv.bench.tiny_model import ModelShape
 from layerkv.errors import ConfigError
 
 ENGINE_NAMES = ("stock", "layerkv", "oracle")
-BLOCK_TOKENS = 32
-MAX_BATCHED_TOKENS = 2048
 # KV memory of stock and layerkv, in requests of mean final length: the shortage that the demo is about.
 POOL_REQUESTS = 4
 
@@ -66,27 +65,12 @@ def engine_specs(names: Sequence[str], model_dir: Path, shape: ModelShape, load:
     scarce_bytes = _kv_bytes(shape, math.ceil(POOL_REQUESTS * load.mean_context_tokens))
     # Room for every request at its longest and, since vLLM keeps a block and a watermark back, one more.
     plentiful_bytes = _kv_bytes(shape, (load.num_requests + 1) * load.max_context_tokens)
-    common = {
-        "model": str(model_dir),
-        "dtype": "float32",
-        "block_size": BLOCK_TOKENS,
-        "max_model_len": load.max_context_tokens,
-        "max_num_batched_tokens": MAX_BATCHED_TOKENS,
-        "max_num_seqs": load.num_requests,
-        "enforce_eager": True,
-        "enable_prefix_caching": True,  # vLLM's default
-        "seed": 0,
-    }
+    common = tiny_engine_args(
+        model_dir, max_model_len=load.max_context_tokens, max_num_seqs=load.num_requests, kv_bytes=scarce_bytes
+    )
     differing: dict[str, dict[str, Any]] = {
-        "stock": {"kv_cache_memory_bytes": scarce_bytes},
-        "layerkv": {
-            "kv_cache_memory_bytes": scarce_bytes,
-            "kv_transfer_config": {
-                "kv_connector": "LayerKVConnector",
-                "kv_role": "kv_both",
-                "kv_connector_extra_config": {"host_memory": plentiful_bytes},
-            },
-        },
+        "stock": {},
+        "layerkv": {"kv_transfer_config": layerkv_connector(host_memory=plentiful_bytes)},
         "oracle": {"kv_cache_memory_bytes": plentiful_bytes},
     }
     return [EngineSpec(name=name, engine_args=common | differing[name], load=load) for name in names]

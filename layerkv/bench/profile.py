@@ -20,6 +20,7 @@ from rich.table import Table
 
 import layerkv
 from layerkv.bench import records
+from layerkv.bench.engine_args import layerkv_connector, tiny_engine_args
 from layerkv.bench.engine_run import ENGINE_ENV
 from layerkv.bench.fit import FitError, fit_copies, fit_profile, prediction_error
 from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
@@ -150,32 +151,16 @@ def _engine_args(model: str | None, theirs: Mapping[str, Any], folder: Path) -> 
     extra = transfer.get("kv_connector_extra_config") or {}
     ours = {
         "async_scheduling": False,
-        "kv_transfer_config": {
-            "kv_connector": "LayerKVConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {
-                **extra,
-                "mode": "auto",
-                "compare": {"mode": "layered"},
-                "policy": str(policy),
-            },
-        },
+        "kv_transfer_config": layerkv_connector(
+            **{**extra, "mode": "auto", "compare": {"mode": "layered"}, "policy": str(policy)}
+        ),
     }
     return {**base, **theirs, **ours}
 
 
 def _tiny_engine(folder: Path) -> dict[str, Any]:
-    return {
-        "model": str(make_tiny_model(TINY_MODEL, folder)),
-        "dtype": "float32",
-        "block_size": 32,
-        "max_model_len": 4096,
-        "max_num_batched_tokens": 2048,
-        "max_num_seqs": 64,
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": TINY_POOL_TOKENS * SHAPES[TINY_MODEL].kv_bytes_per_token,
-        "seed": 0,
-    }
+    kv_bytes = TINY_POOL_TOKENS * SHAPES[TINY_MODEL].kv_bytes_per_token
+    return tiny_engine_args(make_tiny_model(TINY_MODEL, folder), max_model_len=4096, max_num_seqs=64, kv_bytes=kv_bytes)
 
 
 def _spec(engine_args: dict[str, Any], *, quick: bool) -> ProfileSpec:
