@@ -135,9 +135,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_suite(benchmarks)
     overhead = benchmarks.add_parser(
         "overhead",
-        help="host time that scheduling adds to a step",
-        description="Measure the host time that layerkv's scheduling adds to one engine step.",
+        help="what a step costs beside stock vLLM, at full speed",
+        description="Run stock vLLM and layerkv side by side on the CPU, at full speed: a closed loop of 1 to 256 "
+        "requests with KV memory for all, a load that saturates a small pool, and one that fills all slots. Says "
+        "tokens per second against stock's, and the host time of a step by stage.",
     )
+    overhead.add_argument("--only", choices=("closed_loop", "saturated", "slots"), help="this part alone")
+    overhead.add_argument("--model", choices=("demo", "test"), help="this tiny model alone (test has 6 layers)")
+    overhead.add_argument("--rounds", type=int, default=3, metavar="N", help="how often (%(default)s)")
     overhead.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     overhead.set_defaults(run=_overhead)
     fidelity = benchmarks.add_parser(
@@ -174,7 +179,7 @@ def _add_suite(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "run",
         help="a case: the same load through several real servers",
         description="Start each engine of a case as a real OpenAI-compatible server (`vllm serve`), drive the case's "
-        "load through it, open loop, seed by seed, and compare. A suite file (benchmarks/cases/all.yaml) names several "
+        "load through it, seed by seed, and compare. A suite file (benchmarks/cases/all.yaml) names several "
         "cases; --json and --html are then folders. Exit status 1: an engine failed, or tokens differ.",
     )
     run.add_argument("case", type=Path, metavar="CASE.yaml", help="such as benchmarks/cases/rate_sweep.yaml")
@@ -337,7 +342,7 @@ def _transfer(arguments: argparse.Namespace) -> int:
 def _overhead(arguments: argparse.Namespace) -> int | None:
     from layerkv.bench.overhead import run_overhead
 
-    return run_overhead(arguments.json)
+    return run_overhead(arguments.json, rounds=arguments.rounds, only=arguments.only, model=arguments.model)
 
 
 def _fail(reason: object, *, status: int) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerkv.bench.child import ReportProgress, run_spec
 from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, LoadSpec, PlannedRequest, make_load
-from layerkv.bench.probes import EngineCounters, QueueTimer, StateLog, StepTimer
+from layerkv.bench.probes import EngineCounters, StateLog, StepTimer
 from layerkv.bench.records import (
     EngineRun,
     EngineSpec,
@@ -46,7 +46,6 @@ ENGINE_ENV = MappingProxyType(
 PROGRESS_INTERVAL_S = 1.0
 NUM_WARM_UP_REQUESTS = 3
 WARM_UP_OUTPUT_TOKENS = 8
-MAX_DEEP_STEPS = 200
 
 
 @dataclass(slots=True)
@@ -79,13 +78,13 @@ def _warm_up(engine: LLMEngine, load: LoadSpec) -> None:
         warm_up = PlannedRequest(
             request_id=f"warm-up-{index}", arrival_s=0.0, prompt=prompt, output_tokens=WARM_UP_OUTPUT_TOKENS
         )
-        _add_request(engine, warm_up)
+        add_request(engine, warm_up)
     while engine.has_unfinished_requests():
         engine.step()
     engine.reset_prefix_cache(reset_connector=True)
 
 
-def _add_request(engine: LLMEngine, request: PlannedRequest) -> str:
+def add_request(engine: LLMEngine, request: PlannedRequest) -> str:
     """Hands over a request and returns vLLM's internal id for it (the given one with a random suffix)."""
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input
@@ -113,17 +112,14 @@ def _drive(engine: LLMEngine, spec: EngineSpec, report_progress: ReportProgress)
     timer = StepTimer()
     engine.apply_model(timer.watch)
     state_log = StateLog.attach(engine)
-    queue_timer = QueueTimer(spec.deep_queue or 0)
-    if spec.deep_queue is not None:
-        queue_timer.watch(engine)
     counters_before = EngineCounters.read()
     start_s = time.monotonic()
     next_report_s = start_s
-    while (pending or engine.has_unfinished_requests()) and len(queue_timer.schedule_s) < MAX_DEEP_STEPS:
+    while pending or engine.has_unfinished_requests():
         now_s = time.monotonic()
         while pending and start_s + pending[0].arrival_s <= now_s:
             request = pending.popleft()
-            internal_ids[request.request_id] = _add_request(engine, request)
+            internal_ids[request.request_id] = add_request(engine, request)
         if engine.has_unfinished_requests():
             num_done += _step(engine, flights, timer, state_log)
         else:
@@ -150,7 +146,6 @@ def _drive(engine: LLMEngine, spec: EngineSpec, report_progress: ReportProgress)
         num_steps=timer.num_steps,
         step_s=timer.mean_step_s,
         host_s_per_step=timer.mean_host_s,
-        schedule_s=queue_timer.schedule_s,
     )
 
 

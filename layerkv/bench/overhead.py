@@ -1,104 +1,138 @@
-"""What layerkv costs where it has nothing to do: `layerkv bench overhead`.
+"""What layerkv costs beside stock vLLM with the same KV memory, at full speed: `layerkv bench overhead`.
 
-Runs in the command's process; engines run in processes of their own, one after the other. Two questions:
-with KV memory for everybody, how do throughput and TTFT compare with stock vLLM, with short steps (under 10 ms)
-and with long ones; and what does a step's scheduling cost with 500 requests queued. Rounds alternate the order of
-the engines, and a ratio is taken within a round, so that a machine that drifts hits both alike.
+Runs in the command's process; each engine runs in a process of its own that it shares with nobody
+(:mod:`layerkv.bench.overhead_engine`). The engines are never asked for less than they can do, so that throughput shows
+what a step costs. Three parts, on two models:
+
+- closed loop: n requests at once and KV memory for all of them: layerkv has nothing to decide;
+- saturated: requests come faster than they can be served, and the pool is short;
+- slots: more requests than `max_num_seqs`, and KV memory for all of them.
+
+A round starts stock vLLM and layerkv afresh, side by side, and gives both the same bursts of requests, one engine idle
+while the other works; every second round has the order turned around. Ratios are taken within a round.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, median
-from typing import Any
+from random import Random
+from statistics import median
+from typing import Any, TypeAlias
 
 import msgspec
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-import layerkv
 from layerkv.bench import records
-from layerkv.bench.board import ProgressBoard
-from layerkv.bench.load import LoadSpec
+from layerkv.bench.engine_args import BLOCK_TOKENS, layerkv_connector, tiny_engine_args
+from layerkv.bench.load import FIRST_ORDINARY_TOKEN_ID, PlannedRequest
 from layerkv.bench.machine import Machine, measured_here
-from layerkv.bench.supervise import run_engine
+from layerkv.bench.overhead_engine import STAGES, Stretch, Turn
+from layerkv.bench.supervise import child_env, end_child, ended_badly
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
+from layerkv.errors import LayerKVError
+from layerkv.figures import percentile
 
-NUM_ROUNDS = 3
-DEEP_QUEUE = 500
+ENGINES = ("stock", "layerkv")
+MODELS = ("demo", "test")
+
+CLOSED_OUTPUT_TOKENS = {1: 500, 8: 500, 32: 500, 128: 200, 256: 200}
+CLOSED_PROMPT_TOKENS = 32
+# Short turns, because machines drift within seconds.
+TURN_STEPS = 20
+SATURATED_REQUESTS, SATURATED_SPAN_S, SATURATED_BLOCKS = 120, 3.6, 72
+SLOTS_REQUESTS, NUM_SLOTS = 48, 4
+SHORT_PROMPT_TOKENS, LONG_PROMPT_TOKENS = 300, 700
+
+Round: TypeAlias = Mapping[str, list[Stretch]]
+"""By engine, its turns with one burst."""
 
 
 @dataclass(frozen=True, slots=True)
-class OverheadCase:
-    """One engine shape and load, run on stock vLLM and on layerkv with the same KV memory."""
+class Part:
+    """Engines of one size and what they get in one round: by how many they are, `bursts` of requests.
 
-    name: str
-    shape: str
-    load: LoadSpec
-    kv_requests: float
-    max_batched_tokens: int = 2048
-    max_num_seqs: int = 64
-    deep_queue: int | None = None
+    With `turn_steps` the engines take turns of so many steps, else one has the whole burst before the other.
+    """
 
-
-def overhead_cases() -> tuple[OverheadCase, ...]:
-    """Short steps, long steps, and a deep queue."""
-    vocab = SHAPES["demo"].vocab_size
-    return (
-        OverheadCase(
-            "short steps",
-            "demo",
-            LoadSpec(
-                num_requests=20, rate_per_s=2.0, prompt_tokens=(100, 300), output_tokens=(100, 150), vocab_size=vocab
-            ),
-            kv_requests=24,
-        ),
-        OverheadCase(
-            "long steps",
-            "demo",
-            LoadSpec(
-                num_requests=24, rate_per_s=6.0, prompt_tokens=(600, 1000), output_tokens=(150, 250), vocab_size=vocab
-            ),
-            kv_requests=30,
-        ),
-        OverheadCase(
-            "deep queue",
-            "test",
-            LoadSpec(
-                num_requests=700, rate_per_s=1e6, prompt_tokens=(150, 250), output_tokens=(400, 500), vocab_size=vocab
-            ),
-            kv_requests=4,
-            max_batched_tokens=512,
-            max_num_seqs=256,
-            deep_queue=DEEP_QUEUE,
-        ),
-    )
+    max_num_seqs: int
+    kv_blocks: int
+    bursts: Mapping[int, list[PlannedRequest]]
+    turn_steps: int | None = None
 
 
-class CaseResult(msgspec.Struct, kw_only=True):
-    """Medians over rounds. Ratios are layerkv / stock, within a round; `*_by_round` keep the single ones."""
+def parts(vocab_size: int) -> dict[str, Part]:
+    """The three parts, for a model of that vocabulary."""
+    rng = Random(0)
 
-    name: str
-    step_s: dict[str, float]
-    host_s_per_step: dict[str, float]
-    output_tokens_per_s: dict[str, float]
-    ttft_mean_s: dict[str, float]
+    def request(index: int, prompt_tokens: int, output_tokens: int, arrival_s: float = 0.0) -> PlannedRequest:
+        prompt = rng.choices(range(FIRST_ORDINARY_TOKEN_ID, vocab_size), k=prompt_tokens)
+        return PlannedRequest(request_id=f"r{index}", arrival_s=arrival_s, prompt=prompt, output_tokens=output_tokens)
+
+    closed = {n: [request(i, CLOSED_PROMPT_TOKENS, k) for i in range(n)] for n, k in CLOSED_OUTPUT_TOKENS.items()}
+    saturated = [
+        request(
+            i,
+            LONG_PROMPT_TOKENS if i % 8 == 7 else SHORT_PROMPT_TOKENS,
+            rng.randint(40, 100),
+            i * SATURATED_SPAN_S / SATURATED_REQUESTS,
+        )
+        for i in range(SATURATED_REQUESTS)
+    ]
+    queued = [request(i, SHORT_PROMPT_TOKENS, rng.randint(40, 100)) for i in range(SLOTS_REQUESTS)]
+    return {
+        "closed_loop": Part(max(closed), _blocks_for_all(closed[max(closed)]), closed, TURN_STEPS),
+        "saturated": Part(SATURATED_REQUESTS, SATURATED_BLOCKS, {SATURATED_REQUESTS: saturated}),
+        "slots": Part(NUM_SLOTS, _blocks_for_all(queued), {SLOTS_REQUESTS: queued}),
+    }
+
+
+def _blocks_for_all(requests: Sequence[PlannedRequest]) -> int:
+    """For each to its end, and a tenth and one prompt more: layerkv's zone comes out of it."""
+    needed = sum(-(-(len(request.prompt) + request.output_tokens) // BLOCK_TOKENS) for request in requests)
+    return needed + needed // 10 + LONG_PROMPT_TOKENS // BLOCK_TOKENS
+
+
+class Comparison(msgspec.Struct, kw_only=True):
+    """Medians over rounds; `throughput_ratio` is layerkv / stock, `host_us` per step by engine and stage."""
+
+    model: str
     throughput_ratio: float
-    ttft_mean_ratio: float
     throughput_ratio_by_round: list[float]
-    ttft_mean_ratio_by_round: list[float]
-    schedule_s_median: dict[str, float] = {}
-    schedule_s_added: float | None = None
+    host_us: dict[str, dict[str, float]]
+
+
+class ClosedLoop(Comparison, kw_only=True):
+    """With `running` requests at once. Figures are medians over turns: most of a burst's steps are decodes of all."""
+
+    running: int
+    step_ms: dict[str, float]
+
+
+class Overload(Comparison, kw_only=True):
+    """Where requests wait. `long_ttft_p99_s` is of the long prompts alone, where there are some."""
+
+    wall_s: dict[str, float]
+    steps: dict[str, float]
+    tokens_per_step: dict[str, float]
+    ttft_p99_s: dict[str, float]
+    long_ttft_p99_s: dict[str, float] = {}
 
 
 class OverheadResult(msgspec.Struct, kw_only=True):
-    """What `--json` writes."""
+    """What `--json` writes. A part that was not run has no entries."""
 
-    schema: int = 1
-    cases: list[CaseResult]
+    schema: int = 2
+    closed_loop: list[ClosedLoop] = []
+    saturated: list[Overload] = []
+    slots: list[Overload] = []
     rounds: int
     command: str
     date: str
@@ -106,20 +140,29 @@ class OverheadResult(msgspec.Struct, kw_only=True):
     versions: dict[str, str]
 
 
-def run_overhead(json_path: Path | None, *, rounds: int = NUM_ROUNDS) -> int:
-    """Measure, print a table, and write JSON if asked to. Takes about two minutes per round.
+def run_overhead(json_path: Path | None, *, rounds: int, only: str | None = None, model: str | None = None) -> int:
+    """Measure, print tables, and write JSON if asked to; `only` one part, `model` one of `MODELS`.
 
     Returns:
         The command's exit status.
+
+    Raises:
+        LayerKVError: an engine failed.
     """
     console = Console()
+    result = OverheadResult(rounds=rounds, **measured_here())
     with tempfile.TemporaryDirectory(prefix="layerkv-overhead-") as folder:
-        results = [_run_case(case, Path(folder), rounds, console) for case in overhead_cases()]
-    result = OverheadResult(
-        cases=results,
-        rounds=rounds,
-        **measured_here(),
-    )
+        for shape_name in MODELS if model is None else (model,):
+            for name, part in parts(SHAPES[shape_name].vocab_size).items():
+                if only not in (None, name):
+                    continue
+                console.print(f"{shape_name}, {name}: {rounds} rounds")
+                for size, found in measure(part, shape_name, rounds, Path(folder)).items():
+                    if name == "closed_loop":
+                        result.closed_loop.append(closed_loop(shape_name, size, found))
+                    else:
+                        waiting = result.saturated if name == "saturated" else result.slots
+                        waiting.append(overload(shape_name, part.bursts[size], found))
     _print(result, console)
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,101 +170,156 @@ def run_overhead(json_path: Path | None, *, rounds: int = NUM_ROUNDS) -> int:
     return 0
 
 
-def _run_case(case: OverheadCase, folder: Path, rounds: int, console: Console) -> CaseResult:
-    runs: dict[str, list[records.EngineRun]] = {"stock": [], "layerkv": []}
-    rounds = 1 if case.deep_queue is not None else rounds
+def measure(part: Part, shape_name: str, rounds: int, folder: Path) -> dict[int, list[Round]]:
+    """The rounds of each burst; models and logs are in `folder`.
+
+    Raises:
+        LayerKVError: an engine failed; the message has the last lines of its log.
+    """
+    rounds_of: dict[int, list[Round]] = {size: [] for size in part.bursts}
     for number in range(rounds):
-        order = ("stock", "layerkv") if number % 2 == 0 else ("layerkv", "stock")
-        console.print(f"{case.name}: round {number + 1} of {rounds}")
-        with ProgressBoard(list(order), console) as board:
-            for name in order:
-                board.starts(name)
-                runs[name].append(_run_engine(case, name, folder, board))
-                board.ends(name, "done")
-    return _summarise(case, runs)
+        order = ENGINES if number % 2 == 0 else ENGINES[::-1]
+        with ExitStack() as stack:
+            engines = {name: stack.enter_context(_engine(part, shape_name, name, folder)) for name in order}
+            first = next(iter(part.bursts.values()))[0]
+            in_turns(engines, [msgspec.structs.replace(first, prompt=first.prompt[::-1], output_tokens=8)], None)
+            for size, requests in part.bursts.items():
+                rounds_of[size].append(in_turns(engines, requests, part.turn_steps))
+    return rounds_of
 
 
-def _run_engine(case: OverheadCase, name: str, folder: Path, board: ProgressBoard) -> records.EngineRun:
-    return run_engine(_spec(case, name, folder), folder, lambda line: board.advances(name, line))
+def in_turns(
+    engines: Mapping[str, Callable[[Turn], Stretch]], requests: list[PlannedRequest], steps: int | None
+) -> Round:
+    """The same burst through each engine, in turns of so many steps, or one after the other."""
+    stretches: dict[str, list[Stretch]] = {name: [] for name in engines}
+    busy, turn = list(engines), Turn(requests=requests, steps=steps)
+    while busy:
+        for name in busy:
+            stretches[name].append(engines[name](turn))
+        busy = [name for name in busy if not stretches[name][-1].is_last]
+        turn = Turn(steps=steps)
+    return stretches
 
 
-def _spec(case: OverheadCase, name: str, folder: Path) -> records.EngineSpec:
-    shape, load = SHAPES[case.shape], case.load
-    block_tokens = 32
-    kv_bytes = int(case.kv_requests * load.max_context_tokens) // block_tokens * block_tokens * shape.kv_bytes_per_token
-    args: dict[str, Any] = {
-        "model": str(make_tiny_model(case.shape, folder / "models")),
-        "dtype": "float32",
-        "block_size": block_tokens,
-        "max_model_len": load.max_context_tokens,
-        "max_num_batched_tokens": case.max_batched_tokens,
-        "max_num_seqs": case.max_num_seqs,
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": kv_bytes,
-        "seed": 0,
-    }
+@contextmanager
+def _engine(part: Part, shape_name: str, name: str, folder: Path) -> Iterator[Callable[[Turn], Stretch]]:
+    """Starts an engine, which is ready when its first turn is answered, and ends it."""
+    longest = max(len(r.prompt) + r.output_tokens for requests in part.bursts.values() for r in requests)
+    args = tiny_engine_args(
+        make_tiny_model(shape_name, folder / "models"),
+        max_model_len=longest,
+        max_num_seqs=part.max_num_seqs,
+        kv_bytes=part.kv_blocks * BLOCK_TOKENS * SHAPES[shape_name].kv_bytes_per_token,
+    )
     if name == "layerkv":
-        args["kv_transfer_config"] = {
-            "kv_connector": "LayerKVConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"host_memory": "2GiB"},
-        }
-    return records.EngineSpec(name=name, engine_args=args, load=load, deep_queue=case.deep_queue)
+        args["kv_transfer_config"] = layerkv_connector(host_memory="1GiB")
+    args_path, log_path = folder / f"{name}.args.json", folder / f"{name}.log"
+    args_path.write_bytes(msgspec.json.encode(args))
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "layerkv.bench.overhead_engine", str(args_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=child_env(),
+            start_new_session=True,
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    stdin, stdout = process.stdin, process.stdout
+
+    def run(turn: Turn) -> Stretch:
+        try:
+            stdin.write(msgspec.json.encode(turn) + b"\n")
+            stdin.flush()
+            answer = stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        if not answer:
+            failure = ended_badly(process.wait(), log_path)
+            raise LayerKVError(f"{name} {failure.reason}: " + "\n".join(failure.log_tail))
+        return msgspec.json.decode(answer, type=Stretch)
+
+    try:
+        yield run
+    finally:
+        end_child(process)
 
 
-def _summarise(case: OverheadCase, runs: dict[str, list[records.EngineRun]]) -> CaseResult:
-    throughput = {name: [_tokens_per_s(run) for run in of_engine] for name, of_engine in runs.items()}
-    ttft = {name: [_ttft_mean_s(run) for run in of_engine] for name, of_engine in runs.items()}
-    throughput_ratios = _ratios(throughput["layerkv"], throughput["stock"])
-    ttft_ratios = _ratios(ttft["layerkv"], ttft["stock"])
-    schedule_s = {n: [s for run in of_engine for s in run.schedule_s] for n, of_engine in runs.items()}
-    medians = {name: median(values) for name, values in schedule_s.items() if values}
-    return CaseResult(
-        name=case.name,
-        step_s={name: median(run.step_s for run in of_engine) for name, of_engine in runs.items()},
-        host_s_per_step={name: median(run.host_s_per_step for run in of_engine) for name, of_engine in runs.items()},
-        output_tokens_per_s={name: median(values) for name, values in throughput.items()},
-        ttft_mean_s={name: median(values) for name, values in ttft.items()},
-        throughput_ratio=median(throughput_ratios),
-        ttft_mean_ratio=median(ttft_ratios),
-        throughput_ratio_by_round=throughput_ratios,
-        ttft_mean_ratio_by_round=ttft_ratios,
-        schedule_s_median=medians,
-        schedule_s_added=medians["layerkv"] - medians["stock"] if len(medians) == 2 else None,
+def closed_loop(model: str, running: int, rounds: Sequence[Round]) -> ClosedLoop:
+    """The figures of a burst whose requests all run at once."""
+    step_ms = _medians(rounds, lambda stretch: stretch.wall_s / stretch.steps * 1e3)
+    return ClosedLoop(**_comparison(model, rounds), running=running, step_ms=step_ms)
+
+
+def overload(model: str, requests: Sequence[PlannedRequest], rounds: Sequence[Round]) -> Overload:
+    """The figures of a burst whose requests wait for each other."""
+    everybody = {request.request_id for request in requests}
+    long = {request.request_id for request in requests if len(request.prompt) == LONG_PROMPT_TOKENS}
+
+    def ttft_p99_s(request_ids: set[str]) -> dict[str, float]:
+        return _medians(rounds, lambda stretch: percentile(sorted(stretch.ttft_s[i] for i in request_ids), 0.99))
+
+    return Overload(
+        **_comparison(model, rounds),
+        wall_s=_medians(rounds, lambda stretch: stretch.wall_s),
+        steps=_medians(rounds, lambda stretch: stretch.steps),
+        tokens_per_step=_medians(rounds, lambda stretch: stretch.scheduled_tokens / stretch.steps),
+        ttft_p99_s=ttft_p99_s(everybody),
+        long_ttft_p99_s=ttft_p99_s(long) if long else {},
     )
 
 
-def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    return [mine / other for mine, other in zip(ours, theirs, strict=True)]
+def _comparison(model: str, rounds: Sequence[Round]) -> dict[str, Any]:
+    def per_step_us(stage: str) -> dict[str, float]:
+        return _medians(rounds, lambda stretch: stretch.host_s[stage] / stretch.steps * 1e6)
+
+    by_stage = {stage: per_step_us(stage) for stage in STAGES}
+    # Turns of the same number computed the same tokens.
+    ratios = [
+        median(
+            (ours.output_tokens / ours.wall_s) / (stock.output_tokens / stock.wall_s)
+            for stock, ours in zip(*(round_[name] for name in ENGINES), strict=False)
+        )
+        for round_ in rounds
+    ]
+    return {
+        "model": model,
+        "throughput_ratio": median(ratios),
+        "throughput_ratio_by_round": ratios,
+        "host_us": {name: {stage: by_engine[name] for stage, by_engine in by_stage.items()} for name in ENGINES},
+    }
 
 
-def _tokens_per_s(run: records.EngineRun) -> float:
-    first = min(request.arrival_s for request in run.requests)
-    times = [time_s for request in run.requests for time_s in request.token_times_s]
-    return len(times) / (max(times) - first)
-
-
-def _ttft_mean_s(run: records.EngineRun) -> float:
-    return mean(waited_s for request in run.requests if (waited_s := records.ttft_s(request)) is not None)
+def _medians(rounds: Sequence[Round], of: Callable[[Stretch], float]) -> dict[str, float]:
+    """By engine, over the turns of all rounds."""
+    return {name: median(of(stretch) for round_ in rounds for stretch in round_[name]) for name in ENGINES}
 
 
 def _print(result: OverheadResult, console: Console) -> None:
-    table = Table(title=f"layerkv {layerkv.__version__} with nothing to do, against stock vLLM (median of rounds)")
-    for heading in ("case", "step stock / layerkv", "host time per step", "throughput", "TTFT mean"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
-    for case in result.cases:
-        if case.schedule_s_added is not None:
-            console.print(
-                f"{DEEP_QUEUE} requests queued: scheduling takes {case.schedule_s_median['stock'] * 1e3:.2f} ms per "
-                f"step in stock vLLM, {case.schedule_s_median['layerkv'] * 1e3:.2f} ms with layerkv "
-                f"({case.schedule_s_added * 1e3:+.2f} ms)"
-            )
+    """A line for each engine, host time in microseconds per step; under the ratio, its least and most over rounds."""
+    tables: dict[str, Sequence[ClosedLoop | Overload]] = {
+        "closed loop": result.closed_loop,
+        "saturated": result.saturated,
+        "slots full": result.slots,
+    }
+    for title, rows in tables.items():
+        if not rows:
             continue
-        table.add_row(
-            case.name,
-            " / ".join(f"{case.step_s[name] * 1e3:.1f}" for name in ("stock", "layerkv")) + " ms",
-            " / ".join(f"{case.host_s_per_step[name] * 1e3:.2f}" for name in ("stock", "layerkv")) + " ms",
-            f"{case.throughput_ratio:.3f}",
-            f"{case.ttft_mean_ratio:.3f}",
-        )
-    console.print(table)
+        table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+        for heading in ("", "", "ms/step", "steps", "p99 s", "sched", "meta", "worker", "update", "front", "ratio"):
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        for row in rows:
+            ratios = row.throughput_ratio_by_round
+            for name in ENGINES:
+                if isinstance(row, ClosedLoop):
+                    label, figures = f"{row.model} {row.running}", [f"{row.step_ms[name]:.2f}", "", ""]
+                else:
+                    label, step_ms = row.model, row.wall_s[name] / row.steps[name] * 1e3
+                    figures = [f"{step_ms:.2f}", f"{row.steps[name]:.0f}", f"{row.ttft_p99_s[name]:.2f}"]
+                is_ours = name == "layerkv"
+                ratio = f"{min(ratios):.3f}-{max(ratios):.3f}" if is_ours else f"{row.throughput_ratio:.3f}"
+                host = (f"{row.host_us[name][stage]:.0f}" for stage in STAGES)
+                table.add_row("" if is_ours else label, name, *figures, *host, ratio)
+        console.print(table)

@@ -109,31 +109,6 @@ class StepTimer:
 
 
 @dataclass(slots=True)
-class QueueTimer:
-    """How long the scheduler takes per step while many requests queue."""
-
-    deep_queue: int
-    schedule_s: list[float] = field(default_factory=list)
-
-    def watch(self, engine: LLMEngine) -> None:
-        """From now on, times the steps that begin with at least `deep_queue` requests not running."""
-        core: Any = engine.engine_core
-        scheduler = core.engine_core.scheduler
-        schedule = scheduler.schedule
-
-        def timed(*args: Any) -> Any:
-            num_queued = scheduler.get_request_counts()[1]
-            began_s = time.perf_counter()
-            output = schedule(*args)
-            took_s = time.perf_counter() - began_s
-            if num_queued >= self.deep_queue:
-                self.schedule_s.append(took_s)
-            return output
-
-        scheduler.schedule = timed
-
-
-@dataclass(slots=True)
 class StateLog:
     """The moves of every request between states, by vLLM's internal request id.
 

@@ -27,14 +27,12 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """One engine to build and the load to drive through it.
 
     `engine_args` are the keyword arguments of vLLM's `EngineArgs`. `planned` takes the place of the requests of
-    `load`, of which only the longest prompt is used then, to warm up. With a `deep_queue`, the scheduler's time is
-    recorded for steps that begin with so many requests queued, and the run ends as soon as enough of them are.
+    `load`, of which only the longest prompt is used then, to warm up.
     """
 
     name: str
     engine_args: dict[str, Any]
     load: LoadSpec
-    deep_queue: int | None = None
     planned: list[PlannedRequest] = []
 
 
@@ -103,8 +101,7 @@ class EngineRun(msgspec.Struct, frozen=True, kw_only=True):
 
     `preemptions` counts requests whose KV was thrown away and computed again. `num_steps` counts steps that
     ran the model; `step_s` and `host_s_per_step` are means over them, host time being the part of a step
-    outside the model's own forward pass. `schedule_s` are the scheduler's times of the steps that began with at
-    least `EngineSpec.deep_queue` requests queued.
+    outside the model's own forward pass.
     """
 
     name: str
@@ -118,7 +115,6 @@ class EngineRun(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int
     step_s: float
     host_s_per_step: float
-    schedule_s: list[float] = []
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):

@@ -64,7 +64,7 @@ def run_child(
     try:
         stalled = _follow(process, on_progress, stall_limit_s)
     finally:
-        _end(process)
+        end_child(process)
     if stalled:
         return EngineFailure(reason=f"made no progress for {stall_limit_s:g} s", log_tail=log_tail(log_path))
     return ended_badly(process.returncode, log_path) if process.returncode else None
@@ -178,7 +178,8 @@ def _parse(line: bytes) -> Progress | None:
         return None
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end_child(process: subprocess.Popen[bytes]) -> None:
+    """Ends it and all that it started, by force if it has to be; nothing where it has ended."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
         try:

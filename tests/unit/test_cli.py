@@ -25,7 +25,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     calls: list[tuple[Any, ...]] = []
     demo, overhead = ModuleType("layerkv.bench.demo"), ModuleType("layerkv.bench.overhead")
     demo.run_demo = lambda out, *, seed, quick: calls.append((out, seed, quick))  # type: ignore[attr-defined]
-    overhead.run_overhead = lambda json: calls.append((json,))  # type: ignore[attr-defined]
+    overhead.run_overhead = (  # type: ignore[attr-defined]
+        lambda json, *, rounds, only, model: calls.append((json, rounds, only, model))
+    )
     profile = ModuleType("layerkv.bench.profile")
     profile.run_profile = (  # type: ignore[attr-defined]
         lambda model, out, *, engine_args, quick: calls.append((model, out, engine_args, quick))
@@ -55,8 +57,11 @@ def demo_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> N
             ["profile", "--model", "m", "--out", "p.json", "--engine-args", "{}", "--quick"],
             ("m", Path("p.json"), "{}", True),
         ),
-        (["bench", "overhead"], (None,)),
-        (["bench", "overhead", "--json", "o.json"], (Path("o.json"),)),
+        (["bench", "overhead"], (None, 3, None, None)),
+        (
+            ["bench", "overhead", "--json", "o.json", "--only", "slots", "--model", "test", "--rounds", "1"],
+            (Path("o.json"), 1, "slots", "test"),
+        ),
     ],
 )
 def test_a_command_hands_its_options_over(
@@ -82,7 +87,7 @@ def test_the_commands_and_their_options_stay_as_they_are(capsys: pytest.CaptureF
         ("demo",): ["--out DIR", "--seed SEED", "--quick"],
         ("doctor",): ["--policy FILE"],
         ("profile",): ["--model MODEL", "--out FILE", "--engine-args JSON", "--quick"],
-        ("bench", "overhead"): ["--json FILE"],
+        ("bench", "overhead"): ["--json FILE", "--only", "--model", "--rounds N"],
         ("bench", "run"): ["--size", "--seeds N", "--engines A,B,..", "--trace FILE", "--lmcache-python PYTHON"],
     }
     for command, options in surface.items():
