@@ -60,13 +60,14 @@ class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         request_id: Unique in its load.
         arrival_s: When it is due, in seconds after the start; for a later turn, after the end of the turn before.
-        prompt: Token ids; those of a later turn follow all that was said before.
+        prompt: Token ids; with `history`, those of a later turn follow all that was said before.
         output_tokens: Tokens to generate, whatever the model would rather do; with `stop`, at most.
         max_tokens: Tokens that its client asks for at most, if that is more: then the generator hangs up after
             `output_tokens`, and no engine can know the length before.
         stop: Strings that end the answer where its text contains one.
         slo_class: Its SLO class; None is the policy's default.
         after: The request whose answer this one waits for.
+        history: Whether a later turn says again all that was said before it.
     """
 
     request_id: str
@@ -77,6 +78,7 @@ class PlannedRequest(msgspec.Struct, frozen=True, kw_only=True):
     stop: list[str] = []
     slo_class: str | None = None
     after: str | None = None
+    history: bool = True
 
 
 def make_load(spec: LoadSpec) -> list[PlannedRequest]:

@@ -54,7 +54,8 @@ class EngineSettings:
     """How every engine of a case is built; they differ in KV memory and connector only.
 
     `model` is the name of a shape in `tiny_model.SHAPES`, then `shape` is that shape, or what `vllm serve` takes.
-    `oracle_kv_memory_bytes` None means enough for every request of the largest load. `options` are further flags
+    `oracle_kv_memory_bytes` None means enough for every request of the largest load, `oracle_max_num_seqs` None as many
+    as the others have. `options` are further flags
     for `vllm serve`.
     """
 
@@ -68,6 +69,7 @@ class EngineSettings:
     max_model_len: int
     max_num_batched_tokens: int
     max_num_seqs: int
+    oracle_max_num_seqs: int | None
     lanes: int | None
     zone_tokens: int | None
     long_contexts: bool
@@ -159,6 +161,7 @@ _Tokens: TypeAlias = Annotated[Annotated[int, Meta(ge=1)], count_meta("tokens", 
 _OptionalTokens: TypeAlias = Annotated[Annotated[int, Meta(ge=1)] | None, count_meta("tokens", 2048)]
 _Lanes: TypeAlias = Annotated[Annotated[int, Meta(ge=1)] | None, count_meta("lanes", 2)]
 _Seqs: TypeAlias = Annotated[Annotated[int, Meta(ge=1)], count_meta("requests", 64)]
+_OptionalSeqs: TypeAlias = Annotated[Annotated[int, Meta(ge=1)] | None, count_meta("requests", 64)]
 _Switch: TypeAlias = Annotated[bool, Meta(description="true or false", examples=[True])]
 _Options: TypeAlias = Annotated[
     list[str], Meta(description="a list of flags for `vllm serve`", examples=[["--tensor-parallel-size=2"]])
@@ -190,6 +193,7 @@ class _EngineKeys(msgspec.Struct, frozen=True):
     block_tokens: _Tokens = 32
     max_num_batched_tokens: _Tokens = 2048
     max_num_seqs: _Seqs = 64
+    oracle_max_num_seqs: _OptionalSeqs = None
     lanes: _Lanes = None
     zone_tokens: _OptionalTokens = None
     long_contexts: _Switch = False
@@ -290,6 +294,7 @@ def _settings(raw: Any, *, where: str) -> EngineSettings:
         max_model_len=keys.max_model_len,
         max_num_batched_tokens=keys.max_num_batched_tokens,
         max_num_seqs=keys.max_num_seqs,
+        oracle_max_num_seqs=keys.oracle_max_num_seqs,
         lanes=keys.lanes,
         zone_tokens=keys.zone_tokens,
         long_contexts=keys.long_contexts,

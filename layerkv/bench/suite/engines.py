@@ -1,8 +1,8 @@
 """The engines that a case compares, as command lines of `vllm serve`.
 
-Pure functions. Invariant: engines of one case differ in KV memory (the oracle's) and in the KV connector (offload,
-LMCache, layerkv) and in nothing else; all but the oracle get the same KV memory, out of which layerkv pays for its lane
-zone, and offload, LMCache and layerkv the same host memory.
+Pure functions. Invariant: engines of one case differ in KV memory and slots (the oracle's) and in the KV connector
+(offload, LMCache, layerkv) and in nothing else; all but the oracle get the same KV memory, out of which layerkv pays
+for its lane zone, and offload, LMCache and layerkv the same host memory.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from layerkv.bench.engine_args import layerkv_connector
 from layerkv.bench.policy_file import write_policy
 from layerkv.bench.suite.case import Case, EngineSettings
 from layerkv.bench.suite.lmcache_peer import CacheServer, lmcache_connector
@@ -33,6 +34,11 @@ def is_layerkv(engine: str) -> bool:
     return engine.startswith("layerkv")
 
 
+def max_num_seqs(settings: EngineSettings, engine: str) -> int:
+    """How many requests may run in a step: the oracle's may be more."""
+    return (settings.oracle_max_num_seqs if engine == "oracle" else None) or settings.max_num_seqs
+
+
 def kv_memory_bytes(case: Case, engine: str, seeds: Sequence[int]) -> int:
     """KV memory of an engine: the oracle's has room for every request of any one load of the case."""
     settings = case.settings
@@ -45,7 +51,7 @@ def kv_memory_bytes(case: Case, engine: str, seeds: Sequence[int]) -> int:
     largest = max(_plan_tokens(case, seed) for seed in seeds)
     # No more than so many run at once, and each at most so long; a block each, and one more, for rounding.
     one = settings.max_model_len + 2 * settings.block_tokens
-    longest = settings.max_num_seqs * (settings.max_model_len + settings.block_tokens)
+    longest = max_num_seqs(settings, engine) * (settings.max_model_len + settings.block_tokens)
     # vLLM does not start with less than one request needs, however small the load.
     return math.ceil(max(min(largest, longest), one) * 1.1) * settings.shape.kv_bytes_per_token
 
@@ -74,7 +80,7 @@ def serve_command(
     options = [
         *("serve", model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", SERVED_NAME),
         *("--dtype", settings.dtype, "--block-size", str(settings.block_tokens), "--seed", "0"),
-        *("--max-model-len", str(settings.max_model_len), "--max-num-seqs", str(settings.max_num_seqs)),
+        *("--max-model-len", str(settings.max_model_len), "--max-num-seqs", str(max_num_seqs(settings, engine))),
         *("--max-num-batched-tokens", str(settings.max_num_batched_tokens)),
         *("--kv-cache-memory-bytes", str(kv_memory), "--enable-prefix-caching"),
         *("--disable-uvicorn-access-log",),
@@ -92,11 +98,7 @@ def serve_command(
 
 def _connector(case: Case, engine: str, folder: Path) -> dict[str, Any] | None:
     if is_layerkv(engine):
-        return {
-            "kv_connector": "LayerKVConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": _layerkv_options(case.settings, _policy_path(case, engine, folder)),
-        }
+        return layerkv_connector(**_layerkv_options(case.settings, _policy_path(case, engine, folder)))
     if engine == "vllm-cpu-offload":
         return offload_connector(case.settings.host_memory_bytes, on_cpu=is_cpu_build())
     return None

@@ -187,7 +187,8 @@ class Generator:
             flight.due_s = time.monotonic()
             self._land(flight)
             return
-        flight.prompt = before.prompt + before.token_ids + flight.request.prompt
+        said_before = before.prompt + before.token_ids if flight.request.history else []
+        flight.prompt = said_before + flight.request.prompt
         encoded = self._encoded(flight.request, flight.prompt)
         due_s = time.monotonic() + flight.request.arrival_s
 

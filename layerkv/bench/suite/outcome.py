@@ -101,7 +101,14 @@ def load_digest(case: Case) -> str:
     """The same for two cases that send the same requests, by the same policy, to engines with the same settings."""
     # In the words of older results, which stay comparable: without keys that say nothing, and with those of that time.
     said = repr((case.settings, case.policy, case.points))
-    for nothing in (", ends=None", ", max_lag_s=1.0", ", stream=True", ", smooth=False"):
+    for nothing in (
+        ", ends=None",
+        ", history=True",
+        ", oracle_max_num_seqs=None",
+        ", max_lag_s=1.0",
+        ", stream=True",
+        ", smooth=False",
+    ):
         said = said.replace(nothing, "")
     said = said.replace(", policy='fluid', ", ", slo_scheduling=True, ")
     said = said.replace(", policy='slo', ", ", slo_scheduling='slo', ")

@@ -106,6 +106,7 @@ def _sessions(point: Point, drawn: list[SimRequest], rng: Random, ordinary: rang
     """Each drawn request begins a session; its further turns draw lengths of the same class."""
     assert point.sessions is not None
     shared = Random(f"{seed}: shared prefix").choices(ordinary, k=point.sessions.shared_prefix_tokens)
+    repeated = [] if point.sessions.history else shared
     mixes = {mix.slo_class: mix for mix in point.workload.classes}
     first: list[PlannedRequest] = []
     later: list[PlannedRequest] = []
@@ -127,10 +128,11 @@ def _sessions(point: Point, drawn: list[SimRequest], rng: Random, ordinary: rang
             PlannedRequest(
                 request_id=f"{session.request_id}-{turn}",
                 arrival_s=point.sessions.think_s,
-                prompt=rng.choices(ordinary, k=mix.prompt_tokens.draw(rng)),
+                prompt=repeated + rng.choices(ordinary, k=mix.prompt_tokens.draw(rng)),
                 output_tokens=mix.output_tokens.draw(rng),
                 slo_class=session.slo_class,
                 after=f"{session.request_id}-{turn - 1}",
+                history=point.sessions.history,
             )
             for turn in range(2, num_turns + 1)
         ]

@@ -19,6 +19,8 @@ NAMES = (
     "two_classes",
     "multi_turn",
     "plentiful",
+    "closed_loop",
+    "slots",
     "unknown_lengths",
     "stop_strings",
     "beyond_memory",
@@ -101,6 +103,16 @@ def test_sessions_are_read(tmp_path: Path) -> None:
     sessions = load_case(written(tmp_path, change)).points[0].sessions
     assert sessions is not None
     assert (sessions.turns.most, sessions.think_s, sessions.shared_prefix_tokens) == (3, 2.0, 64)
+    assert sessions.history
+
+
+def test_turns_without_history_are_no_longer_than_one_of_them(tmp_path: Path) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["workload"]["sessions"] = {"turns": {"fixed": 1000}, "history": False}
+
+    sessions = load_case(written(tmp_path, change)).points[0].sessions
+    assert sessions is not None
+    assert not sessions.history
 
 
 def test_ends_are_read(tmp_path: Path) -> None:

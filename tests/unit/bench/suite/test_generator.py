@@ -110,6 +110,14 @@ def test_the_next_turn_says_everything_again_and_waits_for_the_answer() -> None:
     assert records["r3"].prompt_tokens == len(third)
 
 
+def test_a_client_of_a_closed_loop_waits_for_the_answer_and_says_something_new() -> None:
+    run, toy = drive([request(1, prompt=[10, 11]), request(2, 0.03, prompt=[20], after="r1", history=False)])
+    assert [body["prompt"] for body in toy.bodies] == [[10, 11], [20]]
+    records = by_id(run)
+    assert records["r2"].arrival_s >= records["r1"].token_times_s[-1] + 0.03
+    assert records["r2"].prompt_tokens == 1
+
+
 def test_a_refused_request_is_an_error_with_the_servers_words() -> None:
     run, _ = drive([request(i, 0.01 * i) for i in range(4)], "refuses")
     errors = [record.error for record in run.requests if record.error is not None]

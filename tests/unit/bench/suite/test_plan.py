@@ -2,12 +2,12 @@
 
 import json
 from dataclasses import replace
-from itertools import combinations, permutations, takewhile
+from itertools import combinations, pairwise, permutations, takewhile
 from pathlib import Path
 
 import pytest
 
-from layerkv.bench.suite.case import ENGINE_NAMES, Case, load_case
+from layerkv.bench.suite.case import ENGINE_NAMES, SIZES, Case, load_case
 from layerkv.bench.suite.engines import is_layerkv, kv_memory_bytes, serve_command
 from layerkv.bench.suite.plan import plan_requests, total_tokens, warm_up_requests
 from layerkv.bench.suite.run import rotated
@@ -43,6 +43,37 @@ def test_later_turns_wait_for_the_turn_before_and_sessions_share_their_prefix() 
     assert all(request.after in ids for request in plan if request.after is not None)
     assert len({tuple(request.prompt[:256]) for request in first}) == 1
     assert len({tuple(request.prompt) for request in first}) == len(first)
+
+
+def test_clients_of_a_closed_loop_ask_one_thing_after_the_other() -> None:
+    case = case_of("closed_loop")
+    point = case.points[0]
+    plan = plan_requests(case, point, 0)
+    first = [request for request in plan if request.after is None]
+    assert len(first) == point.x == point.workload.num_requests
+    assert max(request.arrival_s for request in first) < 0.1
+    assert sorted(request.after for request in plan if request.after) == sorted(
+        request.request_id for request in plan if not request.request_id.endswith("-5")
+    )
+    assert not any(request.history for request in plan if request.after)
+    # No turn adds to the last one: lengths are those of single requests.
+    assert all(200 <= len(request.prompt) <= 800 for request in plan)
+
+
+def test_what_is_said_before_every_turn_of_a_client_is_the_shared_prefix() -> None:
+    case = case_of("closed_loop")
+    point = replace(case.points[0], sessions=replace(case.points[0].sessions, shared_prefix_tokens=64))
+    assert len({tuple(request.prompt[:64]) for request in plan_requests(case, point, 0)}) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("size", SIZES)
+def test_beyond_memory_several_long_requests_come_within_two_seconds(size: str, seed: int) -> None:
+    case = load_case(CASES / "beyond_memory.yaml", size)
+    plan = plan_requests(case, case.points[-1], seed)
+    room = case.settings.kv_memory_bytes // case.settings.shape.kv_bytes_per_token  # type: ignore[union-attr]
+    came_s = sorted(request.arrival_s for request in plan if len(request.prompt) > room)
+    assert any(later - earlier < 1.0 for earlier, later in pairwise(came_s))
 
 
 def test_of_requests_that_name_no_length_a_share_hangs_up_and_the_rest_may_fill_the_model() -> None:
@@ -165,6 +196,18 @@ def test_engines_differ_in_their_connector_and_nothing_else(tmp_path: Path) -> N
     for engine in ("stock-watermark", "vllm-cpu-offload", "layerkv", "layerkv-no-slo"):
         assert common(engine) == stock
         assert flags(tmp_path, engine) != stock
+
+
+def test_only_the_oracle_has_a_slot_for_everybody_where_slots_are_short(tmp_path: Path) -> None:
+    case = case_of("slots")
+
+    def slots(engine: str) -> int:
+        command = serve_command(case, engine, model="M", port=1234, kv_memory=99, folder=tmp_path)
+        return int(command[command.index("--max-num-seqs") + 1])
+
+    assert {engine: slots(engine) for engine in case.engines} == {"stock": 4, "layerkv": 4, "oracle": 64}
+    needed = total_tokens(plan_requests(case, case.points[0], 0)) * case.settings.shape.kv_bytes_per_token  # type: ignore[union-attr]
+    assert kv_memory_bytes(case, "stock", [0]) > needed
 
 
 def test_without_objectives_the_policy_is_the_same_but_for_the_switch(tmp_path: Path) -> None:
