@@ -26,7 +26,6 @@ from statistics import median
 from typing import Any, TypeAlias
 
 import msgspec
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -101,11 +100,16 @@ def _blocks_for_all(requests: Sequence[PlannedRequest]) -> int:
 
 
 class Comparison(msgspec.Struct, kw_only=True):
-    """Medians over rounds; `throughput_ratio` is layerkv / stock, `host_us` per step by engine and stage."""
+    """Medians over rounds; `throughput_ratio` is layerkv / stock, `host_us` per step by engine and stage.
+
+    `cpu_ms` is the engine's thread's CPU time per step. Where stock's is well below its time per step, others had the
+    CPU, and only it can be compared.
+    """
 
     model: str
     throughput_ratio: float
     throughput_ratio_by_round: list[float]
+    cpu_ms: dict[str, float]
     host_us: dict[str, dict[str, float]]
 
 
@@ -288,6 +292,7 @@ def _comparison(model: str, rounds: Sequence[Round]) -> dict[str, Any]:
         "model": model,
         "throughput_ratio": median(ratios),
         "throughput_ratio_by_round": ratios,
+        "cpu_ms": _medians(rounds, lambda stretch: stretch.cpu_s / stretch.steps * 1e3),
         "host_us": {name: {stage: by_engine[name] for stage, by_engine in by_stage.items()} for name in ENGINES},
     }
 
@@ -298,7 +303,7 @@ def _medians(rounds: Sequence[Round], of: Callable[[Stretch], float]) -> dict[st
 
 
 def _print(result: OverheadResult, console: Console) -> None:
-    """A line for each engine, host time in microseconds per step; under the ratio, its least and most over rounds."""
+    """A line for each engine: ms per step, us of host time; under the ratio, its least and most over rounds."""
     tables: dict[str, Sequence[ClosedLoop | Overload]] = {
         "closed loop": result.closed_loop,
         "saturated": result.saturated,
@@ -307,8 +312,8 @@ def _print(result: OverheadResult, console: Console) -> None:
     for title, rows in tables.items():
         if not rows:
             continue
-        table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
-        for heading in ("", "", "ms/step", "steps", "p99 s", "sched", "meta", "worker", "update", "front", "ratio"):
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+        for heading in ("", "", "ms", "cpu", "steps", "p99 s", "sched", "meta", "work", "upd", "front", "ratio"):
             table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
         for row in rows:
             ratios = row.throughput_ratio_by_round
@@ -319,7 +324,8 @@ def _print(result: OverheadResult, console: Console) -> None:
                     label, step_ms = row.model, row.wall_s[name] / row.steps[name] * 1e3
                     figures = [f"{step_ms:.2f}", f"{row.steps[name]:.0f}", f"{row.ttft_p99_s[name]:.2f}"]
                 is_ours = name == "layerkv"
-                ratio = f"{min(ratios):.3f}-{max(ratios):.3f}" if is_ours else f"{row.throughput_ratio:.3f}"
+                ratio = f"{min(ratios):.2f}-{max(ratios):.2f}" if is_ours else f"{row.throughput_ratio:.3f}"
                 host = (f"{row.host_us[name][stage]:.0f}" for stage in STAGES)
+                figures.insert(1, f"{row.cpu_ms[name]:.2f}")
                 table.add_row("" if is_ours else label, name, *figures, *host, ratio)
         console.print(table)

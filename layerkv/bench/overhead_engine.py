@@ -54,6 +54,7 @@ class Stretch(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         wall_s: From the turn's beginning to its end.
+        cpu_s: CPU time of the engine's thread in it; less than `wall_s` where it waited, for copies or for a CPU.
         steps: Steps that ran the model.
         scheduled_tokens: Prompt and output tokens computed in them, those computed again included.
         output_tokens: Tokens delivered.
@@ -63,6 +64,7 @@ class Stretch(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     wall_s: float
+    cpu_s: float
     steps: int
     scheduled_tokens: int
     output_tokens: int
@@ -136,7 +138,7 @@ class Burst:
     def go_on(self, steps: int | None) -> Stretch:
         """Steps so often, or to the end; requests come when they are due, or at the next gap between two steps."""
         began_s = now_s = self._ran_s
-        start_s = time.perf_counter() - began_s
+        start_s, cpu_start_s = time.perf_counter() - began_s, time.thread_time()
         ttft_s: dict[str, float] = {}
         output_tokens = 0
         while (self._pending or self._engine.has_unfinished_requests()) and self._timers.steps != steps:
@@ -152,10 +154,11 @@ class Burst:
             else:
                 time.sleep(max(0.0, self._pending[0].arrival_s - now_s))
                 now_s = time.perf_counter() - start_s
-        self._ran_s = now_s
+        self._ran_s, cpu_s = now_s, time.thread_time() - cpu_start_s
         num_steps, scheduled_tokens, host_s = self._timers.take()
         return Stretch(
             wall_s=now_s - began_s,
+            cpu_s=cpu_s,
             steps=num_steps,
             scheduled_tokens=scheduled_tokens,
             output_tokens=output_tokens,

@@ -54,6 +54,7 @@ def test_stages_are_parts_of_a_turn_and_stock_has_no_connector(rounds: dict[int,
     for round_ in (found for of_size in rounds.values() for found in of_size):
         for stretch in (*round_["stock"], *round_["layerkv"]):
             assert sum(stretch.host_s.values()) < stretch.wall_s
+            assert stretch.cpu_s > 0
             assert min(stretch.host_s[stage] for stage in ("schedule", "update", "front_end")) > 0
         for stage in ("metadata", "worker"):
             assert all(stretch.host_s[stage] == 0 for stretch in round_["stock"])

@@ -23,6 +23,7 @@ from layerkv.bench.overhead_engine import STAGES, Stretch, Turn
 def stretch(wall_s: float, *, steps: int = 10, host_s: float = 0.0, is_last: bool = False, **ttft_s: float) -> Stretch:
     return Stretch(
         wall_s=wall_s,
+        cpu_s=wall_s / 2,
         steps=steps,
         scheduled_tokens=300,
         output_tokens=100,
@@ -89,6 +90,7 @@ def test_ratios_are_taken_turn_by_turn_and_a_disturbed_turn_does_not_count() -> 
     assert row.throughput_ratio_by_round == pytest.approx([0.8, 1.0])
     assert row.throughput_ratio == pytest.approx(0.9)
     assert row.step_ms == pytest.approx({"stock": 200.0, "layerkv": 225.0})
+    assert row.cpu_ms == pytest.approx({"stock": 100.0, "layerkv": 112.5})
 
 
 def test_host_time_is_per_step_by_engine_and_stage() -> None:
