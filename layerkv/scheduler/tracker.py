@@ -76,6 +76,11 @@ class DeadlineQueue(Generic[View]):
         return None if key is None else self._all.views[bisect_left(self._all.keys, key)]
 
     @property
+    def has_unready(self) -> bool:
+        """Whether any were not ready when last asked about."""
+        return bool(self._aside)
+
+    @property
     def views(self) -> Sequence[View]:
         """All views in order. The list lives on: do not keep it across steps, do not change it."""
         return self._all.views
