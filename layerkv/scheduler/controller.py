@@ -22,6 +22,7 @@ from layerkv.scheduler.prefill import late_prompts, step_seconds
 from layerkv.scheduler.reasons import LogEntry, Reason
 from layerkv.scheduler.running import look, may_start
 from layerkv.scheduler.snapshot import Decision, Lines, ParkedRequest, PrefixHit, Snapshot, WaitingRequest
+from layerkv.scheduler.standing import Standing, standing
 
 EXCHANGE_STEPS = 3
 """Steps until the blocks of a request parked to make room are surely free, asynchronous scheduling included. Not
@@ -77,6 +78,7 @@ class Controller(RequestBooks):
         self._last_exchange_step = -EXCHANGE_STEPS
         self._promised: dict[str, int] = {}
         self._last_decided: tuple[Snapshot, int] | None = None
+        self._standing: Standing | None = None
 
     def step_done(self, work: StepWork, seconds: float, *, waited_s: float | None = None) -> None:
         """A step has ended: correct the costs.
@@ -115,6 +117,10 @@ class Controller(RequestBooks):
         decision = decide(snapshot, self._limits)
         self._last_decided = snapshot, decision.prefill_tokens
         self._note(decision, snapshot, engine.step)
+        has_unready = self.waiting.has_unready or self.parked.has_unready  # nobody tells when one becomes ready
+        self._standing = (
+            None if self._promised or has_unready else standing(snapshot, decision, self._limits.look_steps)
+        )
         return snapshot, decision
 
     def snapshot(
@@ -131,7 +137,7 @@ class Controller(RequestBooks):
         """
         policy = self.policy
         waiting = [] if engine.is_paused else self.waiting.head(self._limits.scan, now_s, is_startable)
-        load, under_way_s = look(self, engine, now_s)
+        load, under_way_s = look(self, engine, now_s, self._limits.look_steps)
         self.line.look(now_s, under_way_s)
         cost = self.cost.view if self._is_cost_known and policy.slo_scheduling else None
         if cost is not None:
@@ -159,7 +165,7 @@ class Controller(RequestBooks):
             steps_without_prefill=self._steps_without_prefill,
             can_exchange=engine.step - self._last_exchange_step >= EXCHANGE_STEPS,
             token_s=self.token_s,
-            can_store_ahead=engine.step % self._limits.store_ahead_steps == 0,
+            can_store_ahead=engine.step % self._limits.look_steps == 0,
         )
 
     def is_quiet(self, num_running: int, free_blocks: int, steps_ahead: int) -> bool:
@@ -172,6 +178,18 @@ class Controller(RequestBooks):
         self.line.rest()
         per_request = 1 + steps_ahead + self._limits.ahead_steps // self.shape.block_tokens
         return free_blocks >= num_running * per_request
+
+    def stands(self, step: int, moves: int, num_running: int, free_blocks: int) -> bool:
+        """Whether what was decided last still holds for this step: nobody comes in, and nobody leaves.
+
+        Arguments as in :class:`~layerkv.scheduler.engine.EngineState`.
+        """
+        return self._standing is not None and self._standing.holds(step, moves, num_running, free_blocks)
+
+    def set_policy(self, policy: SloPolicy) -> None:
+        """As of :class:`RequestBooks`; the next step decides by it."""
+        super().set_policy(policy)
+        self._standing = None
 
     def has_prompts(self) -> bool:
         """Whether any prompt waits, or was under way when it was last decided."""

@@ -44,7 +44,7 @@ class Draft:
         loads_s: Seconds of the link that fetches take which are under way or begin with this step.
         tokens: Prompt tokens of this step that are left for prompts that start.
         residents: Requests in the pool, those let in so far included.
-        forecast: The pool's future with them.
+        headroom: Blocks that stay free when one more comes in.
         blocked: The first claim that the pool has no room for; None while there is none.
         is_relieving: Residents leave for want of blocks.
         is_closed: The room is left to drain for a prompt that was overtaken too often.
@@ -62,7 +62,7 @@ class Draft:
     loads_s: float = field(init=False)
     tokens: int = field(init=False)
     residents: int = field(init=False)
-    forecast: Forecast = field(init=False)
+    headroom: int = field(init=False)
     blocked: Claim | None = None
     is_relieving: bool = False
     is_closed: bool = False
@@ -84,6 +84,8 @@ class Draft:
     made_room: bool = False
     room_for: list[str] = field(default_factory=list)
     whole_tokens: int = 0
+    _forecast: Forecast | None = None
+    _entered: list[Claim] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         s = self.now.s
@@ -93,10 +95,7 @@ class Draft:
         self.slots = s.engine.free_slots
         self.loads_s = self.now.load_s(s.load.loading_blocks) if s.load.loading_blocks else 0.0
         self.tokens = max(self.now.prefill_tokens - s.load.prefilling_tokens, 0)
-        self.residents = s.load.num_resident
-        held = [(r.tokens_left, r.num_blocks) for r in s.load.resident]
-        usable = s.engine.free_blocks - s.engine.reserved_blocks + sum([num_blocks for _, num_blocks in held])
-        self.forecast = Forecast(int(usable * self.now.limits.overcommit), s.shape.block_tokens, held)
+        self._count(s.load.num_resident)
 
     # Leaving ------------------------------------------------------------------------------------------------------
 
@@ -167,16 +166,23 @@ class Draft:
         """Whether there are blocks for it now, and will be for as long as the policy looks ahead."""
         return self.now.has_room(self, claim)
 
+    @property
+    def forecast(self) -> Forecast:
+        """The pool's future with those let in so far; worked out when it is first asked for."""
+        if self._forecast is None:
+            s = self.now.s
+            held = [(r.tokens_left, r.num_blocks) for r in s.load.resident]
+            usable = s.engine.free_blocks - s.engine.reserved_blocks + sum([num_blocks for _, num_blocks in held])
+            self._forecast = Forecast(int(usable * self.now.limits.overcommit), s.shape.block_tokens, held)
+            for claim in self._entered:
+                self._forecast.add(pool_blocks(s, claim), claim.tokens_left)
+        return self._forecast
+
     def has_link(self, claim: Claim) -> bool:
         """Whether a claim's blocks need not be loaded, or the link has time for that soon."""
         if not isinstance(claim, ParkedRequest) or self.loads_s <= 0:
             return True
         return self.loads_s + self.now.load_s(claim.num_blocks) <= self.now.most_loads_s
-
-    @property
-    def headroom(self) -> int:
-        """Blocks that stay free when one more comes in."""
-        return headroom_blocks(self.now.s, self.residents, self.now.limits.headroom_tokens)
 
     def grant(self, claim: Claim) -> None:
         """Give a claim its slot and pool blocks: a parked request is fetched, a prompt may start if tokens are left."""
@@ -263,15 +269,21 @@ class Draft:
         self.reasons[request_id] = reason
 
     def _leave_pool(self) -> None:
-        self.residents -= 1
+        self._count(self.residents - 1)
         self.slots += 1
 
     def _enter_pool(self, claim: Claim) -> None:
         need = pool_blocks(self.now.s, claim)
         self.pool -= need
         self.slots -= 1
-        self.residents += 1
-        self.forecast.add(need, claim.tokens_left)
+        self._count(self.residents + 1)
+        self._entered.append(claim)
+        if self._forecast is not None:
+            self._forecast.add(need, claim.tokens_left)
+
+    def _count(self, residents: int) -> None:
+        self.residents = residents
+        self.headroom = headroom_blocks(self.now.s, residents, self.now.limits.headroom_tokens)
 
     def _take_tokens(self, w: WaitingRequest) -> None:
         if not w.in_one_step:

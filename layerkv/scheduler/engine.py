@@ -87,6 +87,7 @@ class EngineState(NamedTuple):
         is_paused: Whether no new request may start: what gives its KV up now could not be computed again.
         held_tokens: Tokens to compute of requests that hold KV and wait for neither compute nor a fetch by our books
             (a fetch that failed, the next turn of a session): vLLM takes them up by itself.
+        moves: Changes with every arrival, move and departure.
     """
 
     step: int
@@ -103,6 +104,7 @@ class EngineState(NamedTuple):
     is_paused: bool = False
     held_tokens: int = 0
     freeing_blocks: int = 0
+    moves: int = 0
 
     @property
     def frees_are_deferred(self) -> bool:

@@ -9,6 +9,7 @@ its reader has left to read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence, Set
 from functools import cached_property
 from heapq import heappop, heappush
@@ -80,12 +81,13 @@ class FluidOutlook(Outlook):
 
     @cached_property
     def _prefill(self) -> tuple[int, Set[str]]:
-        s, tokens = self.s, self.paced_tokens
-        most = max(s.engine.budget_tokens - s.load.decode_tokens, 0)
-        late = late_prompts(s, s.lines.waiting, tokens)
-        if tokens >= most or not late:
+        s, tokens, most = self.s, self.paced_tokens, self.s.most_prefill_tokens
+        if tokens >= most:
+            return tokens, self._at_best[0]
+        late: Set[str] = late_prompts(s, s.lines.waiting, tokens)
+        if not late:
             return tokens, late
-        at_best = late_prompts(s, s.lines.waiting, most)
+        at_best = self._at_best[0]
         while tokens < most and late - at_best:
             tokens = min(max(2 * tokens, self.limits.min_prefill_tokens), most)
             late = at_best if tokens == most else late_prompts(s, s.lines.waiting, tokens)
@@ -98,12 +100,21 @@ class FluidOutlook(Outlook):
         Spared are those of better rank, those within their slice, streams that flow, the weighty, and of these those
         whose readers run dry first; where readers have plenty, those that end first.
         """
-        return self._leavers[0]
+        return [entry[6][0] for entry in sorted(self._leavers)]
 
     @cached_property
     def turns(self) -> Sequence[Turn]:
         """The victims that have had their slice, in that order."""
-        return self._leavers[1]
+        return [entry[6] for entry in sorted([entry for entry in self._leavers if not entry[1]])]
+
+    @cached_property
+    def most_spare_s(self) -> tuple[float, float]:
+        """What the reader has left at most who would make room for another: of those that flow, and of the others."""
+        most = [-math.inf, -math.inf]
+        for _, spare_s, flows, _ in self.turns:
+            if spare_s > most[not flows]:
+                most[not flows] = spare_s
+        return most[0], most[1]
 
     @cached_property
     def held(self) -> frozenset[str]:
@@ -118,24 +129,18 @@ class FluidOutlook(Outlook):
             return frozenset()
         now_s, token_s = s.now_s, max(self.step_s, s.token_s)
         pool = s.shape.pool_blocks * POOL_SHARE
-        flows: list[tuple[float, float, float, str]] = []  # buffer, need, need to its end by weight, id
-        shares: dict[float, float] = {}  # of its blocks' time that a stream needs, by TPOT
         views: list[ResidentRequest | ParkedRequest] = [*s.load.resident, *s.lines.parked]
-        all_needs = 0.0
-        for view in views:
-            buffer_s = view.dry_s - now_s
-            if buffer_s < HORIZON_S and view.deadline_s >= now_s:
-                tpot_s = view.tpot_s
-                share = shares.get(tpot_s)
-                if share is None:
-                    share = shares[tpot_s] = min(token_s / tpot_s, 1.0)
-                need = view.num_blocks * share
-                all_needs += need
-                to_end = need * view.tokens_left / view.weight
-                flows.append((buffer_s if buffer_s > 0 else 0.0, need, to_end, view.request_id))
-        if all_needs <= pool:
+        flowing = [v for v in views if v.dry_s - now_s < HORIZON_S and v.deadline_s >= now_s]
+        if sum([v.num_blocks for v in flowing]) <= pool:
             return frozenset()
-        flows.sort()
+        shares = {tpot_s: min(token_s / tpot_s, 1.0) for tpot_s in {v.tpot_s for v in flowing}}  # of their blocks' time
+        all_needs = [v.num_blocks * shares[v.tpot_s] for v in flowing]
+        if sum(all_needs) <= pool:
+            return frozenset()
+        flows = sorted(  # buffer, need, need to its end by weight, id
+            (max(v.dry_s - now_s, 0.0), need, need * v.tokens_left / v.weight, v.request_id)
+            for v, need in zip(flowing, all_needs, strict=True)
+        )
         held: set[str] = set()
         heap: list[tuple[float, str, float, float]] = []
         needs = buffered = 0.0  # of those whose readers have run dry by then: their needs, and needs times buffers
@@ -153,13 +158,13 @@ class FluidOutlook(Outlook):
 
     def may_start(self, w: WaitingRequest) -> bool:
         """Whether a prompt may start: while some streams are held, not before it must for the line's sake."""
-        return not self.held or self._spare_s.get(w.request_id, 0.0) <= START_BY_S
+        return not self.held or self._at_best[1].get(w.request_id, 0.0) <= START_BY_S
 
     @cached_property
-    def _spare_s(self) -> dict[str, float]:
-        s, spare_s = self.s, dict[str, float]()
-        late_prompts(s, s.lines.waiting, max(s.engine.budget_tokens - s.load.decode_tokens, 0), spare_s)
-        return spare_s
+    def _at_best(self) -> tuple[Set[str], dict[str, float]]:
+        """With all of the step's tokens: who is late, and by how much the others can be put off."""
+        spare_s = dict[str, float]()
+        return late_prompts(self.s, self.s.lines.waiting, self.s.most_prefill_tokens, spare_s), spare_s
 
     def has_room(self, draft: Draft, claim: Claim) -> bool:
         """Whether the pool has blocks for a claim now, and a few steps on: whoever is in the way then is parked."""
@@ -178,7 +183,8 @@ class FluidOutlook(Outlook):
         return first_s + block_s * num_blocks
 
     @cached_property
-    def _leavers(self) -> tuple[list[ResidentRequest], list[Turn]]:
+    def _leavers(self) -> list[tuple[int, bool, int, float, float, str, Turn]]:
+        """In no order; each with what decides its place, and second whether it is within its slice."""
         s, held = self.s, self.held
         now_s = s.now_s
         load_first_s, load_block_s = self._load_line
@@ -204,8 +210,7 @@ class FluidOutlook(Outlook):
             last = -spare_s if kind == 2 else -float(tokens_left)
             turn = (r, spare_s, flows, tokens_left <= last_tokens)
             keyed.append((-r.rank, in_slice, kind, r.weight, last, r.request_id, turn))
-        keyed.sort()
-        return [entry[6][0] for entry in keyed], [entry[6] for entry in keyed if not entry[1]]
+        return keyed
 
     @cached_property
     def _load_line(self) -> tuple[float, float]:

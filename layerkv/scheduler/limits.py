@@ -23,8 +23,8 @@ class PolicyLimits:
             benchmarks/results/2026-11-21-decide.json).
         scan_parked: How many parked requests are. Not measured: chosen by simulated loads (2026-11-28, no result
             file).
-        store_ahead_steps: Steps between looks for somebody to copy to host memory; the forecast looks many times as
-            far. Not measured: chosen by judgement, so that most steps look for nobody.
+        look_steps: A decision stands for so many steps at most, and as often somebody to copy to host memory is looked
+            for. Not measured: chosen by judgement; rules that act in time look as many steps ahead.
         ahead_steps: The forecast's horizon: shortages that near are prepared for by storing ahead. Not measured: chosen
             by judgement.
         overcommit: How many times the pool the forecast may fill it. A wrong guess costs a park, which was stored
@@ -41,7 +41,7 @@ class PolicyLimits:
     max_idle_steps: int = 8
     scan: int = 64
     scan_parked: int = 64
-    store_ahead_steps: int = 4
+    look_steps: int = 4
     ahead_steps: int = 64
     rescue_steps: int = 4
     overcommit: float = 1.1

@@ -15,13 +15,13 @@ def hit_of(s: Snapshot, claim: Claim) -> PrefixHit:
 
 def pool_blocks(s: Snapshot, claim: Claim) -> int:
     """Free pool blocks that it takes: its own, and cached ones that nobody uses now."""
-    hit = hit_of(s, claim)
-    return claim.num_blocks - hit.num_blocks + hit.num_evictable
+    hit = s.lines.hits.get(claim.request_id)
+    return claim.num_blocks if hit is None else claim.num_blocks - hit.num_blocks + hit.num_evictable
 
 
 def layered_blocks(w: WaitingRequest) -> int:
     """Blocks that a prompt needs room for, in the zone (less its hits) and in host memory, to start layered."""
-    return max(w.num_blocks, w.most_blocks)
+    return w.most_blocks or w.num_blocks
 
 
 def outgrows_pool(s: Snapshot, w: WaitingRequest) -> bool:

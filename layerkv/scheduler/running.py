@@ -20,8 +20,14 @@ def may_start(engine: EngineState, load: Load) -> bool:
     return has_tokens and (engine.free_slots > 0 or somebody_leaves)
 
 
-def look(books: RequestBooks, engine: EngineState, now_s: float) -> tuple[Load, float]:
+def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int = 0) -> tuple[Load, float]:
     """One pass over the running requests; with hundreds of them, the dearest part of a decision.
+
+    Args:
+        books: What is remembered of them.
+        engine: The engine before the step.
+        now_s: Current time.
+        soon_steps: See :class:`Load`.
 
     Returns:
         What it finds, and seconds of prefill under way by the profile.
@@ -31,7 +37,7 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> tuple[Load, 
     tracked_of = books.tracked
     resident: list[ResidentRequest] = []
     layered: list[LayeredRequest] = []
-    growth = num_decodes = context = prefilling = num_resident = 0
+    growth = soon = num_decodes = context = prefilling = num_resident = 0
     under_way_s = 0.0
     slack_s = tpot_s = math.inf
     by_reader = books.policy.policy == "fluid"
@@ -68,8 +74,8 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> tuple[Load, 
             num_decodes += 1
             context += r.num_computed
             new_tokens = 1 + steps_ahead
-        last_block = -(-(r.num_computed + new_tokens) // tokens)
-        missing = max(last_block - r.num_blocks, 0)
+        room = r.num_blocks * tokens - r.num_computed - new_tokens
+        missing = -(room // tokens) if room < 0 else 0
         if r.is_layered:
             layered.append(
                 LayeredRequest(
@@ -78,13 +84,15 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> tuple[Load, 
                     -(-max(r.num_computed + 1, r.num_tokens) // tokens),
                     r.num_zone_blocks,
                     missing > 0 and not r.is_prefilling,  # a prompt's room is reserved
-                    last_block > r.num_host_blocks,
+                    r.num_computed + new_tokens > r.num_host_blocks * tokens,
                     tracked is not None and tracked.outgrows_pool,
                 )
             )
             continue
         num_resident += 1
         growth += missing
+        if room % tokens < soon_steps:
+            soon += 1
         if tracked is not None:
             num_blocks = -(-r.num_tokens // tokens) if r.is_prefilling else r.num_blocks
             resident.append(
@@ -130,5 +138,6 @@ def look(books: RequestBooks, engine: EngineState, now_s: float) -> tuple[Load, 
         slack_s,
         tpot_s,
         loading,
+        soon,
     )
     return load, under_way_s

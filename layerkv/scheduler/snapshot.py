@@ -173,6 +173,7 @@ class Load(NamedTuple):
             becomes late (LayerKV Eq. 1-2); infinite when nobody decodes.
         tightest_tpot_s: The smallest TPOT objective among requests that decode.
         loading_blocks: Blocks of fetches under way.
+        soon_blocks: Further pool blocks that they may need in the few steps in which a decision may stand.
     """
 
     resident: Sequence[ResidentRequest] = ()
@@ -185,6 +186,7 @@ class Load(NamedTuple):
     decode_slack_s: float = math.inf
     tightest_tpot_s: float = math.inf
     loading_blocks: int = 0
+    soon_blocks: int = 0
 
 
 class Lines(NamedTuple):
@@ -327,3 +329,10 @@ class Decision:
     room_for: tuple[str, ...] = ()
     reasons: Mapping[str, Reason] = field(default_factory=dict)
     waits: Mapping[str, Reason] = field(default_factory=dict)
+
+    @property
+    def moves_somebody(self) -> bool:
+        """Whether it does more than let everybody go on as before; copies in the background are no more than that."""
+        return bool(
+            self.park or self.recompute or self.drop_copy or self.fetch or self.admit or self.refuse or self.room_for
+        )

@@ -76,6 +76,11 @@ class DeadlineQueue(Generic[View]):
         return None if key is None else self._all.views[bisect_left(self._all.keys, key)]
 
     @property
+    def has_unready(self) -> bool:
+        """Whether any were not ready when last asked about."""
+        return bool(self._aside)
+
+    @property
     def views(self) -> Sequence[View]:
         """All views in order. The list lives on: do not keep it across steps, do not change it."""
         return self._all.views
@@ -200,7 +205,9 @@ class TrackedRequest:
         said: The last thing said of it in the decision log: the same is not said twice.
         tpot_s: Its class's TPOT objective (:data:`NO_TPOT_S` if it has none),
         weight: weight,
-        max_stall_s: and longest stall (infinite if it has none), at hand for the pass over running requests.
+        max_stall_s: longest stall (infinite if it has none),
+        max_lag_s: and most lag, at hand for the pass over running requests.
+        ttft_deadline_s: When its first token is due.
         reader: Who reads its tokens, by its class's pace.
         stream: What its client has got so far.
     """
@@ -229,6 +236,8 @@ class TrackedRequest:
     tpot_s: float = field(init=False)
     weight: float = field(init=False)
     max_stall_s: float = field(init=False)
+    max_lag_s: float = field(init=False)
+    ttft_deadline_s: float = field(init=False)
     reader: ReaderClock = field(init=False)
     stream: Stream = field(default_factory=Stream)
 
@@ -236,13 +245,10 @@ class TrackedRequest:
         self.tpot_s = self.slo.tpot_s if self.slo.tpot_s < math.inf else NO_TPOT_S
         self.weight = self.slo.weight
         self.max_stall_s = math.inf if self.slo.max_stall_s is None else self.slo.max_stall_s
+        self.max_lag_s = self.slo.max_lag_s
+        self.ttft_deadline_s = self.arrival_s + self.slo.ttft_s
         self.has_reader &= self.slo.has_reader
         self.reader = ReaderClock(self.slo.pace_s if self.has_reader else math.inf)
-
-    @property
-    def ttft_deadline_s(self) -> float:
-        """When the first token is due."""
-        return self.arrival_s + self.slo.ttft_s
 
     def copy_failed(self, num_output_tokens: int) -> bool:
         """Its KV is lost to a failed copy; whether it has been often enough for one that gets no further."""
@@ -286,5 +292,5 @@ class TrackedRequest:
             return self.ttft_deadline_s
         if not self.has_reader:
             return dry_s
-        may_wait_s = self.slo.max_lag_s - self.reader.lag_s
+        may_wait_s = self.max_lag_s - self.reader.lag_s
         return dry_s + may_wait_s if may_wait_s >= 0 else self.arrival_s

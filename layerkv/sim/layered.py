@@ -94,8 +94,10 @@ class LayeredEngine(VirtualEngine):
         self._finish_loads()
         is_busy = self._loading or self.ledger.layered_ids or any(live.is_prefilling for live in self.running)
         steps_ahead = 1 if self.setup.frees_are_deferred else 0
-        self._was_quiet = not is_busy and self.controller.is_quiet(len(self.running), len(self.free_ids), steps_ahead)
-        if self._was_quiet:
+        num_running, num_free = len(self.running), len(self.free_ids)
+        self._was_quiet = not is_busy and self.controller.is_quiet(num_running, num_free, steps_ahead)
+        moves = self.ledger.residency.version
+        if self._was_quiet or self.controller.stands(self.step, moves, num_running, num_free):
             self._plan = StepPlan()
             self.decision = Decision(prefill_tokens=self.setup.max_num_batched_tokens)
             return self._compute([])
@@ -177,6 +179,7 @@ class LayeredEngine(VirtualEngine):
             budget_tokens=self.setup.max_num_batched_tokens,
             steps_ahead=1 if self.setup.frees_are_deferred else 0,
             freeing_blocks=len(self._freed),
+            moves=self.ledger.residency.version,
         )
         return self.controller.decide(state, self.now_s)
 

@@ -43,13 +43,18 @@ class EngineReader:
         self.prefix_hits = PrefixHits(scheduler, side)
         self._active_loras: set[int] | None = None
 
-    def is_quiet(self) -> bool:
-        """Nobody waits, nobody is parked or layered, and the pool has room for whatever runs: nothing to decide."""
-        s = self._scheduler
+    def has_nothing_to_decide(self) -> bool:
+        """Nobody waits, nobody is parked or layered, and the pool has room for whatever runs; or nothing has happened
+        since a decision by which nobody came in or left."""
+        s, controller = self._scheduler, self._controller
         if s._inflight_prefills or self._ledger.layered_ids:
             return False
         free: int = s.kv_cache_manager.block_pool.get_num_free_blocks()
-        return self._controller.is_quiet(len(s.running), free, steps_ahead(s))
+        if controller.is_quiet(len(s.running), free, steps_ahead(s)):
+            return True
+        if len(s.waiting) != len(controller.waiting) + len(controller.parked):
+            return False  # vLLM must find those that the policy does not know
+        return controller.stands(s.current_step, self._ledger.residency.version, len(s.running), free)
 
     def state(self) -> EngineState:
         """The engine before the step that is about to be scheduled."""
@@ -69,6 +74,7 @@ class EngineReader:
             steps_ahead=steps_ahead(s),
             is_paused=s._pause_state is not PauseState.UNPAUSED,
             held_tokens=self._held_tokens(),
+            moves=ledger.residency.version,
             freeing_blocks=sum(len(blocks) for _, blocks in s.deferred_frees) if s.deferred_frees else 0,
         )
 

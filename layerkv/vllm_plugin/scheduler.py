@@ -130,7 +130,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if policy is not self._controller.policy:
             self._controller.set_policy(policy)
         is_sampled = True
-        if self._reader.is_quiet():
+        if self._reader.has_nothing_to_decide():
             output = super().schedule(throttle_prefills)
             self._num_quiet_steps += 1
             is_sampled = self._num_quiet_steps % QUIET_STEPS_PER_SAMPLE == 0

@@ -84,8 +84,10 @@ class HandEngine:
         hash_fn = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_fn)
         controller = self.scheduler._controller
-        self._policy_decides, self._policy_is_quiet = controller.decide, controller.is_quiet
-        controller.decide, controller.is_quiet = self._decide, self._is_quiet
+        self._policy_decides = controller.decide
+        controller.decide = self._decide
+        for name in ("is_quiet", "stands"):
+            setattr(controller, name, self._unless_forced(getattr(controller, name)))
         self._forced: dict[str, tuple[str, ...]] = {}
         self._forced_tokens: int | None = None
         self.held: set[str] = set()
@@ -142,8 +144,8 @@ class HandEngine:
         self._forced = {name: tuple(request_ids) for name, request_ids in changes.items()}
         self._forced_tokens = prefill_tokens
 
-    def _is_quiet(self, *args: Any) -> bool:
-        return not self._forced and self._forced_tokens is None and not self.held and self._policy_is_quiet(*args)
+    def _unless_forced(self, says: Callable[..., bool]) -> Callable[..., bool]:
+        return lambda *args: not self._forced and self._forced_tokens is None and not self.held and says(*args)
 
     def _decide(self, *args: Any, **kwargs: Any) -> Any:
         for name in ("is_startable", "is_fetchable"):

@@ -76,6 +76,10 @@ def _who_leaves(
     """Residents that together hold so many blocks, and slots, for a claim; None if there are not enough."""
     least_s = -math.inf if is_overdue else _least_spare_s(now, claim)
     claim_flows = claim.deadline_s >= now.s.now_s
+    if num_blocks > 0 or num_slots > 0:
+        of_flowing_s, of_lost_s = now.most_spare_s
+        if of_flowing_s < least_s and (of_lost_s == -math.inf if claim_flows else of_lost_s < least_s):
+            return None
     host = draft.host
     leaving: list[ResidentRequest] = []
     for r, spare_s, flows, ends_soon in now.turns:

@@ -331,3 +331,18 @@ def test_the_share_of_the_link_that_copies_take_is_told_for_each_direction() -> 
     assert used["store"] == pytest.approx(outcome.stored_bytes / BLOCK_BYTES * 0.0005 / span_s)
     assert used["load"] == pytest.approx(outcome.loaded_bytes / BLOCK_BYTES * 0.001 / span_s)
     assert stock(setup(pool=8), [request("a")]).run().figures()["link_utilisation"] == {"store": 0, "load": 0}
+
+
+def test_with_a_full_pool_most_steps_decide_nothing_and_nobody_is_in_want_of_a_block() -> None:
+    rng = Random(3)
+    requests = [
+        request(str(i), at=i * 0.01, prompt=rng.randint(20, 90), output=rng.randint(30, 120)) for i in range(60)
+    ]
+    engine = LayeredEngine(setup(pool=40, zone=12), requests, POLICY)
+    decided: list[int] = []
+    decide = engine.controller.decide
+    engine.controller.decide = lambda state, now_s: decided.append(state.step) or decide(state, now_s)  # type: ignore[method-assign, func-returns-value]
+    outcome = engine.run()
+    assert outcome.parks > 20, "the pool is full"
+    assert len(decided) < 0.7 * outcome.num_steps
+    assert outcome.preemptions == 0, "a step that did not decide found no block"
