@@ -32,7 +32,7 @@ SENTENCES = {
     Reason.HOST_FULL: "host memory had no room for it",
     Reason.SMALL_REST: "only a small rest of the step's tokens was left, not worth beginning a layered prompt with",
     Reason.BEHIND: "another prompt stood before it in line for the lane zone",
-    Reason.BEHIND_OVERDUE: "another had been overtaken so often that nobody was to pass it any more",
+    Reason.BEHIND_OVERDUE: "another was next, overtaken too often or due by arrival, and nobody was to pass it",
     Reason.BEHIND_RANK: "a request of better priority was waiting",
     Reason.LATE: "it could not have its first token in time any more, so those that could went first",
     Reason.WAIT_IS_SHORTER: "pool blocks were about to come free, sooner than the lane zone would pay off",

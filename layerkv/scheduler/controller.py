@@ -146,6 +146,7 @@ class Controller(RequestBooks):
             hits=hits(waiting) if hits is not None and waiting and may_start(engine, load) else {},
             overtaken=self.overtaken,
             promised=self._still_promised(engine.step),
+            gone_blocks=self.gone_blocks,
         )
         return Snapshot(
             now_s=now_s,

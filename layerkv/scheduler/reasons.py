@@ -37,7 +37,8 @@ class Reason(StrEnum):
     BEHIND = "behind"
     """Another prompt that is to run layered, and cannot just now, stands before it in line for the zone."""
     BEHIND_OVERDUE = "behind_overdue"
-    """One who has been overtaken too often stands before it in line, for compute or for the pool: nobody passes it."""
+    """One stands before it in line, for compute or for the pool, whom nobody passes: it has been overtaken too often,
+    or only the pool takes it and by arrival it would be there."""
     BEHIND_RANK = "behind_rank"
     """One of better priority waits: what there is of room is kept for it."""
     LATE = "late"
