@@ -77,6 +77,8 @@ class Controller(RequestBooks):
         self._last_exchange_step = -EXCHANGE_STEPS
         self._promised: dict[str, int] = {}
         self._last_decided: tuple[Snapshot, int] | None = None
+        self.waits: Mapping[str, Reason] = {}
+        """Why requests wait that were looked at in the last decision; empty while nobody does."""
 
     def step_done(self, work: StepWork, seconds: float, *, waited_s: float | None = None) -> None:
         """A step has ended: correct the costs.
@@ -114,6 +116,7 @@ class Controller(RequestBooks):
         snapshot = self.snapshot(engine, now_s, is_startable, is_fetchable, hits)
         decision = decide(snapshot, self._limits)
         self._last_decided = snapshot, decision.prefill_tokens
+        self.waits = decision.waits
         self._note(decision, snapshot, engine.step)
         return snapshot, decision
 
@@ -170,6 +173,7 @@ class Controller(RequestBooks):
         """
         if self.waiting or self.parked:
             return False
+        self.waits = {}
         self.line.rest()
         per_request = 1 + steps_ahead + self._limits.ahead_steps // self.shape.block_tokens
         return free_blocks >= num_running * per_request
