@@ -203,8 +203,7 @@ def _sentence(entry: LogEntry, until_s: float | None) -> str:
             if "free_blocks" in facts
             else ""
         )
-        what = "" if entry.reason not in WAITS_FOR else f" for {RESOURCES[WAITS_FOR[entry.reason]]}"
-        return f"waited{how_long}{what}: {why}{room}"
+        return f"waited{how_long}{_for_what(entry.reason, ' for ')}: {why}{room}"
     if entry.event is Event.FIRST_TOKEN:
         on_time = {True: ", on time", False: ", late"}.get(facts.get("on_time", ""), "")
         return f"first token after {_seconds(facts.get('ttft_s'))}{on_time}"
@@ -305,9 +304,14 @@ def _totals(histories: Iterable[History]) -> Iterator[Table]:
             table.add_column("for")
             table.add_column("because")
             for reason, seconds in totals.most_common():
-                what = RESOURCES[WAITS_FOR[reason]] if reason in WAITS_FOR else "-"
-                table.add_row(f"{seconds:.1f}", what, IN_THE_BATCH if reason is None else SENTENCES[reason])
+                table.add_row(
+                    f"{seconds:.1f}", _for_what(reason), IN_THE_BATCH if reason is None else SENTENCES[reason]
+                )
             yield table
+
+
+def _for_what(reason: Reason | None, before: str = "") -> str:
+    return "" if reason is None or reason not in WAITS_FOR else before + RESOURCES[WAITS_FOR[reason]]
 
 
 def _by_resource(waited_s: Counter[Reason]) -> Counter[Resource]:

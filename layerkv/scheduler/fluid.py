@@ -178,8 +178,11 @@ class FluidOutlook(Outlook):
         return frozenset(held)
 
     def may_start(self, w: WaitingRequest) -> bool:
-        """Whether a prompt may start: while some streams are held, not before it must for the line's sake."""
-        return not self.held or self._spare_s.get(w.request_id, 0.0) <= START_BY_S
+        """Whether a prompt may start: while some streams are held, not before it must for the line's sake.
+
+        It is put off for streams that go on; where none does, they may be those that wait for it by their rank.
+        """
+        return not self.held or not self.s.load.num_resident or self._spare_s.get(w.request_id, 0.0) <= START_BY_S
 
     @cached_property
     def _spare_s(self) -> dict[str, float]:
