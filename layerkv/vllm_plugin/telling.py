@@ -72,9 +72,10 @@ class Telling:
         if waits and 0 <= now_s - self._waits_told_s < WAITS_INTERVAL_S:
             return
         self._waits_told_s = now_s
-        self._waiting_for = Counter([WAITS_FOR[reason] for reason in waits.values()])
+        told, self._waiting_for = self._waiting_for, Counter([WAITS_FOR[reason] for reason in waits.values()])
         for resource in Resource:
-            self._side.metrics.set("layerkv_waiting_requests", self._waiting_for[resource], resource)
+            if self._waiting_for[resource] != told[resource]:
+                self._side.metrics.set("layerkv_waiting_requests", self._waiting_for[resource], resource)
 
     def backlog(self, outputs: dict[int, EngineCoreOutputs], now_s: float) -> None:
         """Tell the front ends what a new request would meet, if the policy refuses any under overload.

@@ -41,7 +41,7 @@ def test_what_binds_is_told_at_intervals_and_once_more_when_nobody_waits() -> No
     scheduler: Any = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
     side: Any = SimpleNamespace(ledger=None, metrics=metrics)
     told = telling.Telling(scheduler, side, controller)  # type: ignore[arg-type]
-    none = {f"layerkv_waiting_requests|{resource}": 0 for resource in Resource}
+    pool, slot = "layerkv_waiting_requests|pool", "layerkv_waiting_requests|slot"
 
     def after(waits: dict[str, Reason], now_s: float) -> dict[str, float]:
         controller.waits = waits
@@ -50,11 +50,11 @@ def test_what_binds_is_told_at_intervals_and_once_more_when_nobody_waits() -> No
         return gauges
 
     assert after({}, 10.0) == {}
-    two = {"a": Reason.POOL_FULL, "b": Reason.HELD, "c": Reason.NO_SLOT}
-    assert after(two, 10.0) == {**none, "layerkv_waiting_requests|pool": 2, "layerkv_waiting_requests|slot": 1}
+    three = {"a": Reason.POOL_FULL, "b": Reason.HELD, "c": Reason.NO_SLOT}
+    assert after(three, 10.0) == {pool: 2, slot: 1}
     assert after({"c": Reason.NO_SLOT}, 10.0 + telling.WAITS_INTERVAL_S / 2) == {}
-    assert after({"c": Reason.NO_SLOT}, 10.0 + telling.WAITS_INTERVAL_S) == {**none, "layerkv_waiting_requests|slot": 1}
-    assert after({}, 10.0 + telling.WAITS_INTERVAL_S) == none
+    assert after({"c": Reason.NO_SLOT}, 10.0 + telling.WAITS_INTERVAL_S) == {pool: 0}
+    assert after({}, 10.0 + telling.WAITS_INTERVAL_S) == {slot: 0}
     assert after({}, 20.0) == {}
 
 
