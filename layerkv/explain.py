@@ -16,7 +16,7 @@ from rich.table import Table
 
 from layerkv.errors import LayerKVError
 from layerkv.scheduler.decision_log import read_log
-from layerkv.scheduler.reasons import End, Event, LogEntry, Reason
+from layerkv.scheduler.reasons import WAITS_FOR, End, Event, LogEntry, Reason, Resource
 
 SENTENCES = {
     Reason.FITS: "the pool had room for all of it",
@@ -32,7 +32,7 @@ SENTENCES = {
     Reason.HOST_FULL: "host memory had no room for it",
     Reason.SMALL_REST: "only a small rest of the step's tokens was left, not worth beginning a layered prompt with",
     Reason.BEHIND: "another prompt stood before it in line for the lane zone",
-    Reason.BEHIND_OVERDUE: "another had been overtaken so often that nobody was to pass it any more",
+    Reason.BEHIND_OVERDUE: "another was next, overtaken too often or due by arrival, and nobody was to pass it",
     Reason.BEHIND_RANK: "a request of better priority was waiting",
     Reason.LATE: "it could not have its first token in time any more, so those that could went first",
     Reason.WAIT_IS_SHORTER: "pool blocks were about to come free, sooner than the lane zone would pay off",
@@ -73,6 +73,15 @@ ENDS = {
     End.LEFT: "ended by a stop string, or by its client hanging up,",
     End.CUT_OFF: "aborted with all others",
     End.REFUSED: "refused",
+}
+
+RESOURCES = {
+    Resource.POOL: "the pool",
+    Resource.ZONE: "the lane zone",
+    Resource.SLOT: "a slot of max_num_seqs",
+    Resource.LINK: "the link",
+    Resource.COMPUTE: "compute",
+    Resource.HOST_MEMORY: "host memory",
 }
 
 IN_THE_BATCH = "it was in the batch all the while, and steps came more slowly than it is read"
@@ -194,7 +203,7 @@ def _sentence(entry: LogEntry, until_s: float | None) -> str:
             if "free_blocks" in facts
             else ""
         )
-        return f"waited{how_long}: {why}{room}"
+        return f"waited{how_long}{_for_what(entry.reason, ' for ')}: {why}{room}"
     if entry.event is Event.FIRST_TOKEN:
         on_time = {True: ", on time", False: ", late"}.get(facts.get("on_time", ""), "")
         return f"first token after {_seconds(facts.get('ttft_s'))}{on_time}"
@@ -253,6 +262,7 @@ def _summary(history: History) -> dict[str, Any]:
         "lag_s": history.lag_s,
         "longest_pause_s": history.longest_pause_s,
         "waited_s": {reason.value: round(seconds, 6) for reason, seconds in history.waited_s.most_common()},
+        "waited_for_s": {resource.value: round(s, 6) for resource, s in _by_resource(history.waited_s).most_common()},
         "parks": sum(entry.event is Event.PARKED for entry in history.entries),
     }
 
@@ -291,10 +301,24 @@ def _totals(histories: Iterable[History]) -> Iterator[Table]:
         if totals:
             table = Table(title=title, box=SIMPLE, pad_edge=False)
             table.add_column("seconds", justify="right")
+            table.add_column("for")
             table.add_column("because")
             for reason, seconds in totals.most_common():
-                table.add_row(f"{seconds:.1f}", IN_THE_BATCH if reason is None else SENTENCES[reason])
+                table.add_row(
+                    f"{seconds:.1f}", _for_what(reason), IN_THE_BATCH if reason is None else SENTENCES[reason]
+                )
             yield table
+
+
+def _for_what(reason: Reason | None, before: str = "") -> str:
+    return "" if reason is None or reason not in WAITS_FOR else before + RESOURCES[WAITS_FOR[reason]]
+
+
+def _by_resource(waited_s: Counter[Reason]) -> Counter[Resource]:
+    by_resource: Counter[Resource] = Counter()
+    for reason, seconds in waited_s.items():
+        by_resource[WAITS_FOR[reason]] += seconds
+    return by_resource
 
 
 def _seconds(value: float | None) -> str:

@@ -40,11 +40,19 @@ class MetricSpec:
 
 
 _DIRECTIONS = ("store", "load")
+_RESOURCES = ("pool", "zone", "slot", "link", "compute", "host_memory")
 COPY_WAIT = "layerkv_copy_wait_seconds"
 DECIDE_TIME = "layerkv_decide_seconds"
 
 METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("layerkv_requests", "gauge", "Requests by residency of their KV.", "residency"),
+    MetricSpec(
+        "layerkv_waiting_requests",
+        "gauge",
+        "Requests at the heads of both lines that could not go on, by the resource that they wait for.",
+        "resource",
+        label_values=_RESOURCES,
+    ),
     MetricSpec(
         "layerkv_bytes",
         "counter",

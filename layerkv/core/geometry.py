@@ -19,8 +19,19 @@ from math import gcd
 from layerkv.errors import ConfigError
 
 DEFAULT_ZONE_SHARE = 0.05
-"""Largest share of the KV memory that a zone of default size takes. Not measured: chosen by design, as a bound on the
-price; in the simulator 2 % cost 1.2 % of throughput, and 8 % cost 5.1 % (docs/simulator.md)."""
+"""Largest share of the KV memory that a zone of default size takes, but for :data:`ZONE_OF_POOL`. Not measured: chosen
+by design, as a bound on the price; in the simulator 2 % cost 1.2 % of throughput, and 8 % cost 5.1 %
+(docs/simulator.md)."""
+
+ZONE_OF_POOL = 0.3
+"""With few layers that is little: there a zone of default size may take more, until it is so large a part of the pool.
+Not measured: chosen by simulated loads (2026-11-29, no result file); with 0.4 two streams in a hundred more flow at 12
+layers, at 1 to 2 % longer times for all."""
+
+FEW_LAYERS_ZONE_SHARE = 0.12
+"""But no more than this share of the KV memory. Not measured: chosen by simulated loads (2026-11-29, no result file);
+with 6 layers, on average of nine loads, 86 % of requests flow with 5 %, 88 % with 8 % and 90 % with 12 %, at 0.7 % and
+2.2 % longer times for all."""
 
 LONGEST_ZONE_SHARE = 0.5
 """Largest share that a zone of default size takes where it must hold requests longer than the pool. Not measured:
@@ -265,7 +276,10 @@ def _zone_blocks(request: GeometryRequest, total_blocks: int) -> int:
         return large_zone_blocks
     wanted_tokens = max(DEFAULT_ZONE_STEPS * request.step_tokens, request.longest_tokens)
     wanted = _round_up(_ceil_div(wanted_tokens, request.block_tokens), unit)
-    return max(min(wanted, _most_zone_blocks(request, total_blocks, DEFAULT_ZONE_SHARE)), unit)
+    of_pool = int(total_blocks * ZONE_OF_POOL / (1 + ZONE_OF_POOL)) // unit * unit
+    with_few_layers = min(of_pool, _most_zone_blocks(request, total_blocks, FEW_LAYERS_ZONE_SHARE))
+    most = max(with_few_layers, _most_zone_blocks(request, total_blocks, DEFAULT_ZONE_SHARE))
+    return max(min(wanted, most), unit)
 
 
 def _large_zone_blocks(request: GeometryRequest, total_blocks: int) -> int | None:

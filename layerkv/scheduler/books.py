@@ -47,6 +47,8 @@ class RequestBooks:
         overtaken: In how many steps a request was the one charged with being overtaken, by id.
         streams: What readers got, for whoever reports it.
         step_s: Seconds of a step that computes no prompt, as of the last look.
+        come_blocks: Blocks of all prompts that ever came,
+        gone_blocks: and of those whose requests are gone.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class RequestBooks:
         self.overtaken: dict[str, int] = {}
         self.streams = Streams()
         self.step_s = 0.0
+        self.come_blocks = self.gone_blocks = 0
         self._refuses_late = refuses_late
 
     # What happens to requests -------------------------------------------------------------------------------------
@@ -92,6 +95,8 @@ class RequestBooks:
         has_reader: bool = True,
     ) -> None:
         """A request has come in and waits."""
+        prompt_blocks = -(-num_tokens // self.shape.block_tokens)
+        self.come_blocks += prompt_blocks
         tracked = TrackedRequest(
             slo=slo,
             arrival_s=arrival_s,
@@ -100,6 +105,8 @@ class RequestBooks:
             can_layer=can_layer,
             in_one_step=in_one_step,
             has_reader=has_reader,
+            prompt_blocks=prompt_blocks,
+            ticket_blocks=self.come_blocks,
         )
         self.tracked[request_id] = tracked
         self.enqueue(request_id, num_tokens, 0)
@@ -143,6 +150,7 @@ class RequestBooks:
                 may_refuse=self._refuses_late and tracked.slo.overload == "reject" and tracked.first_token_s is None,
                 most_blocks=most_blocks,
                 in_one_step=tracked.in_one_step,
+                ticket_blocks=tracked.ticket_blocks if tracked.first_token_s is None else math.inf,
             )
         )
 
@@ -255,6 +263,7 @@ class RequestBooks:
         self.overtaken.pop(request_id, None)
         if tracked is None:
             return
+        self.gone_blocks += tracked.prompt_blocks
         if end is not End.FINISHED:
             self._give_up_prefill(tracked)
         if num_output and end is not End.REFUSED:

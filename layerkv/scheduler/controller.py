@@ -79,6 +79,8 @@ class Controller(RequestBooks):
         self._promised: dict[str, int] = {}
         self._last_decided: tuple[Snapshot, int] | None = None
         self._standing: Standing | None = None
+        self.waits: Mapping[str, Reason] = {}
+        """Why requests wait that were looked at in the last decision; empty while nobody does."""
 
     def step_done(self, work: StepWork, seconds: float, *, waited_s: float | None = None) -> None:
         """A step has ended: correct the costs.
@@ -116,6 +118,7 @@ class Controller(RequestBooks):
         snapshot = self.snapshot(engine, now_s, is_startable, is_fetchable, hits)
         decision = decide(snapshot, self._limits)
         self._last_decided = snapshot, decision.prefill_tokens
+        self.waits = decision.waits
         self._note(decision, snapshot, engine.step)
         has_unready = self.waiting.has_unready or self.parked.has_unready  # nobody tells when one becomes ready
         self._standing = (
@@ -152,6 +155,7 @@ class Controller(RequestBooks):
             hits=hits(waiting) if hits is not None and waiting and may_start(engine, load) else {},
             overtaken=self.overtaken,
             promised=self._still_promised(engine.step),
+            gone_blocks=self.gone_blocks,
         )
         return Snapshot(
             now_s=now_s,
@@ -175,6 +179,7 @@ class Controller(RequestBooks):
         """
         if self.waiting or self.parked:
             return False
+        self.waits = {}
         self.line.rest()
         per_request = 1 + steps_ahead + self._limits.ahead_steps // self.shape.block_tokens
         return free_blocks >= num_running * per_request

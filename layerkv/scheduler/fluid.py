@@ -15,8 +15,8 @@ from functools import cached_property
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, ClassVar
 
-from layerkv.scheduler.lines import Claim
-from layerkv.scheduler.needs import pool_blocks
+from layerkv.scheduler.lines import Claim, in_order
+from layerkv.scheduler.needs import outgrows_pool, pool_blocks
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.prefill import late_prompts
 from layerkv.scheduler.snapshot import ParkedRequest, ResidentRequest, WaitingRequest
@@ -94,6 +94,31 @@ class FluidOutlook(Outlook):
         return tokens, late
 
     @cached_property
+    def next_in_pool(self) -> Set[str]:
+        """Who was overtaken too often, and prompts that only the pool takes and whose turn by arrival has come."""
+        return self.overdue | self._come_to_their_turn
+
+    @cached_property
+    def _come_to_their_turn(self) -> Set[str]:
+        """Prompts that only the pool can take, and that by arrival would be in it by now.
+
+        First come, first served, a prompt starts when it fits the pool together with all that came before it and are
+        there still. Engines make tokens alike fast whomever they serve first: work that was done on requests that came
+        later would have been done on earlier ones, so parked requests count as if they were gone. Where nobody runs
+        layered no prompt is passed for that, and objectives alone decide.
+        """
+        s = self.s
+        if not s.shape.zone_blocks or not s.shape.host_blocks:
+            return frozenset()
+        of_pool = [
+            w for w in s.lines.waiting[: self.limits.scan] if not self.can_ever_layer(w) and not outgrows_pool(s, w)
+        ]
+        if not of_pool:
+            return frozenset()
+        in_place = s.lines.gone_blocks + sum([view.num_blocks for view in s.lines.parked]) + s.shape.pool_blocks
+        return {w.request_id for w in of_pool if w.ticket_blocks <= in_place}
+
+    @cached_property
     def victims(self) -> Sequence[ResidentRequest]:
         """Residents that may be parked, most readily first.
 
@@ -157,8 +182,13 @@ class FluidOutlook(Outlook):
         return frozenset(held)
 
     def may_start(self, w: WaitingRequest) -> bool:
-        """Whether a prompt may start: while some streams are held, not before it must for the line's sake."""
-        return not self.held or self._at_best[1].get(w.request_id, 0.0) <= START_BY_S
+        """Whether a prompt may start: while some streams are held, not before it must for the line's sake.
+
+        It is put off for streams that go on; where none does, they may be those that wait for it by their rank.
+        """
+        if not self.held or not self.s.load.num_resident:
+            return True
+        return self._at_best[1].get(w.request_id, 0.0) <= START_BY_S
 
     @cached_property
     def _at_best(self) -> tuple[Set[str], dict[str, float]]:
@@ -223,17 +253,17 @@ class FluidOutlook(Outlook):
         return (0.0, 0.0) if cost is None else _line(cost.store_s, shape.block_bytes, shape.pool_blocks)
 
     def _claims(self, waiting: Sequence[WaitingRequest]) -> list[Claim]:
-        """In this order: who was overtaken too often; whom room was made for; what flows and is due, by when; what
-        flows and will be due, by what is left of it; what is held; what is lost; what flows and has so much to read
+        """In this order: who is next in any case; whom room was made for; what flows and is due, by when; what flows
+        and will be due, by what is left of it; what is held; what is lost; what flows and has so much to read
         that lost ones take its place.
         """
-        s, overdue, held, late = self.s, self.overdue, self.held, self.late
+        s, first, held, late = self.s, self.next_in_pool, self.held, self.late
         promised = s.lines.promised
         urgent_s, soon_s = s.now_s + URGENT_S, s.now_s + SPARE_FOR_LOST_S
 
         def turn(claim: Claim) -> tuple[int, int, float]:
             request_id = claim.request_id
-            if request_id in overdue:
+            if request_id in first:
                 return claim.rank, 0, claim.deadline_s
             if request_id in promised:
                 return claim.rank, 1, claim.deadline_s
@@ -247,6 +277,11 @@ class FluidOutlook(Outlook):
             return claim.rank, 3 if due_s <= soon_s else 6, claim.tokens_left
 
         return sorted(self._claimants(waiting), key=turn)
+
+    def _prompts(self, waiting: Sequence[WaitingRequest]) -> Sequence[WaitingRequest]:
+        if not self._come_to_their_turn:
+            return super()._prompts(waiting)
+        return in_order(waiting, late=self.late, late_before_s=-math.inf, overdue=self.next_in_pool)
 
 
 def _line(seconds: Callable[[int], float], block_bytes: int, pool_blocks: int) -> tuple[float, float]:

@@ -51,6 +51,11 @@ class Outlook:
         """Requests that were overtaken so often that nobody of their rank passes them any more."""
         return frozenset(r for r, num in self.s.lines.overtaken.items() if num >= self.limits.max_overtakes)
 
+    @property
+    def next_in_pool(self) -> Set[str]:
+        """Claims that nobody of their rank gets pool blocks before."""
+        return self.overdue
+
     @cached_property
     def ranks(self) -> Sequence[tuple[Sequence[Claim], Sequence[WaitingRequest]]]:
         """The line for pool blocks and the line for compute, each in order of turns, for each rank, best first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -37,7 +38,8 @@ class Reason(StrEnum):
     BEHIND = "behind"
     """Another prompt that is to run layered, and cannot just now, stands before it in line for the zone."""
     BEHIND_OVERDUE = "behind_overdue"
-    """One who has been overtaken too often stands before it in line, for compute or for the pool: nobody passes it."""
+    """One stands before it in line, for compute or for the pool, whom nobody passes: it has been overtaken too often,
+    or only the pool takes it and by arrival it would be there."""
     BEHIND_RANK = "behind_rank"
     """One of better priority waits: what there is of room is kept for it."""
     LATE = "late"
@@ -82,6 +84,36 @@ class Reason(StrEnum):
     """Ended with an error: copies of its KV failed again and again, and it has got no further in between."""
     OVERLOAD = "overload"
     """Refused: its first token would be late, and its class asks to be refused then."""
+
+
+class Resource(StrEnum):
+    """What a request waits for. The value is the label in ``/metrics``."""
+
+    POOL = "pool"
+    ZONE = "zone"
+    SLOT = "slot"
+    LINK = "link"
+    COMPUTE = "compute"
+    HOST_MEMORY = "host_memory"
+
+
+WAITS_FOR: Mapping[Reason, Resource] = {
+    Reason.NO_TOKENS_LEFT: Resource.COMPUTE,
+    Reason.NO_SLOT: Resource.SLOT,
+    Reason.POOL_FULL: Resource.POOL,
+    Reason.ZONE_FULL: Resource.ZONE,
+    Reason.HOST_FULL: Resource.HOST_MEMORY,
+    Reason.SMALL_REST: Resource.COMPUTE,
+    Reason.BEHIND: Resource.ZONE,
+    Reason.BEHIND_OVERDUE: Resource.POOL,
+    Reason.BEHIND_RANK: Resource.POOL,
+    Reason.LATE: Resource.COMPUTE,
+    Reason.WAIT_IS_SHORTER: Resource.POOL,
+    Reason.LINK_BUSY: Resource.LINK,
+    Reason.HELD: Resource.POOL,
+    Reason.VICTIMS_LEAVE: Resource.POOL,
+}
+"""The resource that each reason to wait is a want of. Behind others one waits for what they nearly always wait for."""
 
 
 class Event(StrEnum):

@@ -35,6 +35,8 @@ class WaitingRequest(NamedTuple):
         may_refuse: Whether its class asks to be refused rather than served late.
         most_blocks: Blocks of all tokens that it may ever have; 0 unless it is expected to become longer than the pool.
         in_one_step: It cannot be computed in chunks: it needs a step that has tokens for all of it.
+        ticket_blocks: Blocks of all prompts that came up to it, its own included, since the engine started; infinite
+            if it has had its first token.
     """
 
     request_id: str
@@ -49,6 +51,7 @@ class WaitingRequest(NamedTuple):
     may_refuse: bool = False
     most_blocks: int = 0
     in_one_step: bool = False
+    ticket_blocks: float = math.inf
 
 
 class PrefixHit(NamedTuple):
@@ -198,6 +201,7 @@ class Lines(NamedTuple):
         hits: Prefix-cache hits of the first waiting requests, by id; absent means none known.
         overtaken: In how many steps a request was the one charged with being overtaken, by id.
         promised: Claims that room was made for in a step shortly before.
+        gone_blocks: Of all prompts that ever came, blocks of those whose requests are gone.
     """
 
     waiting: Sequence[WaitingRequest] = ()
@@ -205,6 +209,7 @@ class Lines(NamedTuple):
     hits: Mapping[str, PrefixHit] = {}
     overtaken: Mapping[str, int] = {}
     promised: Collection[str] = ()
+    gone_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from layerkv.scheduler.engine import EngineState
-from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.reasons import WAITS_FOR, Resource
 from layerkv.scheduler.snapshot import Decision, Snapshot
-
-_WAITS_FOR_TOKENS = frozenset({Reason.NO_TOKENS_LEFT, Reason.LATE, Reason.SMALL_REST})
-"""Of which the next step has more."""
 
 
 class Standing(NamedTuple):
@@ -54,8 +51,8 @@ def standing(snapshot: Snapshot, decision: Decision, every_steps: int) -> Standi
         return None
     if engine.free_blocks - engine.reserved_blocks < load.growth_blocks + load.soon_blocks:
         return None
-    if not _WAITS_FOR_TOKENS.isdisjoint(decision.waits.values()):
-        return None
+    if any(WAITS_FOR[reason] is Resource.COMPUTE for reason in decision.waits.values()):
+        return None  # of which the next step has more
     until_step = engine.step + every_steps - engine.step % every_steps
     return Standing(until_step, engine.moves, load.num_resident - len(engine.arriving), engine.free_blocks)
 

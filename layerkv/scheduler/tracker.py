@@ -189,6 +189,8 @@ class TrackedRequest:
         in_one_step: Whether its prompt must not be computed in chunks.
         outgrows_pool: Whether it may become larger than the pool.
         has_reader: Whether somebody gets its tokens as they come, at the pace of its class if that has one.
+        prompt_blocks: Blocks of its prompt,
+        ticket_blocks: and of all prompts that came up to it, its own included.
         first_token_s: When its first token came out; None before.
         admitted_s: When it was first given compute; None before.
         resident_since_step: Step of its last admission or fetch,
@@ -220,6 +222,8 @@ class TrackedRequest:
     in_one_step: bool = False
     outgrows_pool: bool = False
     has_reader: bool = True
+    prompt_blocks: int = 0
+    ticket_blocks: int = 0
     first_token_s: float | None = None
     admitted_s: float | None = None
     resident_since_step: int = 0

@@ -171,6 +171,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self._controller.step_done(work, seconds, waited_s=waited_s)
         self._last_output_s = now_s
         self._telling.reasons()
+        self._telling.waits(now_s)
         self._telling.backlog(outputs, now_s)
         if self._log is not None:
             self._log.write(self._controller.take_log(), now_s)

@@ -1,13 +1,16 @@
-"""What the engine tells of itself: capacity at the start, then counts of reasons and, to front ends, its backlog."""
+"""What the engine tells of itself: capacity at the start, then reasons, what is waited for and, to front ends, its
+backlog."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutputs
 
 from layerkv.config import experimental_keys
+from layerkv.scheduler.reasons import WAITS_FOR, Resource
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
 from layerkv.vllm_plugin.words import tell
@@ -21,6 +24,11 @@ logger = init_logger(f"vllm.{__name__}")
 BACKLOG_INTERVAL_S = 0.05
 """How often the front ends are told what a new request would meet, if their policy refuses under overload. Not
 measured: chosen by judgement."""
+
+
+WAITS_INTERVAL_S = 0.25
+"""How often it is told what requests wait for, while any do. Not measured: chosen by judgement, well below the seconds
+between two readings of metrics."""
 
 
 class Telling:
@@ -37,6 +45,8 @@ class Telling:
         self._controller = controller
         self.taken_in_s = 0.0
         self._last_word_s = 0.0
+        self._waiting_for: Counter[Resource] = Counter()
+        self._waits_told_s = 0.0
         self._owes_word = False
         # Of a server on another node, an engine learns how many there are from its requests only.
         self._front_ends = set(range(scheduler.vllm_config.parallel_config._api_process_count))
@@ -53,6 +63,19 @@ class Telling:
             for reason, count in reasons.items():
                 self._side.metrics.add("layerkv_decisions", count, reason)
             reasons.clear()
+
+    def waits(self, now_s: float) -> None:
+        """Tell how many requests wait for what: at intervals while any do, and once when none does any more."""
+        waits = self._controller.waits
+        if not waits and not self._waiting_for:
+            return
+        if waits and 0 <= now_s - self._waits_told_s < WAITS_INTERVAL_S:
+            return
+        self._waits_told_s = now_s
+        told, self._waiting_for = self._waiting_for, Counter([WAITS_FOR[reason] for reason in waits.values()])
+        for resource in Resource:
+            if self._waiting_for[resource] != told[resource]:
+                self._side.metrics.set("layerkv_waiting_requests", self._waiting_for[resource], resource)
 
     def backlog(self, outputs: dict[int, EngineCoreOutputs], now_s: float) -> None:
         """Tell the front ends what a new request would meet, if the policy refuses any under overload.

@@ -13,7 +13,7 @@ from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile, Curve
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.residency import Residency
-from layerkv.scheduler.reasons import End, Reason
+from layerkv.scheduler.reasons import WAITS_FOR, End, Reason
 from layerkv.sim.engine import EngineSetup, Live, SimRequest, VirtualEngine
 from layerkv.sim.layered import LayeredEngine
 from layerkv.sim.stock import StockEngine
@@ -156,6 +156,10 @@ class TinyScheduler(LayeredEngine):
             r for r, state in of.items() if state is Residency.PARKED
         }
         assert set(self.controller.tracked) == set(self.lives)
+        assert self.controller.come_blocks - self.controller.gone_blocks == sum(
+            tracked.prompt_blocks for tracked in self.controller.tracked.values()
+        )
+        assert set(self.controller.waits.values()) <= WAITS_FOR.keys()
         assert len(self.running) + len(self._loading) <= self.setup.max_num_seqs
 
     def _park(self, live: Live) -> None:

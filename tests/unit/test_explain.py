@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from layerkv.cli import main
-from layerkv.explain import ACTIONS, SENTENCES, read_histories
+from layerkv.explain import ACTIONS, RESOURCES, SENTENCES, read_histories
 from layerkv.scheduler.decision_log import DecisionLog
-from layerkv.scheduler.reasons import Event, LogEntry, Reason
+from layerkv.scheduler.reasons import Event, LogEntry, Reason, Resource
 
 ROOM = {"free_blocks": 3, "free_zone_blocks": 2, "free_host_blocks": 9, "prefill_tokens": 512}
 
@@ -47,6 +47,7 @@ def test_every_reason_and_every_event_has_its_words() -> None:
     assert set(SENTENCES) == set(Reason)
     assert set(ACTIONS) == set(Event)
     assert len(set(SENTENCES.values())) == len(Reason)
+    assert set(RESOURCES) == set(Resource)
 
 
 def test_a_history_says_what_happened_when_and_why(log_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,12 +55,12 @@ def test_a_history_says_what_happened_when_and_why(log_path: Path, capsys: pytes
     lines = capsys.readouterr().out.splitlines()
     expected = [
         "0.000 s  arrived: class chat, 900 prompt tokens, first token due within 500 ms, then 50 ms per token",
-        "0.100 s  waited 500 ms: the lane zone had no room for it (free: 3 pool, 2 zone, 9 host blocks; prefill "
-        "budget 512 tokens)",
+        "0.100 s  waited 500 ms for the lane zone: the lane zone had no room for it (free: 3 pool, 2 zone, 9 host "
+        "blocks; prefill budget 512 tokens)",
         "0.600 s  started through the lane zone: ",
         "1.000 s  first token after 1.00 s, late",
         "1.000 s  parked: its layered prefill was over",
-        "1.100 s  waited 800 ms: it can only go on in the pool",
+        "1.100 s  waited 800 ms for the pool: it can only go on in the pool",
         "1.900 s  fetched back into the pool: ",
         "2.400 s  its reader waited 1.40 s at token 3: parked: its layered prefill was over",
         "2.900 s  finished with 7 output tokens; its reader waited 1.50 s in all, 1.40 s at the longest",
@@ -78,6 +79,7 @@ def test_without_a_request_the_latest_come_first_and_reasons_are_added_up(
     assert first["late_by_s"] == pytest.approx(0.5)
     assert (first["lag_s"], first["longest_pause_s"]) == (1.5, 1.4)
     assert first["waited_s"] == {"pool_full": pytest.approx(0.8), "zone_full": pytest.approx(0.5)}
+    assert first["waited_for_s"] == {"pool": pytest.approx(0.8), "zone": pytest.approx(0.5)}
     assert main(["explain", str(log_path)]) == 0
     text = capsys.readouterr().out
     assert "late-2" in text
@@ -103,7 +105,7 @@ def test_a_wait_that_nothing_explains_is_told_so_and_one_told_in_between_ends_no
     log.close()
     assert main(["explain", str(tmp_path / "decisions.jsonl"), "a"]) == 0
     text = capsys.readouterr().out
-    assert "waited 2.00 s: it can only go on in the pool" in text
+    assert "waited 2.00 s for the pool: it can only go on in the pool" in text
     assert "its reader waited 300 ms at token 8: it was in the batch all the while" in text
     assert "finished with 9 output tokens; its reader never waited" in text
     assert read_histories(tmp_path / "decisions.jsonl")["a"].waited_s == {Reason.POOL_FULL: pytest.approx(2.0)}

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerkv.metrics import METRICS, MetricSamples, MetricSpec, merge_payloads, split_key
+from layerkv.scheduler.reasons import Resource
 
 NUMBERS = st.integers(-1000, 1000)
 KEYS = st.sampled_from(("layerkv_a", "layerkv_b|x", "layerkv_b|y"))
@@ -30,6 +31,11 @@ def test_every_metric_is_described_as_prometheus_wants_it(spec: MetricSpec) -> N
     assert bool(spec.buckets) == (spec.kind == "histogram")
     assert list(spec.buckets) == sorted(set(spec.buckets))
     assert spec.label is None or re.fullmatch(r"[a-z_]+", spec.label)
+
+
+def test_each_resource_that_is_waited_for_shows_from_the_start() -> None:
+    (spec,) = (spec for spec in METRICS if spec.label == "resource")
+    assert spec.label_values == tuple(Resource)
 
 
 def test_every_metric_has_a_name_of_its_own() -> None:

@@ -1,14 +1,17 @@
-"""What the engine says at start of settings that are experimental, from vLLM's own scheduler without an engine."""
+"""What the engine tells of itself, without an engine around vLLM's scheduler: what is experimental, what binds."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from layerkv.metrics import MetricSamples
+from layerkv.scheduler.reasons import Reason, Resource
 from layerkv.vllm_plugin import telling
 from tests.vllm.hand_engine import HandEngine
 
@@ -30,6 +33,46 @@ def warnings() -> Iterator[list[str]]:
     logger.addHandler(handler)
     yield heard
     logger.removeHandler(handler)
+
+
+def test_what_binds_is_told_at_intervals_and_once_more_when_nobody_waits() -> None:
+    metrics, controller = MetricSamples(), SimpleNamespace(waits={})
+    parallel = SimpleNamespace(_api_process_count=1)
+    scheduler: Any = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
+    side: Any = SimpleNamespace(ledger=None, metrics=metrics)
+    told = telling.Telling(scheduler, side, controller)  # type: ignore[arg-type]
+    pool, slot = "layerkv_waiting_requests|pool", "layerkv_waiting_requests|slot"
+
+    def after(waits: dict[str, Reason], now_s: float) -> dict[str, float]:
+        controller.waits = waits
+        told.waits(now_s)
+        gauges: dict[str, float] = metrics.take()["gauges"]
+        return gauges
+
+    assert after({}, 10.0) == {}
+    three = {"a": Reason.POOL_FULL, "b": Reason.HELD, "c": Reason.NO_SLOT}
+    assert after(three, 10.0) == {pool: 2, slot: 1}
+    assert after({"c": Reason.NO_SLOT}, 10.0 + telling.WAITS_INTERVAL_S / 2) == {}
+    assert after({"c": Reason.NO_SLOT}, 10.0 + telling.WAITS_INTERVAL_S) == {pool: 0}
+    assert after({}, 10.0 + telling.WAITS_INTERVAL_S) == {slot: 0}
+    assert after({}, 20.0) == {}
+
+
+def test_an_engine_tells_who_waits_for_a_slot_and_that_nobody_does_in_the_end(tiny_model: Path) -> None:
+    engine = HandEngine(tiny_model, max_num_seqs=1)
+    for name in "abc":
+        engine.add(name, range(20), max_tokens=4)
+    seen: list[int] = []
+    tell = engine.scheduler._telling.waits
+
+    def tell_and_look(now_s: float) -> None:
+        tell(now_s)
+        seen.append(engine.scheduler._telling._waiting_for[Resource.SLOT])
+
+    engine.scheduler._telling.waits = tell_and_look
+    engine.run()
+    assert max(seen) == 2
+    assert seen[-1] == 0
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def grant_claims(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
             draft.grant(claim)
             continue
         draft.wait(claim, Reason.LINK_BUSY if has_room else Reason.NO_SLOT if draft.slots <= 0 else Reason.POOL_FULL)
-        if draft.block(claim) and claim.request_id in now.overdue:
+        if draft.block(claim) and claim.request_id in now.next_in_pool:
             for behind in claims[i + 1 :]:
                 draft.wait(behind, Reason.BEHIND_OVERDUE)
             return

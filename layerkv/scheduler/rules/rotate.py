@@ -50,11 +50,11 @@ def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
             return
         if draft.waits.get(claim.request_id) not in _WAITS_FOR_PLACE:
             continue
-        is_overdue = claim.request_id in now.overdue
-        if not is_overdue and now.due_s(claim) > soon_s:
+        is_next = claim.request_id in now.next_in_pool
+        if not is_next and now.due_s(claim) > soon_s:
             continue
         need = pool_blocks(s, claim) + draft.headroom
-        leaving = _who_leaves(now, draft, claim, need - room, 1 - slots, is_overdue=is_overdue)
+        leaving = _who_leaves(now, draft, claim, need - room, 1 - slots, is_next=is_next)
         if leaving is None:
             num_vain += 1
             continue
@@ -71,10 +71,10 @@ def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
 
 
 def _who_leaves(
-    now: FluidOutlook, draft: Draft, claim: Claim, num_blocks: int, num_slots: int, *, is_overdue: bool
+    now: FluidOutlook, draft: Draft, claim: Claim, num_blocks: int, num_slots: int, *, is_next: bool
 ) -> list[ResidentRequest] | None:
     """Residents that together hold so many blocks, and slots, for a claim; None if there are not enough."""
-    least_s = -math.inf if is_overdue else _least_spare_s(now, claim)
+    least_s = -math.inf if is_next else _least_spare_s(now, claim)
     claim_flows = claim.deadline_s >= now.s.now_s
     if num_blocks > 0 or num_slots > 0:
         of_flowing_s, of_lost_s = now.most_spare_s
@@ -87,7 +87,7 @@ def _who_leaves(
             break
         if spare_s < least_s and (flows or not claim_flows):
             continue
-        if r.rank < claim.rank or (ends_soon and not is_overdue) or r.request_id in draft.park:
+        if r.rank < claim.rank or (ends_soon and not is_next) or r.request_id in draft.park:
             continue
         if draft.blocks_to_store(r) > host:
             continue
@@ -96,7 +96,7 @@ def _who_leaves(
         num_slots -= 1
         host -= draft.blocks_to_store(r)
     stay = now.s.load.num_resident - len(draft.park) - len(leaving)
-    return leaving if num_blocks <= 0 and num_slots <= 0 and (stay > 0 or is_overdue) else None
+    return leaving if num_blocks <= 0 and num_slots <= 0 and (stay > 0 or is_next) else None
 
 
 def _least_spare_s(now: FluidOutlook, claim: Claim) -> float:

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerkv.core.geometry import GeometryRequest, KVGeometry, geometry_for_blocks, geometry_for_memory
+from layerkv.core.geometry import (
+    DEFAULT_ZONE_SHARE,
+    FEW_LAYERS_ZONE_SHARE,
+    ZONE_OF_POOL,
+    GeometryRequest,
+    KVGeometry,
+    geometry_for_blocks,
+    geometry_for_memory,
+)
 from layerkv.errors import ConfigError
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -88,10 +96,15 @@ def test_sizes_add_up(division: Division) -> None:
 
 
 @given(divisions(st.none()))
-def test_a_zone_of_default_size_takes_at_most_a_twentieth_or_one_unit(division: Division) -> None:
+def test_a_zone_of_default_size_takes_a_twentieth_or_with_few_layers_more_but_little_of_the_pool(
+    division: Division,
+) -> None:
     request, _, geometry = division
     share = geometry.num_lanes * geometry.lane_bytes / geometry.physical_bytes
-    assert share <= 0.05 + 1e-12 or geometry.zone_blocks == request.unit_blocks
+    is_more = share > DEFAULT_ZONE_SHARE + 1e-12 and geometry.zone_blocks > request.unit_blocks
+    if is_more:
+        assert share <= FEW_LAYERS_ZONE_SHARE + 1e-12
+        assert geometry.zone_blocks <= ZONE_OF_POOL * geometry.pool_blocks + 1e-9
     wanted_tokens = 2 * request.step_tokens
     spare = request.unit_blocks * request.block_tokens
     assert geometry.zone_blocks * request.block_tokens < wanted_tokens + spare, "more than the prompts of two steps"
@@ -115,6 +128,14 @@ def test_with_little_memory_the_default_zone_takes_a_twentieth() -> None:
     assert geometry.zone_blocks * 16 < 2 * 2048
     share = geometry.lanes * geometry.lane_bytes / geometry.physical_bytes
     assert 0.03 < share <= 0.05
+
+
+@pytest.mark.parametrize(("num_layers", "share"), [(4, 0.12), (6, 0.09), (12, 0.05), (32, 0.05)])
+def test_the_fewer_layers_the_larger_the_share_of_the_default_zone(num_layers: int, share: float) -> None:
+    request = replace(REQUEST, num_layers=num_layers, alignment_bytes=REQUEST.page_bytes, step_tokens=1 << 30)
+    geometry = geometry_for_memory(request, 256 * MIB)
+    taken = geometry.num_lanes * geometry.lane_bytes / geometry.physical_bytes
+    assert taken == pytest.approx(share, abs=0.004)
 
 
 def test_a_zone_of_no_tokens_is_no_zone() -> None:

@@ -112,6 +112,13 @@ def test_while_streams_are_held_a_prompt_starts_no_sooner_than_it_must() -> None
     assert admitted(decide(changed(s, resident=crowded[:5], num_resident=5))) == [("can wait", False)]
 
 
+def test_with_nobody_running_no_prompt_is_put_off_for_streams_that_wait_for_it_by_rank() -> None:
+    crowded = [stream(f"p{i}", 0.5, tpot_s=0.01, rank=1) for i in range(20)]
+    s = fluid(parked=crowded, waiting=[prompt("better", 2, NOW_S + START_BY_S + 1.0)])
+    assert outlook(s).held
+    assert admitted(decide(s)) == [("better", False)]
+
+
 def test_a_prompt_that_cannot_be_on_time_goes_behind_what_flows() -> None:
     """1,600 tokens take 160 ms."""
     late = prompt("late", 100, NOW_S + 0.1, can_layer=False)
