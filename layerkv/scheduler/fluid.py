@@ -19,6 +19,7 @@ from layerkv.scheduler.lines import Claim
 from layerkv.scheduler.needs import pool_blocks
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.prefill import late_prompts
+from layerkv.scheduler.running import LAG_SHARE
 from layerkv.scheduler.snapshot import ParkedRequest, ResidentRequest, WaitingRequest
 
 if TYPE_CHECKING:
@@ -65,6 +66,25 @@ class FluidOutlook(Outlook):
     """See the module."""
 
     most_loads_s: ClassVar[float] = MOST_LOADS_S
+
+    @cached_property
+    def slack_s(self) -> float:
+        """The smallest buffer among readers of streams that flow, with a share of the lag that each may still have.
+
+        Those of parked streams too: they get their turn sooner the more steps there are, and a large step makes no more
+        tokens than a small one.
+        """
+        s = self.s
+        now_s, slack_s = s.now_s, s.load.decode_slack_s
+        wants_prefill = bool(s.lines.waiting) or s.load.prefilling_tokens > 0
+        if not (wants_prefill and s.load.decode_tokens and s.shape.can_chunk):
+            return slack_s
+        for p in s.lines.parked:
+            if p.deadline_s >= now_s:
+                buffer_s = p.dry_s - now_s if p.dry_s > now_s else 0.0
+                lag_s = p.deadline_s - now_s - buffer_s
+                slack_s = min(slack_s, buffer_s + max(lag_s, 0.0) * LAG_SHARE)
+        return slack_s
 
     @cached_property
     def prefill_tokens(self) -> int:
