@@ -19,6 +19,7 @@ from layerkv.scheduler.lines import Claim, in_order
 from layerkv.scheduler.needs import outgrows_pool, pool_blocks
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.prefill import late_prompts
+from layerkv.scheduler.running import LAG_SHARE
 from layerkv.scheduler.snapshot import ParkedRequest, ResidentRequest, WaitingRequest
 
 if TYPE_CHECKING:
@@ -33,18 +34,18 @@ IDLE_STEPS = 1
 LAST_S = 0.5
 """Nobody who will have ended within so long is parked for a claim. Not measured: taken from the prototype of
 2026-11."""
-PLENTY_S = 8.0
+PLENTY_S = 4.0
 """Of residents whose readers have so much to read, those with the most tokens left leave first. Not measured: chosen by
-simulated loads (2026-11-28, no result file)."""
+simulated loads (2026-11-29, no result file)."""
 URGENT_S = 1.0
 """Claims due within so long go by when they are due; the others, those with the fewest tokens left first: what ends
 soon gives its blocks back for good. Not measured: taken from the prototype of 2026-11."""
-START_BY_S = 2.0
+START_BY_S = 1.0
 """While streams are held, a prompt waits as long as it, and all before it in line, can be put off for longer. Not
-measured: chosen by simulated loads (2026-11-28, no result file)."""
-SPARE_FOR_LOST_S = 4.0
+measured: chosen by simulated loads (2026-11-29, no result file)."""
+SPARE_FOR_LOST_S = 8.0
 """A stream that flows makes room for a lost one if its reader has so much to read. Not measured: chosen by simulated
-loads (2026-11-28, no result file)."""
+loads (2026-11-29, no result file)."""
 HORIZON_S = 8.0
 """How far ahead streams must be able to flow together. Not measured: chosen by simulated loads (2026-11-28, no result
 file)."""
@@ -65,6 +66,25 @@ class FluidOutlook(Outlook):
     """See the module."""
 
     most_loads_s: ClassVar[float] = MOST_LOADS_S
+
+    @cached_property
+    def slack_s(self) -> float:
+        """The smallest buffer among readers of streams that flow, with a share of the lag that each may still have.
+
+        Those of parked streams too: they get their turn sooner the more steps there are, and a large step makes no more
+        tokens than a small one.
+        """
+        s = self.s
+        now_s, slack_s = s.now_s, s.load.decode_slack_s
+        wants_prefill = bool(s.lines.waiting) or s.load.prefilling_tokens > 0
+        if not (wants_prefill and s.load.decode_tokens and s.shape.can_chunk):
+            return slack_s
+        for p in s.lines.parked:
+            if p.deadline_s >= now_s:
+                buffer_s = p.dry_s - now_s if p.dry_s > now_s else 0.0
+                lag_s = p.deadline_s - now_s - buffer_s
+                slack_s = min(slack_s, buffer_s + max(lag_s, 0.0) * LAG_SHARE)
+        return slack_s
 
     @cached_property
     def prefill_tokens(self) -> int:
@@ -268,7 +288,7 @@ class FluidOutlook(Outlook):
             if request_id in promised:
                 return claim.rank, 1, claim.deadline_s
             if claim.deadline_s < s.now_s or request_id in late:
-                return claim.rank, 5, claim.tokens_left
+                return claim.rank, 5, claim.deadline_s
             if request_id in held:
                 return claim.rank, 4, claim.deadline_s
             due_s = self.due_s(claim)

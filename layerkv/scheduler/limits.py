@@ -12,7 +12,7 @@ class PolicyLimits:
     Attributes:
         headroom_tokens: Tokens that every resident request can still make before the pool runs short, kept free
             when one more is let in, whatever the forecast says. Hysteresis: a fetch that would be parked again at
-            once is not worth its copies. Not measured: chosen by judgement.
+            once is not worth its copies. Not measured: chosen by simulated loads (2026-11-29, no result file).
         min_resident_steps: A request fetched or admitted less long ago is parked only if no other of its rank, or
             of a worse one, can be. Not measured: chosen by judgement.
         max_overtakes: In how many steps one of those left behind may be overtaken. Not measured: chosen by judgement.
@@ -34,7 +34,7 @@ class PolicyLimits:
             measured: chosen by judgement.
     """
 
-    headroom_tokens: int = 16
+    headroom_tokens: int = 4
     min_resident_steps: int = 32
     max_overtakes: int = 64
     min_prefill_tokens: int = 256

@@ -37,9 +37,19 @@ class Outlook:
 
     @cached_property
     def paced_tokens(self) -> int:
-        """Prompt tokens whose step the decodes have time for."""
+        """Prompt tokens whose step those who wait for its end have time for."""
         limits = self.limits
-        return prefill_budget(self.s, min_tokens=limits.min_prefill_tokens, max_idle_steps=limits.max_idle_steps)
+        return prefill_budget(
+            self.s,
+            slack_s=self.slack_s,
+            min_tokens=limits.min_prefill_tokens,
+            max_idle_steps=limits.max_idle_steps,
+        )
+
+    @cached_property
+    def slack_s(self) -> float:
+        """How long a step may take before the first of those who wait for its end has waited too long."""
+        return self.s.load.decode_slack_s
 
     @cached_property
     def late(self) -> Set[str]:

@@ -15,8 +15,8 @@ ROUND_TOKENS = 64
 judgement."""
 
 
-def prefill_budget(s: Snapshot, *, min_tokens: int, max_idle_steps: int) -> int:
-    """Most prompt tokens whose step time fits the smallest decode slack (LayerKV Eq. 1-3, restated per step).
+def prefill_budget(s: Snapshot, *, slack_s: float, min_tokens: int, max_idle_steps: int) -> int:
+    """Most prompt tokens whose step time fits the smallest slack (LayerKV Eq. 1-3, restated per step).
 
     LayerKV admits whole prompts while their prefill times sum up to less than the smallest slack
     ``T_allow = TPOT_SLO (N_past + N_future) - (T_past + N_future TPOT_now)``. With chunked prefill the slack is
@@ -24,18 +24,19 @@ def prefill_budget(s: Snapshot, *, min_tokens: int, max_idle_steps: int) -> int:
 
     Args:
         s: The engine before the step.
+        slack_s: The smallest slack of those who wait for its end; infinite if nobody does.
         min_tokens: Prompt tokens computed even without slack,
         max_idle_steps: after this many steps without any (so prefill never starves).
     """
     most = s.most_prefill_tokens
-    if s.cost is None or s.load.decode_slack_s == math.inf:
+    if s.cost is None or slack_s == math.inf:
         return most
-    if step_seconds(s, s.cost, most) <= s.load.decode_slack_s:
+    if step_seconds(s, s.cost, most) <= slack_s:
         return most
     low, high = 0, -(-most // ROUND_TOKENS)
     while high - low > 1:
         middle = (low + high) // 2
-        if step_seconds(s, s.cost, middle * ROUND_TOKENS) <= s.load.decode_slack_s:
+        if step_seconds(s, s.cost, middle * ROUND_TOKENS) <= slack_s:
             low = middle
         else:
             high = middle

@@ -25,8 +25,9 @@ SOON_STEPS = 4
 SPARE_FOR_FRESH_S = 0.5
 """What the reader must have left who makes room for a request's second token. Not measured: taken from the prototype of
 2026-11."""
-SPARE_FOR_FLOWING_S = 0.1
-"""And beyond what the other reader has, for one that flows. Not measured: taken from the prototype of 2026-11."""
+SPARE_FOR_FLOWING_S = 0.5
+"""And beyond what the other reader has, for one that flows. Not measured: chosen by simulated loads (2026-11-29, no
+result file)."""
 
 _WAITS_FOR_PLACE = frozenset({Reason.POOL_FULL, Reason.NO_SLOT})
 
@@ -35,8 +36,9 @@ def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
     """Park residents that have had their slice, for claims that are due.
 
     A swap must gain: the resident's reader is served longer by what it has than the claim's. A stream that flows no
-    longer makes room for any that does. A claim that was overtaken too often takes the place of any resident that has
-    had its slice: so everybody comes to a slice, and a slice makes tokens.
+    longer makes room for any that does, and for no other that does not: such turns would gain nothing. A claim that was
+    overtaken too often takes the place of any resident that has had its slice: so everybody comes to a slice, and a
+    slice makes tokens.
     """
     assert isinstance(now, FluidOutlook)
     s = now.s
@@ -87,6 +89,8 @@ def _who_leaves(
             break
         if spare_s < least_s and (flows or not claim_flows):
             continue
+        if r.deadline_s < now.s.now_s and not (claim_flows or is_next):
+            continue  # of those that are lost, one after the other runs to its end
         if r.rank < claim.rank or (ends_soon and not is_next) or r.request_id in draft.park:
             continue
         if draft.blocks_to_store(r) > host:

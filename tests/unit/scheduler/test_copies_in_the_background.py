@@ -77,7 +77,7 @@ def test_a_quarter_of_host_memory_is_left_to_those_who_need_it_at_once() -> None
 
 def test_nothing_is_copied_into_the_room_that_the_first_prompt_in_line_waits_for() -> None:
     pair = stream("a", resident_s=0.1), stream("b", resident_s=0.1)
-    s = running(*pair, waiting=[prompt("large", 75)], free_host_blocks=74, free_blocks=40)
+    s = running(*pair, waiting=[prompt("large", 75)], free_host_blocks=74, free_blocks=39)
     s = changed(s, hits={"large": PrefixHit(36)})
     assert decide(s).waits == {"large": Reason.HOST_FULL}
     assert decide(s).store_ahead == ()

@@ -127,9 +127,10 @@ def test_a_prompt_that_cannot_be_on_time_goes_behind_what_flows() -> None:
     assert claims(changed(s, waiting=[late._replace(deadline_s=NOW_S + 0.3)])) == ["late", "flows"]
 
 
-def test_of_those_that_are_lost_what_ends_first_goes_first() -> None:
-    line = [stream("long", 0.0, **LOST, tokens_left=90), stream("short", 0.0, **LOST, tokens_left=9)]
-    assert claims(fluid(parked=line)) == ["short", "long"]
+def test_of_those_that_are_lost_what_was_lost_first_goes_first() -> None:
+    since = stream("since", 0.0, **LOST, tokens_left=9)
+    first = since._replace(request_id="first", deadline_s=NOW_S - 5.0, tokens_left=90)
+    assert claims(fluid(parked=[since, first])) == ["first", "since"]
 
 
 def test_what_is_held_goes_behind_what_flows_and_before_what_is_lost() -> None:
@@ -344,6 +345,16 @@ def test_prompts_that_are_late_whatever_is_done_do_not_make_readers_wait() -> No
     paced = decide(fluid(**PACED, waiting=[])).prefill_tokens
     assert decide(fluid(**PACED, waiting=[prompt("a", 100, NOW_S + 0.1)])).prefill_tokens == paced
     assert decide(fluid(**PACED, waiting=[prompt("a", 100, NOW_S - 1.0)])).prefill_tokens == paced
+
+
+def test_readers_of_parked_streams_that_flow_hold_prompts_back_too() -> None:
+    """Without any lag or buffer left: there must be more steps, and so smaller ones."""
+    s = fluid(**PACED, waiting=[prompt("a", 100, NOW_S + 60.0)])
+    tokens = decide(s).prefill_tokens
+    assert decide(changed(s, parked=[stream("dry", 0.0, lag_s=0.1)])).prefill_tokens < tokens
+    assert decide(changed(s, parked=[stream("has enough", 1.0)])).prefill_tokens == tokens
+    assert decide(changed(s, parked=[stream("lost", 0.0, **LOST)])).prefill_tokens == tokens
+    assert decide(changed(s, parked=[stream("dry", 0.0, lag_s=0.1)], waiting=[])).prefill_tokens == tokens
 
 
 def test_prefill_never_stops_for_long_whatever_readers_have() -> None:

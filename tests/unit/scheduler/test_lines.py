@@ -24,7 +24,7 @@ def test_fetches_go_by_deadline_and_keep_headroom() -> None:
     s = snapshot(parked=[parked("urgent", 101.0), parked("later", 102.0)], **crowd(2))
     assert decide(changed(s, free_blocks=30)).fetch == ("urgent", "later")
     assert decide(changed(s, free_blocks=14)).fetch == ("urgent",)
-    assert decide(changed(s, free_blocks=12)).fetch == ()
+    assert decide(changed(s, free_blocks=10)).fetch == ()
     assert decide(changed(s, free_blocks=10, num_resident=0, resident=())).fetch == ("urgent",)
 
 

@@ -21,7 +21,9 @@ LIMITS = PolicyLimits()
 
 
 def budget(s: Snapshot) -> int:
-    return prefill_budget(s, min_tokens=LIMITS.min_prefill_tokens, max_idle_steps=LIMITS.max_idle_steps)
+    return prefill_budget(
+        s, slack_s=s.load.decode_slack_s, min_tokens=LIMITS.min_prefill_tokens, max_idle_steps=LIMITS.max_idle_steps
+    )
 
 
 # The budget -----------------------------------------------------------------------------------------------------------

@@ -119,6 +119,9 @@ def test_a_stream_that_is_lost_makes_room_for_any_that_flows_and_for_no_lost_one
     assert decide(full(lost, stream("claim"))).park == ("r",)
     assert decide(full(lost, stream("claim", is_fresh=True))).park == ("r",)
     assert decide(full(lost, stream("claim", **LOST))).park == ()
+    lost_with_plenty = lost._replace(dry_s=NOW_S + SPARE_FOR_LOST_S + 1.0)
+    assert decide(full(lost_with_plenty, stream("claim", **LOST))).park == (), "it runs to its end"
+    assert decide(full(lost_with_plenty, stream("claim", **LOST), overtaken={"claim": MOST})).park == ("r",)
 
 
 def test_a_stream_that_is_held_makes_room_like_one_that_is_lost() -> None:
@@ -174,7 +177,7 @@ def test_an_overdue_claim_takes_the_place_of_the_last_resident_too() -> None:
 
 
 def test_nobody_leaves_if_all_that_may_are_not_enough() -> None:
-    small = [flowing(f"r{i}", num_blocks=6) for i in range(4)]
+    small = [flowing(f"r{i}", num_blocks=4) for i in range(4)]
     assert decide(full(*small[:2], stream("claim"))).park == ()
     assert len(decide(full(*small[:3], stream("claim"))).park) == 3
     assert len(decide(full(*small, stream("claim"))).park) == 3, "and no more than it takes"
@@ -207,7 +210,7 @@ def test_blocks_that_leave_for_one_claim_are_not_there_for_the_next() -> None:
 
 
 def test_a_step_swaps_a_few_and_no_more() -> None:
-    crowd = [flowing(f"r{i}", num_blocks=21) for i in range(9)]
+    crowd = [flowing(f"r{i}", num_blocks=13) for i in range(9)]
     d = decide(full(*crowd, *(stream(f"c{i}") for i in range(9))))
     assert len(d.park) == len(d.fetch) == MOST_SWAPS
 

@@ -38,7 +38,7 @@ def test_nobody_is_parked_for_another_before_it_made_a_token(frees_are_deferred:
         scheduler = TinyScheduler(_load(rng), pool_blocks=POOL, num_host_blocks=200, costs=costs, **engine)
         num_parks += scheduler.run(max_steps=20_000).parks
         scheduler.check_is_empty()
-    assert num_parks > 100
+    assert num_parks > 50
 
 
 def test_a_profile_in_which_an_empty_step_takes_no_time_ends_no_engine() -> None:
