@@ -143,6 +143,9 @@ class Controller(RequestBooks):
         lines = Lines(
             waiting=waiting,
             parked=self.parked.head(self._limits.scan_parked, now_s, is_fetchable),
+            parked_long=self.parked_long.head(self._limits.scan_parked, now_s, is_fetchable)
+            if self.parked_long
+            else (),
             hits=hits(waiting) if hits is not None and waiting and may_start(engine, load) else {},
             overtaken=self.overtaken,
             promised=self._still_promised(engine.step),
@@ -167,7 +170,7 @@ class Controller(RequestBooks):
 
         The host must know besides that no prompt is under way.
         """
-        if self.waiting or self.parked:
+        if self.waiting or self.parked or self.parked_long:
             return False
         self.line.rest()
         per_request = 1 + steps_ahead + self._limits.ahead_steps // self.shape.block_tokens

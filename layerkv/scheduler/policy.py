@@ -30,10 +30,12 @@ from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.rules.exchange import exchange
 from layerkv.scheduler.rules.give_way import give_way
+from layerkv.scheduler.rules.keep_zone import keep_zone
 from layerkv.scheduler.rules.leave_zone import leave_zone
 from layerkv.scheduler.rules.relieve_pool import relieve_pool
 from layerkv.scheduler.rules.rotate import rotate
 from layerkv.scheduler.rules.serve_ranks import serve_ranks
+from layerkv.scheduler.rules.share_zone import share_zone
 from layerkv.scheduler.rules.store_ahead import store_ahead
 from layerkv.scheduler.rules.write_through import write_through
 from layerkv.scheduler.snapshot import Decision, Snapshot
@@ -44,10 +46,19 @@ FLUID: tuple[Rule, ...] = (
     give_way,
     leave_zone,
     relieve_pool,
+    keep_zone,
     partial(serve_ranks, make_room=rotate),
+    share_zone,
     write_through,
 )
-SLO: tuple[Rule, ...] = (leave_zone, relieve_pool, partial(serve_ranks, make_room=exchange), store_ahead)
+SLO: tuple[Rule, ...] = (
+    leave_zone,
+    relieve_pool,
+    keep_zone,
+    partial(serve_ranks, make_room=exchange),
+    share_zone,
+    store_ahead,
+)
 """In the order in which they speak; ``serve_ranks`` has ``grant_claims``, the rule that makes room, and
 ``start_prompts`` speak for each rank. A later rule finds the room that earlier ones have left."""
 

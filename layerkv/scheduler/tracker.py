@@ -182,7 +182,7 @@ class TrackedRequest:
         rank: vLLM's request priority under ``--scheduling-policy priority``, else 0. Lower goes first.
         can_layer: Whether it may be parked and fetched.
         in_one_step: Whether its prompt must not be computed in chunks.
-        outgrows_pool: Whether it may become larger than the pool.
+        most_blocks: Blocks of all tokens that it may ever have; 0 unless it is expected to become longer than the pool.
         has_reader: Whether somebody gets its tokens as they come, at the pace of its class if that has one.
         first_token_s: When its first token came out; None before.
         admitted_s: When it was first given compute; None before.
@@ -211,7 +211,7 @@ class TrackedRequest:
     rank: int = 0
     can_layer: bool = True
     in_one_step: bool = False
-    outgrows_pool: bool = False
+    most_blocks: int = 0
     has_reader: bool = True
     first_token_s: float | None = None
     admitted_s: float | None = None
@@ -238,6 +238,11 @@ class TrackedRequest:
         self.max_stall_s = math.inf if self.slo.max_stall_s is None else self.slo.max_stall_s
         self.has_reader &= self.slo.has_reader
         self.reader = ReaderClock(self.slo.pace_s if self.has_reader else math.inf)
+
+    @property
+    def outgrows_pool(self) -> bool:
+        """Whether it is expected to become longer than the pool: it decodes in the zone."""
+        return self.most_blocks > 0
 
     @property
     def ttft_deadline_s(self) -> float:

@@ -55,6 +55,8 @@ class EngineReader:
         """The engine before the step that is about to be scheduled."""
         s, ledger = self._scheduler, self._ledger
         self._active_loras = self._full_loras()
+        freeing = [block.block_id for _, blocks in s.deferred_frees for block in blocks] if s.deferred_frees else ()
+        freeing_zone = sum(map(self._geometry.is_zone_block, freeing))
         return EngineState(
             step=s.current_step,
             running=self._running(),
@@ -69,7 +71,8 @@ class EngineReader:
             steps_ahead=steps_ahead(s),
             is_paused=s._pause_state is not PauseState.UNPAUSED,
             held_tokens=self._held_tokens(),
-            freeing_blocks=sum(len(blocks) for _, blocks in s.deferred_frees) if s.deferred_frees else 0,
+            freeing_blocks=len(freeing) - freeing_zone,
+            freeing_zone_blocks=freeing_zone,
         )
 
     def work(self, output: SchedulerOutput, plan: StepPlan | None) -> StepWork:
