@@ -3,11 +3,12 @@
 :func:`decide` is pure: same snapshot, same decision. It looks at the heads of the queues only, so its cost does not
 grow with the number of waiting requests.
 
-Two lines form (:mod:`layerkv.scheduler.lines`). Prompts stand in line for *compute*, by TTFT deadline; those that
+Lines form (:mod:`layerkv.scheduler.lines`). Prompts stand in line for *compute*, by TTFT deadline; those that
 cannot be on time (Moore-Hodgson) behind those that can. Whoever can only go on in the pool, that is parked requests and
 prompts that cannot run layered, stands in line for *pool blocks*: with ``fluid`` by when readers run dry
 (:mod:`layerkv.scheduler.fluid`), else by the latest time to go on, those too late for their objectives behind those
-that are not.
+that are not. Parked requests that outgrow the pool stand in a third line, for the *zone*
+(:mod:`layerkv.scheduler.zone_turns`): prompts go before them there while they can wait.
 
 Ranks (vLLM's request priorities) are served one after the other: while a request of better rank waits for room, worse
 ranks get none of it, as in vLLM. They starve as long as better ones take everything; within a rank nobody does. There,

@@ -1,4 +1,4 @@
-"""Rule: the zone goes to a parked request that decodes there, and not to prompts, when it can wait no longer."""
+"""Rule: a parked request that decodes in the zone comes back before prompts and claims when it can wait no longer."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ def keep_zone(now: Outlook, draft: Draft) -> None:
 
     While one of them finds no room, no prompt takes any of the zone.
     """
-    if not now.s.lines.parked_long or not now.s.lines.waiting:
+    lines = now.s.lines
+    ranks = [line[0].rank for line in (lines.waiting, lines.parked) if line]
+    if not lines.parked_long or not ranks:
         return
     for p in line_for_zone(now):
-        if _cannot_wait(now, p) and not come_back(now, draft, p):
+        if _cannot_wait(now, p, min(ranks)) and not come_back(now, draft, p):
             draft.zone_is_promised = True
             return
 
 
-def _cannot_wait(now: Outlook, p: ParkedRequest) -> bool:
+def _cannot_wait(now: Outlook, p: ParkedRequest, best_rank: int) -> bool:
     s = now.s
-    rank = s.lines.waiting[0].rank
-    if p.rank != rank:
-        return p.rank < rank
+    if p.rank != best_rank:
+        return p.rank < best_rank
     if p.request_id in now.overdue or p.request_id in s.lines.promised:
         return True
     return s.policy == "fluid" and s.now_s <= p.deadline_s <= soon_s(now)

@@ -11,7 +11,7 @@ from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.rules.rotate import SPARE_FOR_FRESH_S
 from layerkv.scheduler.rules.start_prompts import start_prompts
-from layerkv.scheduler.snapshot import WaitingRequest
+from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
 from layerkv.scheduler.zone_turns import come_back, line_for_zone, make_room
 
 _WAITS_FOR_ZONE = frozenset({Reason.ZONE_FULL, Reason.SMALL_REST})
@@ -37,9 +37,17 @@ def share_zone(now: Outlook, draft: Draft) -> None:
             draft.wait_too(p, Reason.BEHIND)
         else:
             come_back(now, draft, p)
-    started = {admission.request_id for admission in (*draft.back_to_zone, *draft.admit) if admission.layered}
-    claims: list[Claim] = [*line, *(w for w in prompts if w.request_id in started)]
-    draft.overtake(list(overtaken_in(claims, started)))
+    _note_overtaken(now, draft, line, prompts)
+
+
+def _note_overtaken(now: Outlook, draft: Draft, line: list[ParkedRequest], prompts: list[WaitingRequest]) -> None:
+    """Whoever takes the zone passes those that wait for it; whoever takes a slot, too, while there is none."""
+    has_slot = draft.slots > 0
+    started = {a.request_id for a in (*draft.back_to_zone, *draft.admit) if a.layered or not has_slot}
+    if not has_slot:
+        started.update(draft.fetch)
+    others: list[Claim] = [*prompts, *now.s.lines.parked]
+    draft.overtake(list(overtaken_in([*(c for c in others if c.request_id in started), *line], started)))
 
 
 def _give_way_to_prompt(now: Outlook, draft: Draft, prompts: list[WaitingRequest]) -> None:

@@ -12,8 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from layerkv.scheduler.limits import PolicyLimits
+from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Event, Reason
+from layerkv.scheduler.snapshot import LayeredRequest, ParkedRequest, Snapshot
 from layerkv.sim.engine import SimRequest
+from tests.fakes.snapshots import NOW_S, admitted, changed, cost, crowd, parked, prompt, snapshot
 from tests.fakes.tiny_scheduler import BLOCK_TOKENS, TinyScheduler, job, policy
 
 POOL, ZONE = 20, 32
@@ -77,6 +80,105 @@ def test_one_that_prompts_overtake_again_and_again_gets_its_slice() -> None:
     outcome = scheduler.run(max_steps=20_000)
     ends = {r.request_id: r.finish_s for r in outcome.requests}
     assert ends["long"] < ends["p399"]
+
+
+# Single decisions -----------------------------------------------------------------------------------------------------
+
+LONGEST = 120
+"""Blocks of a request that outgrows the pool of 100."""
+
+
+def long_parked(name: str, **changes: Any) -> ParkedRequest:
+    view = parked(name, NOW_S + 10, blocks=110, zone_blocks=LONGEST)
+    return view._replace(**{"dry_s": NOW_S + 9, **changes})
+
+
+def in_zone(name: str, **changes: Any) -> LayeredRequest:
+    view = LayeredRequest(name, True, 110, 110, outgrows_pool=True, room_blocks=LONGEST, deadline_s=NOW_S + 10)
+    return view._replace(**{"dry_s": NOW_S + 1, **changes})
+
+
+def scene(**changes: Any) -> Snapshot:
+    """A zone for one long request and a half; the pool is full of others."""
+    sizes = {"zone_blocks": 180, "free_zone_blocks": 180, "host_blocks": 900, "free_host_blocks": 600}
+    full = {"policy": "fluid", "long_contexts": True, "free_blocks": 5, "cost": cost(), **crowd(3)}
+    return snapshot(**{**sizes, **full, **changes})
+
+
+def back(s: Snapshot) -> list[str]:
+    return [admission.request_id for admission in decide(s).back_to_zone]
+
+
+def test_who_runs_dry_first_comes_back_first() -> None:
+    parked_long = [long_parked("lost", deadline_s=NOW_S - 1), long_parked("a"), long_parked("b", dry_s=NOW_S + 2)]
+    decision = decide(scene(parked_long=parked_long))
+    assert [a.request_id for a in decision.back_to_zone] == ["b"]
+    assert decision.reasons == {"b": Reason.ZONE_TURN}
+    assert decision.waits == {"lost": Reason.ZONE_FULL, "a": Reason.ZONE_FULL}
+    assert back(scene(parked_long=parked_long, free_slots=0)) == []
+
+
+def test_a_prompt_takes_the_zone_of_who_has_had_a_slice() -> None:
+    s = scene(free_zone_blocks=60, layered=[in_zone("r")], waiting=[prompt("w", 80, NOW_S + 5)])
+    decision = decide(s)
+    assert decision.reasons["r"] is Reason.ZONE_TURN_OVER
+    assert admitted(decision) == [("w", True)]
+    later = decide(changed(s, frees_are_deferred=True))
+    assert later.park == ("r",)
+    assert later.admit == ()
+    assert decide(changed(s, frees_are_deferred=True, freeing_zone_blocks=110)).park == ()
+    for stays in (in_zone("r", in_zone_s=0.1), in_zone("r", has_run=False), in_zone("r", rank=-1)):
+        assert decide(changed(s, layered=[stays])).park == ()
+    assert decide(changed(s, policy="slo")).park == ()
+
+
+def test_a_late_prompt_takes_it_only_of_who_is_lost_or_has_enough_to_read() -> None:
+    s = scene(free_zone_blocks=60, waiting=[prompt("w", 80, NOW_S - 5)])
+    assert decide(changed(s, layered=[in_zone("r", dry_s=NOW_S + 0.4)])).park == ()
+    for leaves in (in_zone("r"), in_zone("r", dry_s=NOW_S, deadline_s=NOW_S - 1)):
+        assert decide(changed(s, layered=[leaves])).park == ("r",)
+
+
+def test_a_reader_about_to_run_dry_takes_it_of_one_that_is_not() -> None:
+    due = long_parked("p", dry_s=NOW_S + 0.02)
+    s = scene(free_zone_blocks=60, parked_long=[due])
+    decision = decide(changed(s, layered=[in_zone("r")]))
+    assert decision.park == ("r",)
+    assert [a.request_id for a in decision.back_to_zone] == ["p"]
+    assert decide(changed(s, layered=[in_zone("r", dry_s=NOW_S + 0.1)])).park == ()
+    later = decide(changed(s, layered=[in_zone("r")], frees_are_deferred=True))
+    assert later.back_to_zone == ()
+    assert later.room_for == ("p",)
+    not_yet = changed(s, layered=[in_zone("r")], parked_long=[due._replace(dry_s=NOW_S + 3)])
+    assert decide(not_yet).park == ()
+
+
+def test_nobody_comes_back_while_a_prompt_is_to_have_the_zone_unless_it_can_wait_no_longer() -> None:
+    waiting = [prompt("w", 170, NOW_S + 5)]
+    s = scene(free_zone_blocks=130, layered=[LayeredRequest("prefills", False, 50, 50)], waiting=waiting)
+    can_wait = long_parked("p")
+    assert decide(changed(s, parked_long=[can_wait])).waits["p"] is Reason.BEHIND
+    assert back(changed(s, parked_long=[can_wait])) == []
+    assert back(changed(s, parked_long=[can_wait._replace(deadline_s=NOW_S + 0.05)])) == ["p"]
+    assert back(changed(s, parked_long=[can_wait], promised={"p"})) == ["p"]
+    assert back(changed(s, parked_long=[can_wait], overtaken={"p": PolicyLimits().max_overtakes})) == ["p"]
+    assert back(changed(s, parked_long=[can_wait._replace(rank=-1)])) == ["p"]
+    assert back(changed(s, parked_long=[can_wait._replace(rank=1, deadline_s=NOW_S + 0.05)])) == []
+    assert back(changed(s, parked_long=[can_wait], free_host_blocks=10)) == ["p"], "the prompt waits for other things"
+
+
+def test_no_prompt_takes_any_of_the_zone_before_one_that_can_wait_no_longer() -> None:
+    overdue = {"p": PolicyLimits().max_overtakes}
+    s = scene(free_zone_blocks=90, parked_long=[long_parked("p")], waiting=[prompt("w", 80, NOW_S + 5)])
+    assert admitted(decide(s)) == [("w", True)]
+    assert decide(s).overtaken == ()
+    assert decide(changed(s, waiting=[prompt("w", 80, NOW_S + 15)])).overtaken == ("p",)
+    decision = decide(changed(s, overtaken=overdue))
+    assert decision.admit == ()
+    assert decision.waits == {"p": Reason.ZONE_FULL, "w": Reason.BEHIND}
+
+
+# Whole loads ----------------------------------------------------------------------------------------------------------
 
 
 @st.composite
