@@ -28,8 +28,8 @@ class HostCopy:
         num_shared: Of the blocks of such a one, those that it shares with the prefix cache: given up, they are not free
             before the next plan, nor while others share them.
         is_trusted: It may become a cached prefix. Not after something in host memory could not be read.
-        loads_prefix: The request is layered and starts with blocks that it shares with the prefix cache: its next step
-            loads them into all layers, those that have a lane for themselves among them.
+        loads_prefix: The request is layered and starts with blocks that it shares with the prefix cache, or comes back
+            to the zone: its next step loads them into all layers, those that have a lane for themselves among them.
         is_short: Host memory had no room for what it must write, so it does not start now.
     """
 

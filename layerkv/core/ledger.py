@@ -64,16 +64,31 @@ class KVLedger(LedgerBooks):
         self._layered.add(request_id)
         self.counters.layered_admissions += 1
 
+    def readmit_layered(self, request_id: str, zone_blocks: int) -> None:
+        """Promise zone blocks to a parked request that is to decode there; its host blocks it still has.
+
+        Raises:
+            CapacityError: the zone has no room; nothing changed.
+        """
+        assert self.residency[request_id] is Residency.PARKED
+        self.zone.reserve(request_id, zone_blocks)
+        self._layered.add(request_id)
+
     def cancel_layered(self, request_id: str) -> None:
-        """Take back an admission that vLLM did not act on: the request never ran."""
-        assert self.residency[request_id] is Residency.WAITING
+        """Take back an admission that vLLM did not act on: the request never ran, or stays parked."""
         self._leave_zone(request_id)
+        if self.residency[request_id] is Residency.PARKED:
+            return
+        assert self.residency[request_id] is Residency.WAITING
         self._release_host(request_id)
         self.counters.layered_admissions -= 1
 
     def started(self, request_id: str) -> None:
-        """vLLM has given the request blocks for computing (its first chunk, or a recompute)."""
-        if self.residency[request_id] is not Residency.WAITING:
+        """vLLM has given the request blocks for computing (its first chunk, a recompute, or a turn in the zone)."""
+        state = self.residency[request_id]
+        if state is Residency.PARKED and request_id in self._layered:
+            self._copies[request_id].loads_prefix = True
+        elif state is not Residency.WAITING:
             return
         self.residency.move(request_id, Residency.LAYERED if request_id in self._layered else Residency.RESIDENT)
 
@@ -219,12 +234,13 @@ class KVLedger(LedgerBooks):
         self.counters.stored_blocks += len(new)
         return num_whole
 
-    def park(self, request_id: str, block_ids: Sequence[int], num_computed: int) -> None:
+    def park(self, request_id: str, block_ids: Sequence[int], num_computed: int, *, keeps_room: bool = False) -> None:
         """The request gives up its device blocks; its KV of ``num_computed`` tokens goes to, or is in, host memory.
 
         A layered request's zone blocks are in host memory already, so only its hits on the device are stored, but for
         those that it shares with the prefix cache there. Of a resident one, what was not stored ahead is stored now,
-        before this step's forward pass.
+        before this step's forward pass. With ``keeps_room`` a layered one keeps the host blocks of tokens to come: it
+        comes back to the zone, and would wait for ever if others like it had taken them.
 
         Raises:
             CapacityError: no room in host memory for a resident request; nothing changed.
@@ -235,8 +251,9 @@ class KVLedger(LedgerBooks):
             copy = self._copies[request_id]
             in_pool = range(min(self.geometry.num_leading_pool_blocks(block_ids), num_needed))
             to_store = [place for place in in_pool if not self.host.num_sharers(copy.blocks[place])]
-            self.host.give_back(copy.blocks[num_needed:])
-            del copy.blocks[num_needed:]
+            if not keeps_room:
+                self.host.give_back(copy.blocks[num_needed:])
+                del copy.blocks[num_needed:]
             self._leave_zone(request_id)
         else:
             ahead = self._copies.get(request_id)

@@ -26,7 +26,8 @@ LEGAL_MOVES: dict[Residency, frozenset[Residency]] = {
     _W: frozenset({_R, _L}),
     _L: frozenset({_P, _W}),  # to WAITING: vLLM preempted it, or its host copy was lost; it is computed again
     _R: frozenset({_P, _W}),
-    _P: frozenset({_F, _R, _W}),  # straight to RESIDENT: all its blocks are still prefix-cache hits
+    # straight to RESIDENT: all its blocks are still prefix-cache hits; to LAYERED: it decodes in the zone
+    _P: frozenset({_F, _R, _L, _W}),
     _F: frozenset({_R}),  # when the load has ended, also if it failed: then vLLM says what must be computed again
 }
 

@@ -42,7 +42,8 @@ class RequestBooks:
         journal: What is said of requests.
         tracked: All requests that are here.
         waiting: Those without KV.
-        parked: Those with their KV in host memory.
+        parked: Those with their KV in host memory that go on in the pool,
+        parked_long: and those that go on in the zone, because they outgrow the pool.
         line: Prompts under way and in line, for what front ends are told.
         overtaken: In how many steps a request was the one charged with being overtaken, by id.
         streams: What readers got, for whoever reports it.
@@ -71,6 +72,7 @@ class RequestBooks:
         self.tracked: dict[str, TrackedRequest] = {}
         self.waiting: DeadlineQueue[WaitingRequest] = DeadlineQueue()
         self.parked: DeadlineQueue[ParkedRequest] = DeadlineQueue()
+        self.parked_long: DeadlineQueue[ParkedRequest] = DeadlineQueue()
         self.line = PrefillLine()
         self.overtaken: dict[str, int] = {}
         self.streams = Streams()
@@ -121,8 +123,7 @@ class RequestBooks:
         tracked = self.tracked.get(request_id)
         if tracked is None:
             return
-        self.waiting.discard(request_id)
-        self.parked.discard(request_id)
+        self._leave_lines(request_id)
         self.refresh(tracked, num_output)
         if not self.policy.slo_scheduling:
             deadline_s = tracked.arrival_s
@@ -134,7 +135,7 @@ class RequestBooks:
         else:
             deadline_s = tracked.start_by_s(num_output, tracked.first_token_s, self.step_s)
         most_blocks = self._blocks_if_it_outgrows_pool(tracked, num_tokens, num_output)
-        tracked.outgrows_pool = most_blocks > 0
+        tracked.most_blocks = most_blocks
         tracked.prefill_cost_s = self.nominal_s(num_tokens)
         self.waiting.add(
             WaitingRequest(
@@ -189,7 +190,7 @@ class RequestBooks:
             deadline_s = tracked.start_by_s(num_output, now_s, self.step_s) - load_s
         else:
             deadline_s = tracked.arrival_s
-        self.parked.add(
+        (self.parked_long if tracked.outgrows_pool else self.parked).add(
             ParkedRequest(
                 request_id=request_id,
                 deadline_s=deadline_s,
@@ -200,19 +201,31 @@ class RequestBooks:
                 dry_s=dry_s,
                 tpot_s=tracked.tpot_s,
                 is_fresh=is_fresh,
+                zone_blocks=tracked.most_blocks,
             )
         )
         tracked.stream.leaves(Event.PARKED, reason)
         self.journal.say(now_s, request_id, tracked, Event.PARKED, reason)
 
-    def fetched(self, request_id: str, *, step: int, now_s: float) -> None:
-        """A parked request is on its way back into the pool."""
+    def fetched(self, request_id: str, *, step: int, now_s: float, in_zone: bool = False) -> None:
+        """A parked request is on its way back into the pool, or goes on in the zone."""
         tracked = self.tracked[request_id]
-        self.parked.discard(request_id)
+        self._leave_lines(request_id)
         self.overtaken.pop(request_id, None)
         tracked.resident_since_step, tracked.resident_since_s = step, now_s
         tracked.stream.comes_back()
-        self.journal.say(now_s, request_id, tracked, Event.FETCHED, Reason.ITS_TURN)
+        event, reason = (Event.BACK_IN_ZONE, Reason.ZONE_TURN) if in_zone else (Event.FETCHED, Reason.ITS_TURN)
+        self.journal.say(now_s, request_id, tracked, event, reason)
+
+    def outgrows_pool(self, request_id: str) -> bool:
+        """Whether it decodes in the zone, because it is expected to become longer than the pool."""
+        tracked = self.tracked.get(request_id)
+        return tracked is not None and tracked.outgrows_pool
+
+    @property
+    def num_parked(self) -> int:
+        """Requests with their KV in host memory."""
+        return len(self.parked) + len(self.parked_long)
 
     def recomputes(self, request_id: str, num_tokens: int, num_output: int, reason: Reason, now_s: float) -> None:
         """A request's KV has been given up: it waits to be computed again."""
@@ -258,8 +271,7 @@ class RequestBooks:
         ``made_tokens`` is False if it was not making any when it left: it waited, was parked, or was being fetched.
         """
         tracked = self.tracked.pop(request_id, None)
-        self.waiting.discard(request_id)
-        self.parked.discard(request_id)
+        self._leave_lines(request_id)
         self.overtaken.pop(request_id, None)
         if tracked is None:
             return
@@ -288,6 +300,10 @@ class RequestBooks:
         self.waiting.discard(request_id)
         self.journal.count((reason,))
         self.journal.write(now_s, request_id, Event.REFUSED, reason, text=text)
+
+    def _leave_lines(self, request_id: str) -> None:
+        for line in (self.waiting, self.parked, self.parked_long):
+            line.discard(request_id)
 
     def _give_up_prefill(self, tracked: TrackedRequest) -> None:
         """If a request's prefill is under way, it does not go on."""

@@ -120,7 +120,8 @@ class Controller(RequestBooks):
         self._last_decided = snapshot, decision.prefill_tokens
         self.waits = decision.waits
         self._note(decision, snapshot, engine.step)
-        has_unready = self.waiting.has_unready or self.parked.has_unready  # nobody tells when one becomes ready
+        # nobody tells when one becomes ready
+        has_unready = any(line.has_unready for line in (self.waiting, self.parked, self.parked_long))
         self._standing = (
             None if self._promised or has_unready else standing(snapshot, decision, self._limits.look_steps)
         )
@@ -152,6 +153,9 @@ class Controller(RequestBooks):
         lines = Lines(
             waiting=waiting,
             parked=self.parked.head(self._limits.scan_parked, now_s, is_fetchable),
+            parked_long=self.parked_long.head(self._limits.scan_parked, now_s, is_fetchable)
+            if self.parked_long
+            else (),
             hits=hits(waiting) if hits is not None and waiting and may_start(engine, load) else {},
             overtaken=self.overtaken,
             promised=self._still_promised(engine.step),
@@ -177,7 +181,7 @@ class Controller(RequestBooks):
 
         The host must know besides that no prompt is under way.
         """
-        if self.waiting or self.parked:
+        if self.waiting or self.parked or self.parked_long:
             return False
         self.waits = {}
         self.line.rest()

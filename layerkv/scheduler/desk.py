@@ -61,7 +61,7 @@ class Desk:
         Raises:
             CapacityError: no room in host memory for a resident request; nothing changed.
         """
-        self._ledger.park(request_id, block_ids, num_computed)
+        self._ledger.park(request_id, block_ids, num_computed, keeps_room=self._controller.outgrows_pool(request_id))
         self._controller.park(
             request_id,
             num_computed=num_computed,
@@ -86,15 +86,22 @@ class Desk:
         self._ledger.resume_without_fetch(request_id)
         self._controller.fetched(request_id, step=self._step, now_s=self._now_s)
 
+    def back_in_zone(self, request_id: str) -> None:
+        """The engine has given a parked request zone blocks again, which were reserved: it goes on there."""
+        self._ledger.started(request_id)
+        self._controller.fetched(request_id, step=self._step, now_s=self._now_s, in_zone=True)
+
     def reserve(self, admission: Admission, hashes: Sequence[Hashable] = ()) -> None:
-        """Take what a waiting request is promised, if it is to start in the zone, before the engine starts it.
+        """Take what a request is promised that is to start, or go on, in the zone, before the engine starts it.
 
         ``hashes`` of its blocks, up to the one of its last token, find what of it host memory caches.
 
         Raises:
             CapacityError: zone or host memory has no room; nothing changed.
         """
-        if admission.layered:
+        if self._ledger.residency.get(admission.request_id) is Residency.PARKED:
+            self._ledger.readmit_layered(admission.request_id, admission.zone_blocks)
+        elif admission.layered:
             self._ledger.admit_layered(
                 admission.request_id,
                 table_blocks=admission.host_blocks,

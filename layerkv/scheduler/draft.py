@@ -75,6 +75,7 @@ class Draft:
     dropped: list[str] = field(default_factory=list)
     stored_ahead: list[StoreAhead] = field(default_factory=list)
     fetch: list[str] = field(default_factory=list)
+    back_to_zone: list[Admission] = field(default_factory=list)
     granted: set[str] = field(default_factory=set)
     admit: list[Admission] = field(default_factory=list)
     refuse: list[Refusal] = field(default_factory=list)
@@ -106,7 +107,8 @@ class Draft:
             self.host -= int(r.needs_host_block)
 
     def park_layered(self, r: LayeredRequest, reason: Reason) -> None:
-        """Its KV is in host memory already."""
+        """Its KV is in host memory already. What it was promised of the zone, and does not hold, is free at once."""
+        self.zone += max(r.room_blocks - r.num_zone_blocks, 0)
         if not self.now.s.engine.frees_are_deferred:
             self.zone += r.num_zone_blocks
         self.slots += 1
@@ -213,6 +215,16 @@ class Draft:
         self.slots -= 1
         self._admit(Admission(w.request_id, layered=True, zone_blocks=zone_blocks, host_blocks=host_blocks), reason)
 
+    def return_to_zone(self, p: ParkedRequest) -> None:
+        """A parked request goes on in the zone, with room there for all of it; its host blocks it has."""
+        self.zone -= p.zone_blocks
+        self.slots -= 1
+        self.back_to_zone.append(
+            Admission(p.request_id, layered=True, zone_blocks=p.zone_blocks, host_blocks=p.zone_blocks)
+        )
+        self.reasons[p.request_id] = Reason.ZONE_TURN
+        self.waits.pop(p.request_id, None)
+
     def turn_away(self, w: WaitingRequest, reason: Reason) -> None:
         """A prompt is not served."""
         self.refuse.append(Refusal(w.request_id, reason))
@@ -252,6 +264,7 @@ class Draft:
             drop_copy=tuple(self.dropped),
             store_ahead=tuple(self.stored_ahead),
             fetch=tuple(self.fetch),
+            back_to_zone=tuple(self.back_to_zone),
             admit=tuple(self.admit),
             prefill_tokens=max(self.now.prefill_tokens, self.whole_tokens),
             has_whole_prompt=self.whole_tokens > 0,

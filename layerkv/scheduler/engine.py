@@ -76,7 +76,8 @@ class EngineState(NamedTuple):
         running: All running requests.
         arriving: Requests being fetched: of each the id, its blocks, and output tokens made.
         free_blocks: Pool blocks free now.
-        freeing_blocks: Blocks given up already that come back when a step in flight has ended.
+        freeing_blocks: Pool blocks given up already that come back when a step in flight has ended,
+        freeing_zone_blocks: and zone blocks.
         reserved_blocks: Pool blocks promised to prefills and fetches under way.
         free_zone_blocks: Zone blocks neither taken nor promised.
         free_host_blocks: Host blocks free now.
@@ -105,6 +106,7 @@ class EngineState(NamedTuple):
     held_tokens: int = 0
     freeing_blocks: int = 0
     moves: int = 0
+    freeing_zone_blocks: int = 0
 
     @property
     def frees_are_deferred(self) -> bool:

@@ -3,11 +3,12 @@
 :func:`decide` is pure: same snapshot, same decision. It looks at the heads of the queues only, so its cost does not
 grow with the number of waiting requests.
 
-Two lines form (:mod:`layerkv.scheduler.lines`). Prompts stand in line for *compute*, by TTFT deadline; those that
+Lines form (:mod:`layerkv.scheduler.lines`). Prompts stand in line for *compute*, by TTFT deadline; those that
 cannot be on time (Moore-Hodgson) behind those that can. Whoever can only go on in the pool, that is parked requests and
 prompts that cannot run layered, stands in line for *pool blocks*: with ``fluid`` by when readers run dry
 (:mod:`layerkv.scheduler.fluid`), else by the latest time to go on, those too late for their objectives behind those
-that are not.
+that are not. Parked requests that outgrow the pool stand in a third line, for the *zone*
+(:mod:`layerkv.scheduler.zone_turns`): prompts go before them there while they can wait.
 
 Ranks (vLLM's request priorities) are served one after the other: while a request of better rank waits for room, worse
 ranks get none of it, as in vLLM. They starve as long as better ones take everything; within a rank nobody does. There,
@@ -30,10 +31,12 @@ from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.rules.exchange import exchange
 from layerkv.scheduler.rules.give_way import give_way
+from layerkv.scheduler.rules.keep_zone import keep_zone
 from layerkv.scheduler.rules.leave_zone import leave_zone
 from layerkv.scheduler.rules.relieve_pool import relieve_pool
 from layerkv.scheduler.rules.rotate import rotate
 from layerkv.scheduler.rules.serve_ranks import serve_ranks
+from layerkv.scheduler.rules.share_zone import share_zone
 from layerkv.scheduler.rules.store_ahead import store_ahead
 from layerkv.scheduler.rules.write_through import write_through
 from layerkv.scheduler.snapshot import Decision, Snapshot
@@ -44,10 +47,19 @@ FLUID: tuple[Rule, ...] = (
     give_way,
     leave_zone,
     relieve_pool,
+    keep_zone,
     partial(serve_ranks, make_room=rotate),
+    share_zone,
     write_through,
 )
-SLO: tuple[Rule, ...] = (leave_zone, relieve_pool, partial(serve_ranks, make_room=exchange), store_ahead)
+SLO: tuple[Rule, ...] = (
+    leave_zone,
+    relieve_pool,
+    keep_zone,
+    partial(serve_ranks, make_room=exchange),
+    share_zone,
+    store_ahead,
+)
 """In the order in which they speak; ``serve_ranks`` has ``grant_claims``, the rule that makes room, and
 ``start_prompts`` speak for each rank. A later rule finds the room that earlier ones have left."""
 

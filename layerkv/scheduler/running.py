@@ -86,6 +86,12 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
                     missing > 0 and not r.is_prefilling,  # a prompt's room is reserved
                     r.num_computed + new_tokens > r.num_host_blocks * tokens,
                     tracked is not None and tracked.outgrows_pool,
+                    0 if tracked is None else max(tracked.most_blocks, r.num_zone_blocks),
+                    due_s,
+                    dry_s,
+                    0 if tracked is None else tracked.rank,
+                    math.inf if tracked is None or not tracked.parked_tokens else now_s - tracked.resident_since_s,
+                    tracked is None or r.num_computed > tracked.parked_tokens,
                 )
             )
             continue

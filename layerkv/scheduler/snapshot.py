@@ -84,6 +84,8 @@ class ParkedRequest(NamedTuple):
         dry_s: When its reader has read all that it made; without a reader, its deadline.
         tpot_s: Its class's TPOT objective.
         is_fresh: It has made no more than its first token.
+        zone_blocks: Zone blocks it needs to run again, with room for all of its tokens to come; 0 if it runs in the
+            pool.
     """
 
     request_id: str
@@ -95,6 +97,7 @@ class ParkedRequest(NamedTuple):
     dry_s: float = math.inf
     tpot_s: float = math.inf
     is_fresh: bool = False
+    zone_blocks: int = 0
 
 
 class ResidentRequest(NamedTuple):
@@ -148,8 +151,14 @@ class LayeredRequest(NamedTuple):
         num_zone_blocks: Zone blocks it holds.
         needs_zone_block: Its next token needs one more zone block.
         needs_host_block: Its next token needs one more host block.
-        outgrows_pool: It is expected to become longer than the pool: it decodes in the zone to its end, and has the
-            room for that.
+        outgrows_pool: It is expected to become longer than the pool: it decodes in the zone, and has the room for that.
+        room_blocks: Of such a one, the zone blocks that it holds or has been promised.
+        deadline_s: As for a resident request,
+        dry_s: and this,
+        rank: and this.
+        in_zone_s: Seconds since it came back to the zone; infinite before it has left it, because its first token is
+            all of its first slice.
+        has_run: As for a resident request.
     """
 
     request_id: str
@@ -159,6 +168,12 @@ class LayeredRequest(NamedTuple):
     needs_zone_block: bool = False
     needs_host_block: bool = False
     outgrows_pool: bool = False
+    room_blocks: int = 0
+    deadline_s: float = math.inf
+    dry_s: float = math.inf
+    rank: int = 0
+    in_zone_s: float = math.inf
+    has_run: bool = True
 
 
 class Load(NamedTuple):
@@ -198,6 +213,7 @@ class Lines(NamedTuple):
     Attributes:
         waiting: The first of the line for compute: rank by rank those whose deadline is to come, then the others.
         parked: The same of parked requests; only those that can be fetched now.
+        parked_long: The same of those that decode in the zone, because they outgrow the pool.
         hits: Prefix-cache hits of the first waiting requests, by id; absent means none known.
         overtaken: In how many steps a request was the one charged with being overtaken, by id.
         promised: Claims that room was made for in a step shortly before.
@@ -206,6 +222,7 @@ class Lines(NamedTuple):
 
     waiting: Sequence[WaitingRequest] = ()
     parked: Sequence[ParkedRequest] = ()
+    parked_long: Sequence[ParkedRequest] = ()
     hits: Mapping[str, PrefixHit] = {}
     overtaken: Mapping[str, int] = {}
     promised: Collection[str] = ()
@@ -307,6 +324,7 @@ class Decision:
         store_ahead: Resident requests whose KV is to be copied to host memory in the background, so that a park
             that is coming costs nothing.
         fetch: Parked requests to fetch into the pool.
+        back_to_zone: Parked requests that go on in the zone.
         admit: Waiting requests to start.
         prefill_tokens: Most prompt tokens to compute in this step.
         has_whole_prompt: Whether the first of those to start must be given all its tokens, whatever limit a single
@@ -325,6 +343,7 @@ class Decision:
     drop_copy: tuple[str, ...] = ()
     store_ahead: tuple[StoreAhead, ...] = ()
     fetch: tuple[str, ...] = ()
+    back_to_zone: tuple[Admission, ...] = ()
     admit: tuple[Admission, ...] = ()
     prefill_tokens: int = 0
     has_whole_prompt: bool = False
@@ -339,5 +358,12 @@ class Decision:
     def moves_somebody(self) -> bool:
         """Whether it does more than let everybody go on as before; copies in the background are no more than that."""
         return bool(
-            self.park or self.recompute or self.drop_copy or self.fetch or self.admit or self.refuse or self.room_for
+            self.park
+            or self.recompute
+            or self.drop_copy
+            or self.fetch
+            or self.back_to_zone
+            or self.admit
+            or self.refuse
+            or self.room_for
         )

@@ -59,4 +59,4 @@ def standing(snapshot: Snapshot, decision: Decision, every_steps: int) -> Standi
 
 def _is_settled(engine: EngineState) -> bool:
     """Whether nothing is on its way that the engine's counts do not tell of."""
-    return not (engine.is_paused or engine.resuming or engine.freeing_blocks)
+    return not (engine.is_paused or engine.resuming or engine.freeing_blocks or engine.freeing_zone_blocks)

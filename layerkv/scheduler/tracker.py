@@ -187,7 +187,7 @@ class TrackedRequest:
         rank: vLLM's request priority under ``--scheduling-policy priority``, else 0. Lower goes first.
         can_layer: Whether it may be parked and fetched.
         in_one_step: Whether its prompt must not be computed in chunks.
-        outgrows_pool: Whether it may become larger than the pool.
+        most_blocks: Blocks of all tokens that it may ever have; 0 unless it is expected to become longer than the pool.
         has_reader: Whether somebody gets its tokens as they come, at the pace of its class if that has one.
         prompt_blocks: Blocks of its prompt,
         ticket_blocks: and of all prompts that came up to it, its own included.
@@ -220,7 +220,7 @@ class TrackedRequest:
     rank: int = 0
     can_layer: bool = True
     in_one_step: bool = False
-    outgrows_pool: bool = False
+    most_blocks: int = 0
     has_reader: bool = True
     prompt_blocks: int = 0
     ticket_blocks: int = 0
@@ -253,6 +253,11 @@ class TrackedRequest:
         self.ttft_deadline_s = self.arrival_s + self.slo.ttft_s
         self.has_reader &= self.slo.has_reader
         self.reader = ReaderClock(self.slo.pace_s if self.has_reader else math.inf)
+
+    @property
+    def outgrows_pool(self) -> bool:
+        """Whether it is expected to become longer than the pool: it decodes in the zone."""
+        return self.most_blocks > 0
 
     def copy_failed(self, num_output_tokens: int) -> bool:
         """Its KV is lost to a failed copy; whether it has been often enough for one that gets no further."""

@@ -53,6 +53,7 @@ class EngineSetup:
         max_num_seqs: Requests that run together.
         profile: What steps and copies cost, in truth.
         frees_are_deferred: Whether blocks given up come back only after the next step (asynchronous scheduling).
+        long_contexts: Whether requests may be longer than the pool: they decode in the zone.
         stride: Steps that may pass between decisions while requests wait and nothing changes; 1 decides before
             every step, as production does.
     """
@@ -64,6 +65,7 @@ class EngineSetup:
     profile: CostProfile
     frees_are_deferred: bool = False
     stride: int = 1
+    long_contexts: bool = False
 
 
 @dataclass(slots=True, eq=False)

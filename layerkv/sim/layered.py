@@ -53,6 +53,7 @@ class LayeredEngine(VirtualEngine):
             pool_blocks=geometry.pool_blocks - 1,
             zone_blocks=geometry.zone_blocks,
             host_blocks=setup.num_host_blocks,
+            long_contexts=setup.long_contexts,
         )
         self.controller = Controller(
             policy,
@@ -103,7 +104,8 @@ class LayeredEngine(VirtualEngine):
             return self._compute([])
         snapshot, self.decision = self._decide()
         self._apply(snapshot, self.decision)
-        scheduled = self._compute([self.lives[admission.request_id] for admission in self.decision.admit])
+        starting = (*self.decision.back_to_zone, *self.decision.admit)
+        scheduled = self._compute([self.lives[admission.request_id] for admission in starting])
         self._plan = self.ledger.take_plan(sum(num_tokens for _, num_tokens in scheduled))
         return scheduled
 
@@ -118,7 +120,7 @@ class LayeredEngine(VirtualEngine):
         plan = self._plan
         return (
             num_blocks(plan.stores) * size,
-            num_blocks(plan.loads) * size,
+            (num_blocks(plan.loads) + num_blocks(plan.zone_hits)) * size,
             num_blocks(plan.parks) * size,
             plan.is_layered,
         )
@@ -178,8 +180,9 @@ class LayeredEngine(VirtualEngine):
             free_slots=self.setup.max_num_seqs - len(self.running) - len(self._loading),
             budget_tokens=self.setup.max_num_batched_tokens,
             steps_ahead=1 if self.setup.frees_are_deferred else 0,
-            freeing_blocks=len(self._freed),
             moves=self.ledger.residency.version,
+            freeing_blocks=sum(not self.geometry.is_zone_block(block) for block in self._freed),
+            freeing_zone_blocks=sum(map(self.geometry.is_zone_block, self._freed)),
         )
         return self.controller.decide(state, self.now_s)
 
@@ -211,7 +214,7 @@ class LayeredEngine(VirtualEngine):
             self._give_up(self.lives[request_id], decision.reasons[request_id])
         for request_id in decision.fetch:
             self._fetch(self.lives[request_id])
-        for admission in decision.admit:
+        for admission in (*decision.back_to_zone, *decision.admit):
             self.desk.reserve(admission)
 
     def _refuse(self, refusal: Refusal, text: str) -> None:
@@ -254,6 +257,11 @@ class LayeredEngine(VirtualEngine):
         self._link_free_s = max(self._link_free_s, self.now_s) + self.setup.profile.load(size)
         self._loading[live.request_id] = self._link_free_s
 
+    def back_to_zone(self, live: Live) -> None:
+        """A parked request goes on in the zone, from this step on."""
+        self.running.append(live)
+        self.desk.back_in_zone(live.request_id)
+
     def _finish_loads(self) -> None:
         for request_id in [r for r, end_s in self._loading.items() if end_s <= self.now_s]:
             del self._loading[request_id]
@@ -271,6 +279,7 @@ class LayeredEngine(VirtualEngine):
             decode_tokens=len(decoding),
             prefill_tokens=self.decision.prefill_tokens,
             num_prompts=len(prefilling),
+            spare_tokens=len(self.decision.back_to_zone),
         )
         scheduled: Scheduled = []
         gone: set[str] = set()
@@ -286,12 +295,15 @@ class LayeredEngine(VirtualEngine):
             if live.request_id in gone:
                 continue
             num_tokens = min(live.remaining, left, share)
-            is_new = self.ledger.residency[live.request_id] is Residency.WAITING
+            state = self.ledger.residency[live.request_id]
+            is_new, is_back = state is Residency.WAITING, state is Residency.PARKED
             if num_tokens <= 0 or not self._allocate(live, num_tokens, gone, is_new=is_new):
-                if is_new:
+                if is_new or is_back:
                     self.desk.declined(live.request_id)
                 continue
-            if is_new:
+            if is_back:
+                self.back_to_zone(live)
+            elif is_new:
                 self.running.append(live)
                 self.desk.admitted(live.request_id, self.decision.reasons[live.request_id])
             left -= num_tokens

@@ -111,6 +111,8 @@ class SchedulerSide:
         elif num_external_tokens > 0:
             num_local_tokens = self.ledger.parked_tokens(request_id) - num_external_tokens
             self._desk.fetch(request_id, block_ids, num_local_tokens)
+        elif is_parked and self.ledger.is_layered(request_id):
+            self._desk.back_in_zone(request_id)
         elif is_parked:
             self._desk.resume_without_fetch(request_id)
         else:

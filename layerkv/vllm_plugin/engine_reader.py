@@ -52,7 +52,7 @@ class EngineReader:
         free: int = s.kv_cache_manager.block_pool.get_num_free_blocks()
         if controller.is_quiet(len(s.running), free, steps_ahead(s)):
             return True
-        if len(s.waiting) != len(controller.waiting) + len(controller.parked):
+        if len(s.waiting) != len(controller.waiting) + controller.num_parked:
             return False  # vLLM must find those that the policy does not know
         return controller.stands(s.current_step, self._ledger.residency.version, len(s.running), free)
 
@@ -60,6 +60,8 @@ class EngineReader:
         """The engine before the step that is about to be scheduled."""
         s, ledger = self._scheduler, self._ledger
         self._active_loras = self._full_loras()
+        freeing = [block.block_id for _, blocks in s.deferred_frees for block in blocks] if s.deferred_frees else ()
+        freeing_zone = sum(map(self._geometry.is_zone_block, freeing))
         return EngineState(
             step=s.current_step,
             running=self._running(),
@@ -75,7 +77,8 @@ class EngineReader:
             is_paused=s._pause_state is not PauseState.UNPAUSED,
             held_tokens=self._held_tokens(),
             moves=ledger.residency.version,
-            freeing_blocks=sum(len(blocks) for _, blocks in s.deferred_frees) if s.deferred_frees else 0,
+            freeing_blocks=len(freeing) - freeing_zone,
+            freeing_zone_blocks=freeing_zone,
         )
 
     def work(self, output: SchedulerOutput, plan: StepPlan | None) -> StepWork:

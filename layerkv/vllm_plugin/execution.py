@@ -132,7 +132,7 @@ class Execution:
         """Whom vLLM shall find in its waiting queue in this step, in order; layered ones get their reservations."""
         s = self._scheduler
         chosen = [s.requests[request_id] for request_id in decision.fetch]
-        for admission in decision.admit:
+        for admission in (*decision.back_to_zone, *decision.admit):
             request = s.requests[admission.request_id]
             try:
                 hashes = self._side.hashes_to_find(request) if admission.layered else ()
@@ -140,6 +140,8 @@ class Execution:
             except CapacityError as error:  # what it was decided from has changed: it waits for the next step
                 logger.debug("request %s is not admitted in this step: %s", admission.request_id, error)
                 continue
+            # One that comes back to the zone goes on there: vLLM asks no cache for what it says it has computed.
+            request.num_computed_tokens = self._ledger.parked_tokens(admission.request_id)
             chosen.append(request)
         return chosen + self._strangers()
 
@@ -147,9 +149,9 @@ class Execution:
         """Requests in the queue that the policy does not know: vLLM alone moves them, so they stay visible."""
         s = self._scheduler
         controller = self._controller
-        if len(s.waiting) == len(controller.waiting) + len(controller.parked) + len(self._arrivals.refused):
+        if len(s.waiting) == len(controller.waiting) + controller.num_parked + len(self._arrivals.refused):
             return []
-        known = (controller.waiting, controller.parked, self._arrivals.refused)
+        known = (controller.waiting, controller.parked, controller.parked_long, self._arrivals.refused)
         return [request for request in s.waiting if not any(request.request_id in views for views in known)]
 
     def _drain(self, fetched: list[Request]) -> None:
@@ -170,6 +172,11 @@ class Execution:
         for request_id in decision.fetch:
             if self._ledger.residency[request_id] is Residency.PARKED:
                 metrics.add("layerkv_declined", 1)
+        for admission in decision.back_to_zone:
+            if self._ledger.residency[admission.request_id] is Residency.PARKED:
+                metrics.add("layerkv_declined", 1)
+                self._scheduler.requests[admission.request_id].num_computed_tokens = 0
+                self._desk.declined(admission.request_id)
         for admission in decision.admit:
             request = self._scheduler.requests.get(admission.request_id)
             if request is None:
@@ -200,7 +207,7 @@ def limit_prefill(s: SchedulerView, snapshot: Snapshot, decision: Decision) -> l
         decode_tokens=snapshot.load.decode_tokens,
         prefill_tokens=decision.prefill_tokens,
         num_prompts=len(prefilling),
-        spare_tokens=1 if decision.fetch else 0,
+        spare_tokens=(1 if decision.fetch else 0) + len(decision.back_to_zone),
     )
     if decision.has_whole_prompt:
         s.scheduler_config.long_prefill_token_threshold = 0

@@ -199,7 +199,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         """Parked requests are in mid-output: a pause that waits for running requests waits for them too."""
         num_unfinished: int = super().get_num_unfinished_requests()
         if self._is_active and self._pause_state is PauseState.PAUSED_NEW:
-            num_unfinished += len(self._controller.parked)
+            num_unfinished += self._controller.num_parked
         return num_unfinished
 
     def shutdown(self) -> None:

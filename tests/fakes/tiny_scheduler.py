@@ -50,6 +50,7 @@ def setup(
     slots: int = 16,
     frees_are_deferred: bool = False,
     stride: int = 1,
+    long_contexts: bool = False,
     costs: CostProfile | None = None,
 ) -> EngineSetup:
     """An engine whose pool holds 320 tokens."""
@@ -62,7 +63,14 @@ def setup(
         lanes=1,
     )
     return EngineSetup(
-        geometry, num_host_blocks, budget_tokens, slots, costs or profile(), frees_are_deferred, stride=stride
+        geometry,
+        num_host_blocks,
+        budget_tokens,
+        slots,
+        costs or profile(),
+        frees_are_deferred,
+        stride=stride,
+        long_contexts=long_contexts,
     )
 
 
@@ -143,7 +151,7 @@ class TinyScheduler(LayeredEngine):
         assert self.ledger.zone.num_available == self.ledger.zone.num_blocks
         assert len(self.free_ids) == self.geometry.pool_blocks - 1
         controller = self.controller
-        books = (controller.tracked, controller.waiting.views, controller.parked.views)
+        books = (controller.tracked, controller.waiting.views, controller.num_parked)
         assert not any((*books, controller.overtaken))
 
     def _check_lines(self) -> None:
@@ -152,9 +160,8 @@ class TinyScheduler(LayeredEngine):
         assert {w.request_id for w in self.controller.waiting.views} == {
             r for r, state in of.items() if state is Residency.WAITING
         }
-        assert {p.request_id for p in self.controller.parked.views} == {
-            r for r, state in of.items() if state is Residency.PARKED
-        }
+        parked = (*self.controller.parked.views, *self.controller.parked_long.views)
+        assert {p.request_id for p in parked} == {r for r, state in of.items() if state is Residency.PARKED}
         assert set(self.controller.tracked) == set(self.lives)
         assert self.controller.come_blocks - self.controller.gone_blocks == sum(
             tracked.prompt_blocks for tracked in self.controller.tracked.values()
@@ -167,6 +174,10 @@ class TinyScheduler(LayeredEngine):
         if self.decision.reasons[name] is not Reason.MAKES_ROOM:
             assert live.num_made > self._made_when_fetched.get(name, -1), f"{name} is parked before it made a token"
         super()._park(live)
+
+    def back_to_zone(self, live: Live) -> None:
+        self._made_when_fetched[live.request_id] = live.num_made
+        super().back_to_zone(live)
 
     def _fetch(self, live: Live) -> None:
         self._made_when_fetched[live.request_id] = live.num_made

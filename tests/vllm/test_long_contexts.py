@@ -20,6 +20,7 @@ PROMPTS = [
     *(prompt(n, seed=n) for n in (30, 90, 60)),
     prompt(LONG, seed=1),  # a prompt that is longer than the pool
     *(prompt(n, seed=n) for n in (20, 70)),
+    prompt(LONG, seed=3),  # and another: they take turns in the zone, which holds one of them
     prompt(140, seed=2),  # one that becomes so with its output
 ]
 

@@ -17,6 +17,7 @@ LEGAL = {
     (LAYERED, PARKED),
     (RESIDENT, PARKED),
     (PARKED, FETCHING),
+    (PARKED, LAYERED),  # longer than the pool: its next turn in the zone
     (PARKED, RESIDENT),  # all its blocks are prefix-cache hits
     (FETCHING, RESIDENT),
     *((old, WAITING) for old in (RESIDENT, LAYERED, PARKED)),  # given up, computed again; never while loads read it
