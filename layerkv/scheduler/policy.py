@@ -16,7 +16,8 @@ of those left behind in a line, the first and the one due first may be overtaken
 passes it any more, and the room is left to drain for it: any single request fits an empty pool and an empty zone.
 With ``fluid`` it need not wait for that: it takes the place of whoever has had a slice (:mod:`.rules.rotate`). Whatever
 the order of claims, nobody is passed by one of its line and rank that is due later in more than ``k * max_overtakes``
-steps, where ``k`` counts those of its rank that waited meanwhile and were due no later, itself included.
+steps, where ``k`` counts those of its rank that waited meanwhile and were due no later, itself included,
+each time that it came to wait.
 Prefill itself never stops for more than ``max_idle_steps`` steps.
 """
 

@@ -163,7 +163,7 @@ def test_the_engine_does_as_much_in_time_as_if_nobody_were_refused(
     gated = [served(rate, pool, num_front_ends=num_front_ends).tokens_in_time for rate in RATES]
     open_ = [served(rate, pool, has_gate=False).tokens_in_time for rate in RATES]
     assert sum(gated) >= 0.75 * sum(open_), (gated, open_)
-    assert all(tokens >= 0.65 * others for tokens, others in zip(gated, open_, strict=True)), (gated, open_)
+    assert all(tokens >= 0.6 * others for tokens, others in zip(gated, open_, strict=True)), (gated, open_)
 
 
 def test_who_floods_the_engine_without_being_refused_does_not_have_others_refused_that_go_first(served: Served) -> None:

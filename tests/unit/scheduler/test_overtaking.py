@@ -30,7 +30,8 @@ class WatchedScheduler(TinyScheduler):
 
     A request is overtaken in a step that starts another of its line and rank, or of a worse one, with a later
     deadline, and not itself. Each such step has a culprit: somebody who stood no later than it and was left behind
-    too. So there are no more of them than ``MOST`` for each that stood there during its wait, itself included.
+    too. So there are no more of them than ``MOST`` for each that stood there during its wait, itself included, and
+    again for each time that one which had started came back to wait.
 
     And a prompt never starts while one of better rank is left behind, nor is a parked request of worse rank fetched
     while one of better rank stays parked.
@@ -39,7 +40,8 @@ class WatchedScheduler(TinyScheduler):
     def __init__(self, jobs: Iterable[SimRequest], **engine: Any) -> None:
         super().__init__(jobs, limits=PolicyLimits(max_overtakes=MOST, min_prefill_tokens=16), **engine)
         self.num_overtakes: dict[tuple[str, str], int] = defaultdict(int)
-        self._before: dict[tuple[str, str], set[str]] = defaultdict(set)
+        self._num_stays: dict[str, int] = defaultdict(int)
+        self._before: dict[tuple[str, str], set[tuple[str, int]]] = defaultdict(set)
 
     def _decide(self) -> tuple[Snapshot, Decision]:
         waiting, parked = list(self.controller.waiting.views), list(self.controller.parked.views)
@@ -60,6 +62,8 @@ class WatchedScheduler(TinyScheduler):
 
     def _watch(self, line: str, views: list[Any], before: list[Any], started: Collection[str]) -> None:
         starts = [view for view in views if view.request_id in started]
+        for view in starts:
+            self._num_stays[view.request_id] += 1
         for view in views:
             stay = (line, view.request_id)
             if view.request_id in started:
@@ -67,7 +71,9 @@ class WatchedScheduler(TinyScheduler):
                 self._before.pop(stay, None)
                 continue
             self._before[stay] |= {
-                v.request_id for v in before if v.rank == view.rank and v.deadline_s <= view.deadline_s
+                (v.request_id, self._num_stays[v.request_id])
+                for v in before
+                if v.rank == view.rank and v.deadline_s <= view.deadline_s
             }
             self.num_overtakes[stay] += any(s.rank >= view.rank and s.deadline_s > view.deadline_s for s in starts)
             most = MOST * len(self._before[stay])
