@@ -46,6 +46,7 @@ DECIDE_TIME = "layerkv_decide_seconds"
 
 METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("layerkv_requests", "gauge", "Requests by residency of their KV.", "residency"),
+    MetricSpec("layerkv_paused_requests", "gauge", "Resident requests that steps leave out: others have their slots."),
     MetricSpec(
         "layerkv_waiting_requests",
         "gauge",

@@ -44,6 +44,7 @@ class RequestBooks:
         waiting: Those without KV.
         parked: Those with their KV in host memory that go on in the pool,
         parked_long: and those that go on in the zone, because they outgrow the pool.
+        paused: Residents that steps leave out.
         line: Prompts under way and in line, for what front ends are told.
         overtaken: In how many steps a request was the one charged with being overtaken, by id.
         streams: What readers got, for whoever reports it.
@@ -73,6 +74,7 @@ class RequestBooks:
         self.waiting: DeadlineQueue[WaitingRequest] = DeadlineQueue()
         self.parked: DeadlineQueue[ParkedRequest] = DeadlineQueue()
         self.parked_long: DeadlineQueue[ParkedRequest] = DeadlineQueue()
+        self.paused: set[str] = set()
         self.line = PrefillLine()
         self.overtaken: dict[str, int] = {}
         self.streams = Streams()
@@ -95,6 +97,7 @@ class RequestBooks:
         can_layer: bool = True,
         in_one_step: bool = False,
         has_reader: bool = True,
+        can_pause: bool = True,
     ) -> None:
         """A request has come in and waits."""
         prompt_blocks = -(-num_tokens // self.shape.block_tokens)
@@ -109,6 +112,7 @@ class RequestBooks:
             has_reader=has_reader,
             prompt_blocks=prompt_blocks,
             ticket_blocks=self.come_blocks,
+            can_pause=can_pause,
         )
         self.tracked[request_id] = tracked
         self.enqueue(request_id, num_tokens, 0)
@@ -124,6 +128,7 @@ class RequestBooks:
         if tracked is None:
             return
         self._leave_lines(request_id)
+        self.paused.discard(request_id)
         self.refresh(tracked, num_output)
         if not self.policy.slo_scheduling:
             deadline_s = tracked.arrival_s
@@ -162,7 +167,7 @@ class RequestBooks:
         self.overtaken.pop(request_id, None)
         tracked.prefill_rest_s = tracked.prefill_cost_s
         self.line.started(tracked.prefill_cost_s, was_last=not self.waiting)
-        tracked.resident_since_step, tracked.resident_since_s = step, now_s
+        tracked.resident_since_step, tracked.resident_since_s, tracked.turn_since_step = step, now_s, step
         tracked.stream.comes_back()
         event = Event.ADMITTED_LAYERED if layered else Event.ADMITTED_RESIDENT
         self.journal.say(now_s, request_id, tracked, event, reason)
@@ -176,6 +181,7 @@ class RequestBooks:
     ) -> None:
         """A request has been parked: its KV of ``num_computed`` tokens is in host memory."""
         tracked = self.tracked[request_id]
+        self.paused.discard(request_id)
         self.refresh(tracked, num_output)
         tracked.prefill_rest_s = 0.0
         tracked.parked_tokens = num_computed
@@ -212,7 +218,7 @@ class RequestBooks:
         tracked = self.tracked[request_id]
         self._leave_lines(request_id)
         self.overtaken.pop(request_id, None)
-        tracked.resident_since_step, tracked.resident_since_s = step, now_s
+        tracked.resident_since_step, tracked.resident_since_s, tracked.turn_since_step = step, now_s, step
         tracked.stream.comes_back()
         event, reason = (Event.BACK_IN_ZONE, Reason.ZONE_TURN) if in_zone else (Event.FETCHED, Reason.ITS_TURN)
         self.journal.say(now_s, request_id, tracked, event, reason)
@@ -226,6 +232,22 @@ class RequestBooks:
     def num_parked(self) -> int:
         """Requests with their KV in host memory."""
         return len(self.parked) + len(self.parked_long)
+
+    def pause(self, request_id: str, num_computed: int, reason: Reason, *, step: int, now_s: float) -> None:
+        """A resident has left the batch, and keeps its blocks."""
+        tracked = self.tracked[request_id]
+        self.paused.add(request_id)
+        tracked.turn_since_step, tracked.parked_tokens = step, num_computed
+        tracked.stream.leaves(Event.PAUSED, reason)
+        self.journal.say(now_s, request_id, tracked, Event.PAUSED, reason)
+
+    def resume(self, request_id: str, *, step: int, now_s: float) -> None:
+        """A paused request is in the batch again."""
+        tracked = self.tracked[request_id]
+        self.paused.discard(request_id)
+        tracked.turn_since_step = step
+        tracked.stream.comes_back()
+        self.journal.say(now_s, request_id, tracked, Event.RESUMED, Reason.SLOT_FREE)
 
     def recomputes(self, request_id: str, num_tokens: int, num_output: int, reason: Reason, now_s: float) -> None:
         """A request's KV has been given up: it waits to be computed again."""
@@ -272,6 +294,7 @@ class RequestBooks:
         """
         tracked = self.tracked.pop(request_id, None)
         self._leave_lines(request_id)
+        self.paused.discard(request_id)
         self.overtaken.pop(request_id, None)
         if tracked is None:
             return

@@ -21,6 +21,7 @@ from layerkv.scheduler.policy import decide
 from layerkv.scheduler.prefill import late_prompts, step_seconds
 from layerkv.scheduler.reasons import LogEntry, Reason
 from layerkv.scheduler.running import look, may_start
+from layerkv.scheduler.slots import next_turn_s
 from layerkv.scheduler.snapshot import Decision, Lines, ParkedRequest, PrefixHit, Snapshot, WaitingRequest
 from layerkv.scheduler.standing import Standing, standing
 
@@ -81,6 +82,7 @@ class Controller(RequestBooks):
         self._standing: Standing | None = None
         self.waits: Mapping[str, Reason] = {}
         """Why requests wait that were looked at in the last decision; empty while nobody does."""
+        self._no_turn_before_s = -math.inf
 
     def step_done(self, work: StepWork, seconds: float, *, waited_s: float | None = None) -> None:
         """A step has ended: correct the costs.
@@ -122,9 +124,14 @@ class Controller(RequestBooks):
         self._note(decision, snapshot, engine.step)
         # nobody tells when one becomes ready
         has_unready = any(line.has_unready for line in (self.waiting, self.parked, self.parked_long))
+        takes_turns = bool(snapshot.load.num_paused or decision.pause)
         self._standing = (
-            None if self._promised or has_unready else standing(snapshot, decision, self._limits.look_steps)
+            None
+            if self._promised or has_unready or takes_turns
+            else standing(snapshot, decision, self._limits.look_steps)
         )
+        if self.paused:
+            self._no_turn_before_s = next_turn_s(snapshot, self.step_s)
         return snapshot, decision
 
     def snapshot(
@@ -176,12 +183,14 @@ class Controller(RequestBooks):
             can_store_ahead=engine.step % self._limits.look_steps == 0,
         )
 
-    def is_quiet(self, num_running: int, free_blocks: int, steps_ahead: int) -> bool:
-        """Whether there is nothing to decide: nobody stands in line, and no shortage of blocks is in sight.
+    def is_quiet(self, num_running: int, free_blocks: int, steps_ahead: int, now_s: float) -> bool:
+        """Whether there is nothing to decide: nobody waits, no turn is due, and no shortage of blocks is in sight.
 
-        The host must know besides that no prompt is under way.
+        The host must know besides that no prompt is under way. It counts paused requests as running.
         """
         if self.waiting or self.parked or self.parked_long:
+            return False
+        if self.paused and (now_s >= self._no_turn_before_s or num_running - len(self.paused) < self.shape.slots):
             return False
         self.waits = {}
         self.line.rest()
@@ -199,6 +208,11 @@ class Controller(RequestBooks):
         """As of :class:`RequestBooks`; the next step decides by it."""
         super().set_policy(policy)
         self._standing = None
+
+    @property
+    def next_turn_s(self) -> float:
+        """When a paused request will be due; infinite if nobody is paused."""
+        return self._no_turn_before_s if self.paused else math.inf
 
     def has_prompts(self) -> bool:
         """Whether any prompt waits, or was under way when it was last decided."""

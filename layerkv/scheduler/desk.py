@@ -18,8 +18,8 @@ from layerkv.scheduler.snapshot import Admission, StoreAhead
 class Desk:
     """See the module.
 
-    Order of a step: refuse, drop, store ahead, park, recompute, fetch, reserve; then, when the engine has started whom
-    it could, :meth:`admitted` or :meth:`declined` for each reservation.
+    Order of a step: refuse, drop, store ahead, park, recompute, pause, resume, fetch, reserve; then, when the engine
+    has started whom it could, :meth:`admitted` or :meth:`declined` for each reservation.
     """
 
     def __init__(self, controller: Controller, ledger: KVLedger) -> None:
@@ -75,6 +75,14 @@ class Desk:
         """A request's KV, wherever it is, is given up, and it waits to be computed again. Never while it is loaded."""
         self._ledger.drop(request_id)
         self._controller.recomputes(request_id, num_tokens, num_output, reason, now_s)
+
+    def pause(self, request_id: str, num_computed: int, reason: Reason) -> None:
+        """A resident request is left out of the steps to come. Its blocks stay as they are: the ledger has no say."""
+        self._controller.pause(request_id, num_computed, reason, step=self._step, now_s=self._now_s)
+
+    def resume(self, request_id: str) -> None:
+        """A paused request is in the batch again."""
+        self._controller.resume(request_id, step=self._step, now_s=self._now_s)
 
     def fetch(self, request_id: str, block_ids: Sequence[int], num_local_tokens: int = 0) -> None:
         """A parked request is loaded into its new pool blocks; the first ``num_local_tokens`` are there already."""

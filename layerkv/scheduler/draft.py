@@ -40,7 +40,8 @@ class Draft:
         pool: Pool blocks left, what running requests need in this step deducted.
         zone: Zone blocks left.
         host: Host blocks left.
-        slots: Requests that may still start.
+        slots: Free slots left,
+        kept_slots: less those that are kept for requests that wait for blocks.
         loads_s: Seconds of the link that fetches take which are under way or begin with this step.
         tokens: Prompt tokens of this step that are left for prompts that start.
         residents: Requests in the pool, those let in so far included.
@@ -63,6 +64,7 @@ class Draft:
     tokens: int = field(init=False)
     residents: int = field(init=False)
     headroom: int = field(init=False)
+    kept_slots: int = 0
     blocked: Claim | None = None
     is_relieving: bool = False
     is_closed: bool = False
@@ -72,6 +74,8 @@ class Draft:
     compute_is_closed: bool = False
     park: list[str] = field(default_factory=list)
     recompute: list[str] = field(default_factory=list)
+    paused: list[str] = field(default_factory=list)
+    resumed: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     stored_ahead: list[StoreAhead] = field(default_factory=list)
     fetch: list[str] = field(default_factory=list)
@@ -134,14 +138,14 @@ class Draft:
         else:
             self.made_room = True
         self.host -= self.blocks_to_store(r)
-        self._leave_pool()
+        self._leave_pool(r)
         self.park.append(r.request_id)
         self.reasons[r.request_id] = reason
 
     def give_up_resident(self, r: ResidentRequest, reason: Reason) -> None:
         """It leaves the pool, and is computed again."""
         self.pool += r.num_blocks
-        self._leave_pool()
+        self._leave_pool(r)
         self._give_up(r.request_id, reason)
 
     def store_ahead(self, r: ResidentRequest, num_blocks: int) -> None:
@@ -161,6 +165,42 @@ class Draft:
     def blocks_to_store(self, r: ResidentRequest) -> int:
         """Host blocks that its park takes: what was stored ahead has its own."""
         return r.num_blocks - self.num_stored(r)
+
+    # Slots --------------------------------------------------------------------------------------------------------
+
+    def has_slot(self, claim: Claim) -> bool:
+        """Whether there is a slot for it, or somebody lends one."""
+        return self.now.free_slots(self, claim) > 0 or self._lender(claim) is not None
+
+    def resume(self, r: ResidentRequest, lender: ResidentRequest | None = None) -> None:
+        """A paused request goes on, in a free slot or in that of the lender."""
+        self.pool -= self.blocks_to_resume(r)
+        if lender is None:
+            self.slots -= 1
+        else:
+            self._pause(lender)
+        self.resumed.append(r.request_id)
+        self.reasons[r.request_id] = Reason.SLOT_FREE
+
+    def may_resume(self, r: ResidentRequest) -> bool:
+        """Whether a paused request is where it was, and the pool has a block for it if its next token needs one."""
+        return r.request_id not in self.left and self.blocks_to_resume(r) <= max(self.pool, 0)
+
+    def blocks_to_resume(self, r: ResidentRequest) -> int:
+        """Pool blocks that a paused request takes with its next step."""
+        s = self.now.s
+        num_tokens = r.num_tokens + 1 + s.engine.steps_ahead
+        return max(-(-num_tokens // s.shape.block_tokens) - r.num_blocks, 0)
+
+    @property
+    def left(self) -> frozenset[str]:
+        """Residents that are not where they were."""
+        return frozenset((*self.park, *self.recompute, *self.paused, *self.resumed))
+
+    @property
+    def unused_slots(self) -> int:
+        """Free slots, those too that are kept for requests that this step does not start."""
+        return self.slots + self.kept_slots
 
     # Coming in ----------------------------------------------------------------------------------------------------
 
@@ -199,20 +239,20 @@ class Draft:
 
     def start_resident(self, w: WaitingRequest, reason: Reason) -> None:
         """A prompt starts in the pool."""
-        self._take_tokens(w)
         if w.request_id not in self.granted:
             self._enter_pool(w)
+        self._take_tokens(w)
         self._admit(Admission(w.request_id, layered=False), reason)
 
     def start_layered(self, w: WaitingRequest, reason: Reason) -> None:
         """A prompt starts in the zone, with room for all of it there and in host memory."""
         hit, host_blocks = hit_of(self.now.s, w), layered_blocks(w)
         zone_blocks = host_blocks - hit.num_blocks
-        self._take_tokens(w)
         self.zone -= zone_blocks
         self.host -= host_blocks_to_take(self.now.s, w)
         self.pool -= hit.num_evictable
-        self.slots -= 1
+        self._take_slot(w)
+        self._take_tokens(w)
         self._admit(Admission(w.request_id, layered=True, zone_blocks=zone_blocks, host_blocks=host_blocks), reason)
 
     def return_to_zone(self, p: ParkedRequest) -> None:
@@ -251,6 +291,7 @@ class Draft:
     def keep_slots(self, num_slots: int) -> None:
         """So many are kept for requests that wait for blocks."""
         self.slots -= num_slots
+        self.kept_slots += num_slots
 
     def overtake(self, request_ids: Sequence[str]) -> None:
         """Others started that stand behind these."""
@@ -261,6 +302,8 @@ class Draft:
         return Decision(
             park=tuple(self.park),
             recompute=tuple(self.recompute),
+            pause=tuple(self.paused),
+            resume=tuple(self.resumed),
             drop_copy=tuple(self.dropped),
             store_ahead=tuple(self.stored_ahead),
             fetch=tuple(self.fetch),
@@ -281,14 +324,35 @@ class Draft:
         self.recompute.append(request_id)
         self.reasons[request_id] = reason
 
-    def _leave_pool(self) -> None:
+    def _leave_pool(self, r: ResidentRequest) -> None:
         self._count(self.residents - 1)
-        self.slots += 1
+        if r.request_id in self.paused:  # its slot is another's already
+            self.paused.remove(r.request_id)
+        elif not r.is_paused or r.request_id in self.resumed:
+            self.slots += 1
+        if r.request_id in self.resumed:
+            self.resumed.remove(r.request_id)
+
+    def _take_slot(self, claim: Claim) -> None:
+        lender = None if self.slots > 0 else self._lender(claim)
+        if lender is None:
+            self.slots -= 1
+        else:
+            self._pause(lender)
+
+    def _lender(self, claim: Claim) -> ResidentRequest | None:
+        if self.tokens <= 0 and not isinstance(claim, ParkedRequest):
+            return None  # it would not start in this step
+        return self.now.lender(claim, self.left)
+
+    def _pause(self, r: ResidentRequest) -> None:
+        self.paused.append(r.request_id)
+        self.reasons[r.request_id] = Reason.SLOT_LENT
 
     def _enter_pool(self, claim: Claim) -> None:
         need = pool_blocks(self.now.s, claim)
         self.pool -= need
-        self.slots -= 1
+        self._take_slot(claim)
         self._count(self.residents + 1)
         self._entered.append(claim)
         if self._forecast is not None:

@@ -26,6 +26,7 @@ class EngineShape:
         can_chunk: Whether prompts may be computed in chunks; without, a prompt needs its whole length in one step.
         longest_tokens: Most tokens of one request (``max_model_len``).
         long_contexts: Whether it may be longer than the pool.
+        slots: Requests that a step may compute.
     """
 
     mode: Mode
@@ -38,6 +39,7 @@ class EngineShape:
     long_contexts: bool = False
     can_chunk: bool = True
     longest_tokens: int = sys.maxsize
+    slots: int = sys.maxsize
 
 
 class Running(NamedTuple):
@@ -54,6 +56,7 @@ class Running(NamedTuple):
         is_layered: Whether its new blocks come from the zone.
         num_host_blocks: Host blocks it holds, or, resident, leading blocks that host memory holds too.
         num_shared: Of those of a resident one, blocks that it shares: they are not free at once when it gives them up.
+        is_paused: It is left out of steps: it keeps its blocks, and has no slot.
     """
 
     request_id: str
@@ -66,6 +69,7 @@ class Running(NamedTuple):
     is_layered: bool = False
     num_host_blocks: int = 0
     num_shared: int = 0
+    is_paused: bool = False
 
 
 class EngineState(NamedTuple):
@@ -73,7 +77,7 @@ class EngineState(NamedTuple):
 
     Attributes:
         step: Its number.
-        running: All running requests.
+        running: All running requests, paused ones too.
         arriving: Requests being fetched: of each the id, its blocks, and output tokens made.
         free_blocks: Pool blocks free now.
         freeing_blocks: Pool blocks given up already that come back when a step in flight has ended,
@@ -81,7 +85,7 @@ class EngineState(NamedTuple):
         reserved_blocks: Pool blocks promised to prefills and fetches under way.
         free_zone_blocks: Zone blocks neither taken nor promised.
         free_host_blocks: Host blocks free now.
-        free_slots: Requests that may still be admitted.
+        free_slots: Requests that may still be admitted, or go on after a pause.
         budget_tokens: Tokens that the step may compute.
         resuming: Requests whose fetch has ended and that decode from this step on.
         steps_ahead: Steps in flight when this one is scheduled; frees are deferred exactly when there are any.

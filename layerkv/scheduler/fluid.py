@@ -10,7 +10,7 @@ its reader has left to read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Collection, Sequence, Set
 from functools import cached_property
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, ClassVar
@@ -20,6 +20,7 @@ from layerkv.scheduler.needs import outgrows_pool, pool_blocks
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.prefill import late_prompts
 from layerkv.scheduler.running import LAG_SHARE
+from layerkv.scheduler.slots import PLENTY_S, Slotted, is_due, lender_to_claim, lenders
 from layerkv.scheduler.snapshot import ParkedRequest, ResidentRequest, WaitingRequest
 
 if TYPE_CHECKING:
@@ -34,9 +35,6 @@ IDLE_STEPS = 1
 LAST_S = 0.5
 """Nobody who will have ended within so long is parked for a claim. Not measured: taken from the prototype of
 2026-11."""
-PLENTY_S = 4.0
-"""Of residents whose readers have so much to read, those with the most tokens left leave first. Not measured: chosen by
-simulated loads (2026-11-29, no result file)."""
 URGENT_S = 1.0
 """Claims due within so long go by when they are due; the others, those with the fewest tokens left first: what ends
 soon gives its blocks back for good. Not measured: taken from the prototype of 2026-11."""
@@ -145,12 +143,12 @@ class FluidOutlook(Outlook):
         Spared are those of better rank, those within their slice, streams that flow, the weighty, and of these those
         whose readers run dry first; where readers have plenty, those that end first.
         """
-        return [entry[6][0] for entry in sorted(self._leavers)]
+        return [entry[-1][0] for entry in sorted(self._leavers)]
 
     @cached_property
     def turns(self) -> Sequence[Turn]:
         """The victims that have had their slice, in that order."""
-        return [entry[6] for entry in sorted([entry for entry in self._leavers if not entry[1]])]
+        return [entry[-1] for entry in sorted([entry for entry in self._leavers if not entry[1]])]
 
     @cached_property
     def most_spare_s(self) -> tuple[float, float]:
@@ -227,13 +225,28 @@ class FluidOutlook(Outlook):
         cost = self.s.cost
         return claim.deadline_s - (0.0 if cost is None else claim.prefill_cost_s * cost.prefill_factor)
 
+    def free_slots(self, draft: Draft, claim: Claim) -> int:
+        """A parked request that is not due leaves them to paused ones, which need no load."""
+        if not self.s.load.num_paused or not isinstance(claim, ParkedRequest) or is_due(self, claim):
+            return draft.slots
+        return draft.slots - (self.s.load.num_paused - len(draft.resumed))
+
+    def lender(self, claim: Claim, taken: Collection[str]) -> ResidentRequest | None:
+        """See :func:`layerkv.scheduler.slots.lender_to_claim`."""
+        return lender_to_claim(self, claim, taken)
+
+    @cached_property
+    def lenders(self) -> Sequence[Slotted]:
+        """Residents that may be paused, most readily first."""
+        return lenders(self)
+
     def load_s(self, num_blocks: int) -> float:
         """As a line through the loads of one block and of the pool: it is asked for each resident."""
         first_s, block_s = self._load_line
         return first_s + block_s * num_blocks
 
     @cached_property
-    def _leavers(self) -> list[tuple[int, bool, int, float, float, str, Turn]]:
+    def _leavers(self) -> list[tuple[int, bool, bool, int, float, float, str, Turn]]:
         """In no order; each with what decides its place, and second whether it is within its slice."""
         s, held = self.s, self.held
         now_s = s.now_s
@@ -252,14 +265,14 @@ class FluidOutlook(Outlook):
             if to_store > 0:
                 turn_s += (store_first_s + store_block_s * to_store) * num_waiting
             in_slice = r.resident_s < LEAST_SLICE_S or r.resident_s * COPIES_SHARE < turn_s
-            in_slice |= not r.has_run  # however long its load and its first step take
+            in_slice |= not r.has_run and not r.is_paused  # however long its load and its first step take
             spare_s = r.dry_s - now_s
             spare_s = (spare_s if spare_s > 0 else 0.0) - load_s
             flows = r.deadline_s >= now_s and r.request_id not in held
             kind = 0 if not flows else 1 if spare_s >= PLENTY_S else 2
             last = -spare_s if kind == 2 else -float(tokens_left)
             turn = (r, spare_s, flows, tokens_left <= last_tokens)
-            keyed.append((-r.rank, in_slice, kind, r.weight, last, r.request_id, turn))
+            keyed.append((-r.rank, in_slice, not r.is_paused, kind, r.weight, last, r.request_id, turn))
         return keyed
 
     @cached_property

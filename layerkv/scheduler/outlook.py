@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
@@ -103,6 +103,14 @@ class Outlook:
         if need + draft.headroom > draft.pool:
             return False
         return draft.residents == 0 or draft.forecast.fits(need, claim.tokens_left)
+
+    def free_slots(self, draft: Draft, claim: Claim) -> int:
+        """Free slots that a request may take which comes in."""
+        return draft.slots
+
+    def lender(self, claim: Claim, taken: Collection[str]) -> ResidentRequest | None:
+        """Who gives its slot to a request that comes in; none of those that have been ``taken``."""
+        return None
 
     def load_s(self, num_blocks: int) -> float:
         """Seconds of a fetch of so many blocks; 0 while costs are not known."""

@@ -39,6 +39,7 @@ from layerkv.scheduler.rules.rotate import rotate
 from layerkv.scheduler.rules.serve_ranks import serve_ranks
 from layerkv.scheduler.rules.share_zone import share_zone
 from layerkv.scheduler.rules.store_ahead import store_ahead
+from layerkv.scheduler.rules.take_turns import fill_slots, resume_all, resume_due
 from layerkv.scheduler.rules.write_through import write_through
 from layerkv.scheduler.snapshot import Decision, Snapshot
 
@@ -49,14 +50,17 @@ FLUID: tuple[Rule, ...] = (
     leave_zone,
     relieve_pool,
     keep_zone,
+    resume_due,
     partial(serve_ranks, make_room=rotate),
     share_zone,
+    fill_slots,
     write_through,
 )
 SLO: tuple[Rule, ...] = (
     leave_zone,
     relieve_pool,
     keep_zone,
+    resume_all,
     partial(serve_ranks, make_room=exchange),
     share_zone,
     store_ahead,

@@ -24,6 +24,8 @@ class Reason(StrEnum):
     """Fetched: pool blocks for it are free, and whoever stands before it may be passed."""
     ZONE_TURN = "zone_turn"
     """It goes on in the zone: it outgrows the pool, and the zone has room for it and no prompt that needs that now."""
+    SLOT_FREE = "slot_free"
+    """Resumed: there is a slot for it, or another gives one up whose reader has more to read."""
     # it waits
     NO_TOKENS_LEFT = "no_tokens_left"
     """The step's prefill budget is spent: decodes need the rest, or prompts before it took it."""
@@ -54,7 +56,7 @@ class Reason(StrEnum):
     """The streams that flow already need all of the pool's time: if this one joined them, some would stop flowing."""
     VICTIMS_LEAVE = "victims_leave"
     """Running requests are being parked for want of blocks: nobody comes in by the door through which others leave."""
-    # it is parked or gives its KV up
+    # it is parked or paused, or gives its KV up
     FIRST_TOKEN_DONE = "first_token_done"
     """Parked: its layered prefill is over, and it waits for pool blocks to decode."""
     POOL_SHORT = "pool_short"
@@ -65,6 +67,8 @@ class Reason(StrEnum):
     """Parked: its reader has enough to read for now, and another's is about to run dry."""
     ZONE_TURN_OVER = "zone_turn_over"
     """Parked: it decodes in the zone, and a prompt, or a reader about to run dry, needs the zone's blocks."""
+    SLOT_LENT = "slot_lent"
+    """Paused: another needs a slot, and its reader has enough to read for now. Its KV stays in the pool."""
     STREAM_BUDGET = "stream_budget"
     """Parked: streaming its KV in every step costs more than the objectives leave."""
     RECOMPUTE_CHEAPER = "recompute_cheaper"
@@ -131,6 +135,8 @@ class Event(StrEnum):
     PARKED = "parked"
     FETCHED = "fetched"
     BACK_IN_ZONE = "back_in_zone"
+    PAUSED = "paused"
+    RESUMED = "resumed"
     RECOMPUTES = "recomputes"
     STORED_AHEAD = "stored_ahead"
     READER_WAITED = "reader_waited"

@@ -17,7 +17,7 @@ def may_start(engine: EngineState, load: Load) -> bool:
     """Whether a waiting prompt could start at all: there are tokens for it, and a slot, or somebody may leave one."""
     has_tokens = load.prefilling_tokens + load.decode_tokens - engine.resuming < engine.budget_tokens
     somebody_leaves = any(r.prefill_done for r in load.layered) or load.growth_blocks > engine.free_blocks
-    return has_tokens and (engine.free_slots > 0 or somebody_leaves)
+    return has_tokens and (engine.free_slots > 0 or somebody_leaves or any(r.can_pause for r in load.resident))
 
 
 def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int = 0) -> tuple[Load, float]:
@@ -37,7 +37,7 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
     tracked_of = books.tracked
     resident: list[ResidentRequest] = []
     layered: list[LayeredRequest] = []
-    growth = soon = num_decodes = context = prefilling = num_resident = 0
+    growth = soon = num_decodes = context = prefilling = num_resident = num_paused = 0
     under_way_s = 0.0
     slack_s = tpot_s = math.inf
     by_reader = books.policy.policy == "fluid"
@@ -70,6 +70,9 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
                 tracked.prefill_rest_s = tracked.prefill_cost_s * remaining / r.num_tokens
                 under_way_s += tracked.prefill_rest_s
             new_tokens = min(remaining, budget)
+        elif r.is_paused:
+            num_paused += 1
+            new_tokens = 0
         else:
             num_decodes += 1
             context += r.num_computed
@@ -117,8 +120,11 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
                     dry_s,
                     tracked.tpot_s,
                     now_s - tracked.resident_since_s,
-                    r.num_computed > tracked.parked_tokens,
+                    (has_run := r.num_computed > tracked.parked_tokens),
                     r.num_shared,
+                    has_run and tracked.can_pause and by_reader and not (r.is_prefilling or r.is_paused),
+                    r.is_paused,
+                    step - tracked.turn_since_step,
                 )
             )
     loading = 0
@@ -145,5 +151,6 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
         tpot_s,
         loading,
         soon,
+        num_paused,
     )
     return load, under_way_s

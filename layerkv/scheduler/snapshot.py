@@ -121,6 +121,9 @@ class ResidentRequest(NamedTuple):
         resident_s: Seconds since it was admitted or fetched, its load among them.
         has_run: Whether it has computed a token since it was last parked.
         num_shared: Of the blocks stored, those that it shares: they are not free at once when its copy gives way.
+        can_pause: Whether it may be paused now: it has computed a token since it last came in or went on.
+        is_paused: It keeps its blocks and has no slot.
+        turn_steps: Steps since it was paused, or since it last got its slot.
     """
 
     request_id: str
@@ -139,6 +142,9 @@ class ResidentRequest(NamedTuple):
     resident_s: float = math.inf
     has_run: bool = True
     num_shared: int = 0
+    can_pause: bool = False
+    is_paused: bool = False
+    turn_steps: int = 0
 
 
 class LayeredRequest(NamedTuple):
@@ -180,7 +186,7 @@ class Load(NamedTuple):
     """What one pass over the running requests finds.
 
     Attributes:
-        resident: Running requests in the pool and requests on their way there.
+        resident: Running requests in the pool, paused ones too, and requests on their way there.
         layered: All in the lane zone.
         num_resident: Running requests in the pool and requests on their way there, those that nobody tracks too.
         growth_blocks: Pool blocks that running requests need in this step (and in steps scheduled ahead).
@@ -192,6 +198,7 @@ class Load(NamedTuple):
         tightest_tpot_s: The smallest TPOT objective among requests that decode.
         loading_blocks: Blocks of fetches under way.
         soon_blocks: Further pool blocks that they may need in the few steps in which a decision may stand.
+        num_paused: Residents that are paused.
     """
 
     resident: Sequence[ResidentRequest] = ()
@@ -205,6 +212,7 @@ class Load(NamedTuple):
     tightest_tpot_s: float = math.inf
     loading_blocks: int = 0
     soon_blocks: int = 0
+    num_paused: int = 0
 
 
 class Lines(NamedTuple):
@@ -320,6 +328,8 @@ class Decision:
     Attributes:
         park: Requests to park.
         recompute: Running requests whose KV is given up instead, to be computed again.
+        pause: Residents that leave the batch and keep their blocks.
+        resume: Paused ones that are in the batch again from this step on.
         drop_copy: Resident requests whose copy in host memory gives way to others.
         store_ahead: Resident requests whose KV is to be copied to host memory in the background, so that a park
             that is coming costs nothing.
@@ -334,12 +344,14 @@ class Decision:
             (:func:`layerkv.scheduler.lines.overtaken_in`).
         made_room: Whether requests are parked to make room for another.
         room_for: The claims that room is made for and that have not been granted it yet.
-        reasons: Why, for each request that is parked, recomputed, fetched, admitted or refused.
+        reasons: Why, for each request that is parked, recomputed, paused, resumed, fetched, admitted or refused.
         waits: Why each of the other requests that were looked at has to wait.
     """
 
     park: tuple[str, ...] = ()
     recompute: tuple[str, ...] = ()
+    pause: tuple[str, ...] = ()
+    resume: tuple[str, ...] = ()
     drop_copy: tuple[str, ...] = ()
     store_ahead: tuple[StoreAhead, ...] = ()
     fetch: tuple[str, ...] = ()

@@ -186,6 +186,7 @@ class TrackedRequest:
         max_tokens: Output tokens that it may make.
         rank: vLLM's request priority under ``--scheduling-policy priority``, else 0. Lower goes first.
         can_layer: Whether it may be parked and fetched.
+        can_pause: Whether steps may leave it out.
         in_one_step: Whether its prompt must not be computed in chunks.
         most_blocks: Blocks of all tokens that it may ever have; 0 unless it is expected to become longer than the pool.
         has_reader: Whether somebody gets its tokens as they come, at the pace of its class if that has one.
@@ -195,7 +196,8 @@ class TrackedRequest:
         admitted_s: When it was first given compute; None before.
         resident_since_step: Step of its last admission or fetch,
         resident_since_s: and when that was.
-        parked_tokens: Tokens that had KV when it was last parked.
+        turn_since_step: Step in which it last got its slot, or was paused.
+        parked_tokens: Tokens that had KV when it was last parked or paused.
         low_tokens: Output tokens it is predicted to make in all, low quantile (for slack),
         middle_tokens: and middle quantile (for memory).
         prefill_cost_s: Seconds of its prefill by the profile, not corrected online, as of when it last had no KV.
@@ -219,6 +221,7 @@ class TrackedRequest:
     max_tokens: int = 1
     rank: int = 0
     can_layer: bool = True
+    can_pause: bool = True
     in_one_step: bool = False
     most_blocks: int = 0
     has_reader: bool = True
@@ -228,6 +231,7 @@ class TrackedRequest:
     admitted_s: float | None = None
     resident_since_step: int = 0
     resident_since_s: float = 0.0
+    turn_since_step: int = 0
     parked_tokens: int = 0
     low_tokens: int = 1
     middle_tokens: int = 1

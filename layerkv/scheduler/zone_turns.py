@@ -13,7 +13,8 @@ from layerkv.scheduler.draft import Draft
 from layerkv.scheduler.fluid import LEAST_SLICE_S, SPARE_FOR_LOST_S
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.reasons import Reason
-from layerkv.scheduler.rules.rotate import SOON_S, SOON_STEPS, SPARE_FOR_FLOWING_S, SPARE_FOR_FRESH_S
+from layerkv.scheduler.rules.rotate import SPARE_FOR_FLOWING_S, SPARE_FOR_FRESH_S
+from layerkv.scheduler.slots import SOON_S, SOON_STEPS
 from layerkv.scheduler.snapshot import LayeredRequest, ParkedRequest
 
 

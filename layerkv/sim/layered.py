@@ -54,6 +54,7 @@ class LayeredEngine(VirtualEngine):
             zone_blocks=geometry.zone_blocks,
             host_blocks=setup.num_host_blocks,
             long_contexts=setup.long_contexts,
+            slots=setup.max_num_seqs,
         )
         self.controller = Controller(
             policy,
@@ -96,7 +97,7 @@ class LayeredEngine(VirtualEngine):
         is_busy = self._loading or self.ledger.layered_ids or any(live.is_prefilling for live in self.running)
         steps_ahead = 1 if self.setup.frees_are_deferred else 0
         num_running, num_free = len(self.running), len(self.free_ids)
-        self._was_quiet = not is_busy and self.controller.is_quiet(num_running, num_free, steps_ahead)
+        self._was_quiet = not is_busy and self.controller.is_quiet(num_running, num_free, steps_ahead, self.now_s)
         moves = self.ledger.residency.version
         if self._was_quiet or self.controller.stands(self.step, moves, num_running, num_free):
             self._plan = StepPlan()
@@ -135,13 +136,13 @@ class LayeredEngine(VirtualEngine):
 
     def has_acted(self) -> bool:
         decision = self.decision
-        return bool(decision.park or decision.recompute or decision.fetch or decision.refuse)
+        return bool(decision.pause or decision.park or decision.recompute or decision.fetch or decision.refuse)
 
     def most_repeats(self) -> int:
         return 1 << 30 if self._was_quiet else self.setup.stride
 
     def next_event_s(self) -> float:
-        return min(self._loading.values(), default=math.inf)
+        return min(self._loading.values(), default=self.controller.next_turn_s if self._was_quiet else math.inf)
 
     def give_back_zone(self, block_ids: list[int]) -> None:
         self.ledger.zone.give_back(block_ids)
@@ -177,7 +178,7 @@ class LayeredEngine(VirtualEngine):
             reserved_blocks=reserved,
             free_zone_blocks=self.ledger.zone.num_available,
             free_host_blocks=self.ledger.host.num_free,
-            free_slots=self.setup.max_num_seqs - len(self.running) - len(self._loading),
+            free_slots=self.setup.max_num_seqs + len(self.controller.paused) - len(self.running) - len(self._loading),
             budget_tokens=self.setup.max_num_batched_tokens,
             steps_ahead=1 if self.setup.frees_are_deferred else 0,
             moves=self.ledger.residency.version,
@@ -193,7 +194,10 @@ class LayeredEngine(VirtualEngine):
         is_prefilling = made == 0 or num_tokens - computed > 1
         in_host = self.ledger.num_host_blocks_of(request_id)
         if not self.ledger.is_layered(request_id):
-            return Running(request_id, num_tokens, computed, made, is_prefilling, num_blocks, 0, False, in_host)
+            is_paused = request_id in self.controller.paused
+            return Running(
+                request_id, num_tokens, computed, made, is_prefilling, num_blocks, 0, False, in_host, 0, is_paused
+            )
         in_zone = self.geometry.num_zone_blocks(live.block_ids)
         return Running(request_id, num_tokens, computed, made, is_prefilling, num_blocks, in_zone, True, in_host)
 
@@ -212,6 +216,10 @@ class LayeredEngine(VirtualEngine):
             self._park(self.lives[request_id])
         for request_id in decision.recompute:
             self._give_up(self.lives[request_id], decision.reasons[request_id])
+        for request_id in decision.pause:
+            self.desk.pause(request_id, self.lives[request_id].num_computed, decision.reasons[request_id])
+        for request_id in decision.resume:
+            self.desk.resume(request_id)
         for request_id in decision.fetch:
             self._fetch(self.lives[request_id])
         for admission in (*decision.back_to_zone, *decision.admit):
@@ -272,8 +280,10 @@ class LayeredEngine(VirtualEngine):
         """As the adapter has vLLM do it: decodes first, then prompts under way, each with its share, then new ones."""
         decoding: list[Live] = []
         prefilling: list[Live] = []
+        paused = self.controller.paused
         for live in self.running:
-            (prefilling if live.is_prefilling else decoding).append(live)
+            if live.request_id not in paused:
+                (prefilling if live.is_prefilling else decoding).append(live)
         left, share = prefill_share(
             self.setup.max_num_batched_tokens,
             decode_tokens=len(decoding),
@@ -323,7 +333,11 @@ class LayeredEngine(VirtualEngine):
         while not self.hold(live, live.num_computed + num_tokens):
             if self._freed:
                 return False  # deferred: a victim's blocks would not be here sooner than these
-            victim = next(other for other in reversed(self.running) if not ledger.is_layered(other.request_id))
+            victim = next(
+                other
+                for other in reversed(self.running)
+                if other.request_id not in self.controller.paused and not ledger.is_layered(other.request_id)
+            )
             gone.add(victim.request_id)
             self._give_up(victim)
             if victim is live:

@@ -85,6 +85,8 @@ class Arrivals:
             can_layer=not request.skip_reading_prefix_cache and not request.resumable,
             in_one_step=self._cannot_cut_seeded and is_seeded(request.sampling_params),
             has_reader=_is_streamed(request),
+            # while it is left out of steps, others could take all places for adapters, or a session's next turn begin
+            can_pause=request.lora_request is None and not request.resumable,
         )
         self._keep_from_pool(request)
         self._no_first_token.add(request.request_id)

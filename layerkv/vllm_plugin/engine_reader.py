@@ -43,14 +43,14 @@ class EngineReader:
         self.prefix_hits = PrefixHits(scheduler, side)
         self._active_loras: set[int] | None = None
 
-    def has_nothing_to_decide(self) -> bool:
-        """Nobody waits, nobody is parked or layered, and the pool has room for whatever runs; or nothing has happened
-        since a decision by which nobody came in or left."""
+    def has_nothing_to_decide(self, now_s: float) -> bool:
+        """Nobody waits or is due for a turn, nobody is parked or layered, and the pool has room for whatever runs; or
+        nothing has happened since a decision by which nobody came in or left."""
         s, controller = self._scheduler, self._controller
         if s._inflight_prefills or self._ledger.layered_ids:
             return False
         free: int = s.kv_cache_manager.block_pool.get_num_free_blocks()
-        if controller.is_quiet(len(s.running), free, steps_ahead(s)):
+        if controller.is_quiet(len(s.running), free, steps_ahead(s), now_s):
             return True
         if len(s.waiting) != len(controller.waiting) + controller.num_parked:
             return False  # vLLM must find those that the policy does not know
@@ -70,7 +70,10 @@ class EngineReader:
             reserved_blocks=s._inflight_prefill_reserved_blocks() if s._inflight_prefills else 0,
             free_zone_blocks=ledger.zone.num_available,
             free_host_blocks=ledger.host.num_free,
-            free_slots=s.max_num_active_reqs - len(s.running) - len(s.kv_holding_waiting),
+            free_slots=s.max_num_active_reqs
+            + len(self._controller.paused)
+            - len(s.running)
+            - len(s.kv_holding_waiting),
             budget_tokens=s.max_num_scheduled_tokens,
             resuming=len(s.finished_recving_kv_req_ids),
             steps_ahead=steps_ahead(s),
@@ -132,7 +135,11 @@ class EngineReader:
 
     def _running(self) -> Iterator[Running]:
         ledger, req_to_blocks = self._ledger, self._manager.req_to_blocks
-        layered_ids, num_zone_blocks = ledger.layered_ids, self._geometry.num_zone_blocks
+        paused, layered_ids, num_zone_blocks = (
+            self._controller.paused,
+            ledger.layered_ids,
+            self._geometry.num_zone_blocks,
+        )
         for request in self._scheduler.running:
             request_id = request.request_id
             held = req_to_blocks[request_id]
@@ -148,6 +155,7 @@ class EngineReader:
                 is_layered,
                 ledger.num_host_blocks_of(request_id),
                 ledger.num_shared_host_blocks_of(request_id),
+                request_id in paused,
             )
 
     def _arriving(self) -> list[tuple[str, int, int]]:
@@ -203,6 +211,7 @@ def controller_for(scheduler: SchedulerView, side: SchedulerSide, policy: SloPol
         can_chunk=scheduler.scheduler_config.enable_chunked_prefill,
         longest_tokens=scheduler.max_model_len,
         long_contexts=config.long_contexts,
+        slots=scheduler.max_num_active_reqs,
     )
     profile = (
         generic_profile(block_bytes // geometry.block_tokens)

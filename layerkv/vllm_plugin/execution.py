@@ -17,6 +17,7 @@ from layerkv.metrics import DECIDE_TIME
 from layerkv.scheduler.prefill import prefill_share
 from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import Decision, Snapshot
+from layerkv.vllm_plugin.pausing import Pausing
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
 from layerkv.vllm_plugin.waiting_queue import WaitingQueue
 
@@ -42,6 +43,7 @@ class Execution:
         arrivals: Arrivals,
         queue: WaitingQueue,
         prefix_hits: PrefixHits,
+        pausing: Pausing,
     ) -> None:
         self._scheduler = scheduler
         self._side = side
@@ -52,6 +54,7 @@ class Execution:
         self._arrivals = arrivals
         self._queue = queue
         self._prefix_hits = prefix_hits
+        self._pausing = pausing
 
     @contextmanager
     def of(self, snapshot: Snapshot, decision: Decision, now_s: float) -> Iterator[None]:
@@ -73,6 +76,7 @@ class Execution:
         for request_id in decision.recompute:
             with self._arrivals.giving_up_for(decision.reasons[request_id]):
                 self.give_up(s.requests[request_id], now_s)
+        self._pausing.pause(decision)
         chosen = self._chosen(decision)
         is_paused = s._pause_state is not PauseState.UNPAUSED
         saved = (
@@ -84,12 +88,13 @@ class Execution:
         held: list[Request] = []
         self._metrics.add(DECIDE_TIME, time.monotonic() - now_s)
         try:
-            held = limit_prefill(s, snapshot, decision)
-            if is_paused:
-                self._drain(chosen)
-            else:
-                self._queue.show(chosen)
-            yield
+            with self._pausing.left_out(decision):
+                held = limit_prefill(s, snapshot, decision)
+                if is_paused:
+                    self._drain(chosen)
+                else:
+                    self._queue.show(chosen)
+                yield
         finally:
             (
                 s.max_num_scheduled_tokens,
@@ -204,7 +209,7 @@ def limit_prefill(s: SchedulerView, snapshot: Snapshot, decision: Decision) -> l
     prefilling = [request for request in s.running if request.is_prefill_chunk]
     s.max_num_scheduled_tokens, share = prefill_share(
         s.max_num_scheduled_tokens,
-        decode_tokens=snapshot.load.decode_tokens,
+        decode_tokens=snapshot.load.decode_tokens - len(decision.pause) + len(decision.resume),
         prefill_tokens=decision.prefill_tokens,
         num_prompts=len(prefilling),
         spare_tokens=(1 if decision.fetch else 0) + len(decision.back_to_zone),

@@ -29,6 +29,7 @@ from layerkv.vllm_plugin.arrivals import Arrivals
 from layerkv.vllm_plugin.connector import LayerKVConnector
 from layerkv.vllm_plugin.engine_reader import EngineReader, controller_for
 from layerkv.vllm_plugin.execution import Execution
+from layerkv.vllm_plugin.pausing import Pausing
 from layerkv.vllm_plugin.recovery import Recovery
 from layerkv.vllm_plugin.reload import follow_policy
 from layerkv.vllm_plugin.slo_gate import require_gate
@@ -94,7 +95,10 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         side.follow(self.requests, desk, self._controller.streams, self._arrivals.end_of)
         # The policy chooses who is found and in which order; under priority scheduling, priorities go before deadlines.
         self.waiting = queue = WaitingQueue()
-        self._execution = Execution(self, side, self._controller, desk, self._arrivals, queue, self._reader.prefix_hits)
+        self._pausing = Pausing(self, self._controller, desk)
+        self._execution = Execution(
+            self, side, self._controller, desk, self._arrivals, queue, self._reader.prefix_hits, self._pausing
+        )
         self.kv_cache_manager.watermark_blocks = 0  # the policy's headroom takes its place
         self._telling = Telling(self, side, self._controller)
         self._telling.capacity()
@@ -122,7 +126,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if not self._is_active:
             return super().schedule(throttle_prefills)
         if self._pause_state is PauseState.PAUSED_ALL:
-            output = super().schedule(throttle_prefills)
+            with self._pausing.left_out():
+                output = super().schedule(throttle_prefills)
             self._recovery.scheduled()
             return output
         started_s = self._telling.taken_in_s = time.monotonic()
@@ -130,8 +135,9 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if policy is not self._controller.policy:
             self._controller.set_policy(policy)
         is_sampled = True
-        if self._reader.has_nothing_to_decide():
-            output = super().schedule(throttle_prefills)
+        if self._reader.has_nothing_to_decide(started_s):
+            with self._pausing.left_out():
+                output = super().schedule(throttle_prefills)
             self._num_quiet_steps += 1
             is_sampled = self._num_quiet_steps % QUIET_STEPS_PER_SAMPLE == 0
         else:

@@ -34,12 +34,14 @@ class SchedulerView(Protocol):
     max_num_active_reqs: int
     adaptive_long_prefill_threshold: bool
     defer_block_free: bool
+    use_v2_model_runner: bool
     sched_step_seq: int
     processed_step_seq: int
     deferred_frees: Any
     finished_recving_kv_req_ids: set[str]
     failed_recving_kv_req_ids: set[str]
     prev_step_scheduled_req_ids: set[str]
+    reset_preempted_req_ids: set[str]
     _pause_state: PauseState
     _inflight_prefills: Any
 

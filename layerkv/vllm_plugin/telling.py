@@ -48,6 +48,7 @@ class Telling:
         self._waiting_for: Counter[Resource] = Counter()
         self._waits_told_s = 0.0
         self._owes_word = False
+        self._num_paused = 0
         # Of a server on another node, an engine learns how many there are from its requests only.
         self._front_ends = set(range(scheduler.vllm_config.parallel_config._api_process_count))
 
@@ -57,7 +58,10 @@ class Telling:
         self._owes_word = True
 
     def reasons(self) -> None:
-        """Count the reasons given since the last call."""
+        """Count the reasons given since the last call, and who is paused."""
+        if (num_paused := len(self._controller.paused)) != self._num_paused:
+            self._num_paused = num_paused
+            self._side.metrics.set("layerkv_paused_requests", num_paused)
         reasons = self._controller.reasons
         if reasons:
             for reason, count in reasons.items():

@@ -167,7 +167,8 @@ class TinyScheduler(LayeredEngine):
             tracked.prompt_blocks for tracked in self.controller.tracked.values()
         )
         assert set(self.controller.waits.values()) <= WAITS_FOR.keys()
-        assert len(self.running) + len(self._loading) <= self.setup.max_num_seqs
+        running = [live for live in self.running if live.request_id not in self.controller.paused]
+        assert len(running) + len(self._loading) <= self.setup.max_num_seqs
 
     def _park(self, live: Live) -> None:
         name = live.request_id

@@ -71,8 +71,13 @@ class CheckedWorker:
     """
 
     def __init__(self, geometry: KVGeometry, num_host_blocks: int, *, fetch_steps: int, gets_all_tokens: bool) -> None:
-        """``gets_all_tokens``: a request that resumes has its tokens from the scheduler, as in vLLM's worker under
-        asynchronous scheduling."""
+        """``gets_all_tokens``: a request that was not in the last step has its tokens from the scheduler, as in vLLM's
+        worker under asynchronous scheduling.
+
+        Set ``num_places`` for vLLM's V2 model runner: it keeps the state of so many requests, and none of one that was
+        preempted.
+        """
+        self.num_places: int | None = None
         self.device = np.full((geometry.total_blocks, geometry.block_tokens), POISON, np.int64)
         self.host = np.full((num_host_blocks, geometry.block_tokens), POISON, np.int64)
         self._block_tokens, self._first_zone_block = geometry.block_tokens, geometry.pool_blocks
@@ -128,13 +133,16 @@ class CheckedWorker:
         self._background = []
 
     def _compute(self, scheduled: Any) -> dict[str, list[int]]:
-        for name in scheduled.finished_req_ids:
+        is_v2 = self.num_places is not None
+        gone = (
+            scheduled.finished_req_ids | (scheduled.preempted_req_ids or set()) if is_v2 else scheduled.finished_req_ids
+        )
+        for name in gone:
             self._known.pop(name, None)
         starts: dict[str, int] = {}
         for new in scheduled.scheduled_new_reqs:
-            self._known[new.req_id] = _Known(
-                len(new.prompt_token_ids), list(new.prompt_token_ids), list(new.block_ids[0])
-            )
+            tokens = new.prefill_token_ids if is_v2 else new.prompt_token_ids
+            self._known[new.req_id] = _Known(len(new.prompt_token_ids), list(tokens), list(new.block_ids[0]))
             starts[new.req_id] = new.num_computed_tokens
         cached = scheduled.scheduled_cached_reqs
         for index, name in enumerate(cached.req_ids):
@@ -143,9 +151,10 @@ class CheckedWorker:
             del known.tokens[known.num_prompt + num_output :]  # were discarded
             if name in cached.resumed_req_ids:
                 known.block_ids = []
-                if self._gets_all_tokens and num_output:
-                    known.tokens = list(cached.all_token_ids[name])
+            if self._gets_all_tokens and num_output and name in cached.all_token_ids:
+                known.tokens = list(cached.all_token_ids[name])
             known.block_ids += blocks[0] if blocks is not None else ()
+        assert self.num_places is None or len(self._known) <= self.num_places
         sampled: dict[str, list[int]] = {}
         for name, num_tokens in scheduled.num_scheduled_tokens.items():
             known, start = self._known[name], starts[name]

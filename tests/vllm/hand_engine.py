@@ -171,6 +171,8 @@ class HandEngine:
         decided = {ahead.request_id: ahead for ahead in decision.store_ahead}
         moves["store_ahead"] = tuple(decided.get(r, StoreAhead(r, ALL_BLOCKS)) for r in moves["store_ahead"])
         moves["drop_copy"] = tuple(r for r in decision.drop_copy if r not in taken)
+        moves["pause"] = tuple(r for r in decision.pause if r not in taken)
+        moves["resume"] = tuple(r for r in decision.resume if r not in taken)
         reasons = {**dict.fromkeys((*taken, *fetched), Reason.MAKES_ROOM), **decision.reasons}
         decision = replace(decision, admit=admit, fetch=fetch, reasons=reasons, **moves)
         if self._forced_tokens is not None:

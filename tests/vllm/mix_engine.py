@@ -204,9 +204,24 @@ def books(engine: Any, scheduler: Any) -> dict[str, Any]:
                     "stored_ahead_blocks",
                     "prefix_hit_blocks",
                 )
-            },
+            }
+            | {"pauses": scheduler.num_pauses},
         }
     return found
+
+
+def count_pauses(scheduler: Any) -> None:
+    """``scheduler.num_pauses`` from now on, if it is ours."""
+    scheduler.num_pauses = 0
+    if (pausing := getattr(scheduler, "_pausing", None)) is None:
+        return
+    carry_out = pausing.pause
+
+    def count(decision: Any) -> None:
+        scheduler.num_pauses += len(decision.pause)
+        carry_out(decision)
+
+    pausing.pause = count
 
 
 def run(spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -214,6 +229,7 @@ def run(spec: dict[str, Any]) -> list[dict[str, Any]]:
     engine = build(spec)
     try:
         scheduler = engine.engine_core.engine_core.scheduler
+        count_pauses(scheduler)
         results = []
         for mix in spec["mixes"]:
             tokens = run_mix(engine, make_mix(**mix), spec)

@@ -115,6 +115,21 @@ SETTINGS = [
         alone=True,
     ),
     Setting("compiled", {"zone_tokens": 320}, {"enforce_eager": False}, env={"VLLM_CPU_CI_ENV": "1"}, alone=True),
+    *(
+        Setting(
+            f"{'ahead-' if ahead else ''}{slots}-slots",
+            {"zone_tokens": 320},
+            {"max_num_seqs": slots, "kv_cache_memory_bytes": 16 << 20},
+            ahead=ahead,
+            must_move=("pauses",),
+        )
+        for ahead in (False, True)
+        for slots in (1, 3)
+    ),
+    Setting(
+        "3-slots-small-pool", {"zone_tokens": 320}, {"max_num_seqs": 3}, must_move=("pauses", "parks", "fetches")
+    ),
+    Setting("3-slots-priorities", {}, {"max_num_seqs": 3, "scheduling_policy": "priority"}, must_move=("pauses",)),
     Setting("priorities", {"zone_tokens": 320}, {"scheduling_policy": "priority"}),
 ]  # fmt: skip
 

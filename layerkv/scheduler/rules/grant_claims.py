@@ -26,11 +26,12 @@ def grant_claims(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
             draft.wait(claim, Reason.BEHIND_RANK)
         return
     for i, claim in enumerate(claims):
-        has_room = draft.slots > 0 and draft.fits_pool(claim)
+        has_slot = draft.has_slot(claim)
+        has_room = has_slot and draft.fits_pool(claim)
         if has_room and draft.has_link(claim):
             draft.grant(claim)
             continue
-        draft.wait(claim, Reason.LINK_BUSY if has_room else Reason.NO_SLOT if draft.slots <= 0 else Reason.POOL_FULL)
+        draft.wait(claim, Reason.LINK_BUSY if has_room else Reason.POOL_FULL if has_slot else Reason.NO_SLOT)
         if draft.block(claim) and claim.request_id in now.next_in_pool:
             for behind in claims[i + 1 :]:
                 draft.wait(behind, Reason.BEHIND_OVERDUE)

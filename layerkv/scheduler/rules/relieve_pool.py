@@ -14,7 +14,10 @@ from layerkv.scheduler.victims import recompute_is_cheaper
 def relieve_pool(now: Outlook, draft: Draft) -> None:
     """Park residents, or give their KV up where that is cheaper, until the running requests' growth fits."""
     s = now.s
-    deficit = s.load.growth_blocks - s.engine.free_blocks
+    growth = s.load.growth_blocks
+    if s.load.num_paused and s.load.num_paused == s.load.num_resident:
+        growth += 1  # somebody must go on
+    deficit = growth - s.engine.free_blocks
     if deficit <= 0:
         return
     for num_victims, (r, reason) in enumerate(_leavers(now, draft)):

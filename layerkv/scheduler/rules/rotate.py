@@ -11,17 +11,13 @@ from layerkv.scheduler.lines import Claim
 from layerkv.scheduler.needs import pool_blocks
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.slots import soon_s
 from layerkv.scheduler.snapshot import ParkedRequest, ResidentRequest
 
 MOST_SWAPS = 4
 """Claims that room is made for in one step. Not measured: taken from the prototype of 2026-11."""
 MOST_VAIN = 16
 """Claims for which nobody can leave, after which a step gives up. Not measured: chosen by judgement."""
-SOON_S = 0.05
-"""A claim has room made for it that is due within so long, and :data:`SOON_STEPS` more. Not measured: taken from the
-prototype of 2026-11."""
-SOON_STEPS = 4
-"""See :data:`SOON_S`. Not measured: taken from the prototype of 2026-11."""
 SPARE_FOR_FRESH_S = 0.5
 """What the reader must have left who makes room for a request's second token. Not measured: taken from the prototype of
 2026-11."""
@@ -44,7 +40,7 @@ def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
     s = now.s
     if draft.is_relieving or draft.pool_is_closed or s.cost is None:
         return
-    soon_s = s.now_s + SOON_S + SOON_STEPS * now.step_s
+    due_before_s = s.now_s + soon_s(now)
     room, slots = draft.pool + s.engine.freeing_blocks, draft.slots
     num_swaps = num_vain = 0
     for claim in claims:
@@ -53,10 +49,11 @@ def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
         if draft.waits.get(claim.request_id) not in _WAITS_FOR_PLACE:
             continue
         is_next = claim.request_id in now.next_in_pool
-        if not is_next and now.due_s(claim) > soon_s:
+        if not is_next and now.due_s(claim) > due_before_s:
             continue
         need = pool_blocks(s, claim) + draft.headroom
-        leaving = _who_leaves(now, draft, claim, need - room, 1 - slots, is_next=is_next)
+        num_slots = 0 if draft.has_slot(claim) else 1 - slots
+        leaving = _who_leaves(now, draft, claim, need - room, num_slots, is_next=is_next)
         if leaving is None:
             num_vain += 1
             continue
@@ -66,7 +63,7 @@ def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
             slots += 1
         room, slots = room - need, slots - 1  # or the next claim would count on them too
         num_swaps += bool(leaving)
-        if draft.slots > 0 and draft.fits_pool(claim) and draft.has_link(claim):
+        if draft.has_slot(claim) and draft.fits_pool(claim) and draft.has_link(claim):
             draft.grant(claim)
         elif leaving:
             draft.room_for.append(claim.request_id)

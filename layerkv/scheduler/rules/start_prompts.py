@@ -83,7 +83,7 @@ def _where_to_start(now: Outlook, draft: Draft, w: WaitingRequest) -> tuple[Plac
         return None, Reason.HELD
     if not now.can_ever_layer(w):
         return None, Reason.POOL_FULL
-    if draft.slots <= 0:
+    if not draft.has_slot(w):
         return None, Reason.NO_SLOT  # not an end: a later prompt may have been granted the slot
     is_free = draft.blocked is None and not draft.is_relieving and not outgrows_pool(s, w)
     fits = is_free and draft.fits_pool(w)

@@ -12,7 +12,6 @@ from layerkv.scheduler.fluid import (
     HORIZON_S,
     LAST_S,
     LEAST_SLICE_S,
-    PLENTY_S,
     POOL_SHARE,
     SPARE_FOR_LOST_S,
     START_BY_S,
@@ -21,6 +20,7 @@ from layerkv.scheduler.fluid import (
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.slots import PLENTY_S
 from layerkv.scheduler.snapshot import ParkedRequest, ResidentRequest, Snapshot
 from tests.fakes.snapshots import NOW_S, POOL, admitted, changed, cost, parked, prompt, resident, snapshot
 

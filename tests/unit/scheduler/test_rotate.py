@@ -15,11 +15,10 @@ from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.rules.rotate import (
     MOST_SWAPS,
     MOST_VAIN,
-    SOON_S,
-    SOON_STEPS,
     SPARE_FOR_FLOWING_S,
     SPARE_FOR_FRESH_S,
 )
+from layerkv.scheduler.slots import SOON_S, SOON_STEPS
 from layerkv.scheduler.snapshot import ParkedRequest, ResidentRequest, Snapshot
 from tests.fakes.snapshots import NOW_S, POOL, changed, cost, parked, prompt, resident, snapshot
 
