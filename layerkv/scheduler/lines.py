@@ -8,8 +8,8 @@ rank who is due later, and not itself. :func:`overtaken_in` charges each step in
 one of those left behind who is due first, and whoever was charged ``max_overtakes`` times is passed by nobody.
 Deadlines do not move while a request waits, so the one charged is due no later than the one overtaken: a request is
 overtaken in at most ``k * max_overtakes`` steps, where ``k`` counts those of its rank that waited meanwhile and were
-due no later, itself included, each time that it came to wait. A step may start several. Whoever is due earlier passes it at any time; no newcomer is
-once its deadline has passed.
+due no later, itself included, each time that it came to wait. A step may start several. Whoever is due earlier passes
+it at any time; no newcomer is once its deadline has passed.
 """
 
 from __future__ import annotations

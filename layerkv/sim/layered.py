@@ -74,6 +74,7 @@ class LayeredEngine(VirtualEngine):
         self._link_free_s = 0.0
         self._plan = StepPlan()
         self._was_quiet = False
+        self._has_preempted = False
 
     # The engine's side --------------------------------------------------------------------------------------------
 
@@ -136,7 +137,9 @@ class LayeredEngine(VirtualEngine):
 
     def has_acted(self) -> bool:
         decision = self.decision
-        return bool(decision.pause or decision.park or decision.recompute or decision.fetch or decision.refuse)
+        return self._has_preempted or bool(
+            decision.pause or decision.park or decision.recompute or decision.fetch or decision.refuse
+        )
 
     def most_repeats(self) -> int:
         return 1 << 30 if self._was_quiet else self.setup.stride
@@ -318,6 +321,7 @@ class LayeredEngine(VirtualEngine):
                 self.desk.admitted(live.request_id, self.decision.reasons[live.request_id])
             left -= num_tokens
             scheduled.append((live, num_tokens))
+        self._has_preempted = bool(gone)
         return [entry for entry in scheduled if entry[0].request_id not in gone] if gone else scheduled
 
     def _allocate(self, live: Live, num_tokens: int, gone: set[str], *, is_new: bool) -> bool:
