@@ -370,7 +370,9 @@ class Decision:
     def moves_somebody(self) -> bool:
         """Whether it does more than let everybody go on as before; copies in the background are no more than that."""
         return bool(
-            self.park
+            self.pause
+            or self.resume
+            or self.park
             or self.recompute
             or self.drop_copy
             or self.fetch

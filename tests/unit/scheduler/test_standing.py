@@ -47,6 +47,8 @@ def test_whatever_happens_ends_it(what: str, moves: int, num_running: int, free_
 @pytest.mark.parametrize(
     "does",
     [
+        {"pause": ("a",)},
+        {"resume": ("a",)},
         {"park": ("a",)},
         {"recompute": ("a",)},
         {"drop_copy": ("a",)},
