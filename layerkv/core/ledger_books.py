@@ -49,6 +49,11 @@ class LedgerBooks:
         self._draft = PlanDraft()
         self._under_way = PrefixStores()
 
+    @property
+    def stores_prefixes(self) -> bool:
+        """Whether blocks that vLLM gives out may still be read by stores of prefixes."""
+        return bool(self._under_way or self._draft.prefixes)
+
     def is_layered(self, request_id: str) -> bool:
         """Whether the request's new blocks come from the zone."""
         return request_id in self._layered

@@ -6,6 +6,7 @@ The host tells what happens to a request, in the order in which it happens; time
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 from layerkv.config import SloClass, SloPolicy
@@ -24,6 +25,7 @@ from layerkv.scheduler.lengths import (
 )
 from layerkv.scheduler.reasons import End, Event, Reason
 from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
+from layerkv.scheduler.steady import SteadySteps
 from layerkv.scheduler.streams import Pause, Streams
 from layerkv.scheduler.tracker import DeadlineQueue, TrackedRequest
 
@@ -81,6 +83,7 @@ class RequestBooks:
         self.step_s = 0.0
         self.come_blocks = self.gone_blocks = 0
         self._refuses_late = refuses_late
+        self._steady = SteadySteps()
 
     # What happens to requests -------------------------------------------------------------------------------------
 
@@ -124,6 +127,7 @@ class RequestBooks:
 
     def enqueue(self, request_id: str, num_tokens: int, num_output: int) -> None:
         """A request without KV waits for compute: a new one, or one whose KV was given up."""
+        self.catch_up()
         tracked = self.tracked.get(request_id)
         if tracked is None:
             return
@@ -180,6 +184,7 @@ class RequestBooks:
         self, request_id: str, *, num_computed: int, num_tokens: int, num_output: int, reason: Reason, now_s: float
     ) -> None:
         """A request has been parked: its KV of ``num_computed`` tokens is in host memory."""
+        self.catch_up()
         tracked = self.tracked[request_id]
         self.paused.discard(request_id)
         self.refresh(tracked, num_output)
@@ -287,11 +292,29 @@ class RequestBooks:
         if tracked is not None and (pause := self.streams.made(tracked, at_s, num_tokens, every_s)) is not None:
             self._tell_pause(at_s, request_id, pause)
 
+    def made_one_each(self, request_ids: Collection[str], at_s: float) -> None:
+        """Each of these has made one token, in a step in which nothing was decided; noted with those of like steps."""
+        if not self._steady.add(request_ids, at_s):
+            self.catch_up()
+            self._steady.add(request_ids, at_s)
+
+    def catch_up(self) -> None:
+        """Note what :meth:`made_one_each` has not noted yet: from now on readers' clocks are right."""
+        if (tokens := self._steady.take()) is not None:
+            for request_id in self._steady.request_ids:
+                self.made_tokens(request_id, *tokens)
+
+    def catch_up_with(self, request_id: str) -> None:
+        """As :meth:`catch_up`, for one request that is about to end."""
+        if (tokens := self._steady.leave(request_id)) is not None:
+            self.made_tokens(request_id, *tokens)
+
     def leave(self, request_id: str, *, num_output: int, end: End, now_s: float, made_tokens: bool = True) -> None:
         """A request is gone, after ``num_output`` tokens: what that says about lengths is learned.
 
         ``made_tokens`` is False if it was not making any when it left: it waited, was parked, or was being fetched.
         """
+        self.catch_up_with(request_id)
         tracked = self.tracked.pop(request_id, None)
         self._leave_lines(request_id)
         self.paused.discard(request_id)

@@ -146,6 +146,7 @@ class Controller(RequestBooks):
 
         Renews predictions of lengths that are due, and remembers for later calls how long a bare step takes now.
         """
+        self.catch_up()
         policy = self.policy
         waiting = [] if engine.is_paused else self.waiting.head(self._limits.scan, now_s, is_startable)
         load, under_way_s = look(self, engine, now_s, self._limits.look_steps)

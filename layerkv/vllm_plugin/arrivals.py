@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from layerkv.vllm_plugin.scheduler_view import SchedulerView
 from layerkv.vllm_plugin.seeded import cannot_cut_seeded, is_seeded
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
     from layerkv.scheduler.controller import Controller
     from layerkv.scheduler.desk import Desk
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
@@ -139,6 +141,7 @@ class Arrivals:
         now_s = time.monotonic()
         if request.num_output_tokens and request_id in self._no_first_token:  # it ends with its first token
             self._note_first_token(request_id, now_s)
+        self._controller.catch_up_with(request_id)
         tracked = self._controller.tracked.get(request_id)
         if tracked is not None and (num_last := request.num_output_tokens - tracked.reader.num_tokens) > 0:
             self._controller.made_tokens(request_id, now_s, num_last)  # it ends before its last ones are noted
@@ -194,6 +197,17 @@ class Arrivals:
                     no_first_token.discard(request_id)
                     self._note_first_token(request_id, now_s)
                 made_tokens(request_id, now_s, num_tokens)
+
+    def note_quiet_tokens(
+        self, scheduled: SchedulerOutput, outputs: Collection[EngineCoreOutputs], now_s: float
+    ) -> None:
+        """As :meth:`note_tokens`, of a step in which nothing was decided: nearly always everybody made one token."""
+        num_scheduled = scheduled.num_scheduled_tokens
+        num_outputs = sum([len(of_client.outputs) for of_client in outputs])
+        if self._no_first_token or not num_outputs == len(num_scheduled) == scheduled.total_num_scheduled_tokens:
+            self.note_tokens(outputs, now_s)
+        else:
+            self._controller.made_one_each(num_scheduled.keys(), now_s)
 
     def _note_first_token(self, request_id: str, now_s: float) -> None:
         """Count a first token as on time or late."""

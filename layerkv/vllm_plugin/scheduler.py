@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -49,6 +49,14 @@ QUIET_STEPS_PER_SAMPLE = 4
 judgement."""
 
 
+class _Step(NamedTuple):
+    """A step whose output has not been processed; ``work`` only if it is timed."""
+
+    started_s: float
+    work: StepWork | None
+    is_quiet: bool
+
+
 if TYPE_CHECKING:
     _VLLMScheduler = Any  # a checker sees vLLM as Any: its methods and attributes are found there at run time
 else:
@@ -76,6 +84,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._ledger = side.ledger
         manager = self.kv_cache_manager.coordinator.single_type_managers[0]
         assert isinstance(manager, LayerKVManager)
+        self._manager = manager
         policy = side.config.read_policy()
         require_gate(policy, self.vllm_config.model_config.logits_processors)
         self._policy_source = follow_policy(side.config.policy_path, policy)
@@ -86,7 +95,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if path is not None and rank > 0:
             path = f"{path}.rank{rank}"  # each engine writes a log of its own
         self._log = DecisionLog(path, on_error=logger.error) if path is not None else None
-        self._steps_in_flight: deque[tuple[float, StepWork | None]] = deque()  # (start, work if sampled), oldest first
+        self._steps_in_flight: deque[_Step] = deque()  # oldest first
         self._num_quiet_steps = 0
         self._last_output_s = 0.0
         self._reader = EngineReader(self, side, manager, self._controller)
@@ -126,6 +135,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if not self._is_active:
             return super().schedule(throttle_prefills)
         if self._pause_state is PauseState.PAUSED_ALL:
+            self._manager.stand_aside()
             with self._pausing.left_out():
                 output = super().schedule(throttle_prefills)
             self._recovery.scheduled()
@@ -134,8 +144,9 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         policy = self._policy_source.policy
         if policy is not self._controller.policy:
             self._controller.set_policy(policy)
-        is_sampled = True
-        if self._reader.has_nothing_to_decide(started_s):
+        is_quiet, is_sampled = self._reader.has_nothing_to_decide(started_s), True
+        if is_quiet:
+            self._manager.stand_aside()
             with self._pausing.left_out():
                 output = super().schedule(throttle_prefills)
             self._num_quiet_steps += 1
@@ -149,11 +160,12 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 hits=self._reader.prefix_hits.of,
             )
             with self._execution.of(snapshot, decision, started_s):
+                self._manager.stand_aside()
                 output = super().schedule(throttle_prefills)
         self._recovery.scheduled()
         if output.total_num_scheduled_tokens:
             work = self._reader.work(output, self._side.last_plan) if is_sampled else None
-            self._steps_in_flight.append((started_s, work))
+            self._steps_in_flight.append(_Step(started_s, work, is_quiet))
         return output
 
     def update_from_output(
@@ -169,12 +181,16 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._recovery.processed()
         now_s = time.monotonic()
-        self._arrivals.note_tokens(outputs.values(), now_s)
+        step = None
         if scheduler_output.total_num_scheduled_tokens and self._steps_in_flight:
-            started_s, work = self._steps_in_flight.popleft()
-            if work is not None:
-                seconds = now_s - max(started_s, self._last_output_s)
-                self._controller.step_done(work, seconds, waited_s=waited_s)
+            step = self._steps_in_flight.popleft()
+        if step is not None and step.is_quiet:
+            self._arrivals.note_quiet_tokens(scheduler_output, outputs.values(), now_s)
+        else:
+            self._arrivals.note_tokens(outputs.values(), now_s)
+        if step is not None and step.work is not None:
+            seconds = now_s - max(step.started_s, self._last_output_s)
+            self._controller.step_done(step.work, seconds, waited_s=waited_s)
         self._last_output_s = now_s
         self._telling.reasons()
         self._telling.waits(now_s)

@@ -43,6 +43,10 @@ class ZonePool:
         self._zone.give_back(freed)
 
 
+_OF_LAYERED = ("get_num_blocks_to_allocate", "cache_blocks")
+_OF_BLOCKS_GIVEN_OUT = ("allocate_new_blocks", "allocate_external_computed_blocks")
+
+
 class LayerKVManager(FullAttentionManager):
     """Takes a layered request's new blocks from the lane zone, and everybody else's from the pool.
 
@@ -51,6 +55,7 @@ class LayerKVManager(FullAttentionManager):
     """
 
     _ledger: KVLedger | None = None
+    _stands_aside: tuple[bool, bool] = (False, False)
 
     def attach(self, ledger: KVLedger) -> None:
         """Withhold the zone's ids from the pool. Called once, before the first request."""
@@ -61,6 +66,24 @@ class LayerKVManager(FullAttentionManager):
             block.pool = zone_pool  # type: ignore[assignment]
         pool.num_gpu_blocks = geometry.pool_blocks  # usage and reset count the pool only
         self._ledger = ledger
+
+    def stand_aside(self) -> None:
+        """Before a step: what is overridden below is vLLM's own in it, if nobody is there whom it concerns.
+
+        vLLM calls these methods for every running request in every step.
+        """
+        assert self._ledger is not None
+        nobody_layered = not self._ledger.layered_ids
+        stands_aside = nobody_layered, nobody_layered and not self._ledger.stores_prefixes
+        if stands_aside == self._stands_aside:
+            return
+        self._stands_aside = stands_aside
+        for names, aside in zip((_OF_LAYERED, _OF_BLOCKS_GIVEN_OUT), stands_aside, strict=True):
+            for name in names:
+                if aside:
+                    setattr(self, name, getattr(super(), name))
+                else:
+                    self.__dict__.pop(name, None)
 
     def get_num_blocks_to_allocate(
         self,

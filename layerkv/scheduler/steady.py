@@ -1,0 +1,66 @@
+"""Steps in which the same requests made one token each: what their readers got is noted for all such steps at once.
+
+With hundreds of streams, noting each token as it comes would cost more than all else that a step without a decision
+does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+MOST_STEPS = 32
+"""So many steps are noted together at most: readers' figures are that much behind. Not measured: chosen by judgement.
+"""
+LONGEST_STEP_S = 0.05
+"""Steps longer than that are not noted together: between their tokens, which are taken to come equally far apart, a
+reader's wait would be lost. Not measured: chosen by judgement, half of the shortest wait that is told."""
+
+
+class SteadySteps:
+    """Steps not noted yet. All of them made a token for each request in ``request_ids``."""
+
+    def __init__(self) -> None:
+        self.request_ids: set[str] = set()
+        self._first_s = self._last_s = 0.0
+        self._num_steps = 0
+        self._num_left = 0
+
+    def add(self, request_ids: Collection[str], at_s: float) -> bool:
+        """One more step, whose tokens came at ``at_s``; False if it is not like the ones before, which are to be noted
+        first.
+
+        Nobody may have come in since the last one; those who :meth:`leave` may still be among ``request_ids``.
+        """
+        if not self._num_steps:
+            self.request_ids, self._first_s = set(request_ids), at_s
+        elif (
+            self._num_steps >= MOST_STEPS
+            or at_s - self._last_s > LONGEST_STEP_S
+            or len(request_ids) != len(self.request_ids) + self._num_left
+        ):
+            return False
+        self._last_s, self._num_left = at_s, 0
+        self._num_steps += 1
+        return True
+
+    def leave(self, request_id: str) -> tuple[float, int, float] | None:
+        """One of them ends: its tokens not noted yet, as for :meth:`take`; None if there are none."""
+        if not self._num_steps or request_id not in self.request_ids:
+            return None
+        self.request_ids.discard(request_id)
+        self._num_left += 1
+        return self._tokens()
+
+    def take(self) -> tuple[float, int, float] | None:
+        """When the first token of each came, how many, and seconds from one to the next; None if there are none.
+
+        Afterwards there are none.
+        """
+        if not self._num_steps:
+            return None
+        tokens, self._num_steps, self._num_left = self._tokens(), 0, 0
+        return tokens
+
+    def _tokens(self) -> tuple[float, int, float]:
+        every_s = (self._last_s - self._first_s) / max(self._num_steps - 1, 1)
+        return self._first_s, self._num_steps, every_s
