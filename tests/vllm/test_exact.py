@@ -87,7 +87,7 @@ SETTINGS = [
         {"zone_tokens": 320},
         ahead=True,
         fail_every=3,
-        must_move=("fetches", "prefix_hit_blocks", "recomputes"),
+        must_move=("fetches", "recomputes"),
     ),
     *(
         Setting(

@@ -248,8 +248,8 @@ def test_who_comes_because_of_an_event_loads_the_blocks_in_the_very_next_step(ti
     assert scheduled.scheduled_new_reqs[0].num_computed_tokens == 4 * BLOCK_TOKENS
     plan = scheduled.kv_connector_metadata.plan
     loaded = {host + i for _, host, length in plan.hits for i in range(length)}
-    stored = {host + i for _, host, length in plan.parks for i in range(length)}
-    assert loaded == stored, "stored and loaded by one plan, in which stores come first"
+    stored = {host + i for _, host, length in plan.ahead for i in range(length)}
+    assert loaded == stored, "stored and loaded by one plan, in which stores come first (rule 8)"
 
 
 def test_nobody_pays_where_vllm_publishes_nothing(tiny_model: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import replace
 
 from tests.vllm.hand_engine import BLOCK_TOKENS, HandEngine
 
@@ -43,7 +45,8 @@ def test_no_step_waits_for_a_prefix_while_the_pool_has_other_blocks(tiny_model: 
 
 def test_a_step_that_changed_nothing_tells_nobody(tiny_model: Path) -> None:
     engine = HandEngine(tiny_model, max_num_seqs=2)
-    add_prompts(engine, 4)
+    engine.scheduler._policy_source = SimpleNamespace(policy=replace(engine.scheduler._controller.policy, policy="slo"))
+    add_prompts(engine, 4)  # two wait, and by that policy nothing happens meanwhile
     side = engine.scheduler.connector.scheduler_side
     take_metrics, told = side.take_metrics, []
     side.take_metrics = lambda: told.append(take_metrics())

@@ -279,7 +279,7 @@ def sliding_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return str(folder)
 
 
-FITTING_LEN = 2080
+FITTING_LEN = 1984
 TOO_LONG = {"max_model_len": 2200}
 
 

@@ -43,7 +43,7 @@ def test_prompts_do_not_wait_for_requests_that_decode_in_the_zone(frees_are_defe
     held = TinyScheduler(jobs, **MEMORY, frees_are_deferred=frees_are_deferred, slo=policy(policy="slo"))
     by_mean = held.run(max_steps=5_000)
     last, last_by_mean = (max(r.ttft_s or 0.0 for r in outcome.requests) for outcome in (turns, by_mean))
-    assert last < 0.5 * last_by_mean, "a request in the zone to its end holds up those behind it"
+    assert last < 0.7 * last_by_mean, "a request in the zone to its end holds up those behind it"
     assert turns.end_s <= 1.1 * by_mean.end_s, "a turn costs a step or two where frees are deferred"
     assert turns.preemptions == 0
 

@@ -159,5 +159,5 @@ def test_in_overload_those_selected_are_more_than_anybody_serves_who_takes_all()
         sum(request.is_fluid for request in make_engine(config, name, load).run().requests)
         for name in ("stock", "layerkv")
     )
-    assert offline_schedule(config, load) > 1.3 * online
+    assert offline_schedule(config, load) > 1.2 * online
     assert most_fluid(needs_of(config, load)) < len(load)
