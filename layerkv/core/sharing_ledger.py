@@ -65,15 +65,20 @@ class SharingLedger:
         """Bytes that engines have or may take."""
         return sum(account.committed for account in self._accounts.values())
 
+    def limit(self, engine: str) -> GivenLimit | None:
+        """What the engine may hold; None for one that takes no part."""
+        account = self._accounts.get(engine)
+        return None if account is None else GivenLimit(account.revision, account.limit)
+
     @property
     def limits(self) -> dict[str, int]:
         """The limit of each engine."""
         return {engine: account.limit for engine, account in self._accounts.items()}
 
-    @property
-    def wishes(self) -> Mapping[str, Wish]:
-        """What each engine was last heard to have and to ask for."""
-        return {engine: account.wish for engine, account in self._accounts.items()}
+    def wish(self, engine: str) -> Wish | None:
+        """What the engine was last heard to have and to ask for; None for one that takes no part."""
+        account = self._accounts.get(engine)
+        return None if account is None else account.wish
 
     def expect(self, engine: str) -> None:
         """It was there before this ledger began. No limit is raised until it has joined or left."""
@@ -153,16 +158,16 @@ class SharingLedger:
                 self._last_lowered_s = now_s
 
     def _raise(self, goals: Mapping[str, int], wishes: Mapping[str, Wish], *, is_for_need: bool) -> None:
-        by_share = sorted(
-            self._accounts, key=lambda engine: (self._accounts[engine].limit / wishes[engine].weight, engine)
-        )
-        for engine in by_share:
+        left = max(self.capacity - self.committed, 0)
+        got = {engine: account.limit / wishes[engine].weight for engine, account in self._accounts.items()}
+        for engine in sorted(got, key=lambda engine: (got[engine], engine)):
             account, wish = self._accounts[engine], wishes[engine]
             goal = min(goals[engine], wish.whole(wish.need)) if is_for_need else goals[engine]
-            room = account.committed + max(self.capacity - self.committed, 0)
-            goal = min(goal, room // wish.segment_bytes * wish.segment_bytes)
+            committed = account.committed
+            goal = min(goal, (committed + left) // wish.segment_bytes * wish.segment_bytes)
             if goal > account.limit:
                 self._tell(account, goal)
+                left -= account.committed - committed
 
     def _tell(self, account: _Account, limit: int) -> None:
         account.unseen[account.revision] = account.limit

@@ -215,7 +215,8 @@ class Sharing(RuleBasedStateMachine):
                 engine.said.append((engine.wish, engine.revision))
                 while engine.said:
                     self.be_heard(name)
-        assert self.ledger.limits == divide(self.ledger.wishes, self.capacity)
+        wishes = {name: engine.wish for name, engine in self.engines.items()}
+        assert self.ledger.limits == divide(wishes, self.capacity)
 
 
 Sharing.TestCase.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
