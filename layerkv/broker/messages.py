@@ -1,7 +1,8 @@
 """What engines and broker tell each other: MessagePack, one message per packet.
 
 Amounts are absolute, and limits have revisions: a message that is lost with its connection, or comes twice, changes
-nothing (:class:`Failed` is said once, or is lost). An engine says :class:`Hello` first; whoever says :class:`Bye` says no more.
+nothing (:class:`Failed` is said once, or is lost). An engine says :class:`Hello` first; whoever says :class:`Bye` says
+no more.
 """
 
 from __future__ import annotations
