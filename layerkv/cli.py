@@ -130,6 +130,21 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--pid", type=int, metavar="PID", help="only this engine (the process of `vllm serve`)")
     again.set_defaults(run=_policy_reload)
 
+    broker = commands.add_parser(
+        "broker",
+        help="divide one memory between the engines of this user",
+        description="Say how much memory each engine may hold, until it is ended. One per device. Without it, "
+        "engines keep what they have.",
+    )
+    broker.add_argument(
+        "--socket", type=Path, metavar="PATH", help="where engines find it ($XDG_RUNTIME_DIR/layerkv/broker.sock)"
+    )
+    broker.add_argument("--capacity", required=True, metavar="SIZE", help="device memory for KV in all, such as 4GiB")
+    broker.add_argument(
+        "--host-capacity", metavar="SIZE", help="host memory for KV in all; without it, it is not shared"
+    )
+    broker.set_defaults(run=_broker)
+
     bench = commands.add_parser("bench", help="the benchmark suite on real servers, and micro-benchmarks")
     benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
     _add_suite(benchmarks)
@@ -299,6 +314,12 @@ def _policy_reload(arguments: argparse.Namespace) -> int | None:
     from layerkv.policy_cli import run_reload
 
     return run_reload(arguments.pid)
+
+
+def _broker(arguments: argparse.Namespace) -> int | None:
+    from layerkv.broker_cli import run_broker
+
+    return run_broker(arguments.socket, arguments.capacity, arguments.host_capacity)
 
 
 def _explain(arguments: argparse.Namespace) -> int | None:

@@ -70,7 +70,7 @@ def announce(policy_path: str | Path, num_rings: int = 0) -> Path | None:
         fields = {
             "policy_path": os.path.abspath(policy_path),
             "started_unix_s": time.time(),
-            "start_ticks": _start_ticks(os.getpid()),
+            "start_ticks": start_ticks(os.getpid()),
         }
         text = json.dumps(fields, ensure_ascii=False).encode(errors="surrogateescape")
         whole = path.with_suffix(".new")  # never seen half written
@@ -115,7 +115,7 @@ def running_engines() -> list[RunningEngine]:
             pid = int(path.stem)
             fields = json.loads(path.read_bytes().decode(errors="surrogateescape"))
             engine = RunningEngine(pid, str(fields["policy_path"]), float(fields["started_unix_s"]), path)
-            is_running = _start_ticks(pid) == int(fields["start_ticks"])
+            is_running = start_ticks(pid) == int(fields["start_ticks"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if is_running:
@@ -135,7 +135,7 @@ def _is_private(folder: Path) -> bool:
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not stat.S_IMODE(found.st_mode) & 0o022
 
 
-def _start_ticks(pid: int) -> int:
+def start_ticks(pid: int) -> int:
     """When a process started, on the kernel's clock; -1 if there is none."""
     try:
         line = Path("/proc", str(pid), "stat").read_text(errors="replace")

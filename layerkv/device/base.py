@@ -62,6 +62,33 @@ class Arena(Protocol):
         """The whole range as a flat int8 tensor ``[virtual_bytes]``."""
 
 
+class ElasticArena(Arena, Protocol):
+    """An arena whose pool has memory segment by segment. Addresses never change, and the zone always has memory.
+
+    Threads: one thread, the one that runs the model, calls these methods, between steps.
+    """
+
+    def prepare_map(self, segments: Sequence[int]) -> Event:
+        """Get memory for segments that have none, in the background; what is still being unmapped of them comes first.
+
+        Returns:
+            An event that ends when :meth:`map` may be called, or with the ``MemoryError`` that says why it may not:
+            then none of them has memory.
+        """
+
+    def map(self, segments: Sequence[int]) -> None:
+        """Segments that were prepared have memory from now on, zero at first: nobody's old KV is ever in it."""
+
+    def unmap(self, segments: Sequence[int], *, after: Sequence[Event] = ()) -> Event:
+        """Give their memory back to the machine, in the background, once all of ``after`` have ended.
+
+        Nothing may read or write them any more, but for what ``after`` stands for.
+
+        Returns:
+            An event that ends when the memory is free. It fails if something before it is lost, which may still write.
+        """
+
+
 class HostMemory(Protocol):
     """Host blocks of one worker: bytes ``[num_layers, num_host_blocks, page_bytes]``."""
 

@@ -18,6 +18,7 @@ import torch
 
 from layerkv.core.transfer import BlockRun
 from layerkv.device.base import COPY_TIMEOUT_S, Direction, Event, of_same_kind
+from layerkv.device.copy_event import CopyEvent
 from layerkv.device.host_memory import MmapHostMemory
 from layerkv.device.mmap_arena import MmapArena
 from layerkv.device.patience import wait_patiently
@@ -27,28 +28,6 @@ from layerkv.errors import LostCopyError, TransferError
 TOUCH_PAUSE_S = 0.005
 """Between two touches of host memory ahead of use: they take a part of a processor only, and a step that is scheduled
 in between has its copies begun at once. Not measured: chosen by judgement."""
-
-
-class CopyEvent:
-    """See :class:`layerkv.device.base.Event`. Set once, by the thread that copies."""
-
-    __slots__ = ("_done", "error")
-
-    def __init__(self) -> None:
-        self._done = threading.Event()
-        self.error: BaseException | None = None
-
-    def is_done(self) -> bool:
-        return self._done.is_set()
-
-    def end(self, error: BaseException | None = None) -> None:
-        """Mark it ended and wake whoever waits."""
-        self.error = error
-        self._done.set()
-
-    def wait(self, timeout_s: float) -> bool:
-        """Block until it ends; False if this process has run for so long first."""
-        return wait_patiently(self._done.wait, timeout_s)
 
 
 def _ended() -> CopyEvent:

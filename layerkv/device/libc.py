@@ -1,4 +1,4 @@
-"""The three libc calls that Python's mmap module cannot express: mapping at a fixed address, and undoing it."""
+"""The libc calls that Python's mmap module cannot express: mapping at a fixed address, and giving pages back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import os
 
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
+_MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
+_MADV_NOHUGEPAGE = 15
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -28,17 +30,24 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def reserve(num_bytes: int) -> int:
+def reserve(num_bytes: int, alignment_bytes: int = 1) -> int:
     """Map a zero, private range that gets memory when it is first touched, in huge pages where the kernel has them.
 
     With pages of 4 KiB, copies of single blocks spend much of their time on address translation.
 
     Returns:
-        Its address.
+        Its address, a multiple of ``alignment_bytes``.
 
     Raises:
         MemoryError: the kernel refused.
     """
+    if alignment_bytes > mmap.PAGESIZE:
+        whole = reserve(num_bytes + alignment_bytes)
+        before = -whole % alignment_bytes
+        if before:
+            unmap(whole, before)
+        unmap(whole + before + num_bytes, alignment_bytes - before)
+        return whole + before
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     address = _libc().mmap(None, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
     if address in (None, _FAILED):
@@ -62,3 +71,18 @@ def map_shared_at(address: int, num_bytes: int, fd: int, offset: int) -> None:
 def unmap(address: int, num_bytes: int) -> None:
     """Give a range back, aliased parts included."""
     _libc().munmap(address, num_bytes)
+
+
+def use_small_pages(address: int, num_bytes: int) -> None:
+    """Pages of 4 KiB for a range: parts of a huge page that are given back are not free before all of it is."""
+    _libc().madvise(address, num_bytes, _MADV_NOHUGEPAGE)  # a kernel without huge pages refuses, and nothing is lost
+
+
+def give_back(address: int, num_bytes: int) -> None:
+    """The memory behind part of a private range is free, and the range reads as zero until it is touched again.
+
+    Raises:
+        MemoryError: the kernel refused.
+    """
+    if _libc().madvise(address, num_bytes, _MADV_DONTNEED):
+        raise MemoryError(f"cannot give {num_bytes} bytes back: {os.strerror(ctypes.get_errno())}")

@@ -25,12 +25,12 @@ class MmapArena:
         MemoryError: the kernel refused address space or memory; nothing is left behind.
     """
 
-    def __init__(self, geometry: KVGeometry) -> None:
+    def __init__(self, geometry: KVGeometry, alignment_bytes: int = PAGE_BYTES) -> None:
         assert geometry.lane_bytes % PAGE_BYTES == 0
         assert geometry.layer_bytes % PAGE_BYTES == 0
         self.geometry = geometry
         size = geometry.virtual_bytes
-        address = libc.reserve(size)
+        address = libc.reserve(size, alignment_bytes)
         try:
             _alias_zone(address, geometry)
             view = (ctypes.c_int8 * size).from_address(address)
@@ -39,13 +39,17 @@ class MmapArena:
             raise
         # torch keeps `view` alive for as long as any tensor uses the memory, so the range goes with the last one
         weakref.finalize(view, libc.unmap, address, size).atexit = False
-        # Touch every page now, as an ordinary allocation would: the first prompts must not pay for page faults, and
-        # memory that is not there must be missed at start-up.
-        self._tensor = torch.frombuffer(view, dtype=torch.int8).zero_()
+        self._tensor = torch.frombuffer(view, dtype=torch.int8)
+        self._touch()
 
     def tensor(self) -> torch.Tensor:
         """The whole range as a flat int8 tensor ``[virtual_bytes]``."""
         return self._tensor
+
+    def _touch(self) -> None:
+        # Every page now, as an ordinary allocation would: the first prompts must not pay for page faults, and memory
+        # that is not there must be missed at start-up.
+        self._tensor.zero_()
 
 
 def _alias_zone(address: int, geometry: KVGeometry) -> None:

@@ -14,7 +14,7 @@ from layerkv.scheduler.limits import PolicyLimits
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "layerkv"
-FOLDERS = ("core", "device", "kernels", "scheduler", "sim", "vllm_plugin")
+FOLDERS = ("broker", "core", "device", "kernels", "scheduler", "sim", "vllm_plugin")
 LIMITS = "scheduler/limits.py"
 ORIGINS = re.compile(r"\b(Measured:|Derived\b|Not measured: (chosen by|taken from) )")
 ROW = re.compile(
@@ -22,11 +22,21 @@ ROW = re.compile(
 )
 
 FACTS = {
+    "broker/members.py": {"_FORMAT"},
+    "broker/messages.py": {"VERSION"},
     "core/cost.py": {"SCHEMA"},
     "device/cuda_arena.py": {"GRANULARITY_BYTES"},
     "device/cuda_driver.py": {"_BATCH_SINCE", "_IN_STREAM_ORDER", "_PORTABLE_AND_MAPPED"},
     "device/host_memory.py": {"_LAYER_ALIGNMENT_BYTES"},
-    "device/libc.py": {"_MAP_FIXED", "_MAP_NORESERVE", "_MADV_HUGEPAGE", "_FAILED"},
+    "device/elastic_mmap_arena.py": {"HUGE_PAGE_BYTES"},
+    "device/libc.py": {
+        "_MAP_FIXED",
+        "_MAP_NORESERVE",
+        "_MADV_DONTNEED",
+        "_MADV_HUGEPAGE",
+        "_MADV_NOHUGEPAGE",
+        "_FAILED",
+    },
     "device/mmap_arena.py": {"PAGE_BYTES"},
     "kernels/block_copy.py": {"_WORD_TYPES"},
     "scheduler/admission.py": {"_NOTHING"},

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from layerkv.core.geometry import KVGeometry
+from layerkv.core.segments import SegmentLayout
 from layerkv.device import libc, mmap_arena
 from layerkv.device.allocation import ArenaAllocation
 from layerkv.device.base import Arena
 from layerkv.device.cuda_arena import CudaArena, CudaMapping
 from layerkv.device.cuda_driver import CudaDriver
+from layerkv.device.elastic_mmap_arena import ElasticMmapArena
 from layerkv.device.host_memory import MmapHostMemory
 from layerkv.device.mmap_arena import MmapArena
 from layerkv.errors import IncompatibleVLLMError
@@ -68,8 +70,8 @@ def is_mapped(address: int, size: int) -> bool:
     return size <= 0
 
 
-KINDS = ("mmap", "cuda")
-PAGE_BYTES = {"mmap": 1536, "cuda": 1 << 18}
+KINDS = ("mmap", "elastic", "cuda")
+PAGE_BYTES = {"mmap": 1536, "elastic": 1536, "cuda": 1 << 18}
 """Such that pool and lanes are multiples of what each arena maps by."""
 
 
@@ -77,6 +79,8 @@ def make_arena(kind: str, geometry: KVGeometry, bindings: FakeBindings | None = 
     """An arena of that kind; the CUDA one over a driver whose device memory is memory of this process."""
     if kind == "mmap":
         return MmapArena(geometry)
+    if kind == "elastic":
+        return ElasticMmapArena(geometry, SegmentLayout(geometry.pool_blocks, 1), num_mapped=1)
     return CudaArena(geometry, CudaDriver(0, bindings or FakeBindings()), as_tensor=over_own_memory)
 
 
@@ -185,9 +189,9 @@ def test_a_refused_mapping_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch
     assert not is_mapped(address, size)
 
 
-def note_results(reserve: Callable[[int], int], results: list[tuple[int, int]]) -> Callable[[int], int]:
-    def noting(num_bytes: int) -> int:
-        address = reserve(num_bytes)
+def note_results(reserve: Callable[..., int], results: list[tuple[int, int]]) -> Callable[..., int]:
+    def noting(num_bytes: int, alignment_bytes: int = 1) -> int:
+        address = reserve(num_bytes, alignment_bytes)
         results.append((address, num_bytes))
         return address
 

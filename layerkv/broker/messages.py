@@ -1,0 +1,168 @@
+"""What engines and broker tell each other: MessagePack, one message per packet.
+
+Amounts are absolute, and limits have revisions: a message that is lost with its connection, or comes twice, changes
+nothing (:class:`Failed` is said once, or is lost). An engine says :class:`Hello` first; whoever says :class:`Bye` says
+no more.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from layerkv.errors import BrokerError
+
+VERSION = 1
+"""Of this protocol. Both sides must have the same."""
+
+MOST_BYTES = 64 << 10
+"""Length of the longest message. Not measured: chosen by judgement."""
+
+Resource: TypeAlias = Literal["device", "host"]
+Bytes = Annotated[int, Meta(ge=0, le=1 << 60)]
+SomeBytes = Annotated[int, Meta(ge=1, le=1 << 60)]
+Positive = Annotated[float, Meta(gt=0)]
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Pids = Annotated[tuple[Annotated[int, Meta(ge=1, le=1 << 30)], ...], Meta(min_length=1, max_length=4096)]
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an engine wants of one resource as long as it lives, and what it has as it says so.
+
+    Attributes:
+        segment_bytes: What its memory comes and goes in.
+        floor: What it gets back whenever it needs that much.
+        ceiling: More it cannot use.
+        held: What it holds now.
+        limit: What it was last told that it may hold; 0 for an engine that begins.
+    """
+
+    segment_bytes: SomeBytes
+    floor: Bytes
+    ceiling: Bytes
+    held: Bytes = 0
+    limit: Bytes = 0
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an engine has of one resource and asks for; see :class:`layerkv.core.sharing.Wish`.
+
+    ``revision`` is that of the limit which it keeps to.
+    """
+
+    revision: Annotated[int, Meta(ge=0)]
+    held: Bytes
+    need: Bytes
+    like: Bytes
+    can_leave: Bytes = 0
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello", forbid_unknown_fields=True):
+    """An engine begins, or comes back after its connection or the broker was gone.
+
+    Attributes:
+        version: See :data:`VERSION`.
+        engine: Its name for the broker, the same as long as it lives.
+        title: Its name for people.
+        pids: All processes that use the memory, the one that says this among them. It is free when all have ended.
+        token_bytes: Device bytes of one token.
+        weight: Beside other engines.
+    """
+
+    version: int
+    engine: Name
+    title: Name
+    pids: Pids
+    token_bytes: SomeBytes
+    device: Terms
+    host: Terms | None = None
+    weight: Positive = 1.0
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True, tag="state", forbid_unknown_fields=True):
+    """What an engine has, asks for, and makes: tokens per second, each within ``tpot_s``."""
+
+    device: Usage
+    host: Usage | None = None
+    token_rate: Annotated[float, Meta(ge=0)] = 0.0
+    tpot_s: Positive = 1.0
+
+
+class Limit(msgspec.Struct, frozen=True, kw_only=True, tag="limit", forbid_unknown_fields=True):
+    """The broker says: hold so much and no more. Of two the one with the higher revision holds."""
+
+    resource: Resource
+    revision: Annotated[int, Meta(ge=0)]
+    num_bytes: Bytes
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed", forbid_unknown_fields=True):
+    """An engine could not get memory that it may hold: somebody else has it."""
+
+    resource: Resource
+    num_bytes: SomeBytes
+
+
+class Bye(msgspec.Struct, frozen=True, kw_only=True, tag="bye", forbid_unknown_fields=True):
+    """Says no more; the broker with a reason."""
+
+    reason: Annotated[str, Meta(max_length=1024)] = ""
+
+
+FromEngine: TypeAlias = Hello | State | Failed | Bye
+FromBroker: TypeAlias = Limit | Bye
+
+_ENCODER = msgspec.msgpack.Encoder()
+_FROM_ENGINE = msgspec.msgpack.Decoder(FromEngine)
+_FROM_BROKER = msgspec.msgpack.Decoder(FromBroker)
+
+
+class _AnyHello(msgspec.Struct):
+    version: int = VERSION
+
+
+def encode(message: FromEngine | FromBroker) -> bytes:
+    """One packet."""
+    packet = _ENCODER.encode(message)
+    assert len(packet) <= MOST_BYTES
+    return packet
+
+
+def from_engine(packet: bytes) -> FromEngine:
+    """What an engine says.
+
+    Raises:
+        BrokerError: it is of another version, or no message.
+    """
+    try:
+        message: FromEngine = _FROM_ENGINE.decode(packet)
+    except msgspec.DecodeError as error:
+        raise BrokerError(_other_version(packet) or f"not a message: {error}") from None
+    if isinstance(message, Hello) and message.version != VERSION:
+        raise BrokerError(_other_version(packet))
+    return message
+
+
+def from_broker(packet: bytes) -> FromBroker:
+    """What the broker says.
+
+    Raises:
+        BrokerError: no message.
+    """
+    try:
+        message: FromBroker = _FROM_BROKER.decode(packet)
+    except msgspec.DecodeError as error:
+        raise BrokerError(f"not a message: {error}") from None
+    return message
+
+
+def _other_version(packet: bytes) -> str:
+    try:
+        version = msgspec.msgpack.decode(packet, type=_AnyHello).version
+    except msgspec.DecodeError:
+        return ""
+    if version == VERSION:
+        return ""
+    return f"the engine speaks version {version} of the protocol and the broker {VERSION}; run one layerkv for both"

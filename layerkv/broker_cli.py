@@ -1,0 +1,48 @@
+"""`layerkv broker`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from rich.console import Console
+
+from layerkv.broker.server import Broker
+from layerkv.errors import ConfigError
+from layerkv.runtime import runtime_dir
+from layerkv.units import format_bytes, parse_bytes
+
+
+def run_broker(socket: Path | None, capacity: str, host_capacity: str | None, console: Console | None = None) -> int:
+    """Divide memory between engines until a signal ends it.
+
+    Raises:
+        ConfigError: a size is wrong.
+        BrokerError: another broker has that path, or it cannot be made.
+    """
+    console = console or Console()
+    device_bytes = _size(capacity, "--capacity")
+    host_bytes = None if host_capacity is None else _size(host_capacity, "--host-capacity")
+    path = socket or runtime_dir() / "broker.sock"
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda got, _: signals.append(got))
+    broker = Broker(path, device_bytes, host_bytes, log=say)
+    host = "" if host_bytes is None else f" and {format_bytes(host_bytes)} of host memory"
+    say(f"broker at {path}: {format_bytes(device_bytes)} of device memory{host}")
+    try:
+        broker.run(lambda: bool(signals))
+    finally:
+        broker.close()
+    return 0
+
+
+def _size(text: str, flag: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"{flag}: {error}") from None

@@ -1,0 +1,91 @@
+"""How several engines share one memory: who should have how much (pure functions; the broker's, and the simulator's).
+
+The same division serves device memory and host memory. All sizes are bytes; each engine has whole segments of its own.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LEAST_WEIGHT = 1e-9
+"""Weight of an engine that makes no tokens. Derived: any number above zero, so that it comes after all that do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What one engine has, and asks for.
+
+    Attributes:
+        segment_bytes: What its memory comes and goes in.
+        floor: What it gets when it needs that much, before anybody gets more.
+        ceiling: More it cannot use.
+        held: Has memory now, what is coming or leaving included.
+        need: Requests need it: those that run, wait or are parked.
+        like: Would be of use: caches, and what it has mapped.
+        can_leave: Of what is needed and held, what could be given up without losing anything (parked).
+        weight: Its share among others, see :func:`token_pressure`.
+    """
+
+    segment_bytes: int
+    floor: int
+    ceiling: int
+    held: int = 0
+    need: int = 0
+    like: int = 0
+    can_leave: int = 0
+    weight: float = 1.0
+
+    def whole(self, num_bytes: int) -> int:
+        """So many bytes in whole segments, rounded up, but never above the ceiling."""
+        segments = min(-(-num_bytes // self.segment_bytes), self.ceiling // self.segment_bytes)
+        return max(segments, 0) * self.segment_bytes
+
+
+def token_pressure(token_rate: float, token_bytes: int, tpot_s: float, weight: float = 1.0) -> float:
+    """An engine's weight: bytes of KV that it must make room for per second, over the time a reader allows for a token.
+
+    Prism's KV pressure ratio (KVPR) is this over what the engine has got, and who has the highest gets the next bytes.
+    """
+    return max(weight * token_rate * token_bytes / tpot_s, LEAST_WEIGHT)
+
+
+def divide(wishes: Mapping[str, Wish], capacity: int) -> dict[str, int]:
+    """What each engine should have, in whole segments, together at most ``capacity``.
+
+    First what cannot leave, then floors as far as they are needed, then needs, then likes. Within each a segment at a
+    time goes to whoever has got least by weight; one whose next segment does not fit gets no more.
+    """
+    got = dict.fromkeys(wishes, 0)
+    left = capacity
+    for wanted in (_stuck, _entitled, _needed, _liked):
+        goals = {engine: wanted(wish) for engine, wish in wishes.items()}
+        line = [(got[engine] / wish.weight, engine) for engine, wish in wishes.items() if got[engine] < goals[engine]]
+        heapq.heapify(line)
+        while line:
+            _, engine = heapq.heappop(line)
+            wish = wishes[engine]
+            if wish.segment_bytes > left:
+                continue
+            got[engine] += wish.segment_bytes
+            left -= wish.segment_bytes
+            if got[engine] < goals[engine]:
+                heapq.heappush(line, (got[engine] / wish.weight, engine))
+    return got
+
+
+def _stuck(wish: Wish) -> int:
+    return wish.whole(min(wish.held, wish.need) - wish.can_leave)
+
+
+def _entitled(wish: Wish) -> int:
+    return wish.whole(min(wish.floor, wish.need))
+
+
+def _needed(wish: Wish) -> int:
+    return wish.whole(wish.need)
+
+
+def _liked(wish: Wish) -> int:
+    return wish.whole(max(wish.need, wish.like))

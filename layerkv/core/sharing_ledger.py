@@ -1,0 +1,182 @@
+"""Who may have how much of one memory, and who has it (broker process; the simulator uses the same).
+
+Time is handed in, and messages are the caller's: this is bookkeeping only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from layerkv.core.sharing import Wish, divide
+
+NEED_MEMORY_S = 1.5
+"""An engine's need is the largest that it has reported for this long: bursts that alternate would take memory from each
+other without end. Not measured: chosen by trials of a prototype (2026-11-22, no result file)."""
+
+LOWER_EVERY_S = 0.3
+"""Seconds between times at which limits fall. Not measured: chosen by trials, together with that."""
+
+
+@dataclass(slots=True)
+class _Account:
+    """One engine's side of the ledger.
+
+    ``unseen`` are limits that were told before the present one, by revision, which the engine may still act on.
+    """
+
+    wish: Wish
+    limit: int
+    revision: int = 0
+    unseen: dict[int, int] = field(default_factory=dict)
+    needs: deque[tuple[float, int]] = field(default_factory=deque)  # (when, need), needs falling
+
+    @property
+    def committed(self) -> int:
+        """What the engine has or may take before it hears of anything else."""
+        return max(self.limit, self.wish.held, *self.unseen.values())
+
+
+@dataclass(frozen=True, slots=True)
+class GivenLimit:
+    """An engine may hold ``num_bytes``. Absolute; of two the one with the higher revision holds."""
+
+    revision: int
+    num_bytes: int
+
+
+class SharingLedger:
+    """The limits of all engines that share ``capacity`` bytes. Not thread-safe.
+
+    Invariant: no limit is raised beyond what is committed to nobody. While all engines keep to theirs and the capacity
+    is not lowered, what is committed fits: limits, what is held above them, and earlier limits that may still be acted
+    on. A lowered limit frees bytes only when the engine has seen it and says that it holds less.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._accounts: dict[str, _Account] = {}
+        self._expected: set[str] = set()
+        self._last_lowered_s = float("-inf")
+
+    @property
+    def committed(self) -> int:
+        """Bytes that engines have or may take."""
+        return sum(account.committed for account in self._accounts.values())
+
+    def limit(self, engine: str) -> GivenLimit | None:
+        """What the engine may hold; None for one that takes no part."""
+        account = self._accounts.get(engine)
+        return None if account is None else GivenLimit(account.revision, account.limit)
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """The limit of each engine."""
+        return {engine: account.limit for engine, account in self._accounts.items()}
+
+    def wish(self, engine: str) -> Wish | None:
+        """What the engine was last heard to have and to ask for; None for one that takes no part."""
+        account = self._accounts.get(engine)
+        return None if account is None else account.wish
+
+    def expect(self, engine: str) -> None:
+        """It was there before this ledger began. No limit is raised until it has joined or left."""
+        self._expected.add(engine)
+
+    def join(self, engine: str, wish: Wish, limit: int = 0) -> GivenLimit:
+        """An engine begins to take part, at nothing; or it comes back and goes on with what it has.
+
+        Args:
+            engine: The same name as before where it comes back.
+            wish: What it has and asks for.
+            limit: What it was last told that it may hold, by this ledger or one before it.
+
+        Raises:
+            ValueError: its ceiling is below its floor, or the floors of all do not fit together; it takes no part.
+        """
+        others = [account.wish for name, account in self._accounts.items() if name != engine]
+        floors = sum(other.whole(other.floor) for other in others)
+        floor = wish.whole(wish.floor)
+        if floor < wish.floor:
+            raise ValueError(
+                f"a ceiling of {wish.ceiling} bytes, which in whole segments is below the floor of {wish.floor}"
+            )
+        if floor + floors > self.capacity and not wish.held:
+            raise ValueError(f"a floor of {floor} bytes, beside {floors} of others, where {self.capacity} are shared")
+        self._expected.discard(engine)
+        before = self._accounts.get(engine)
+        revision = before.revision + 1 if before else 1
+        self._accounts[engine] = account = _Account(wish, limit=max(wish.held, limit), revision=revision)
+        return GivenLimit(account.revision, account.limit)
+
+    def report(self, engine: str, wish: Wish, revision: int, now_s: float) -> None:
+        """What an engine has and asks for, said after it had seen the limit of that revision."""
+        account = self._accounts[engine]
+        while account.needs and account.needs[-1][1] <= wish.need:
+            account.needs.pop()
+        account.needs.append((now_s, wish.need))
+        account.wish = wish
+        account.unseen = {told: limit for told, limit in account.unseen.items() if told >= revision}
+
+    def leave(self, engine: str) -> None:
+        """All processes of the engine have ended: what it had is free."""
+        self._accounts.pop(engine, None)
+        self._expected.discard(engine)
+
+    def lower_capacity(self, num_bytes: int) -> None:
+        """Somebody else has taken so much of the memory."""
+        self.capacity = max(self.capacity - num_bytes, 0)
+
+    def settle(self, now_s: float) -> dict[str, GivenLimit]:
+        """Bring limits closer to what each engine should have; those that changed."""
+        wishes = {engine: replace(a.wish, need=_lasting_need(a, now_s)) for engine, a in self._accounts.items()}
+        goals = divide(wishes, self.capacity)
+        before = self.limits
+        if now_s - self._last_lowered_s >= LOWER_EVERY_S or self.committed > self.capacity:
+            self._lower(goals, now_s)
+        if not self._expected:
+            for is_for_need in (True, False):
+                self._raise(goals, wishes, is_for_need=is_for_need)
+        return {
+            engine: GivenLimit(account.revision, account.limit)
+            for engine, account in self._accounts.items()
+            if account.limit != before[engine]
+        }
+
+    def check(self) -> None:
+        """Assert that what is committed fits (not while engines break their limits, or after the capacity fell)."""
+        assert self.committed <= self.capacity, (self.committed, self.capacity)
+        for account in self._accounts.values():
+            assert account.limit <= max(account.wish.ceiling, account.wish.held)
+            assert all(told < account.revision for told in account.unseen)
+
+    def _lower(self, goals: Mapping[str, int], now_s: float) -> None:
+        for engine, account in self._accounts.items():
+            if goals[engine] < account.limit:
+                self._tell(account, goals[engine])
+                self._last_lowered_s = now_s
+
+    def _raise(self, goals: Mapping[str, int], wishes: Mapping[str, Wish], *, is_for_need: bool) -> None:
+        left = max(self.capacity - self.committed, 0)
+        got = {engine: account.limit / wishes[engine].weight for engine, account in self._accounts.items()}
+        for engine in sorted(got, key=lambda engine: (got[engine], engine)):
+            account, wish = self._accounts[engine], wishes[engine]
+            goal = min(goals[engine], wish.whole(wish.need)) if is_for_need else goals[engine]
+            committed = account.committed
+            goal = min(goal, (committed + left) // wish.segment_bytes * wish.segment_bytes)
+            if goal > account.limit:
+                self._tell(account, goal)
+                left -= account.committed - committed
+
+    def _tell(self, account: _Account, limit: int) -> None:
+        account.unseen[account.revision] = account.limit
+        account.revision += 1
+        account.limit = limit
+
+
+def _lasting_need(account: _Account, now_s: float) -> int:
+    needs = account.needs
+    while len(needs) > 1 and needs[1][0] <= now_s - NEED_MEMORY_S:
+        needs.popleft()
+    return needs[0][1] if needs else account.wish.need

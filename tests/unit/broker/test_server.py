@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import os
+import random
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from mmap import mmap
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from layerkv.broker import server
+from layerkv.broker.messages import MOST_BYTES, Bye, Failed, FromBroker, Limit, State, Terms, Usage, encode, from_broker
+from layerkv.broker.server import Broker
+from layerkv.errors import BrokerError
+from tests.fakes.forked_engine import SLOT, connect, fork, forked, greedy_engine, hello, quiet_engine
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "broker.sock"
+
+
+@pytest.fixture
+def broker(path: Path) -> Iterator[Broker]:
+    broker = Broker(path, 100, 50)
+    yield broker
+    broker.close()
+
+
+def step_until(broker: Broker, is_so: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not is_so():
+        broker.step(0.01)
+        assert time.monotonic() < end
+
+
+def heard(broker: Broker, connection: socket.socket) -> FromBroker:
+    """The next message of the broker to that connection."""
+    connection.setblocking(False)
+    for _ in range(100):
+        broker.step(0.01)
+        try:
+            packet = connection.recv(MOST_BYTES)
+        except BlockingIOError:
+            continue
+        return from_broker(packet)
+    raise AssertionError("heard nothing")
+
+
+def refusal(broker: Broker, packet: bytes, before: bytes | None = None) -> str:
+    """Why the broker ends the connection on which that packet comes."""
+    with connect(broker._path) as connection:
+        if before is not None:
+            connection.send(before)
+            assert isinstance(heard(broker, connection), Limit)
+        connection.send(packet)
+        while isinstance(message := heard(broker, connection), Limit):
+            pass
+        assert connection.recv(MOST_BYTES) == b"", "the connection is closed"
+    return message.reason
+
+
+def test_an_engine_is_given_its_floor_and_then_what_it_needs(broker: Broker, path: Path) -> None:
+    with connect(path) as connection:
+        terms = Terms(segment_bytes=10, floor=20, ceiling=1000)
+        connection.send(encode(hello("a", device=terms, host=terms)))
+        limits = [heard(broker, connection) for _ in range(4)]
+        assert limits[:2] == [
+            Limit(resource="device", revision=1, num_bytes=0),
+            Limit(resource="host", revision=1, num_bytes=0),
+        ]
+        assert {limit.resource: limit.num_bytes for limit in limits[2:]} == {"device": 20, "host": 20}
+        usage = Usage(revision=2, held=20, need=75, like=0)
+        connection.send(encode(State(device=usage, host=usage)))
+        limits = [heard(broker, connection), heard(broker, connection)]
+        assert {limit.resource: limit.num_bytes for limit in limits} == {"device": 80, "host": 50}
+        connection.send(encode(Failed(resource="device", num_bytes=30)))
+        assert heard(broker, connection) == Limit(resource="device", revision=4, num_bytes=70)
+
+
+def test_only_its_user_may_speak_to_it(broker: Broker, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for peer, reason in (((os.getpid(), 12345, 0), "and not 12345"), ((0, os.getuid(), 0), "another PID namespace")):
+        monkeypatch.setattr(server, "_peer", lambda _, peer=peer: peer)
+        with connect(path) as connection:
+            message = heard(broker, connection)
+            assert isinstance(message, Bye)
+            assert reason in message.reason
+
+
+def test_what_is_wrong_ends_one_connection_and_nothing_else(broker: Broker, path: Path) -> None:
+    state = encode(State(device=Usage(revision=0, held=0, need=0, like=0)))
+    with forked(quiet_engine, path, "other"):
+        step_until(broker, lambda: "other" in broker.ledgers["device"].limits)
+        assert "not a message" in refusal(broker, b"\xc1\x00 nonsense")
+        assert refusal(broker, b"x" * (MOST_BYTES + 1)) == f"a message has at most {MOST_BYTES} bytes"
+        assert "version 7" in refusal(broker, msgspec.msgpack.encode({"type": "hello", "version": 7, "more": 1}))
+        assert refusal(broker, state) == "an engine says hello first"
+        assert "is none of those" in refusal(broker, encode(hello("a", os.getppid())))
+        assert refusal(broker, encode(hello("other"))) == "an engine named other is here already"
+        assert "beside 0 of others, where 100 are shared" in refusal(
+            broker, encode(hello("a", device=Terms(segment_bytes=10, floor=101, ceiling=200)))
+        )
+        assert "below the floor of 9" in refusal(
+            broker, encode(hello("a", device=Terms(segment_bytes=10, floor=9, ceiling=9)))
+        )
+        assert "a" not in broker.ledgers["device"].limits
+        assert "an engine says hello once" in refusal(broker, encode(hello("a")), before=encode(hello("a")))
+        assert set(broker.ledgers["device"].limits) == {"a", "other"}, "a holds what it held: its process lives"
+
+
+def test_a_second_broker_at_the_same_place_is_refused_and_one_that_was_killed_is_no_obstacle(path: Path) -> None:
+    def listen() -> None:
+        Broker(path, 1)
+        os.write(told, b"x")
+        time.sleep(600)
+
+    heard_it, told = os.pipe()
+    with forked(listen):
+        os.read(heard_it, 1)
+        with pytest.raises(BrokerError, match=r"listens at .* already"):
+            Broker(path, 1)
+    assert path.exists()
+    Broker(path, 1).close()
+    assert not path.exists()
+    with pytest.raises(BrokerError, match="cannot listen"):
+        Broker(Path("/proc/nothing/broker.sock"), 1)
+
+
+def test_a_broker_that_starts_again_gives_nothing_until_all_are_back_or_dead(path: Path) -> None:
+    first = Broker(path, 100)
+    with forked(quiet_engine, path, "silent") as silent, forked(quiet_engine, path, "gone") as gone:
+        step_until(first, lambda: {"silent", "gone"} <= first.ledgers["device"].limits.keys())
+        with connect(path) as connection:
+            connection.send(encode(hello("back")))
+            heard(first, connection)
+        first.close()
+        os.kill(gone, 9)
+        os.waitpid(gone, 0)
+        again = Broker(path, 100)
+        terms = Terms(segment_bytes=10, floor=50, ceiling=100, held=20, limit=30)
+        with connect(path) as connection:
+            connection.send(encode(hello("back", device=terms)))
+            assert heard(again, connection) == Limit(resource="device", revision=1, num_bytes=30)
+            for _ in range(5):
+                again.step(0.01)
+            assert again.ledgers["device"].limits == {"back": 30}, "silent may hold the rest"
+            os.kill(silent, 9)
+            assert heard(again, connection) == Limit(resource="device", revision=2, num_bytes=50)
+        again.close()
+
+
+def test_what_an_engine_holds_is_its_own_until_the_last_of_its_processes_has_ended(broker: Broker, path: Path) -> None:
+    with forked(time.sleep, 600) as worker, connect(path) as connection:
+        reader, writer = os.pipe()
+
+        def engine() -> None:
+            os.read(reader, 1)
+            with connect(path) as mine:
+                terms = Terms(segment_bytes=10, floor=60, ceiling=100)
+                mine.send(encode(hello("a", os.getpid(), worker, device=terms)))
+                time.sleep(600)
+
+        with forked(engine):
+            os.write(writer, b"x")
+            step_until(broker, lambda: broker.ledgers["device"].limits.get("a") == 60)
+        connection.send(encode(hello("b", device=Terms(segment_bytes=10, floor=40, ceiling=100))))
+        connection.send(encode(State(device=Usage(revision=0, held=0, need=90, like=0))))
+        step_until(broker, lambda: broker.ledgers["device"].limits.get("b") == 40)
+        for _ in range(5):
+            broker.step(0.01)
+        assert broker.ledgers["device"].limits["b"] == 40
+        os.kill(worker, 9)
+        step_until(broker, lambda: broker.ledgers["device"].limits.get("b") == 90)
+        assert "a" not in broker.ledgers["device"].limits
+
+
+def test_an_engine_that_has_ended_before_its_hello_is_read_is_nobody(broker: Broker, path: Path) -> None:
+    def engine() -> None:
+        with connect(path) as connection:
+            connection.send(encode(hello("a")))
+
+    os.waitpid(fork(engine), 0)
+    for _ in range(5):
+        broker.step(0.01)
+    assert broker.ledgers["device"].limits == {}
+
+
+@pytest.mark.slow
+def test_a_thousand_engines_are_killed_and_nothing_is_held_twice_or_lost(path: Path) -> None:
+    """Real processes, that hold whatever they may at once; each is killed at any moment."""
+    rng, capacity, slots, total = random.Random(0), 1000, 40, 1000
+    held = mmap(-1, slots * SLOT.size)
+    broker = Broker(path, capacity)
+    ledger = broker.ledgers["device"]
+    living: dict[int, int] = {}  # slot -> process
+    num_started = num_waves_of_much = 0
+
+    def num_held(slot: int) -> int:
+        return int(SLOT.unpack_from(held, slot * SLOT.size)[0])
+
+    try:
+        while num_started < total or living:
+            for slot in set(range(slots)) - living.keys():
+                if num_started < total:
+                    living[slot] = fork(greedy_engine, path, f"engine {num_started}", held, slot)
+                    num_started += 1
+            for _ in range(100):
+                broker.step(0.002)
+                ledger.check()
+                all_held = sum(num_held(slot) for slot in living)
+                assert all_held <= capacity
+                if all_held > capacity / 2:
+                    num_waves_of_much += 1
+                    break
+            for slot in rng.sample(sorted(living), min(12, len(living))):
+                os.kill(living[slot], 9)
+                _, status = os.waitpid(living.pop(slot), 0)
+                assert os.WTERMSIG(status) == 9, "it had not ended before"
+                held[slot * SLOT.size : (slot + 1) * SLOT.size] = bytes(SLOT.size)
+        step_until(broker, lambda: not ledger.limits)
+        assert ledger.committed == 0
+        assert num_waves_of_much > 10, "they did use it"
+    finally:
+        for pid in living.values():
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+        broker.close()
