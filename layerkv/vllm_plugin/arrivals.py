@@ -186,6 +186,7 @@ class Arrivals:
 
     def note_tokens(self, outputs: Iterable[EngineCoreOutputs], now_s: float) -> None:
         """Tokens of this step have come out."""
+        self._controller.catch_up()  # readers' clocks are fed in order
         made_tokens, no_first_token = self._controller.made_tokens, self._no_first_token
         for of_client in outputs:
             for output in of_client.outputs:

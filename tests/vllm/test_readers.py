@@ -147,3 +147,19 @@ def _request(engine: HandEngine, name: str) -> Any:
     with mock.patch.object(engine.scheduler, "add_request"):
         engine.add(name, [1, *range(20)])
     return engine.requests[name]
+
+
+@AHEAD
+def test_somebody_who_hangs_up_in_mid_step_costs_no_other_reader_anything(tiny_model: Path, ahead: bool) -> None:
+    """The tokens of the steps before, all of them alike, have come and are not noted yet."""
+    engine = HandEngine(tiny_model, ahead=ahead)
+    reported = Reported(engine)
+    for name in ("a", "b", "c"):
+        engine.add(name, [ord(name), *range(20)], max_tokens=60)
+    for _ in range(30):
+        engine.step()
+    engine.schedule()
+    engine.abort("c")
+    engine.process()
+    engine.run()
+    assert reported.pauses_s() == [0.0] * 3
