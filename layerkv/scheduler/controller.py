@@ -130,7 +130,9 @@ class Controller(RequestBooks):
             if self._promised or has_unready or takes_turns
             else standing(snapshot, decision, self._limits.look_steps)
         )
-        if self.paused:
+        if decision.pause:
+            self._no_turn_before_s = -math.inf  # the next decision sees them
+        elif self.paused:
             self._no_turn_before_s = next_turn_s(snapshot, self.step_s)
         return snapshot, decision
 
