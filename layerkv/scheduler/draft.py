@@ -172,6 +172,10 @@ class Draft:
         """Whether there is a slot for it, or somebody lends one."""
         return self.now.free_slots(self, claim) > 0 or self._lender(claim) is not None
 
+    def holds_slot(self, r: ResidentRequest) -> bool:
+        """Whether a slot comes free when a resident leaves: not of one that is paused, or has lent its slot."""
+        return r.request_id in self.resumed or not (r.is_paused or r.request_id in self.paused)
+
     def resume(self, r: ResidentRequest, lender: ResidentRequest | None = None) -> None:
         """A paused request goes on, in a free slot or in that of the lender."""
         self.pool -= self.blocks_to_resume(r)
@@ -326,12 +330,10 @@ class Draft:
 
     def _leave_pool(self, r: ResidentRequest) -> None:
         self._count(self.residents - 1)
-        if r.request_id in self.paused:  # its slot is another's already
-            self.paused.remove(r.request_id)
-        elif not r.is_paused or r.request_id in self.resumed:
-            self.slots += 1
-        if r.request_id in self.resumed:
-            self.resumed.remove(r.request_id)
+        self.slots += self.holds_slot(r)
+        for moved in (self.paused, self.resumed):
+            if r.request_id in moved:
+                moved.remove(r.request_id)
 
     def _take_slot(self, claim: Claim) -> None:
         lender = None if self.slots > 0 else self._lender(claim)

@@ -58,9 +58,9 @@ def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
             num_vain += 1
             continue
         for r in leaving:
+            slots += draft.holds_slot(r)
             draft.park_resident(r, Reason.TURN_OVER)
             room += r.num_blocks
-            slots += 1
         room, slots = room - need, slots - 1  # or the next claim would count on them too
         num_swaps += bool(leaving)
         if draft.has_slot(claim) and draft.fits_pool(claim) and draft.has_link(claim):
@@ -90,11 +90,12 @@ def _who_leaves(
             continue  # of those that are lost, one after the other runs to its end
         if r.rank < claim.rank or (ends_soon and not is_next) or r.request_id in draft.park:
             continue
-        if draft.blocks_to_store(r) > host:
+        holds_slot = draft.holds_slot(r)
+        if draft.blocks_to_store(r) > host or (num_blocks <= 0 and not holds_slot):
             continue
         leaving.append(r)
         num_blocks -= r.num_blocks
-        num_slots -= 1
+        num_slots -= holds_slot
         host -= draft.blocks_to_store(r)
     stay = now.s.load.num_resident - len(draft.park) - len(leaving)
     return leaving if num_blocks <= 0 and num_slots <= 0 and (stay > 0 or is_next) else None

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from layerkv.scheduler.controller import Controller
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Event, Reason
 from layerkv.scheduler.slots import MORE_S, SOON_S, SOON_STEPS, TURN_STEPS
 from layerkv.scheduler.snapshot import ResidentRequest, Snapshot
 from tests.fakes.snapshots import NOW_S, admitted, cost, parked, prompt, resident, snapshot
-from tests.fakes.tiny_scheduler import TinyScheduler, TinyStock, job
+from tests.fakes.tiny_controller import SHAPE, arrive, decoding, engine
+from tests.fakes.tiny_scheduler import TinyScheduler, TinyStock, job, policy, profile
 
 SOON = SOON_S + SOON_STEPS * 0.01
 MOST = PolicyLimits().max_overtakes
@@ -142,6 +145,36 @@ def test_where_all_are_paused_and_the_pool_is_full_somebody_leaves_it() -> None:
     residents = [paused("a", 5.0, num_stored=9), paused("b", 6.0, num_stored=9)]
     decision = decide(full(*residents, free_slots=1, free_blocks=0, decode_tokens=0))
     assert len(decision.park) == len(decision.resume) == 1
+
+
+def test_nobody_who_has_no_slot_is_parked_for_one() -> None:
+    claim = parked("due", NOW_S + 1.0, dry_s=NOW_S, tpot_s=0.2)
+    rich = paused("paused", 9.0, num_stored=9, tokens_left=500)
+    decision = decide(full(rich, stream("running", MORE_S / 2), parked=[claim]))
+    assert (decision.park, decision.room_for) == ((), ())
+    decision = decide(full(rich, stream("running", 9.0, can_pause=False, num_stored=9, tokens_left=500), parked=[claim]))
+    assert (decision.park, decision.fetch) == (("running",), ("due",))
+
+
+def test_whoever_lends_its_slot_is_looked_at_in_the_next_step_and_when_it_is_due() -> None:
+    """However long others that are paused already can wait."""
+    c = Controller(policy(), replace(SHAPE, slots=1), profile(), is_measured=True)
+    arrive(c, "rich", "poor")
+    for name, num_tokens in (("rich", 400), ("poor", 20)):
+        c.admitted(name, layered=False, reason=Reason.FITS, step=1, now_s=10.0)
+        c.first_token(name, 10.1)
+        c.made_tokens(name, 10.1, num_tokens)
+    c.pause("rich", 160, Reason.SLOT_LENT, step=2, now_s=10.1)
+    arrive(c, "new", at_s=10.1, num_tokens=32)
+    rich = decoding("rich", num_tokens=161, is_paused=True)
+    _, decision = c.decide(engine(rich, decoding("poor"), step=5, free_slots=0), 10.2)
+    assert decision.pause == ("poor",)
+    c.pause("poor", 164, Reason.SLOT_LENT, step=5, now_s=10.2)
+    c.admitted("new", layered=False, reason=Reason.FITS, step=5, now_s=10.2)
+    assert not c.is_quiet(3, 100, 0, 10.21)
+    c.decide(engine(rich, decoding("poor", is_paused=True), decoding("new"), step=6, free_slots=0), 10.21)
+    assert c.is_quiet(3, 100, 0, 10.5)
+    assert not c.is_quiet(3, 100, 0, 11.1), "its reader has read 20 tokens"
 
 
 def test_the_log_tells_of_pauses() -> None:
