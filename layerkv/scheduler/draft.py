@@ -262,7 +262,7 @@ class Draft:
     def return_to_zone(self, p: ParkedRequest) -> None:
         """A parked request goes on in the zone, with room there for all of it; its host blocks it has."""
         self.zone -= p.zone_blocks
-        self.slots -= 1
+        self._take_slot(p)
         self.back_to_zone.append(
             Admission(p.request_id, layered=True, zone_blocks=p.zone_blocks, host_blocks=p.zone_blocks)
         )

@@ -41,7 +41,8 @@ def come_back(now: Outlook, draft: Draft, p: ParkedRequest) -> bool:
         least_s = -math.inf if is_overdue else _least_spare_s(now, p)
         if make_room(now, draft, p.zone_blocks, p.rank, least_s, spares_lost=not (flows or is_overdue)):
             draft.room_for.append(p.request_id)
-    if p.zone_blocks > draft.zone or draft.slots <= 0:
+    has_slot = draft.slots > 0 or draft.has_slot(p)  # one that somebody lends, if it is due
+    if p.zone_blocks > draft.zone or not has_slot:
         draft.wait(p, Reason.NO_SLOT if p.zone_blocks <= draft.zone else Reason.ZONE_FULL)
         return False
     draft.return_to_zone(p)

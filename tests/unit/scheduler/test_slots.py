@@ -152,7 +152,8 @@ def test_nobody_who_has_no_slot_is_parked_for_one() -> None:
     rich = paused("paused", 9.0, num_stored=9, tokens_left=500)
     decision = decide(full(rich, stream("running", MORE_S / 2), parked=[claim]))
     assert (decision.park, decision.room_for) == ((), ())
-    decision = decide(full(rich, stream("running", 9.0, can_pause=False, num_stored=9, tokens_left=500), parked=[claim]))
+    running = stream("running", 9.0, can_pause=False, num_stored=9, tokens_left=500)
+    decision = decide(full(rich, running, parked=[claim]))
     assert (decision.park, decision.fetch) == (("running",), ("due",))
 
 

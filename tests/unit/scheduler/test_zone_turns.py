@@ -16,7 +16,7 @@ from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Event, Reason
 from layerkv.scheduler.snapshot import LayeredRequest, ParkedRequest, Snapshot
 from layerkv.sim.engine import SimRequest
-from tests.fakes.snapshots import NOW_S, admitted, changed, cost, crowd, parked, prompt, snapshot
+from tests.fakes.snapshots import NOW_S, admitted, changed, cost, crowd, parked, prompt, resident, snapshot
 from tests.fakes.tiny_scheduler import BLOCK_TOKENS, TinyScheduler, job, policy
 
 POOL, ZONE = 20, 32
@@ -236,3 +236,15 @@ def test_every_load_is_served_though_some_of_it_is_longer_than_the_pool(
     assert not scheduler.refused
     assert {r.request_id: r.output_tokens for r in outcome.requests} == {r.request_id: r.output_tokens for r in jobs}
     scheduler.check_is_empty()
+
+
+def test_one_that_is_due_takes_the_slot_that_a_stream_lends() -> None:
+    """Else it, and with it every prompt that needs the zone, would wait until somebody ends."""
+    rich = resident("rich", NOW_S + 10, dry_s=NOW_S + 9, can_park=False, can_pause=True)
+    due = long_parked("due", dry_s=NOW_S, deadline_s=NOW_S + 0.01)
+    s = scene(free_slots=0, resident=[rich], num_resident=1, parked_long=[due], waiting=[prompt("p")])
+    decision = decide(s)
+    assert back(s) == ["due"]
+    assert "rich" in decision.pause
+    later = due._replace(dry_s=NOW_S + 9, deadline_s=NOW_S + 10)
+    assert not back(changed(s, parked_long=[later]))
