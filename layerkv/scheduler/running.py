@@ -130,8 +130,9 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
     loading = 0
     for request_id, num_blocks, num_output in engine.arriving:
         num_resident += 1
-        loading += num_blocks
         tracked = tracked_of.get(request_id)
+        if tracked is not None and tracked.can_layer:  # others were not parked: a session between two turns
+            loading += num_blocks
         left = 1 if tracked is None else max(tracked.middle_tokens - num_output, 1)
         pace_s = math.inf if tracked is None else tracked.tpot_s
         resident.append(

@@ -90,3 +90,12 @@ def test_no_request_is_given_room_for_more_than_the_longest_there_can_be(longest
     c = Controller(policy(), shape, profile(), is_measured=True)
     c.arrive("long", CHAT, now_s=10.0, arrival_s=10.0, num_tokens=1590, max_tokens=1000)
     assert c.waiting.views[0].most_blocks == blocks
+
+
+def test_a_session_between_two_turns_is_no_load_under_way() -> None:
+    """Else no fetch would begin before its next turn."""
+    c = controller()
+    arrive(c, "fetched")
+    c.arrive("session", CHAT, now_s=10.0, arrival_s=10.0, num_tokens=160, max_tokens=50, can_layer=False)
+    load = c.snapshot(engine(arriving=[("fetched", 11, 5), ("session", 60, 5)]), 10.5).load
+    assert (load.loading_blocks, load.num_resident) == (11, 2)
