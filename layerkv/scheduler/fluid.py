@@ -202,9 +202,10 @@ class FluidOutlook(Outlook):
     def may_start(self, w: WaitingRequest) -> bool:
         """Whether a prompt may start: while some streams are held, not before it must for the line's sake.
 
-        It is put off for streams that go on; where none does, they may be those that wait for it by their rank.
+        It is put off for streams that go on; where none does, they may be those that wait for it by their rank. One
+        that nobody passes any more is not put off: all others would wait with it.
         """
-        if not self.held or not self.s.load.num_resident:
+        if not self.held or not self.s.load.num_resident or w.request_id in self.overdue:
             return True
         return self._at_best[1].get(w.request_id, 0.0) <= START_BY_S
 

@@ -112,6 +112,15 @@ def test_while_streams_are_held_a_prompt_starts_no_sooner_than_it_must() -> None
     assert admitted(decide(changed(s, resident=crowded[:5], num_resident=5))) == [("can wait", False)]
 
 
+def test_a_prompt_that_nobody_passes_any_more_is_not_put_off_for_streams_that_are_held() -> None:
+    """Else all others would wait for that too."""
+    crowded = [flowing(f"r{i}", 0.5, num_blocks=10, tpot_s=0.01, can_park=False) for i in range(20)]
+    line = [prompt("can wait", 2, NOW_S + START_BY_S + 1.0), prompt("behind", 2, NOW_S + START_BY_S + 2.0)]
+    s = fluid(resident=crowded, num_resident=20, free_blocks=0, waiting=line)
+    assert set(decide(s).waits.values()) == {Reason.HELD}
+    assert admitted(decide(changed(s, overtaken={"can wait": MOST}))) == [("can wait", True)]
+
+
 def test_with_nobody_running_no_prompt_is_put_off_for_streams_that_wait_for_it_by_rank() -> None:
     crowded = [stream(f"p{i}", 0.5, tpot_s=0.01, rank=1) for i in range(20)]
     s = fluid(parked=crowded, waiting=[prompt("better", 2, NOW_S + START_BY_S + 1.0)])
