@@ -104,7 +104,7 @@ class Execution:
             ) = saved
             s.running += held
             self._queue.show(())
-            if is_paused:
+            if is_paused or decision.back_to_zone:  # whom vLLM skips that has computed tokens, it takes for one with KV
                 self._undrain(chosen)
         self._note_started(decision)
 
@@ -165,8 +165,8 @@ class Execution:
             self._queue.remove_request(request)
             self._scheduler.kv_holding_waiting.add_request(request)
 
-    def _undrain(self, fetched: list[Request]) -> None:
-        for request in fetched:
+    def _undrain(self, chosen: list[Request]) -> None:
+        for request in chosen:
             if self._ledger.residency.get(request.request_id) is Residency.PARKED:
                 self._scheduler.kv_holding_waiting.remove_requests((request,))  # vLLM may have moved it back already
                 self._queue.add_request(request)

@@ -241,6 +241,23 @@ def test_who_is_decided_to_come_back_and_is_declined_stays_away(tiny_model: Path
     assert engine.came_back == ["long"]
 
 
+def test_who_is_skipped_by_vllm_stands_where_it_stood(tiny_model: Path, ahead: bool) -> None:
+    """As when another takes the last place for an adapter in that very step. vLLM puts whoever it skips, and says that
+    it has computed tokens, among those that hold KV."""
+    engine = away(tiny_model, ahead=ahead)
+    handle = engine.scheduler._handle_blocked_waiting_request
+    engine.scheduler._handle_blocked_waiting_request = lambda _: False
+    engine.held.clear()
+    assert not engine.schedule().request_ids
+    engine.scheduler._handle_blocked_waiting_request = handle
+    engine.drain()
+    assert not engine.scheduler.kv_holding_waiting
+    assert engine.residency("long") is Residency.PARKED
+    assert engine.ledger.zone.num_available == ZONE_BLOCKS
+    engine.run()
+    assert engine.came_back == ["long"]
+
+
 def test_two_with_room_in_host_memory_for_one_are_served_one_after_the_other(tiny_model: Path, ahead: bool) -> None:
     engine = Turns(tiny_model, ahead=ahead, host_blocks=20)
     for name in ("a", "b"):
