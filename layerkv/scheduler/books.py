@@ -312,10 +312,12 @@ class RequestBooks:
     def leave(self, request_id: str, *, num_output: int, end: End, now_s: float, made_tokens: bool = True) -> None:
         """A request is gone, after ``num_output`` tokens: what that says about lengths is learned.
 
-        ``made_tokens`` is False if it was not making any when it left: it waited, was parked, or was being fetched.
+        ``made_tokens`` is False if it was not making any when it left: it waited, was parked, or was being fetched. Who
+        hangs up while it is paused made none either.
         """
         self.catch_up_with(request_id)
         tracked = self.tracked.pop(request_id, None)
+        made_tokens &= end is End.FINISHED or request_id not in self.paused  # its last one may have been on its way
         self._leave_lines(request_id)
         self.paused.discard(request_id)
         self.overtaken.pop(request_id, None)

@@ -70,10 +70,12 @@ def test_both_books_follow_a_request_from_its_start_to_its_end() -> None:
     assert said[1:-1] == list(zip(events, (1.0, 1.0, 1.0, 2.0, 3.0), strict=True))
 
 
-@pytest.mark.parametrize("state", ["resident", "parked", "fetching"])
+@pytest.mark.parametrize("state", ["resident", "parked", "fetching", "paused"])
 def test_only_a_request_that_makes_tokens_says_how_long_it_became(state: str) -> None:
     books = Books("a")
-    if state != "resident":
+    if state == "paused":
+        books.desk.pause("a", 20, Reason.SLOT_LENT)
+    elif state != "resident":
         books.park("a", 1, 2)
     if state == "fetching":
         books.desk.begin_step(9, 2.0)
