@@ -191,12 +191,10 @@ class RequestBooks:
         tracked.prefill_rest_s = 0.0
         tracked.parked_tokens = num_computed
         num_blocks = -(-max(num_computed + 1, num_tokens) // self.shape.block_tokens)
-        # whatever the policy: the next one may ask
-        dry_s, is_fresh = tracked.dry_s(num_output, now_s, self.step_s), num_output <= 1
+        dry_s = tracked.dry_s(num_output, now_s, self.step_s)  # whatever the policy: the next one may ask
         load_s = self.cost.view.load_s(num_blocks * self.shape.block_bytes)
         if self.policy.policy == "fluid":
-            until_s = tracked.flows_until_s(dry_s)
-            deadline_s = until_s - load_s
+            deadline_s = tracked.flows_until_s(dry_s) - load_s
         elif self.policy.slo_scheduling:
             deadline_s = tracked.start_by_s(num_output, now_s, self.step_s) - load_s
         else:
@@ -211,7 +209,7 @@ class RequestBooks:
                 tokens_left=max(tracked.middle_tokens - num_output, 1),
                 dry_s=dry_s,
                 tpot_s=tracked.tpot_s,
-                is_fresh=is_fresh,
+                is_fresh=num_output <= 1,
                 zone_blocks=tracked.most_blocks,
             )
         )
@@ -312,12 +310,12 @@ class RequestBooks:
     def leave(self, request_id: str, *, num_output: int, end: End, now_s: float, made_tokens: bool = True) -> None:
         """A request is gone, after ``num_output`` tokens: what that says about lengths is learned.
 
-        ``made_tokens`` is False if it was not making any when it left: it waited, was parked, or was being fetched. Who
-        hangs up while it is paused made none either.
+        ``made_tokens`` is False if it made none when it left: it waited, was parked, or was being fetched.
         """
         self.catch_up_with(request_id)
         tracked = self.tracked.pop(request_id, None)
-        made_tokens &= end is End.FINISHED or request_id not in self.paused  # its last one may have been on its way
+        # nor does a paused one; it ends by a token that was on its way
+        made_tokens &= end is End.FINISHED or request_id not in self.paused
         self._leave_lines(request_id)
         self.paused.discard(request_id)
         self.overtaken.pop(request_id, None)
@@ -327,8 +325,7 @@ class RequestBooks:
         if end is not End.FINISHED:
             self._give_up_prefill(tracked)
         if num_output and end is not End.REFUSED:
-            is_bound = end is End.CUT_OFF or not made_tokens
-            self.lengths.observe(tracked.slo.name, num_output, is_bound=is_bound)
+            self.lengths.observe(tracked.slo.name, num_output, is_bound=end is End.CUT_OFF or not made_tokens)
         if (pause := self.streams.ended(tracked, end, now_s)) is not None:
             self._tell_pause(now_s, request_id, pause)
         facts: dict[str, Any] = {"output_tokens": num_output, "end": end.value}
