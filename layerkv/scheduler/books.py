@@ -105,7 +105,7 @@ class RequestBooks:
         """A request has come in and waits."""
         prompt_blocks = -(-num_tokens // self.shape.block_tokens)
         self.come_blocks += prompt_blocks
-        tracked = TrackedRequest(
+        tracked = self.tracked[request_id] = TrackedRequest(
             slo=slo,
             arrival_s=arrival_s,
             max_tokens=max_tokens,
@@ -117,12 +117,10 @@ class RequestBooks:
             ticket_blocks=self.come_blocks,
             can_pause=can_pause,
         )
-        self.tracked[request_id] = tracked
         self.enqueue(request_id, num_tokens, 0)
         self.line.came(slo, tracked.prefill_cost_s, now_s)
         facts: dict[str, Any] = {"slo_class": slo.name, "ttft_s": slo.ttft_s, "prompt_tokens": num_tokens}
-        if slo.tpot_s < math.inf:
-            facts["tpot_s"] = slo.tpot_s
+        facts |= {"tpot_s": slo.tpot_s} if slo.tpot_s < math.inf else {}
         self.journal.write(now_s, request_id, Event.ARRIVED, **facts)
 
     def enqueue(self, request_id: str, num_tokens: int, num_output: int) -> None:
