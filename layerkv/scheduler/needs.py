@@ -25,7 +25,7 @@ def layered_blocks(w: WaitingRequest) -> int:
 
 
 def outgrows_pool(s: Snapshot, w: WaitingRequest) -> bool:
-    """Whether it is expected to become longer than the pool: then it decodes in the zone, to its end."""
+    """Whether it is expected to become longer than the pool: then it decodes in the zone."""
     return layered_blocks(w) > s.shape.pool_blocks
 
 

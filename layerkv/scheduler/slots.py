@@ -14,6 +14,7 @@ from layerkv.scheduler.snapshot import ParkedRequest, ResidentRequest, Snapshot
 
 if TYPE_CHECKING:
     from layerkv.scheduler.fluid import FluidOutlook
+    from layerkv.scheduler.outlook import Outlook
 
 SOON_S = 0.05
 """A claim for the pool, or a paused stream for a slot, is due so long, and :data:`SOON_STEPS` more, before its reader
@@ -94,7 +95,7 @@ def next_turn_s(s: Snapshot, step_s: float) -> float:
     return dry_s - SOON_S - SOON_STEPS * step_s
 
 
-def soon_s(now: FluidOutlook) -> float:
+def soon_s(now: Outlook) -> float:
     """Seconds before a reader waits at which its stream is due."""
     return SOON_S + (SOON_STEPS * now.step_s if now.s.cost is not None else 0.0)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 
 from layerkv.scheduler.draft import Draft
-from layerkv.scheduler.fluid import LEAST_SLICE_S, SPARE_FOR_LOST_S
+from layerkv.scheduler.fluid import LEAST_SLICE_S
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.reasons import Reason
-from layerkv.scheduler.rules.rotate import SPARE_FOR_FLOWING_S, SPARE_FOR_FRESH_S
-from layerkv.scheduler.slots import SOON_S, SOON_STEPS
+from layerkv.scheduler.rules.rotate import least_spare_s
+from layerkv.scheduler.slots import soon_s
 from layerkv.scheduler.snapshot import LayeredRequest, ParkedRequest
 
 
@@ -28,17 +28,12 @@ def line_for_zone(now: Outlook) -> list[ParkedRequest]:
     return sorted(now.s.lines.parked_long, key=turn)
 
 
-def soon_s(now: Outlook) -> float:
-    """Until when a claim counts as due."""
-    return now.s.now_s + SOON_S + (0.0 if now.s.cost is None else SOON_STEPS * now.step_s)
-
-
 def come_back(now: Outlook, draft: Draft, p: ParkedRequest) -> bool:
     """A parked request takes its turn in the zone if there is room, or can be made; whether it does in this step."""
     is_overdue = p.request_id in now.overdue
-    if p.zone_blocks > draft.zone and (is_overdue or p.dry_s <= soon_s(now)):
+    if p.zone_blocks > draft.zone and (is_overdue or p.dry_s <= now.s.now_s + soon_s(now)):
         flows = p.deadline_s >= now.s.now_s
-        least_s = -math.inf if is_overdue else _least_spare_s(now, p)
+        least_s = -math.inf if is_overdue else least_spare_s(now, p)
         if make_room(now, draft, p.zone_blocks, p.rank, least_s, spares_lost=not (flows or is_overdue)):
             draft.room_for.append(p.request_id)
     has_slot = draft.slots > 0 or draft.has_slot(p)  # one that somebody lends, if it is due
@@ -49,9 +44,7 @@ def come_back(now: Outlook, draft: Draft, p: ParkedRequest) -> bool:
     return True
 
 
-def make_room(
-    now: Outlook, draft: Draft, num_blocks: int, rank: int, least_spare_s: float, *, spares_lost: bool
-) -> bool:
+def make_room(now: Outlook, draft: Draft, num_blocks: int, rank: int, spare_s: float, *, spares_lost: bool) -> bool:
     """Park requests that decode in the zone until so many blocks are free, or will be when frees are not deferred.
 
     Those leave that have had their slice and whose readers have so much to read, or whose streams are lost anyway
@@ -71,7 +64,7 @@ def make_room(
         if not _has_had_slice(r) or r.rank < rank or r.request_id in draft.reasons:
             continue
         is_lost = r.deadline_s < s.now_s and not spares_lost
-        if is_lost or max(r.dry_s - s.now_s, 0.0) >= least_spare_s:
+        if is_lost or max(r.dry_s - s.now_s, 0.0) >= spare_s:
             leaving.append(r)
             missing -= r.room_blocks
     if missing > 0:
@@ -83,9 +76,3 @@ def make_room(
 
 def _has_had_slice(r: LayeredRequest) -> bool:
     return r.outgrows_pool and r.prefill_done and r.has_run and r.in_zone_s >= LEAST_SLICE_S
-
-
-def _least_spare_s(now: Outlook, p: ParkedRequest) -> float:
-    if p.deadline_s < now.s.now_s:
-        return SPARE_FOR_LOST_S
-    return SPARE_FOR_FRESH_S if p.is_fresh else max(p.dry_s - now.s.now_s, 0.0) + SPARE_FOR_FLOWING_S

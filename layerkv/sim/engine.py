@@ -54,8 +54,8 @@ class EngineSetup:
         profile: What steps and copies cost, in truth.
         frees_are_deferred: Whether blocks given up come back only after the next step (asynchronous scheduling).
         long_contexts: Whether requests may be longer than the pool: they decode in the zone.
-        stride: Steps that may pass between decisions while requests wait and nothing changes; 1 decides before
-            every step, as production does.
+        stride: Steps that may pass between decisions while requests wait and nothing changes; with 1
+            a decision stands as long as in production.
     """
 
     geometry: KVGeometry

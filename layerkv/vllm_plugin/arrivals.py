@@ -111,7 +111,7 @@ class Arrivals:
             return policy.classes[policy.default_class]
 
     def _keep_from_pool(self, request: Request) -> None:
-        """A request that decodes in the zone to its end would hold blocks of a cached prefix as long."""
+        """A request that decodes in the zone would hold blocks of a cached prefix all the while."""
         tracked = self._controller.tracked.get(request.request_id)
         if tracked is not None and tracked.can_layer:  # others may have asked for it themselves
             request.skip_reading_prefix_cache = tracked.outgrows_pool

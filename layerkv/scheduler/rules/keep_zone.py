@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from layerkv.scheduler.draft import Draft
 from layerkv.scheduler.outlook import Outlook
+from layerkv.scheduler.slots import soon_s
 from layerkv.scheduler.snapshot import ParkedRequest
-from layerkv.scheduler.zone_turns import come_back, line_for_zone, soon_s
+from layerkv.scheduler.zone_turns import come_back, line_for_zone
 
 
 def keep_zone(now: Outlook, draft: Draft) -> None:
@@ -29,4 +30,4 @@ def _cannot_wait(now: Outlook, p: ParkedRequest, best_rank: int) -> bool:
         return p.rank < best_rank
     if p.request_id in now.overdue or p.request_id in s.lines.promised:
         return True
-    return s.policy == "fluid" and s.now_s <= p.deadline_s <= soon_s(now)
+    return s.policy == "fluid" and s.now_s <= p.deadline_s <= s.now_s + soon_s(now)

@@ -73,7 +73,7 @@ def _who_leaves(
     now: FluidOutlook, draft: Draft, claim: Claim, num_blocks: int, num_slots: int, *, is_next: bool
 ) -> list[ResidentRequest] | None:
     """Residents that together hold so many blocks, and slots, for a claim; None if there are not enough."""
-    least_s = -math.inf if is_next else _least_spare_s(now, claim)
+    least_s = -math.inf if is_next else least_spare_s(now, claim)
     claim_flows = claim.deadline_s >= now.s.now_s
     if num_blocks > 0 or num_slots > 0:
         of_flowing_s, of_lost_s = now.most_spare_s
@@ -101,7 +101,8 @@ def _who_leaves(
     return leaving if num_blocks <= 0 and num_slots <= 0 and (stay > 0 or is_next) else None
 
 
-def _least_spare_s(now: FluidOutlook, claim: Claim) -> float:
+def least_spare_s(now: Outlook, claim: Claim) -> float:
+    """Seconds that the reader must have left whose stream makes room for a claim."""
     if claim.deadline_s < now.s.now_s:
         return SPARE_FOR_LOST_S
     if not isinstance(claim, ParkedRequest) or claim.is_fresh:
