@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
 import signal
 from pathlib import Path
 
@@ -26,11 +28,15 @@ def run_broker(socket: Path | None, capacity: str, host_capacity: str | None, co
     path = socket or runtime_dir() / "broker.sock"
 
     def say(line: str) -> None:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        line = "".join(letter if letter.isprintable() else "?" for letter in line)  # names are the engines'
+        with contextlib.suppress(OSError, SystemExit):  # nobody reads it any more: no reason to leave engines alone
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
 
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda got, _: signals.append(got))
+    _, most_descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_descriptors, most_descriptors))  # one per process of each engine
     broker = Broker(path, device_bytes, host_bytes, log=say)
     host = "" if host_bytes is None else f" and {format_bytes(host_bytes)} of host memory"
     say(f"broker at {path}: {format_bytes(device_bytes)} of device memory{host}")

@@ -23,7 +23,9 @@ MOST_BYTES = 64 << 10
 Resource: TypeAlias = Literal["device", "host"]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 60)]
 SomeBytes = Annotated[int, Meta(ge=1, le=1 << 60)]
-Positive = Annotated[float, Meta(gt=0)]
+Weight = Annotated[float, Meta(gt=0, le=1e9)]  # so that no weight of an engine is infinite
+Rate = Annotated[float, Meta(ge=0, le=1e12)]
+Duration = Annotated[float, Meta(ge=1e-9)]  # infinite where nobody reads along
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Pids = Annotated[tuple[Annotated[int, Meta(ge=1, le=1 << 30)], ...], Meta(min_length=1, max_length=4096)]
 
@@ -78,7 +80,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello", forbid_unkno
     token_bytes: SomeBytes
     device: Terms
     host: Terms | None = None
-    weight: Positive = 1.0
+    weight: Weight = 1.0
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True, tag="state", forbid_unknown_fields=True):
@@ -86,8 +88,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True, tag="state", forbid_unkno
 
     device: Usage
     host: Usage | None = None
-    token_rate: Annotated[float, Meta(ge=0)] = 0.0
-    tpot_s: Positive = 1.0
+    token_rate: Rate = 0.0
+    tpot_s: Duration = 1.0
 
 
 class Limit(msgspec.Struct, frozen=True, kw_only=True, tag="limit", forbid_unknown_fields=True):

@@ -5,11 +5,12 @@ One thread. Whatever a peer sends ends at most its own connection; an engine kee
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import selectors
 import socket
-import struct
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,7 @@ from layerkv.broker.messages import (
     encode,
     from_engine,
 )
+from layerkv.broker.sockets import has_hung_up, peer
 from layerkv.core.sharing import Wish, token_pressure
 from layerkv.core.sharing_ledger import GivenLimit, SharingLedger
 from layerkv.errors import BrokerError
@@ -39,7 +41,7 @@ SETTLE_EVERY_S = 0.1
 """Seconds after which limits are looked at again though nobody said anything, since needs are forgotten with time. Not
 measured: chosen by judgement: a third of the time between falls of limits."""
 
-_CREDENTIALS = struct.Struct("3i")  # pid, user, group
+_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Broker:
@@ -63,12 +65,16 @@ class Broker:
         self.ledgers: dict[Resource, SharingLedger] = {"device": SharingLedger(capacity)}
         if host_capacity is not None:
             self.ledgers["host"] = SharingLedger(host_capacity)
-        self._lock = _lock(path)
-        self._members = Members(path.with_name(path.name + ".state"))
         self._selector = selectors.DefaultSelector()
         self._connections: dict[str, socket.socket] = {}
         self._engine_of: dict[socket.socket, str | None] = {}  # None until it has said hello
-        self._listener = _listen(path)
+        with contextlib.ExitStack() as undo:
+            self._lock = _lock(path)
+            undo.callback(os.close, self._lock)
+            self._members = Members(path.with_name(path.name + ".state"))
+            undo.callback(self._members.close)
+            self._listener = _listen(path)
+            undo.pop_all()
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         for member in self._members:
             self._watch(member)
@@ -106,7 +112,7 @@ class Broker:
             return
         connection.setblocking(False)
         self._engine_of[connection] = None
-        pid, user, _ = _peer(connection)
+        pid, user = peer(connection)
         if user != self._user:
             self._refuse(connection, f"this broker serves user {self._user}, and not {user}")
         elif pid == 0:
@@ -147,25 +153,25 @@ class Broker:
     def _welcome(self, connection: socket.socket, hello: Hello) -> None:
         if self._engine_of[connection] is not None:
             raise BrokerError("an engine says hello once")
-        pid, _, _ = _peer(connection)
+        pid, _ = peer(connection)
         if pid not in hello.pids:
-            raise BrokerError(f"process {pid} is none of those that the engine named")
+            raise BrokerError(f"process {pid} is none of those that it named (is it in a container?)")
         before = self._members.get(hello.engine)
         if before is not None and not before.processes.pids & set(hello.pids):
             raise BrokerError(f"an engine named {hello.engine} is here already")
+        old = self._connections.get(hello.engine)
+        if old is not None and not has_hung_up(old):
+            raise BrokerError(f"an engine named {hello.engine} is connected already")
+        for resource, ledger in self.ledgers.items():
+            if terms := _terms(hello, resource):
+                ledger.check_join(hello.engine, _first_wish(terms), terms.limit)
+        member = self._members.admit(hello)
         if before is not None:
             self._unwatch(before)
-        try:
-            self._join(hello)
-            member = self._members.admit(hello)
-        except ValueError:
-            if before is not None:  # it holds what it holds
-                self._watch(before)
-            else:
-                self._leave(hello.engine)
-            raise
+            before.processes.close()
         self._watch(member)
-        if old := self._connections.pop(hello.engine, None):
+        self._join(hello)
+        if old is not None:
             self._drop(old)
         self._connections[hello.engine], self._engine_of[connection] = connection, hello.engine
         for resource, ledger in self.ledgers.items():
@@ -256,16 +262,10 @@ def _first_wish(terms: Terms) -> Wish:
     return Wish(terms.segment_bytes, terms.floor, terms.ceiling, held=terms.held, need=max(terms.held, terms.floor))
 
 
-def _peer(connection: socket.socket) -> tuple[int, int, int]:
-    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, user, group = _CREDENTIALS.unpack(packed)
-    return pid, user, group
-
-
 def _lock(path: Path) -> int:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(path.with_name(path.name + ".lock"), _LOCK_FLAGS, 0o600)
     except OSError as error:
         raise BrokerError(f"cannot listen at {path}: {error.strerror}; set --socket") from None
     try:
@@ -277,7 +277,14 @@ def _lock(path: Path) -> int:
 
 
 def _listen(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise BrokerError(f"cannot listen at {path}: there is something that is no socket; set --socket")
+        path.unlink()  # of a broker that was killed: the lock tells that none lives
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise BrokerError(f"cannot listen at {path}: {error.strerror}; set --socket") from None
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     mask = os.umask(0o177)
     try:

@@ -18,12 +18,17 @@ other without end. Not measured: chosen by trials of a prototype (2026-11-22, no
 LOWER_EVERY_S = 0.3
 """Seconds between times at which limits fall. Not measured: chosen by trials, together with that."""
 
+MOST_SEGMENTS_EACH = 4096
+"""Segments of one engine. Derived: eight times those of the largest pool (core/segments.py). Limits are settled a
+segment at a time: an engine with tiny ones would keep all others waiting."""
+
 
 @dataclass(slots=True)
 class _Account:
     """One engine's side of the ledger.
 
-    ``unseen`` are limits that were told before the present one, by revision, which the engine may still act on.
+    ``unseen`` are limits that were told before the present one, by revision, which the engine may still act on; without
+    those after which a higher one was told, so that an engine that hears nothing costs no more with time.
     """
 
     wish: Wish
@@ -93,7 +98,21 @@ class SharingLedger:
             limit: What it was last told that it may hold, by this ledger or one before it.
 
         Raises:
-            ValueError: its ceiling is below its floor, or the floors of all do not fit together; it takes no part.
+            ValueError: its ceiling is below its floor, it has more than :data:`MOST_SEGMENTS_EACH`, or it is new
+                and the floors of all do not fit together. It takes no part.
+        """
+        self.check_join(engine, wish, limit)
+        self._expected.discard(engine)
+        before = self._accounts.get(engine)
+        revision = before.revision + 1 if before else 1
+        self._accounts[engine] = account = _Account(wish, limit=max(wish.held, limit), revision=revision)
+        return GivenLimit(account.revision, account.limit)
+
+    def check_join(self, engine: str, wish: Wish, limit: int = 0) -> None:
+        """Whether it can join: nothing changes.
+
+        Raises:
+            ValueError: see :meth:`join`.
         """
         others = [account.wish for name, account in self._accounts.items() if name != engine]
         floors = sum(other.whole(other.floor) for other in others)
@@ -102,13 +121,12 @@ class SharingLedger:
             raise ValueError(
                 f"a ceiling of {wish.ceiling} bytes, which in whole segments is below the floor of {wish.floor}"
             )
-        if floor + floors > self.capacity and not wish.held:
+        is_back = engine in self._accounts or engine in self._expected or wish.held or limit
+        if floor + floors > self.capacity and not is_back:
             raise ValueError(f"a floor of {floor} bytes, beside {floors} of others, where {self.capacity} are shared")
-        self._expected.discard(engine)
-        before = self._accounts.get(engine)
-        revision = before.revision + 1 if before else 1
-        self._accounts[engine] = account = _Account(wish, limit=max(wish.held, limit), revision=revision)
-        return GivenLimit(account.revision, account.limit)
+        num_segments, most = min(wish.ceiling, self.capacity) // wish.segment_bytes, MOST_SEGMENTS_EACH
+        if num_segments > most:
+            raise ValueError(f"{num_segments} segments of {wish.segment_bytes} bytes, where {most} are the most")
 
     def report(self, engine: str, wish: Wish, revision: int, now_s: float) -> None:
         """What an engine has and asks for, said after it had seen the limit of that revision."""
@@ -170,6 +188,10 @@ class SharingLedger:
                 left -= account.committed - committed
 
     def _tell(self, account: _Account, limit: int) -> None:
+        for told in reversed([*account.unseen]):
+            if account.unseen[told] > account.limit:
+                break
+            del account.unseen[told]
         account.unseen[account.revision] = account.limit
         account.revision += 1
         account.limit = limit

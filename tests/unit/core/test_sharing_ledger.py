@@ -106,6 +106,31 @@ def test_what_can_never_be_kept_is_refused() -> None:
     assert ledger.limits == {"a": 0}
 
 
+def test_who_comes_back_is_not_refused_for_floors_that_no_longer_fit() -> None:
+    ledger = SharingLedger(20)
+    ledger.join("a", wish(5, floor=15))
+    ledger.settle(0)
+    ledger.lower_capacity(10)
+    assert ledger.join("a", wish(0, floor=15), limit=5).num_bytes == 5
+    again = SharingLedger(10)
+    again.expect("a")
+    again.join("a", wish(0, floor=15), limit=5)
+    with pytest.raises(ValueError, match="beside 15 of others"):
+        again.join("new", wish(0, floor=1))
+
+
+def test_an_engine_that_hears_nothing_costs_no_more_with_time() -> None:
+    ledger = SharingLedger(20)
+    first = ledger.join("deaf", wish(20))
+    for at_s in range(0, 4000, 4):
+        ledger.settle(at_s)
+        ledger.report("deaf", wish(20 if at_s % 8 else 7, held=5), first.revision, at_s + 1)
+        ledger.check()
+    assert ledger.limit("deaf").revision > 900  # type: ignore[union-attr]
+    assert ledger.committed == 20
+    assert len(ledger._accounts["deaf"].unseen) <= 2
+
+
 @dataclass
 class Engine:
     """A real engine, as far as memory goes: messages to and from it are on their way for any time."""
