@@ -10,8 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from layerkv.broker.server import Broker
+from layerkv.broker.sockets import default_path
 from layerkv.errors import ConfigError
-from layerkv.runtime import runtime_dir
 from layerkv.units import format_bytes, parse_bytes
 
 
@@ -25,7 +25,7 @@ def run_broker(socket: Path | None, capacity: str, host_capacity: str | None, co
     console = console or Console()
     device_bytes = _size(capacity, "--capacity")
     host_bytes = None if host_capacity is None else _size(host_capacity, "--host-capacity")
-    path = socket or runtime_dir() / "broker.sock"
+    path = socket or default_path()
 
     def say(line: str) -> None:
         line = "".join(letter if letter.isprintable() else "?" for letter in line)  # names are the engines'

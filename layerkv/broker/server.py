@@ -20,15 +20,20 @@ from layerkv.broker.members import Member, Members
 from layerkv.broker.messages import (
     MOST_BYTES,
     Bye,
+    Entry,
     Failed,
     FromBroker,
     FromEngine,
     Hello,
     Limit,
+    Memory,
     Resource,
+    Roster,
+    Share,
     State,
     Terms,
     Usage,
+    Watch,
     encode,
     from_engine,
 )
@@ -40,6 +45,12 @@ from layerkv.errors import BrokerError
 SETTLE_EVERY_S = 0.1
 """Seconds after which limits are looked at again though nobody said anything, since needs are forgotten with time. Not
 measured: chosen by judgement: a third of the time between falls of limits."""
+
+ENGINES_A_ROSTER = 16
+"""Engines that an observer is told of in one message. Derived: with the longest names they fit one."""
+
+MOST_PIDS_SHOWN = 64
+"""Processes of one engine that an observer is told of. Derived: so is that."""
 
 _LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -139,6 +150,8 @@ class Broker:
         engine = self._engine_of[connection]
         if isinstance(message, Hello):
             self._welcome(connection, message)
+        elif isinstance(message, Watch):
+            self._send(connection, self._roster(message.after))
         elif engine is None:
             raise BrokerError("an engine says hello first")
         elif isinstance(message, State):
@@ -208,11 +221,45 @@ class Broker:
                 )
                 ledger.report(engine, wish, usage.revision, self._clock())
 
+    def _roster(self, after: str) -> Roster:
+        engines = sorted((member for member in self._members if member.engine > after), key=lambda one: one.engine)
+        memory = {name: Memory(capacity=one.capacity, committed=one.committed) for name, one in self.ledgers.items()}
+        return Roster(
+            device=memory["device"],
+            host=memory.get("host"),
+            engines=[self._entry(member) for member in engines[:ENGINES_A_ROSTER]],
+            is_last=len(engines) <= ENGINES_A_ROSTER,
+        )
+
+    def _entry(self, member: Member) -> Entry:
+        return Entry(
+            engine=member.engine,
+            title=member.hello.title if member.hello else "",
+            pids=sorted(member.processes.pids)[:MOST_PIDS_SHOWN],
+            is_connected=member.engine in self._connections,
+            device=self._share(member.engine, "device"),
+            host=self._share(member.engine, "host"),
+        )
+
+    def _share(self, engine: str, resource: Resource) -> Share | None:
+        ledger = self.ledgers.get(resource)
+        if ledger is None or (wish := ledger.wish(engine)) is None:
+            return None
+        return Share(
+            segment_bytes=wish.segment_bytes,
+            floor=wish.floor,
+            ceiling=wish.ceiling,
+            limit=ledger.limits[engine],
+            held=wish.held,
+            need=wish.need,
+            like=wish.like,
+        )
+
     def _tell(self, engine: str, resource: Resource, limit: GivenLimit) -> None:
         if connection := self._connections.get(engine):
             self._send(connection, Limit(resource=resource, revision=limit.revision, num_bytes=limit.num_bytes))
 
-    def _send(self, connection: socket.socket, message: FromBroker) -> None:
+    def _send(self, connection: socket.socket, message: FromBroker | Roster) -> None:
         try:
             connection.send(encode(message))
         except OSError:  # it is gone, or reads nothing: when it is back it is told again

@@ -9,8 +9,14 @@ import struct
 from pathlib import Path
 
 from layerkv.errors import BrokerError
+from layerkv.runtime import runtime_dir
 
 _CREDENTIALS = struct.Struct("3i")  # pid, user, group
+
+
+def default_path() -> Path:
+    """Where a user's broker is, unless somebody says otherwise."""
+    return runtime_dir() / "broker.sock"
 
 
 def connect(path: Path) -> socket.socket:
