@@ -158,7 +158,7 @@ class Broker:
             self._note(engine, message)
         elif isinstance(message, Failed):
             if message.resource in self.ledgers:
-                self.ledgers[message.resource].lower_capacity(message.num_bytes)
+                self.ledgers[message.resource].lower_capacity(message.num_bytes, self._clock())
                 self._log(f"{engine}: {message.num_bytes} bytes of {message.resource} memory are somebody else's")
         else:
             self._drop(connection)

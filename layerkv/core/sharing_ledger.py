@@ -18,6 +18,11 @@ other without end. Not measured: chosen by trials of a prototype (2026-11-22, no
 LOWER_EVERY_S = 0.3
 """Seconds between times at which limits fall. Not measured: chosen by trials, together with that."""
 
+MISSING_FOR_S = 60.0
+"""Seconds for which memory that somebody else has taken counts as missing. Not measured: chosen by judgement: long
+beside the time that engines take to give back. Whoever took it may be gone then, or the next engine that fails says so.
+"""
+
 MOST_SEGMENTS_EACH = 4096
 """Segments of one engine. Derived: eight times those of the largest pool (core/segments.py). Limits are settled a
 segment at a time: an engine with tiny ones would keep all others waiting."""
@@ -34,6 +39,8 @@ class _Account:
     wish: Wish
     limit: int
     revision: int = 0
+    has_reported: bool = False
+    """Since it joined. Until then it is not known what it asks for, and its limit does not fall."""
     unseen: dict[int, int] = field(default_factory=dict)
     needs: deque[tuple[float, int]] = field(default_factory=deque)  # (when, need), needs falling
 
@@ -60,10 +67,16 @@ class SharingLedger:
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+        self._whole = capacity
+        self._missing: deque[tuple[float, int]] = deque()  # (until when, bytes)
         self._accounts: dict[str, _Account] = {}
         self._expected: set[str] = set()
         self._last_lowered_s = float("-inf")
+
+    @property
+    def capacity(self) -> int:
+        """Bytes to share now."""
+        return max(self._whole - sum(num_bytes for _, num_bytes in self._missing), 0)
 
     @property
     def committed(self) -> int:
@@ -134,7 +147,7 @@ class SharingLedger:
         while account.needs and account.needs[-1][1] <= wish.need:
             account.needs.pop()
         account.needs.append((now_s, wish.need))
-        account.wish = wish
+        account.wish, account.has_reported = wish, True
         account.unseen = {told: limit for told, limit in account.unseen.items() if told >= revision}
 
     def leave(self, engine: str) -> None:
@@ -142,12 +155,14 @@ class SharingLedger:
         self._accounts.pop(engine, None)
         self._expected.discard(engine)
 
-    def lower_capacity(self, num_bytes: int) -> None:
-        """Somebody else has taken so much of the memory."""
-        self.capacity = max(self.capacity - num_bytes, 0)
+    def lower_capacity(self, num_bytes: int, now_s: float) -> None:
+        """Somebody else has taken so much of the memory; it is missing for :data:`MISSING_FOR_S`."""
+        self._missing.append((now_s + MISSING_FOR_S, min(num_bytes, self.capacity)))
 
     def settle(self, now_s: float) -> dict[str, GivenLimit]:
         """Bring limits closer to what each engine should have; those that changed."""
+        while self._missing and self._missing[0][0] <= now_s:
+            self._missing.popleft()
         wishes = {engine: replace(a.wish, need=_lasting_need(a, now_s)) for engine, a in self._accounts.items()}
         goals = divide(wishes, self.capacity)
         before = self.limits
@@ -170,8 +185,9 @@ class SharingLedger:
             assert all(told < account.revision for told in account.unseen)
 
     def _lower(self, goals: Mapping[str, int], now_s: float) -> None:
+        is_over = self.committed > self.capacity
         for engine, account in self._accounts.items():
-            if goals[engine] < account.limit:
+            if goals[engine] < account.limit and (account.has_reported or is_over):
                 self._tell(account, goals[engine])
                 self._last_lowered_s = now_s
 

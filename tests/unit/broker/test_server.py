@@ -6,7 +6,7 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from mmap import mmap
 from pathlib import Path
 
@@ -16,10 +16,21 @@ import pytest
 from layerkv.broker import server
 from layerkv.broker.messages import MOST_BYTES, Bye, Failed, FromBroker, Limit, State, Terms, Usage, encode, from_broker
 from layerkv.broker.server import Broker
+from layerkv.broker.watch import read_roster
 from layerkv.core.sharing_ledger import GivenLimit
 from layerkv.errors import BrokerError
 from layerkv.runtime import start_ticks
-from tests.fakes.forked_engine import SLOT, connect, fork, forked, greedy_engine, hello, quiet_engine
+from tests.fakes.forked_engine import (
+    SLOT,
+    connect,
+    fork,
+    forked,
+    greedy_engine,
+    hello,
+    lone_broker,
+    quiet_engine,
+    talking_engine,
+)
 
 
 @pytest.fixture
@@ -366,3 +377,50 @@ def test_a_thousand_engines_are_killed_and_nothing_is_held_twice_or_lost(path: P
             os.kill(pid, 9)
             os.waitpid(pid, 0)
         broker.close()
+
+
+@pytest.mark.slow
+def test_brokers_and_engines_are_killed_and_nothing_is_held_twice(path: Path) -> None:
+    """Real engines' clients, that come back to one broker after the other."""
+    rng, capacity, slots, total = random.Random(0), 1000, 12, 200
+    held = mmap(-1, slots * SLOT.size)
+    living: dict[int, int] = {}  # slot -> process
+    num_started = num_brokers = num_full = 0
+    broker = fork(lone_broker, path, capacity)
+    try:
+        while num_started < total:
+            for slot in set(range(slots)) - living.keys():
+                living[slot] = fork(talking_engine, path, f"engine {num_started}", held, slot)
+                num_started += 1
+            for _ in range(rng.randint(20, 100)):
+                time.sleep(0.002)
+                all_held = sum(SLOT.unpack_from(held, slot * SLOT.size)[0] for slot in range(slots))
+                assert all_held <= capacity
+                num_full += all_held > capacity / 2
+            for slot in rng.sample(sorted(living), rng.randint(0, 4)):
+                os.kill(living[slot], 9)
+                os.waitpid(living.pop(slot), 0)
+                held[slot * SLOT.size : (slot + 1) * SLOT.size] = bytes(SLOT.size)
+            if rng.random() < 0.2:
+                os.kill(broker, 9)
+                os.waitpid(broker, 0)
+                broker = fork(lone_broker, path, capacity)
+                num_brokers += 1
+        assert num_brokers > 10
+        end = time.monotonic() + 60
+        while not _all_are_back(path, living.values()):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert num_full > 100, "they did use it"
+    finally:
+        for pid in [broker, *living.values()]:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+
+
+def _all_are_back(path: Path, pids: Collection[int]) -> bool:
+    try:
+        engines = read_roster(path, 60).engines
+    except BrokerError:
+        return False
+    return sorted(pids) == sorted(pid for engine in engines if engine.is_connected for pid in engine.pids)
