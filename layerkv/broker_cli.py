@@ -49,6 +49,9 @@ def run_broker(socket: Path | None, capacity: str, host_capacity: str | None, co
 
 def _size(text: str, flag: str) -> int:
     try:
-        return parse_bytes(text)
+        num_bytes = parse_bytes(text)
     except ValueError as error:
         raise ConfigError(f"{flag}: {error}") from None
+    if not num_bytes:
+        raise ConfigError(f"{flag}: found {text!r}; expected more than nothing")
+    return num_bytes

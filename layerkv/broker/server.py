@@ -312,6 +312,10 @@ def _first_wish(terms: Terms) -> Wish:
 def _lock(path: Path) -> int:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = path.parent.stat()
+        is_everybodys = folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX
+        if is_everybodys or folder.st_uid not in (0, os.getuid()):
+            raise BrokerError(f"cannot listen at {path}: other users may change that folder; set --socket")
         lock = os.open(path.with_name(path.name + ".lock"), _LOCK_FLAGS, 0o600)
     except OSError as error:
         raise BrokerError(f"cannot listen at {path}: {error.strerror}; set --socket") from None

@@ -56,3 +56,5 @@ def test_it_serves_on_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
 def test_a_wrong_size_is_named(flag: str, others: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["broker", *others, flag, "4 gigs"]) == 2
     assert f"{flag}: found '4 gigs' with the unknown unit" in capsys.readouterr().err
+    assert main(["broker", *others, flag, "0GiB"]) == 2
+    assert f"{flag}: found '0GiB'; expected more than nothing" in capsys.readouterr().err

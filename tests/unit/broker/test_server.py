@@ -337,6 +337,14 @@ def test_what_is_no_socket_stays(path: Path) -> None:
     assert stat.S_IMODE(path.with_name(path.name + ".lock").stat().st_mode) == 0o600
 
 
+def test_a_folder_that_others_may_change_is_no_place_for_a_broker(path: Path) -> None:
+    path.parent.chmod(0o777)
+    with pytest.raises(BrokerError, match="other users may change that folder; set --socket"):
+        Broker(path, 1)
+    path.parent.chmod(0o1777)
+    Broker(path, 1).close()
+
+
 @pytest.mark.slow
 def test_a_thousand_engines_are_killed_and_nothing_is_held_twice_or_lost(path: Path) -> None:
     """Real processes, that hold whatever they may at once; each is killed at any moment."""
