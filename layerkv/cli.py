@@ -145,6 +145,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     broker.set_defaults(run=_broker)
 
+    top = commands.add_parser(
+        "top",
+        help="show engines, their memory and their requests, live",
+        description="Show each engine: what it holds, needs and may hold (from the broker), where its requests' KV is, "
+        "what they wait for and how fast KV is copied (from servers' /metrics). Refreshed each second in a terminal, "
+        "until Ctrl-C; else one table. Where neither is named, the broker at its usual place is asked.",
+    )
+    top.add_argument("--socket", type=Path, metavar="PATH", help="the broker's ($XDG_RUNTIME_DIR/layerkv/broker.sock)")
+    top.add_argument(
+        "--url", action="append", default=[], metavar="URL", help="a server, such as http://localhost:8000; repeatable"
+    )
+    top.add_argument("--once", action="store_true", help="one table, after a second where there are servers")
+    top.add_argument("--json", action="store_true", help="JSON (docs/monitoring.md); without --once a line each second")
+    top.set_defaults(run=_top)
+
     bench = commands.add_parser("bench", help="the benchmark suite on real servers, and micro-benchmarks")
     benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
     _add_suite(benchmarks)
@@ -320,6 +335,12 @@ def _broker(arguments: argparse.Namespace) -> int | None:
     from layerkv.broker_cli import run_broker
 
     return run_broker(arguments.socket, arguments.capacity, arguments.host_capacity)
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from layerkv.top.command import run_top
+
+    return run_top(arguments.socket, arguments.url, once=arguments.once, as_json=arguments.json)
 
 
 def _explain(arguments: argparse.Namespace) -> int | None:

@@ -6,11 +6,13 @@ goes on. Without a broker it keeps what it has and may still take what it was al
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
 import socket
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from layerkv.broker.messages import (
     encode,
     from_broker,
 )
+from layerkv.broker.sockets import connect
 from layerkv.errors import BrokerError
 
 FIRST_RETRY_S = 0.1
@@ -125,15 +128,23 @@ class BrokerClient:
         like: int,
         can_leave: int = 0,
         resource: Resource = "device",
-        token_rate: float = 0.0,
-        tpot_s: float = 1.0,
+        token_rate: float | None = None,
+        tpot_s: float | None = None,
     ) -> None:
-        """Say what the engine needs and would like to hold; the last word holds."""
+        """Say what the engine needs and would like to hold; the last word holds.
+
+        The rates are the engine's, whatever resource it asks for; None: they are as they were.
+        """
+        assert min(need, like, can_leave) >= 0, (need, like, can_leave)
         side = self._sides[resource]
         with self._changed:
-            if (need, like, can_leave, token_rate, tpot_s) != (side.need, side.like, side.can_leave, *self._rates):
+            before = self._rates
+            self._rates = (
+                before[0] if token_rate is None else token_rate,
+                before[1] if tpot_s is None else tpot_s,
+            )
+            if (need, like, can_leave, self._rates) != (side.need, side.like, side.can_leave, before):
                 side.need, side.like, side.can_leave = need, like, can_leave
-                self._rates = (token_rate, tpot_s)
                 self._ring()
 
     def could_not_get(self, num_bytes: int, resource: Resource = "device") -> None:
@@ -150,11 +161,18 @@ class BrokerClient:
         """
         side = self._sides[resource]
         with self._changed:
-            self._changed.wait_for(lambda: side.limit >= num_bytes or self._refusal is not None, timeout_s)
+            self._changed.wait_for(
+                lambda: side.limit >= num_bytes or self._refusal is not None or self._is_closed, timeout_s
+            )
             if self._refusal is not None:
                 raise BrokerError(f"the broker at {self._path} has refused this engine: {self._refusal}")
             if side.limit < num_bytes:
-                state = "has no memory to spare" if self.is_connected else "does not answer (start `layerkv broker`)"
+                if self._is_closed:
+                    state = "is not asked any more: this side is closed"
+                elif self.is_connected:
+                    state = "has no memory to spare"
+                else:
+                    state = "does not answer (start `layerkv broker`)"
                 raise BrokerError(f"{num_bytes} bytes of {resource} memory wanted; the broker at {self._path} {state}")
 
     def close(self) -> None:
@@ -163,30 +181,36 @@ class BrokerClient:
             if self._is_closed:
                 return
             self._is_closed = True
-            self._ring()
+            os.eventfd_write(self._bell, 1)
             self._changed.notify_all()
         self._thread.join()
         os.close(self._bell)
 
     def _ring(self) -> None:
         self._has_news = True
-        os.eventfd_write(self._bell, 1)
+        if not self._is_closed:  # else the bell's number may be another file's by now
+            os.eventfd_write(self._bell, 1)
 
     def _run(self) -> None:
-        retry_s, was_told = FIRST_RETRY_S, False
+        retry_s, told = FIRST_RETRY_S, ""
         while not self._is_closed:
             try:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as connection:
-                    connection.connect(str(self._path))
-                    self._talk(connection)
-                    return
+                with connect(self._path) as connection:
+                    try:
+                        self._talk(connection)
+                    finally:
+                        _hang_up(connection)
             except (OSError, BrokerError) as error:
-                reason = error
+                reason = str(error)
+            else:
+                return
             if self.is_connected:
-                self.is_connected, was_told, retry_s = False, False, FIRST_RETRY_S
-            if not was_told:
+                self.is_connected = False
+                if self._refusal is None:
+                    told, retry_s = "", FIRST_RETRY_S
+            if not told or (self._refusal is not None and told != reason):
                 logger.warning("no memory broker at %s (%s); this engine keeps what it has", self._path, reason)
-                was_told = True
+                told = reason
             self._sleep(retry_s)
             retry_s = min(2 * retry_s, LAST_RETRY_S)
 
@@ -195,22 +219,31 @@ class BrokerClient:
             self._changed.wait_for(lambda: self._is_closed, seconds)
 
     def _talk(self, connection: socket.socket) -> None:
-        connection.send(encode(self._hello()))
-        connection.setblocking(False)
-        with selectors.DefaultSelector() as selector:
-            selector.register(connection, selectors.EVENT_READ)
-            selector.register(self._bell, selectors.EVENT_READ)
-            self._has_news = True
-            while not self._is_closed:
-                for key, _ in selector.select():
-                    if key.fileobj is connection:
-                        self._hear(connection)
-                    else:
-                        os.eventfd_read(self._bell)
-                if self.is_connected:
-                    for message in self._news():
-                        connection.send(encode(message))
-            connection.send(encode(Bye()))
+        unsent: deque[FromEngine] = deque([self._hello()])
+        self._has_news = True
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(connection, selectors.EVENT_READ)
+                selector.register(self._bell, selectors.EVENT_READ)
+                while True:
+                    is_last = self._is_closed
+                    _send(connection, unsent)
+                    if self.is_connected and not unsent:  # while it does not read, what is new is said in one, later
+                        unsent += self._news()
+                        _send(connection, unsent)
+                    if is_last:
+                        _send(connection, deque([Bye()] if not unsent else []))
+                        return
+                    writes = selectors.EVENT_WRITE if unsent else 0
+                    selector.modify(connection, selectors.EVENT_READ | writes)
+                    for key, events in selector.select():
+                        if key.fileobj == self._bell:
+                            os.eventfd_read(self._bell)
+                        elif events & selectors.EVENT_READ:
+                            self._hear(connection)
+        finally:
+            with self._changed:
+                self._failed[:0] = [message for message in unsent if isinstance(message, Failed)]
 
     def _hello(self) -> Hello:
         mine = self._introduction
@@ -267,3 +300,19 @@ class BrokerClient:
                 tpot_s=tpot_s,
             )
             return [*failed, state]
+
+
+def _send(connection: socket.socket, messages: deque[FromEngine]) -> None:
+    """As many as the broker has room for; the others stay."""
+    while messages:
+        try:
+            connection.send(encode(messages[0]))
+        except BlockingIOError:
+            return
+        messages.popleft()
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """Seen at the other end though a child of this process has the descriptor too."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

@@ -2,7 +2,7 @@
 
 Amounts are absolute, and limits have revisions: a message that is lost with its connection, or comes twice, changes
 nothing (:class:`Failed` is said once, or is lost). An engine says :class:`Hello` first; whoever says :class:`Bye` says
-no more.
+no more. An observer says :class:`Watch` as often as it likes, takes no part, and is told nothing else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ MOST_BYTES = 64 << 10
 Resource: TypeAlias = Literal["device", "host"]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 60)]
 SomeBytes = Annotated[int, Meta(ge=1, le=1 << 60)]
-Positive = Annotated[float, Meta(gt=0)]
+Weight = Annotated[float, Meta(gt=0, le=1e9)]  # so that no weight of an engine is infinite
+Rate = Annotated[float, Meta(ge=0, le=1e12)]
+Duration = Annotated[float, Meta(ge=1e-9)]  # infinite where nobody reads along
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Pids = Annotated[tuple[Annotated[int, Meta(ge=1, le=1 << 30)], ...], Meta(min_length=1, max_length=4096)]
 
@@ -78,7 +80,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello", forbid_unkno
     token_bytes: SomeBytes
     device: Terms
     host: Terms | None = None
-    weight: Positive = 1.0
+    weight: Weight = 1.0
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True, tag="state", forbid_unknown_fields=True):
@@ -86,8 +88,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True, tag="state", forbid_unkno
 
     device: Usage
     host: Usage | None = None
-    token_rate: Annotated[float, Meta(ge=0)] = 0.0
-    tpot_s: Positive = 1.0
+    token_rate: Rate = 0.0
+    tpot_s: Duration = 1.0
 
 
 class Limit(msgspec.Struct, frozen=True, kw_only=True, tag="limit", forbid_unknown_fields=True):
@@ -111,19 +113,77 @@ class Bye(msgspec.Struct, frozen=True, kw_only=True, tag="bye", forbid_unknown_f
     reason: Annotated[str, Meta(max_length=1024)] = ""
 
 
-FromEngine: TypeAlias = Hello | State | Failed | Bye
+class Watch(msgspec.Struct, frozen=True, kw_only=True, tag="watch", forbid_unknown_fields=True):
+    """An observer asks who is there: for the first names behind ``after``."""
+
+    version: int
+    after: Annotated[str, Meta(max_length=256)] = ""
+
+
+class Share(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine's part of one resource, in bytes; ``limit`` is the broker's word, the others the engine's."""
+
+    segment_bytes: int
+    floor: int
+    ceiling: int
+    limit: int
+    held: int
+    need: int
+    like: int
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine as an observer sees it.
+
+    Attributes:
+        engine: Its name for the broker.
+        title: Its name for people; "" for one that is not back since the broker began.
+        pids: Those of its processes that are watched.
+        is_connected: Whether it listens now.
+        device: Its part; None for one that is not back.
+        host: Its part; None where it takes none.
+    """
+
+    engine: str
+    title: str
+    pids: list[int]
+    is_connected: bool
+    device: Share | None = None
+    host: Share | None = None
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """One resource: bytes in all, and those that engines have or may take."""
+
+    capacity: int
+    committed: int
+
+
+class Roster(msgspec.Struct, frozen=True, kw_only=True, tag="roster"):
+    """The broker's answer to :class:`Watch`: some engines, by name; behind the last of them come more unless
+    ``is_last``."""
+
+    device: Memory
+    host: Memory | None = None
+    engines: list[Entry]
+    is_last: bool
+
+
+FromEngine: TypeAlias = Hello | State | Failed | Bye | Watch
 FromBroker: TypeAlias = Limit | Bye
+ToObserver: TypeAlias = Roster | Bye
 
 _ENCODER = msgspec.msgpack.Encoder()
 _FROM_ENGINE = msgspec.msgpack.Decoder(FromEngine)
 _FROM_BROKER = msgspec.msgpack.Decoder(FromBroker)
+_TO_OBSERVER = msgspec.msgpack.Decoder(ToObserver)
 
 
 class _AnyHello(msgspec.Struct):
     version: int = VERSION
 
 
-def encode(message: FromEngine | FromBroker) -> bytes:
+def encode(message: FromEngine | FromBroker | ToObserver) -> bytes:
     """One packet."""
     packet = _ENCODER.encode(message)
     assert len(packet) <= MOST_BYTES
@@ -140,7 +200,7 @@ def from_engine(packet: bytes) -> FromEngine:
         message: FromEngine = _FROM_ENGINE.decode(packet)
     except msgspec.DecodeError as error:
         raise BrokerError(_other_version(packet) or f"not a message: {error}") from None
-    if isinstance(message, Hello) and message.version != VERSION:
+    if isinstance(message, Hello | Watch) and message.version != VERSION:
         raise BrokerError(_other_version(packet))
     return message
 
@@ -158,6 +218,19 @@ def from_broker(packet: bytes) -> FromBroker:
     return message
 
 
+def to_observer(packet: bytes) -> ToObserver:
+    """What the broker says to an observer.
+
+    Raises:
+        BrokerError: no message.
+    """
+    try:
+        message: ToObserver = _TO_OBSERVER.decode(packet)
+    except msgspec.DecodeError as error:
+        raise BrokerError(f"not a message: {error}") from None
+    return message
+
+
 def _other_version(packet: bytes) -> str:
     try:
         version = msgspec.msgpack.decode(packet, type=_AnyHello).version
@@ -165,4 +238,4 @@ def _other_version(packet: bytes) -> str:
         return ""
     if version == VERSION:
         return ""
-    return f"the engine speaks version {version} of the protocol and the broker {VERSION}; run one layerkv for both"
+    return f"the other side speaks version {version} of the protocol and the broker {VERSION}; run one layerkv for both"

@@ -5,11 +5,12 @@ One thread. Whatever a peer sends ends at most its own connection; an engine kee
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import selectors
 import socket
-import struct
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,18 +20,24 @@ from layerkv.broker.members import Member, Members
 from layerkv.broker.messages import (
     MOST_BYTES,
     Bye,
+    Entry,
     Failed,
     FromBroker,
     FromEngine,
     Hello,
     Limit,
+    Memory,
     Resource,
+    Roster,
+    Share,
     State,
     Terms,
     Usage,
+    Watch,
     encode,
     from_engine,
 )
+from layerkv.broker.sockets import has_hung_up, peer
 from layerkv.core.sharing import Wish, token_pressure
 from layerkv.core.sharing_ledger import GivenLimit, SharingLedger
 from layerkv.errors import BrokerError
@@ -39,7 +46,13 @@ SETTLE_EVERY_S = 0.1
 """Seconds after which limits are looked at again though nobody said anything, since needs are forgotten with time. Not
 measured: chosen by judgement: a third of the time between falls of limits."""
 
-_CREDENTIALS = struct.Struct("3i")  # pid, user, group
+ENGINES_A_ROSTER = 16
+"""Engines that an observer is told of in one message. Derived: with the longest names they fit one."""
+
+MOST_PIDS_SHOWN = 64
+"""Processes of one engine that an observer is told of. Derived: so is that."""
+
+_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Broker:
@@ -63,12 +76,16 @@ class Broker:
         self.ledgers: dict[Resource, SharingLedger] = {"device": SharingLedger(capacity)}
         if host_capacity is not None:
             self.ledgers["host"] = SharingLedger(host_capacity)
-        self._lock = _lock(path)
-        self._members = Members(path.with_name(path.name + ".state"))
         self._selector = selectors.DefaultSelector()
         self._connections: dict[str, socket.socket] = {}
         self._engine_of: dict[socket.socket, str | None] = {}  # None until it has said hello
-        self._listener = _listen(path)
+        with contextlib.ExitStack() as undo:
+            self._lock = _lock(path)
+            undo.callback(os.close, self._lock)
+            self._members = Members(path.with_name(path.name + ".state"))
+            undo.callback(self._members.close)
+            self._listener = _listen(path)
+            undo.pop_all()
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         for member in self._members:
             self._watch(member)
@@ -106,7 +123,7 @@ class Broker:
             return
         connection.setblocking(False)
         self._engine_of[connection] = None
-        pid, user, _ = _peer(connection)
+        pid, user = peer(connection)
         if user != self._user:
             self._refuse(connection, f"this broker serves user {self._user}, and not {user}")
         elif pid == 0:
@@ -133,13 +150,15 @@ class Broker:
         engine = self._engine_of[connection]
         if isinstance(message, Hello):
             self._welcome(connection, message)
+        elif isinstance(message, Watch):
+            self._send(connection, self._roster(message.after))
         elif engine is None:
             raise BrokerError("an engine says hello first")
         elif isinstance(message, State):
             self._note(engine, message)
         elif isinstance(message, Failed):
             if message.resource in self.ledgers:
-                self.ledgers[message.resource].lower_capacity(message.num_bytes)
+                self.ledgers[message.resource].lower_capacity(message.num_bytes, self._clock())
                 self._log(f"{engine}: {message.num_bytes} bytes of {message.resource} memory are somebody else's")
         else:
             self._drop(connection)
@@ -147,25 +166,25 @@ class Broker:
     def _welcome(self, connection: socket.socket, hello: Hello) -> None:
         if self._engine_of[connection] is not None:
             raise BrokerError("an engine says hello once")
-        pid, _, _ = _peer(connection)
+        pid, _ = peer(connection)
         if pid not in hello.pids:
-            raise BrokerError(f"process {pid} is none of those that the engine named")
+            raise BrokerError(f"process {pid} is none of those that it named (is it in a container?)")
         before = self._members.get(hello.engine)
         if before is not None and not before.processes.pids & set(hello.pids):
             raise BrokerError(f"an engine named {hello.engine} is here already")
+        old = self._connections.get(hello.engine)
+        if old is not None and not has_hung_up(old):
+            raise BrokerError(f"an engine named {hello.engine} is connected already")
+        for resource, ledger in self.ledgers.items():
+            if terms := _terms(hello, resource):
+                ledger.check_join(hello.engine, _first_wish(terms), terms.limit)
+        member = self._members.admit(hello)
         if before is not None:
             self._unwatch(before)
-        try:
-            self._join(hello)
-            member = self._members.admit(hello)
-        except ValueError:
-            if before is not None:  # it holds what it holds
-                self._watch(before)
-            else:
-                self._leave(hello.engine)
-            raise
+            before.processes.close()
         self._watch(member)
-        if old := self._connections.pop(hello.engine, None):
+        self._join(hello)
+        if old is not None:
             self._drop(old)
         self._connections[hello.engine], self._engine_of[connection] = connection, hello.engine
         for resource, ledger in self.ledgers.items():
@@ -202,11 +221,45 @@ class Broker:
                 )
                 ledger.report(engine, wish, usage.revision, self._clock())
 
+    def _roster(self, after: str) -> Roster:
+        engines = sorted((member for member in self._members if member.engine > after), key=lambda one: one.engine)
+        memory = {name: Memory(capacity=one.capacity, committed=one.committed) for name, one in self.ledgers.items()}
+        return Roster(
+            device=memory["device"],
+            host=memory.get("host"),
+            engines=[self._entry(member) for member in engines[:ENGINES_A_ROSTER]],
+            is_last=len(engines) <= ENGINES_A_ROSTER,
+        )
+
+    def _entry(self, member: Member) -> Entry:
+        return Entry(
+            engine=member.engine,
+            title=member.hello.title if member.hello else "",
+            pids=sorted(member.processes.pids)[:MOST_PIDS_SHOWN],
+            is_connected=member.engine in self._connections,
+            device=self._share(member.engine, "device"),
+            host=self._share(member.engine, "host"),
+        )
+
+    def _share(self, engine: str, resource: Resource) -> Share | None:
+        ledger = self.ledgers.get(resource)
+        if ledger is None or (wish := ledger.wish(engine)) is None:
+            return None
+        return Share(
+            segment_bytes=wish.segment_bytes,
+            floor=wish.floor,
+            ceiling=wish.ceiling,
+            limit=ledger.limits[engine],
+            held=wish.held,
+            need=wish.need,
+            like=wish.like,
+        )
+
     def _tell(self, engine: str, resource: Resource, limit: GivenLimit) -> None:
         if connection := self._connections.get(engine):
             self._send(connection, Limit(resource=resource, revision=limit.revision, num_bytes=limit.num_bytes))
 
-    def _send(self, connection: socket.socket, message: FromBroker) -> None:
+    def _send(self, connection: socket.socket, message: FromBroker | Roster) -> None:
         try:
             connection.send(encode(message))
         except OSError:  # it is gone, or reads nothing: when it is back it is told again
@@ -256,16 +309,14 @@ def _first_wish(terms: Terms) -> Wish:
     return Wish(terms.segment_bytes, terms.floor, terms.ceiling, held=terms.held, need=max(terms.held, terms.floor))
 
 
-def _peer(connection: socket.socket) -> tuple[int, int, int]:
-    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, user, group = _CREDENTIALS.unpack(packed)
-    return pid, user, group
-
-
 def _lock(path: Path) -> int:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        folder = path.parent.stat()
+        is_everybodys = folder.st_mode & stat.S_IWOTH and not folder.st_mode & stat.S_ISVTX
+        if is_everybodys or folder.st_uid not in (0, os.getuid()):
+            raise BrokerError(f"cannot listen at {path}: other users may change that folder; set --socket")
+        lock = os.open(path.with_name(path.name + ".lock"), _LOCK_FLAGS, 0o600)
     except OSError as error:
         raise BrokerError(f"cannot listen at {path}: {error.strerror}; set --socket") from None
     try:
@@ -277,7 +328,14 @@ def _lock(path: Path) -> int:
 
 
 def _listen(path: Path) -> socket.socket:
-    path.unlink(missing_ok=True)
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise BrokerError(f"cannot listen at {path}: there is something that is no socket; set --socket")
+        path.unlink()  # of a broker that was killed: the lock tells that none lives
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise BrokerError(f"cannot listen at {path}: {error.strerror}; set --socket") from None
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     mask = os.umask(0o177)
     try:

@@ -18,17 +18,29 @@ other without end. Not measured: chosen by trials of a prototype (2026-11-22, no
 LOWER_EVERY_S = 0.3
 """Seconds between times at which limits fall. Not measured: chosen by trials, together with that."""
 
+MISSING_FOR_S = 60.0
+"""Seconds for which memory that somebody else has taken counts as missing. Not measured: chosen by judgement: long
+beside the time that engines take to give back. Whoever took it may be gone then, or the next engine that fails says so.
+"""
+
+MOST_SEGMENTS_EACH = 4096
+"""Segments of one engine. Derived: eight times those of the largest pool (core/segments.py). Limits are settled a
+segment at a time: an engine with tiny ones would keep all others waiting."""
+
 
 @dataclass(slots=True)
 class _Account:
     """One engine's side of the ledger.
 
-    ``unseen`` are limits that were told before the present one, by revision, which the engine may still act on.
+    ``unseen`` are limits that were told before the present one, by revision, which the engine may still act on; without
+    those after which a higher one was told, so that an engine that hears nothing costs no more with time.
     """
 
     wish: Wish
     limit: int
     revision: int = 0
+    has_reported: bool = False
+    """Since it joined. Until then it is not known what it asks for, and its limit does not fall."""
     unseen: dict[int, int] = field(default_factory=dict)
     needs: deque[tuple[float, int]] = field(default_factory=deque)  # (when, need), needs falling
 
@@ -55,10 +67,16 @@ class SharingLedger:
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+        self._whole = capacity
+        self._missing: deque[tuple[float, int]] = deque()  # (until when, bytes)
         self._accounts: dict[str, _Account] = {}
         self._expected: set[str] = set()
         self._last_lowered_s = float("-inf")
+
+    @property
+    def capacity(self) -> int:
+        """Bytes to share now."""
+        return max(self._whole - sum(num_bytes for _, num_bytes in self._missing), 0)
 
     @property
     def committed(self) -> int:
@@ -93,7 +111,21 @@ class SharingLedger:
             limit: What it was last told that it may hold, by this ledger or one before it.
 
         Raises:
-            ValueError: its ceiling is below its floor, or the floors of all do not fit together; it takes no part.
+            ValueError: its ceiling is below its floor, it has more than :data:`MOST_SEGMENTS_EACH`, or it is new
+                and the floors of all do not fit together. It takes no part.
+        """
+        self.check_join(engine, wish, limit)
+        self._expected.discard(engine)
+        before = self._accounts.get(engine)
+        revision = before.revision + 1 if before else 1
+        self._accounts[engine] = account = _Account(wish, limit=max(wish.held, limit), revision=revision)
+        return GivenLimit(account.revision, account.limit)
+
+    def check_join(self, engine: str, wish: Wish, limit: int = 0) -> None:
+        """Whether it can join: nothing changes.
+
+        Raises:
+            ValueError: see :meth:`join`.
         """
         others = [account.wish for name, account in self._accounts.items() if name != engine]
         floors = sum(other.whole(other.floor) for other in others)
@@ -102,13 +134,12 @@ class SharingLedger:
             raise ValueError(
                 f"a ceiling of {wish.ceiling} bytes, which in whole segments is below the floor of {wish.floor}"
             )
-        if floor + floors > self.capacity and not wish.held:
+        is_back = engine in self._accounts or engine in self._expected or wish.held or limit
+        if floor + floors > self.capacity and not is_back:
             raise ValueError(f"a floor of {floor} bytes, beside {floors} of others, where {self.capacity} are shared")
-        self._expected.discard(engine)
-        before = self._accounts.get(engine)
-        revision = before.revision + 1 if before else 1
-        self._accounts[engine] = account = _Account(wish, limit=max(wish.held, limit), revision=revision)
-        return GivenLimit(account.revision, account.limit)
+        num_segments, most = min(wish.ceiling, self.capacity) // wish.segment_bytes, MOST_SEGMENTS_EACH
+        if num_segments > most:
+            raise ValueError(f"{num_segments} segments of {wish.segment_bytes} bytes, where {most} are the most")
 
     def report(self, engine: str, wish: Wish, revision: int, now_s: float) -> None:
         """What an engine has and asks for, said after it had seen the limit of that revision."""
@@ -116,7 +147,7 @@ class SharingLedger:
         while account.needs and account.needs[-1][1] <= wish.need:
             account.needs.pop()
         account.needs.append((now_s, wish.need))
-        account.wish = wish
+        account.wish, account.has_reported = wish, True
         account.unseen = {told: limit for told, limit in account.unseen.items() if told >= revision}
 
     def leave(self, engine: str) -> None:
@@ -124,12 +155,14 @@ class SharingLedger:
         self._accounts.pop(engine, None)
         self._expected.discard(engine)
 
-    def lower_capacity(self, num_bytes: int) -> None:
-        """Somebody else has taken so much of the memory."""
-        self.capacity = max(self.capacity - num_bytes, 0)
+    def lower_capacity(self, num_bytes: int, now_s: float) -> None:
+        """Somebody else has taken so much of the memory; it is missing for :data:`MISSING_FOR_S`."""
+        self._missing.append((now_s + MISSING_FOR_S, min(num_bytes, self.capacity)))
 
     def settle(self, now_s: float) -> dict[str, GivenLimit]:
         """Bring limits closer to what each engine should have; those that changed."""
+        while self._missing and self._missing[0][0] <= now_s:
+            self._missing.popleft()
         wishes = {engine: replace(a.wish, need=_lasting_need(a, now_s)) for engine, a in self._accounts.items()}
         goals = divide(wishes, self.capacity)
         before = self.limits
@@ -152,8 +185,9 @@ class SharingLedger:
             assert all(told < account.revision for told in account.unseen)
 
     def _lower(self, goals: Mapping[str, int], now_s: float) -> None:
+        is_over = self.committed > self.capacity
         for engine, account in self._accounts.items():
-            if goals[engine] < account.limit:
+            if goals[engine] < account.limit and (account.has_reported or is_over):
                 self._tell(account, goals[engine])
                 self._last_lowered_s = now_s
 
@@ -170,6 +204,10 @@ class SharingLedger:
                 left -= account.committed - committed
 
     def _tell(self, account: _Account, limit: int) -> None:
+        for told in reversed([*account.unseen]):
+            if account.unseen[told] > account.limit:
+                break
+            del account.unseen[told]
         account.unseen[account.revision] = account.limit
         account.revision += 1
         account.limit = limit

@@ -44,21 +44,20 @@ class ElasticMmapArena(MmapArena):
         self._num_mapped = num_mapped
         self._has_huge_pages = piece_bytes % HUGE_PAGE_BYTES == 0 and geometry.layer_bytes % HUGE_PAGE_BYTES == 0
         super().__init__(geometry, alignment_bytes=HUGE_PAGE_BYTES)
-        self._leaving: dict[int, Event] = {}
+        self._unprepared: set[int] = set()
         self._thread = _UnmapThread(geometry, layout)
         weakref.finalize(self, self._thread.orders.put, None)
 
     def prepare_map(self, segments: Sequence[int]) -> Event:
-        leaving = [self._leaving.pop(segment) for segment in segments if segment in self._leaving]
-        return self._thread.submit(self._tensor, (), leaving)
+        self._unprepared.difference_update(segments)
+        return self._thread.submit(_Order(self._tensor, segments))
 
     def map(self, segments: Sequence[int]) -> None:
-        assert not any(segment in self._leaving for segment in segments), "not prepared"
+        assert self._unprepared.isdisjoint(segments), "not prepared"
 
     def unmap(self, segments: Sequence[int], *, after: Sequence[Event] = ()) -> Event:
-        event = self._thread.submit(self._tensor, segments, after)
-        self._leaving.update(dict.fromkeys(segments, event))
-        return event
+        self._unprepared.update(segments)
+        return self._thread.submit(_Order(self._tensor, segments, after, gives_back=True))
 
     def _touch(self) -> None:
         if not self._has_huge_pages:
@@ -74,34 +73,50 @@ class _Order:
 
     tensor: torch.Tensor
     segments: Sequence[int]
-    after: Sequence[Event]
+    after: Sequence[Event] = ()
+    gives_back: bool = False
     event: CopyEvent = field(default_factory=CopyEvent)
 
 
 class _UnmapThread(threading.Thread):
-    """Gives segments back, one order after the other. It ends with its arena."""
+    """Gives segments back, one order after the other, so what was ordered before has been done. Ends with its arena."""
 
     def __init__(self, geometry: KVGeometry, layout: SegmentLayout) -> None:
         super().__init__(name="layerkv-segments", daemon=True)
         self.orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._geometry, self._layout = geometry, layout
+        self._spoilt: dict[int, LostCopyError | MemoryError] = {}  # what may still be written, or has old bytes
         self.start()
 
-    def submit(self, tensor: torch.Tensor, segments: Sequence[int], after: Sequence[Event]) -> CopyEvent:
-        order = _Order(tensor, segments, after)
+    def submit(self, order: _Order) -> CopyEvent:
         self.orders.put(order)
         return order.event
 
     def run(self) -> None:
         while (order := self.orders.get()) is not None:
             try:
-                self._await(order.after)
-                self._give_back(order.tensor.data_ptr(), order.segments)
+                self._carry_out(order)
             except BaseException as error:  # the edge of this thread: whoever waits must hear of it
                 order.event.end(error)
             else:
                 order.event.end()
             del order
+
+    def _carry_out(self, order: _Order) -> None:
+        for segment in order.segments:
+            spoilt = self._spoilt.get(segment)
+            if isinstance(spoilt, LostCopyError) or (spoilt is not None and not order.gives_back):
+                raise spoilt
+        if not order.gives_back:
+            return
+        try:
+            self._await(order.after)
+            self._give_back(order.tensor.data_ptr(), order.segments)
+        except (LostCopyError, MemoryError) as error:
+            self._spoilt.update(dict.fromkeys(order.segments, error))
+            raise
+        for segment in order.segments:
+            self._spoilt.pop(segment, None)
 
     def _await(self, events: Sequence[Event]) -> None:
         for event in events:

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from mmap import mmap
 from pathlib import Path
 
+from layerkv.broker.client import BrokerClient, Introduction
 from layerkv.broker.messages import VERSION, Hello, Limit, State, Terms, Usage, encode, from_broker
+from layerkv.broker.server import Broker
 
 SEGMENT = 10
 SLOT = struct.Struct("q")
@@ -84,3 +86,25 @@ def quiet_engine(path: Path, engine: str) -> None:
     connection = connect(path)
     connection.send(encode(hello(engine)))
     time.sleep(600)
+
+
+def talking_engine(path: Path, engine: str, held: mmap, slot: int) -> None:
+    """As greedy as that, by way of the client that real engines have."""
+    rng = random.Random(f"{engine} {slot}")
+    terms = Terms(segment_bytes=SEGMENT, floor=0, ceiling=1000)
+    client = BrokerClient(path, Introduction(engine, "a model", (os.getpid(),), 1, {"device": terms}))
+    while True:
+        need = SEGMENT * rng.randint(0, 40)
+        client.ask(need=need, like=need, can_leave=need, token_rate=1.0)
+        goal = min(need, client.limit())
+        if goal < client.held():  # first given back, then said
+            held[slot * SLOT.size : (slot + 1) * SLOT.size] = SLOT.pack(goal)
+        if client.try_hold(goal):
+            held[slot * SLOT.size : (slot + 1) * SLOT.size] = SLOT.pack(goal)
+        time.sleep(rng.random() * 0.02)
+
+
+def lone_broker(path: Path, capacity: int) -> None:
+    """A broker that is killed with its process."""
+    broker = Broker(path, capacity)
+    broker.run(lambda: False)

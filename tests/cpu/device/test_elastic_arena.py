@@ -124,6 +124,9 @@ def test_a_copy_that_is_lost_may_still_write_so_its_segment_is_not_given_back() 
     assert ended(event)
     assert isinstance(event.error, LostCopyError)
     assert (pieces(arena)[:, 2] == 7).all()
+    for event in (arena.prepare_map([1, 2]), arena.unmap([2]), arena.prepare_map([2])):
+        assert ended(event), "however often it is asked"
+        assert isinstance(event.error, LostCopyError)
 
 
 def test_memory_that_could_not_be_given_back_is_not_mapped_again_with_old_bytes_in_it(
@@ -133,11 +136,16 @@ def test_memory_that_could_not_be_given_back_is_not_mapped_again_with_old_bytes_
         raise MemoryError("no")
 
     arena = make_arena(SMALL)
-    monkeypatch.setattr(libc, "give_back", refuse)
+    pieces(arena)[:] = 7
+    with monkeypatch.context() as patch:
+        patch.setattr(libc, "give_back", refuse)
+        arena.unmap([1])
+        for again in (arena.prepare_map([1]), arena.prepare_map([1])):
+            assert ended(again)
+            assert isinstance(again.error, MemoryError)
     arena.unmap([1])
-    again = arena.prepare_map([1])
-    assert ended(again)
-    assert isinstance(again.error, MemoryError)
+    map_now(arena, 1)
+    assert not pieces(arena)[:, 1].any(), "the second try gave it back"
 
 
 def test_memory_stays_until_the_last_order_about_it_is_carried_out() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,9 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from layerkv.broker import client
+from layerkv.broker import client, sockets
 from layerkv.broker.client import BrokerClient, Introduction
-from layerkv.broker.messages import Terms
+from layerkv.broker.messages import (
+    MOST_BYTES,
+    Failed,
+    FromEngine,
+    Hello,
+    Limit,
+    State,
+    Terms,
+    encode,
+    from_engine,
+)
 from layerkv.broker.server import Broker
 from layerkv.errors import BrokerError
 
@@ -128,3 +139,112 @@ def test_memory_that_was_not_there_is_missing_for_all(path: Path) -> None:
         engine.wait_for(20, WAIT_S)
         engine.could_not_get(30)
         wait_until(lambda: broker.ledgers["device"].capacity == 70)
+
+
+@contextmanager
+def deaf_broker(path: Path, engine: str = "a") -> Iterator[tuple[BrokerClient, socket.socket]]:
+    """An engine, and its connection to a broker that has said one limit and reads nothing of itself."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        with connected(path, engine) as client, listener.accept()[0] as connection:
+            connection.settimeout(WAIT_S)
+            connection.send(encode(Limit(resource="device", revision=1, num_bytes=10)))
+            yield client, connection
+
+
+def test_a_broker_that_reads_nothing_for_long_hears_the_last_word(path: Path) -> None:
+    with deaf_broker(path) as (engine, connection):
+        engine.wait_for(10, WAIT_S)
+        need, pause = 0, threading.Event()
+
+        def is_stuck() -> bool:
+            return all(engine._has_news and not pause.wait(0.002) for _ in range(100))
+
+        while not is_stuck():
+            need += 1
+            engine.ask(need=need, like=0)
+            assert need < 20000, "the connection has no end"
+        engine.could_not_get(7)
+        engine.ask(need=2 * need, like=0)
+        said: list[FromEngine] = []
+        while not (said and isinstance(said[-1], State) and said[-1].device.need == 2 * need):
+            said.append(from_engine(connection.recv(MOST_BYTES)))
+        assert isinstance(said[0], Hello)
+        assert Failed(resource="device", num_bytes=7) in said
+        assert len(said) > 100, "it was full"
+        assert engine.is_connected
+
+
+def test_memory_that_was_not_there_is_said_to_the_next_broker(path: Path) -> None:
+    with deaf_broker(path) as (engine, connection):
+        engine.wait_for(10, WAIT_S)
+        wait_until(lambda: not engine._has_news)
+        connection.close()
+        wait_until(lambda: not engine.is_connected)
+        engine.could_not_get(7)
+        path.unlink()
+        with running(path) as broker:
+            wait_until(lambda: broker.ledgers["device"].capacity == 93)
+
+
+def test_what_is_closed_touches_no_file_that_has_its_number_now(path: Path) -> None:
+    with connected(path) as engine:
+        bell = engine._bell
+        engine.close()
+        others = [os.eventfd(0, os.EFD_NONBLOCK)]
+        while others[-1] < bell:
+            others.append(os.eventfd(0, os.EFD_NONBLOCK))
+        assert others[-1] == bell
+        engine.ask(need=30, like=30)
+        engine.could_not_get(5)
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(bell)
+        for other in others:
+            os.close(other)
+        with pytest.raises(BrokerError, match="this side is closed"):
+            engine.wait_for(20, WAIT_S)
+
+
+def test_the_last_word_of_an_engine_that_closes_is_heard(path: Path) -> None:
+    with running(path) as broker:
+        with connected(path) as engine:
+            engine.wait_for(20, WAIT_S)
+            engine.try_hold(20)
+            engine.try_hold(10)
+        wait_until(lambda: (wish := broker.ledgers["device"].wish("a")) and wish.held == 10)
+
+
+def test_what_an_engine_makes_is_said_once_for_all_it_asks_for(path: Path) -> None:
+    with deaf_broker(path) as (engine, connection):
+        engine.ask(need=30, like=30, token_rate=50.0, tpot_s=0.1)
+        engine.ask(need=40, like=40, resource="host")
+        while not isinstance(message := from_engine(connection.recv(MOST_BYTES)), State) or message.host is None:
+            pass
+        while message.host.need != 40:
+            message = from_engine(connection.recv(MOST_BYTES))
+            assert isinstance(message, State)
+            assert message.host is not None
+        assert (message.token_rate, message.tpot_s) == (50.0, 0.1)
+
+
+def test_a_broker_of_somebody_else_is_told_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sockets, "peer", lambda _: (1, 12345))
+    with running(path) as broker, connected(path):
+        wait_until(lambda: "user 12345 runs it" in caplog.text)
+        assert broker.ledgers["device"].limits == {}
+
+
+def test_an_engine_that_says_what_is_refused_says_so_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client, "FIRST_RETRY_S", 0.01)
+    monkeypatch.setattr(client, "LAST_RETRY_S", 0.01)
+    caplog.set_level(logging.WARNING, client.__name__)
+    with running(path) as broker, connected(path) as engine:
+        engine.wait_for(20, WAIT_S)
+        engine.ask(need=30, like=30, token_rate=float("inf"))
+        wait_until(lambda: (limit := broker.ledgers["device"].limit("a")) and limit.revision > 6)
+        assert [record.levelname for record in caplog.records] == ["WARNING"]

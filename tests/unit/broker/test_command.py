@@ -30,7 +30,31 @@ def test_the_command_serves_until_a_signal_ends_it(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_it_serves_on_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    path = tmp_path / "broker.sock"
+    program = [sys.executable, "-c", "import sys; from layerkv.cli import main; sys.exit(main(sys.argv[1:]))"]
+    arguments = ["broker", "--socket", str(path), "--capacity", "4GiB"]
+    with subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with connect(path) as connection:
+            connection.settimeout(60)
+            connection.send(encode(hello("a", title="a \x1b[31mtitle\nof two lines")))
+            connection.recv(4096)
+            assert process.stdout.readline() == "a (a ?[31mtitle?of two lines): here with 1 processes\n"
+        process.stdout.close()
+        for engine in "bcd":
+            with connect(path) as connection:
+                connection.settimeout(60)
+                connection.send(encode(hello(engine)))
+                assert isinstance(from_broker(connection.recv(4096)), Limit)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize(("flag", "others"), [("--capacity", []), ("--host-capacity", ["--capacity", "1GiB"])])
 def test_a_wrong_size_is_named(flag: str, others: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["broker", *others, flag, "4 gigs"]) == 2
     assert f"{flag}: found '4 gigs' with the unknown unit" in capsys.readouterr().err
+    assert main(["broker", *others, flag, "0GiB"]) == 2
+    assert f"{flag}: found '0GiB'; expected more than nothing" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 
@@ -66,6 +68,10 @@ def changed(message: object, **fields: object) -> bytes:
         changed(hello("a", 1), pids=[]),
         changed(hello("a", 1), pids=[0]),
         changed(hello("a", 1), weight=0),
+        changed(hello("a", 1), weight=math.inf),
+        changed(State(device=USAGE), token_rate=math.inf),
+        changed(State(device=USAGE), token_rate=math.nan),
+        changed(State(device=USAGE), tpot_s=math.nan),
         changed(hello("a", 1), token_bytes=1 << 61),
         changed(State(device=USAGE), tpot_s=0),
         changed(State(device=USAGE), token_rate=-1),

@@ -4,8 +4,9 @@ import os
 import random
 import socket
 import stat
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from mmap import mmap
 from pathlib import Path
 
@@ -15,8 +16,21 @@ import pytest
 from layerkv.broker import server
 from layerkv.broker.messages import MOST_BYTES, Bye, Failed, FromBroker, Limit, State, Terms, Usage, encode, from_broker
 from layerkv.broker.server import Broker
+from layerkv.broker.watch import read_roster
+from layerkv.core.sharing_ledger import GivenLimit
 from layerkv.errors import BrokerError
-from tests.fakes.forked_engine import SLOT, connect, fork, forked, greedy_engine, hello, quiet_engine
+from layerkv.runtime import start_ticks
+from tests.fakes.forked_engine import (
+    SLOT,
+    connect,
+    fork,
+    forked,
+    greedy_engine,
+    hello,
+    lone_broker,
+    quiet_engine,
+    talking_engine,
+)
 
 
 @pytest.fixture
@@ -84,8 +98,8 @@ def test_an_engine_is_given_its_floor_and_then_what_it_needs(broker: Broker, pat
 
 def test_only_its_user_may_speak_to_it(broker: Broker, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    for peer, reason in (((os.getpid(), 12345, 0), "and not 12345"), ((0, os.getuid(), 0), "another PID namespace")):
-        monkeypatch.setattr(server, "_peer", lambda _, peer=peer: peer)
+    for peer, reason in (((os.getpid(), 12345), "and not 12345"), ((0, os.getuid()), "another PID namespace")):
+        monkeypatch.setattr(server, "peer", lambda _, peer=peer: peer)
         with connect(path) as connection:
             message = heard(broker, connection)
             assert isinstance(message, Bye)
@@ -190,6 +204,147 @@ def test_an_engine_that_has_ended_before_its_hello_is_read_is_nobody(broker: Bro
     assert broker.ledgers["device"].limits == {}
 
 
+def test_a_process_that_cannot_be_watched_ends_one_connection(broker: Broker) -> None:
+    """A thread's number; the kernel says the same way that there are no descriptors left."""
+    is_over = threading.Event()
+    thread = threading.Thread(target=is_over.wait)
+    thread.start()
+    num_open = len(os.listdir("/proc/self/fd"))
+    try:
+        assert thread.native_id is not None
+        reason = refusal(broker, encode(hello("a", os.getpid(), thread.native_id)))
+    finally:
+        is_over.set()
+        thread.join()
+    assert f"process {thread.native_id} cannot be watched" in reason
+    assert broker.ledgers["device"].limits == {}
+    step_until(broker, lambda: len(os.listdir("/proc/self/fd")) == num_open)
+
+
+def test_an_engine_of_tiny_segments_keeps_nobody_waiting(path: Path) -> None:
+    broker = Broker(path, 1 << 40)
+    tiny = Terms(segment_bytes=1, floor=0, ceiling=1 << 60)
+    assert "segments of 1 bytes, where 4096 are the most" in refusal(broker, encode(hello("a", device=tiny)))
+    broker.close()
+
+
+def test_an_engine_that_reads_nothing_is_let_go_and_others_are_served(broker: Broker, path: Path) -> None:
+    with forked(quiet_engine, path, "silent"), connect(path) as connection:
+        step_until(broker, lambda: "silent" in broker._connections)
+        for revision in range(2000):
+            broker._tell("silent", "device", GivenLimit(revision, 0))
+        assert "silent" not in broker._connections
+        assert "silent" in broker.ledgers["device"].limits, "it holds what it holds"
+        connection.send(encode(hello("a")))
+        assert isinstance(heard(broker, connection), Limit)
+
+
+def test_a_hello_that_is_refused_changes_nothing(broker: Broker, path: Path) -> None:
+    terms = Terms(segment_bytes=10, floor=20, ceiling=100)
+    with connect(path) as connection:
+        connection.send(encode(hello("a", device=terms)))
+        step_until(broker, lambda: broker.ledgers["device"].limits == {"a": 20})
+    ledgers = {name: ledger.limit("a") for name, ledger in broker.ledgers.items()}
+    wrong = Terms(segment_bytes=10, floor=20, ceiling=10)
+    assert "below the floor" in refusal(broker, encode(hello("a", device=terms, host=wrong)))
+    assert {name: ledger.limit("a") for name, ledger in broker.ledgers.items()} == ledgers
+
+
+def test_of_two_engines_with_one_name_the_first_stays(broker: Broker, path: Path) -> None:
+    """Both may take what the one was given."""
+    with connect(path) as connection:
+        connection.send(encode(hello("a", device=Terms(segment_bytes=10, floor=20, ceiling=100))))
+        step_until(broker, lambda: broker.ledgers["device"].limits == {"a": 20})
+        assert refusal(broker, encode(hello("a"))) == "an engine named a is connected already"
+        assert broker.ledgers["device"].limits == {"a": 20}
+
+
+def test_an_engine_that_comes_back_and_names_fewer_processes_holds_until_the_last_has_ended(
+    broker: Broker, path: Path
+) -> None:
+    with forked(time.sleep, 600) as worker:
+        with connect(path) as connection:
+            connection.send(encode(hello("a", os.getpid(), worker)))
+            step_until(broker, lambda: "a" in broker._connections)
+        reader, writer = os.pipe()
+
+        def engine() -> None:
+            with connect(path) as mine:
+                mine.send(encode(hello("b", os.getpid(), worker)))
+                os.read(reader, 1)
+            with connect(path) as mine:
+                mine.send(encode(hello("b")))
+                os.read(reader, 1)
+
+        with forked(engine) as front:
+            step_until(broker, lambda: "b" in broker._connections)
+            first = broker._connections["b"]
+            os.write(writer, b"x")
+            step_until(broker, lambda: broker._connections.get("b") not in (None, first))
+            os.kill(front, 9)
+            os.waitpid(front, 0)
+            for _ in range(5):
+                broker.step(0.01)
+            assert "b" in broker.ledgers["device"].limits
+        os.kill(worker, 9)
+        step_until(broker, lambda: "b" not in broker.ledgers["device"].limits)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"format":1,"boot":"x","engi', '{"format":0,"boot":"x","engines":[]}'],
+    ids=["empty", "half", "format"],
+)
+def test_a_broker_that_cannot_know_who_has_memory_does_not_start(path: Path, text: str) -> None:
+    state = path.with_name(path.name + ".state")
+    state.write_text(text)
+    for _ in range(2):
+        with pytest.raises(BrokerError, match=r"\.state says which engines have memory, and cannot be read"):
+            Broker(path, 1)
+    state.unlink()
+    state.symlink_to("/dev/null")
+    with pytest.raises(BrokerError, match="cannot be read"):
+        Broker(path, 1)
+
+
+def test_processes_of_before_the_machine_started_have_ended(path: Path) -> None:
+    mine = f"[{os.getpid()},{start_ticks(os.getpid())}]"
+    path.with_name(path.name + ".state").write_text(
+        f'{{"format":1,"boot":"an earlier one","engines":[{{"engine":"a","processes":[{mine}]}}]}}'
+    )
+    broker = Broker(path, 100)
+    assert list(broker._members) == []
+    broker.close()
+
+
+def test_an_engine_that_cannot_be_written_down_is_refused_and_nobody_else(broker: Broker, path: Path) -> None:
+    with forked(quiet_engine, path, "other") as other:
+        step_until(broker, lambda: "other" in broker.ledgers["device"].limits)
+        path.with_name(path.name + ".state.new").mkdir()
+        assert "cannot write it down" in refusal(broker, encode(hello("a")))
+        assert broker.ledgers["device"].limits.keys() == {"other"}
+        os.kill(other, 9)
+        step_until(broker, lambda: not broker.ledgers["device"].limits)
+
+
+def test_what_is_no_socket_stays(path: Path) -> None:
+    path.write_text("a letter")
+    with pytest.raises(BrokerError, match="there is something that is no socket; set --socket"):
+        Broker(path, 1)
+    assert path.read_text() == "a letter"
+    path.unlink()
+    Broker(path, 1).close()
+    assert stat.S_IMODE(path.with_name(path.name + ".lock").stat().st_mode) == 0o600
+
+
+def test_a_folder_that_others_may_change_is_no_place_for_a_broker(path: Path) -> None:
+    path.parent.chmod(0o777)
+    with pytest.raises(BrokerError, match="other users may change that folder; set --socket"):
+        Broker(path, 1)
+    path.parent.chmod(0o1777)
+    Broker(path, 1).close()
+
+
 @pytest.mark.slow
 def test_a_thousand_engines_are_killed_and_nothing_is_held_twice_or_lost(path: Path) -> None:
     """Real processes, that hold whatever they may at once; each is killed at any moment."""
@@ -230,3 +385,50 @@ def test_a_thousand_engines_are_killed_and_nothing_is_held_twice_or_lost(path: P
             os.kill(pid, 9)
             os.waitpid(pid, 0)
         broker.close()
+
+
+@pytest.mark.slow
+def test_brokers_and_engines_are_killed_and_nothing_is_held_twice(path: Path) -> None:
+    """Real engines' clients, that come back to one broker after the other."""
+    rng, capacity, slots, total = random.Random(0), 1000, 12, 200
+    held = mmap(-1, slots * SLOT.size)
+    living: dict[int, int] = {}  # slot -> process
+    num_started = num_brokers = num_full = 0
+    broker = fork(lone_broker, path, capacity)
+    try:
+        while num_started < total:
+            for slot in set(range(slots)) - living.keys():
+                living[slot] = fork(talking_engine, path, f"engine {num_started}", held, slot)
+                num_started += 1
+            for _ in range(rng.randint(20, 100)):
+                time.sleep(0.002)
+                all_held = sum(SLOT.unpack_from(held, slot * SLOT.size)[0] for slot in range(slots))
+                assert all_held <= capacity
+                num_full += all_held > capacity / 2
+            for slot in rng.sample(sorted(living), rng.randint(0, 4)):
+                os.kill(living[slot], 9)
+                os.waitpid(living.pop(slot), 0)
+                held[slot * SLOT.size : (slot + 1) * SLOT.size] = bytes(SLOT.size)
+            if rng.random() < 0.2:
+                os.kill(broker, 9)
+                os.waitpid(broker, 0)
+                broker = fork(lone_broker, path, capacity)
+                num_brokers += 1
+        assert num_brokers > 10
+        end = time.monotonic() + 60
+        while not _all_are_back(path, living.values()):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert num_full > 100, "they did use it"
+    finally:
+        for pid in [broker, *living.values()]:
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+
+
+def _all_are_back(path: Path, pids: Collection[int]) -> bool:
+    try:
+        engines = read_roster(path, 60).engines
+    except BrokerError:
+        return False
+    return sorted(pids) == sorted(pid for engine in engines if engine.is_connected for pid in engine.pids)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from layerkv.core.sharing import Wish, divide
-from layerkv.core.sharing_ledger import LOWER_EVERY_S, NEED_MEMORY_S, GivenLimit, SharingLedger
+from layerkv.core.sharing_ledger import LOWER_EVERY_S, MISSING_FOR_S, NEED_MEMORY_S, GivenLimit, SharingLedger
 
 
 def wish(need: int, *, held: int = 0, floor: int = 0, **others: Any) -> Wish:
@@ -87,13 +87,27 @@ def test_a_ledger_that_begins_anew_raises_nothing_until_all_are_back_or_gone() -
     assert {engine: limit.num_bytes for engine, limit in ledger.settle(2).items()} == {"a": 9, "b": 3}
 
 
+def test_who_comes_back_keeps_its_limit_until_it_has_said_what_it_asks_for() -> None:
+    """Else a broker that starts again takes memory from all, and gives it back a moment later."""
+    ledger = SharingLedger(20)
+    ledger.join("a", wish(2, held=2), limit=15)
+    ledger.join("b", wish(5, held=1), limit=1)
+    assert {engine: limit.num_bytes for engine, limit in ledger.settle(9).items()} == {"b": 5}
+    ledger.report("a", wish(9, held=2), 1, 9.1)
+    assert ledger.settle(9.1)["a"].num_bytes == 9
+
+
 def test_memory_that_somebody_else_has_taken_is_missing_at_once() -> None:
     ledger = two_engines()
     ledger.settle(2)
-    ledger.lower_capacity(8)
+    ledger.lower_capacity(8, 2.0)
     assert ledger.settle(2.01)["a"].num_bytes == 7
-    ledger.lower_capacity(99)
+    ledger.lower_capacity(99, 3.0)
     assert ledger.capacity == 0
+    ledger.settle(2 + MISSING_FOR_S)
+    assert ledger.capacity == 8
+    ledger.settle(3 + MISSING_FOR_S)
+    assert ledger.capacity == 20, "whoever took it may be gone"
 
 
 def test_what_can_never_be_kept_is_refused() -> None:
@@ -104,6 +118,31 @@ def test_what_can_never_be_kept_is_refused() -> None:
     with pytest.raises(ValueError, match="a ceiling of 10 bytes, which in whole segments is below the floor of 9"):
         ledger.join("b", Wish(8, floor=9, ceiling=10))
     assert ledger.limits == {"a": 0}
+
+
+def test_who_comes_back_is_not_refused_for_floors_that_no_longer_fit() -> None:
+    ledger = SharingLedger(20)
+    ledger.join("a", wish(5, floor=15))
+    ledger.settle(0)
+    ledger.lower_capacity(10, 0.0)
+    assert ledger.join("a", wish(0, floor=15), limit=5).num_bytes == 5
+    again = SharingLedger(10)
+    again.expect("a")
+    again.join("a", wish(0, floor=15), limit=5)
+    with pytest.raises(ValueError, match="beside 15 of others"):
+        again.join("new", wish(0, floor=1))
+
+
+def test_an_engine_that_hears_nothing_costs_no_more_with_time() -> None:
+    ledger = SharingLedger(20)
+    first = ledger.join("deaf", wish(20))
+    for at_s in range(0, 4000, 4):
+        ledger.settle(at_s)
+        ledger.report("deaf", wish(20 if at_s % 8 else 7, held=5), first.revision, at_s + 1)
+        ledger.check()
+    assert ledger.limit("deaf").revision > 900  # type: ignore[union-attr]
+    assert ledger.committed == 20
+    assert len(ledger._accounts["deaf"].unseen) <= 2
 
 
 @dataclass
