@@ -170,6 +170,8 @@ class Draft:
 
     def has_slot(self, claim: Claim) -> bool:
         """Whether there is a slot for it, or somebody lends one."""
+        if self.slots > 0 and not self.now.s.load.num_paused:  # asked for each claim
+            return True
         return self.now.free_slots(self, claim) > 0 or self._lender(claim) is not None
 
     def holds_slot(self, r: ResidentRequest) -> bool:
@@ -210,6 +212,9 @@ class Draft:
 
     def fits_pool(self, claim: Claim) -> bool:
         """Whether there are blocks for it now, and will be for as long as the policy looks ahead."""
+        lines = self.now.s.lines
+        if self.headroom + (0 if lines.hits else claim.num_blocks) > self.pool:  # asked for each claim
+            return False
         return self.now.has_room(self, claim)
 
     @property
