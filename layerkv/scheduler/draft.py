@@ -5,7 +5,7 @@ The only place where either changes. Rules ask, and speak in verbs; each verb ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from layerkv.scheduler.forecast import Forecast
@@ -229,6 +229,13 @@ class Draft:
                 self._forecast.add(pool_blocks(s, claim), claim.tokens_left)
         return self._forecast
 
+    def fits_nobody(self, claims: Sequence[Claim]) -> bool:
+        """Whether it is plain that each of these finds a slot, and none of them room: mostly so with a full pool."""
+        s = self.now.s
+        if not claims or s.lines.hits or s.load.num_paused or self.slots <= 0:
+            return False
+        return min([claim.num_blocks for claim in claims]) + self.headroom > self.pool
+
     def has_link(self, claim: Claim) -> bool:
         """Whether a claim's blocks need not be loaded, or the link has time for that soon."""
         if not isinstance(claim, ParkedRequest) or self.loads_s <= 0:
@@ -289,6 +296,14 @@ class Draft:
     def wait_too(self, claim: Claim, reason: Reason) -> None:
         """It waits for this, if nothing else has been said."""
         self.waits.setdefault(claim.request_id, reason)
+
+    def wait_for_pool(self, claims: Sequence[Claim], next_in_pool: Collection[str]) -> None:
+        """All of these wait for room in the pool, or behind the first of them if nobody passes that."""
+        first = claims[0]
+        is_next = self.block(first) and first.request_id in next_in_pool
+        self.waits.update(dict.fromkeys([claim.request_id for claim in claims], Reason.POOL_FULL))
+        if is_next:
+            self.waits.update(dict.fromkeys([claim.request_id for claim in claims[1:]], Reason.BEHIND_OVERDUE))
 
     def block(self, claim: Claim) -> bool:
         """The pool has no room for it; whether it is the first such claim, for which room may be made."""

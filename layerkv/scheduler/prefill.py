@@ -138,10 +138,10 @@ def late_prompts(
     if s.cost is not None:
         # decodes take their share of every step, so a prompt's prefill takes longer than its own work
         tokens = max(prefill_tokens, ROUND_TOKENS)
-        alone_s = s.cost.prefill_s(tokens)
-        stretch = step_seconds(s, s.cost, tokens) / alone_s * s.cost.prefill_factor if alone_s > 0 else 0.0
+        alone_s, step_s = s.cost.prefill_s(tokens), step_seconds(s, s.cost, tokens)
+        stretch = step_s / alone_s * s.cost.prefill_factor if alone_s > 0 else 0.0
         # prompts under way, as so many steps of the full budget
-        end_s += step_seconds(s, s.cost, tokens) * s.load.prefilling_tokens / tokens
+        end_s += step_s * s.load.prefilling_tokens / tokens
     on_time: list[tuple[float, str, float]] = []
     rank = waiting[0].rank if waiting else 0
     for w in waiting:
