@@ -44,8 +44,11 @@ class Curve:
         """The value at ``x``; before the first point the first slope holds, behind the last one the last."""
         if not self._slopes:
             return 0.0
-        at = min(max(bisect_right(self._xs, x) - 1, 0), len(self._slopes) - 1)
-        return max(self._ys[at] + self._slopes[at] * (x - self._xs[at]), 0.0)
+        at, last = bisect_right(self._xs, x) - 1, len(self._slopes) - 1
+        # asked many times for each decision: no calls
+        at = 0 if at < 0 else last if at > last else at
+        y = self._ys[at] + self._slopes[at] * (x - self._xs[at])
+        return y if y > 0.0 else 0.0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Curve) and self.points == other.points

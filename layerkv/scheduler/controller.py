@@ -106,6 +106,7 @@ class Controller(RequestBooks):
         *,
         is_startable: Callable[[WaitingRequest], bool] | None = None,
         is_fetchable: Callable[[ParkedRequest], bool] | None = None,
+        stays_fetchable: bool = False,
         hits: Callable[[Sequence[WaitingRequest]], Mapping[str, PrefixHit]] | None = None,
     ) -> tuple[Snapshot, Decision]:
         """What to do before the next step, and what that was decided from.
@@ -115,9 +116,10 @@ class Controller(RequestBooks):
             now_s: Current time.
             is_startable: Whether the engine could start a waiting request now.
             is_fetchable: Whether it could resume a parked one.
+            stays_fetchable: Whether one that it could resume can be for as long as it is parked.
             hits: Looks up prefix-cache hits of the first waiting requests. Not asked while none of them could start.
         """
-        snapshot = self.snapshot(engine, now_s, is_startable, is_fetchable, hits)
+        snapshot = self.snapshot(engine, now_s, is_startable, is_fetchable, hits, stays_fetchable=stays_fetchable)
         decision = decide(snapshot, self._limits)
         self._last_decided = snapshot, decision.prefill_tokens
         self.waits = decision.waits
@@ -143,13 +145,15 @@ class Controller(RequestBooks):
         is_startable: Callable[[WaitingRequest], bool] | None = None,
         is_fetchable: Callable[[ParkedRequest], bool] | None = None,
         hits: Callable[[Sequence[WaitingRequest]], Mapping[str, PrefixHit]] | None = None,
+        *,
+        stays_fetchable: bool = False,
     ) -> Snapshot:
         """The engine before a step, as the policy sees it; arguments as for :meth:`decide`.
 
         Renews predictions of lengths that are due, and remembers for later calls how long a bare step takes now.
         """
         self.catch_up()
-        policy = self.policy
+        policy, scan_parked = self.policy, self._limits.scan_parked
         waiting = [] if engine.is_paused else self.waiting.head(self._limits.scan, now_s, is_startable)
         load, under_way_s = look(self, engine, now_s, self._limits.look_steps)
         self.line.look(now_s, under_way_s)
@@ -162,8 +166,8 @@ class Controller(RequestBooks):
             load = load._replace(decode_slack_s=math.inf)
         lines = Lines(
             waiting=waiting,
-            parked=self.parked.head(self._limits.scan_parked, now_s, is_fetchable),
-            parked_long=self.parked_long.head(self._limits.scan_parked, now_s, is_fetchable)
+            parked=self.parked.head(scan_parked, now_s, is_fetchable, stays_ready=stays_fetchable),
+            parked_long=self.parked_long.head(scan_parked, now_s, is_fetchable, stays_ready=stays_fetchable)
             if self.parked_long
             else (),
             hits=hits(waiting) if hits is not None and waiting and may_start(engine, load) else {},

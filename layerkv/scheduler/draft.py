@@ -5,7 +5,7 @@ The only place where either changes. Rules ask, and speak in verbs; each verb ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from layerkv.scheduler.forecast import Forecast
@@ -170,6 +170,8 @@ class Draft:
 
     def has_slot(self, claim: Claim) -> bool:
         """Whether there is a slot for it, or somebody lends one."""
+        if self.slots > 0 and not self.now.s.load.num_paused:  # asked for each claim
+            return True
         return self.now.free_slots(self, claim) > 0 or self._lender(claim) is not None
 
     def holds_slot(self, r: ResidentRequest) -> bool:
@@ -210,6 +212,9 @@ class Draft:
 
     def fits_pool(self, claim: Claim) -> bool:
         """Whether there are blocks for it now, and will be for as long as the policy looks ahead."""
+        lines = self.now.s.lines
+        if self.headroom + (0 if lines.hits else claim.num_blocks) > self.pool:  # asked for each claim
+            return False
         return self.now.has_room(self, claim)
 
     @property
@@ -223,6 +228,13 @@ class Draft:
             for claim in self._entered:
                 self._forecast.add(pool_blocks(s, claim), claim.tokens_left)
         return self._forecast
+
+    def fits_nobody(self, claims: Sequence[Claim]) -> bool:
+        """Whether it is plain that each of these finds a slot, and none of them room: mostly so with a full pool."""
+        s = self.now.s
+        if not claims or s.lines.hits or s.load.num_paused or self.slots <= 0:
+            return False
+        return min([claim.num_blocks for claim in claims]) + self.headroom > self.pool
 
     def has_link(self, claim: Claim) -> bool:
         """Whether a claim's blocks need not be loaded, or the link has time for that soon."""
@@ -284,6 +296,14 @@ class Draft:
     def wait_too(self, claim: Claim, reason: Reason) -> None:
         """It waits for this, if nothing else has been said."""
         self.waits.setdefault(claim.request_id, reason)
+
+    def wait_for_pool(self, claims: Sequence[Claim], next_in_pool: Collection[str]) -> None:
+        """All of these wait for room in the pool, or behind the first of them if nobody passes that."""
+        first = claims[0]
+        is_next = self.block(first) and first.request_id in next_in_pool
+        self.waits.update(dict.fromkeys([claim.request_id for claim in claims], Reason.POOL_FULL))
+        if is_next:
+            self.waits.update(dict.fromkeys([claim.request_id for claim in claims[1:]], Reason.BEHIND_OVERDUE))
 
     def block(self, claim: Claim) -> bool:
         """The pool has no room for it; whether it is the first such claim, for which room may be made."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence, Set
-from functools import cached_property
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, ClassVar
 
 from layerkv.scheduler.lines import Claim, in_order
 from layerkv.scheduler.needs import outgrows_pool, pool_blocks
+from layerkv.scheduler.once import once
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.prefill import late_prompts
 from layerkv.scheduler.running import LAG_SHARE
@@ -65,7 +65,7 @@ class FluidOutlook(Outlook):
 
     most_loads_s: ClassVar[float] = MOST_LOADS_S
 
-    @cached_property
+    @once
     def slack_s(self) -> float:
         """The smallest buffer among readers of streams that flow, with a share of the lag that each may still have.
 
@@ -84,7 +84,7 @@ class FluidOutlook(Outlook):
                 slack_s = min(slack_s, buffer_s + max(lag_s, 0.0) * LAG_SHARE)
         return slack_s
 
-    @cached_property
+    @once
     def prefill_tokens(self) -> int:
         """What the smallest buffer among readers allows, or as much more as keeps prompts on time that can be.
 
@@ -92,12 +92,12 @@ class FluidOutlook(Outlook):
         """
         return self._prefill[0]
 
-    @cached_property
+    @once
     def late(self) -> Set[str]:
         """Prompts that cannot have their first token in time."""
         return self._prefill[1]
 
-    @cached_property
+    @once
     def _prefill(self) -> tuple[int, Set[str]]:
         s, tokens, most = self.s, self.paced_tokens, self.s.most_prefill_tokens
         if tokens >= most:
@@ -111,12 +111,12 @@ class FluidOutlook(Outlook):
             late = at_best if tokens == most else late_prompts(s, s.lines.waiting, tokens)
         return tokens, late
 
-    @cached_property
+    @once
     def next_in_pool(self) -> Set[str]:
         """Who was overtaken too often, and prompts that only the pool takes and whose turn by arrival has come."""
         return self.overdue | self._come_to_their_turn
 
-    @cached_property
+    @once
     def _come_to_their_turn(self) -> Set[str]:
         """Prompts that only the pool can take, and that by arrival would be in it by now.
 
@@ -136,7 +136,7 @@ class FluidOutlook(Outlook):
         in_place = s.lines.gone_blocks + sum([view.num_blocks for view in s.lines.parked]) + s.shape.pool_blocks
         return {w.request_id for w in of_pool if w.ticket_blocks <= in_place}
 
-    @cached_property
+    @once
     def victims(self) -> Sequence[ResidentRequest]:
         """Residents that may be parked, most readily first.
 
@@ -145,12 +145,12 @@ class FluidOutlook(Outlook):
         """
         return [entry[-1][0] for entry in sorted(self._leavers)]
 
-    @cached_property
+    @once
     def turns(self) -> Sequence[Turn]:
         """The victims that have had their slice, in that order."""
         return [entry[-1] for entry in sorted([entry for entry in self._leavers if not entry[1]])]
 
-    @cached_property
+    @once
     def most_spare_s(self) -> tuple[float, float]:
         """What the reader has left at most who would make room for another: of those that flow, and of the others."""
         most = [-math.inf, -math.inf]
@@ -159,7 +159,7 @@ class FluidOutlook(Outlook):
                 most[not flows] = spare_s
         return most[0], most[1]
 
-    @cached_property
+    @once
     def held(self) -> frozenset[str]:
         """Streams that are sacrificed so that the others flow.
 
@@ -173,7 +173,7 @@ class FluidOutlook(Outlook):
         now_s, token_s = s.now_s, max(self.step_s, s.token_s)
         pool = s.shape.pool_blocks * POOL_SHARE
         views: list[ResidentRequest | ParkedRequest] = [*s.load.resident, *s.lines.parked]
-        flowing = [v for v in views if v.dry_s - now_s < HORIZON_S and v.deadline_s >= now_s]
+        flowing = [v for v in views if v.deadline_s >= now_s and v.dry_s - now_s < HORIZON_S]
         if sum([v.num_blocks for v in flowing]) <= pool:
             return frozenset()
         shares = {tpot_s: min(token_s / tpot_s, 1.0) for tpot_s in {v.tpot_s for v in flowing}}  # of their blocks' time
@@ -181,13 +181,15 @@ class FluidOutlook(Outlook):
         if sum(all_needs) <= pool:
             return frozenset()
         flows = sorted(  # buffer, need, need to its end by weight, id
-            (max(v.dry_s - now_s, 0.0), need, need * v.tokens_left / v.weight, v.request_id)
-            for v, need in zip(flowing, all_needs, strict=True)
+            [
+                (v.dry_s - now_s if v.dry_s > now_s else 0.0, need, need * v.tokens_left / v.weight, v.request_id)
+                for v, need in zip(flowing, all_needs, strict=True)
+            ]
         )
         held: set[str] = set()
         heap: list[tuple[float, str, float, float]] = []
         needs = buffered = 0.0  # of those whose readers have run dry by then: their needs, and needs times buffers
-        ends_s = [*(flow[0] for flow in flows[1:]), HORIZON_S]
+        ends_s = [*[flow[0] for flow in flows[1:]], HORIZON_S]
         for (buffer_s, need, to_end, request_id), until_s in zip(flows, ends_s, strict=True):
             needs += need
             buffered += need * buffer_s
@@ -209,7 +211,7 @@ class FluidOutlook(Outlook):
             return True
         return self._at_best[1].get(w.request_id, 0.0) <= START_BY_S
 
-    @cached_property
+    @once
     def _at_best(self) -> tuple[Set[str], dict[str, float]]:
         """With all of the step's tokens: who is late, and by how much the others can be put off."""
         spare_s = dict[str, float]()
@@ -222,7 +224,8 @@ class FluidOutlook(Outlook):
     def due_s(self, claim: Claim) -> float:
         """When a claim must be granted for its reader not to wait."""
         if isinstance(claim, ParkedRequest):
-            return claim.dry_s - self.load_s(claim.num_blocks)
+            first_s, block_s = self._load_line
+            return claim.dry_s - (first_s + block_s * claim.num_blocks)
         cost = self.s.cost
         return claim.deadline_s - (0.0 if cost is None else claim.prefill_cost_s * cost.prefill_factor)
 
@@ -236,7 +239,7 @@ class FluidOutlook(Outlook):
         """See :func:`layerkv.scheduler.slots.lender_to_claim`."""
         return lender_to_claim(self, claim, taken)
 
-    @cached_property
+    @once
     def lenders(self) -> Sequence[Slotted]:
         """Residents that may be paused, most readily first."""
         return lenders(self)
@@ -246,7 +249,7 @@ class FluidOutlook(Outlook):
         first_s, block_s = self._load_line
         return first_s + block_s * num_blocks
 
-    @cached_property
+    @once
     def _leavers(self) -> list[tuple[int, bool, bool, int, float, float, str, Turn]]:
         """In no order; each with what decides its place, and second whether it is within its slice."""
         s, held = self.s, self.held
@@ -276,12 +279,12 @@ class FluidOutlook(Outlook):
             keyed.append((-r.rank, in_slice, not r.is_paused, kind, r.weight, last, r.request_id, turn))
         return keyed
 
-    @cached_property
+    @once
     def _load_line(self) -> tuple[float, float]:
         cost, shape = self.s.cost, self.s.shape
         return (0.0, 0.0) if cost is None else _line(cost.load_s, shape.block_bytes, shape.pool_blocks)
 
-    @cached_property
+    @once
     def _store_line(self) -> tuple[float, float]:
         cost, shape = self.s.cost, self.s.shape
         return (0.0, 0.0) if cost is None else _line(cost.store_s, shape.block_bytes, shape.pool_blocks)

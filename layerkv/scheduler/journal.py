@@ -20,11 +20,13 @@ class Journal:
         """How often each was given; whoever reports them clears this."""
         self._keeps_log = keeps_log
         self._log: list[LogEntry] = []
+        self._said_waits: Mapping[str, Reason] = {}  # all of them said, and nothing since
 
     def write(
         self, now_s: float, request_id: str, event: Event, reason: Reason | None = None, **facts: str | float
     ) -> None:
         """An entry of the log, if one is kept."""
+        self._said_waits = {}
         if self._keeps_log:
             self._log.append(LogEntry(now_s, request_id, event, reason, facts))
 
@@ -41,6 +43,8 @@ class Journal:
     def decided(self, snapshot: Snapshot, decision: Decision, tracked_of: Mapping[str, TrackedRequest]) -> None:
         """Count a decision's reasons, and say who waits for what if that is new."""
         self.count(decision.reasons.values())
+        if decision.waits == self._said_waits:
+            return
         for request_id, reason in decision.waits.items():
             tracked = tracked_of.get(request_id)
             if tracked is not None and tracked.said is not reason:
@@ -56,6 +60,7 @@ class Journal:
                     free_host_blocks=snapshot.engine.free_host_blocks,
                     prefill_tokens=decision.prefill_tokens,
                 )
+        self._said_waits = decision.waits
 
     def take(self) -> list[LogEntry]:
         """Entries since the last call."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from layerkv.core.cost import StepWork
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.lines import Claim, by_rank, in_order
 from layerkv.scheduler.needs import can_ever_layer, outgrows_pool, pool_blocks
+from layerkv.scheduler.once import once
 from layerkv.scheduler.prefill import late_prompts, prefill_budget
 from layerkv.scheduler.snapshot import ResidentRequest, Snapshot, WaitingRequest
 from layerkv.scheduler.victims import by_reluctance
@@ -30,12 +30,12 @@ class Outlook:
     most_loads_s: ClassVar[float] = math.inf
     """Seconds of fetches under way beyond which no further one begins."""
 
-    @cached_property
+    @once
     def prefill_tokens(self) -> int:
         """Most prompt tokens of this step."""
         return self.paced_tokens
 
-    @cached_property
+    @once
     def paced_tokens(self) -> int:
         """Prompt tokens whose step those who wait for its end have time for."""
         limits = self.limits
@@ -46,17 +46,17 @@ class Outlook:
             max_idle_steps=limits.max_idle_steps,
         )
 
-    @cached_property
+    @once
     def slack_s(self) -> float:
         """How long a step may take before the first of those who wait for its end has waited too long."""
         return self.s.load.decode_slack_s
 
-    @cached_property
+    @once
     def late(self) -> Set[str]:
         """Prompts that cannot have their first token in time."""
         return late_prompts(self.s, self.s.lines.waiting, self.prefill_tokens)
 
-    @cached_property
+    @once
     def overdue(self) -> frozenset[str]:
         """Requests that were overtaken so often that nobody of their rank passes them any more."""
         return frozenset(r for r, num in self.s.lines.overtaken.items() if num >= self.limits.max_overtakes)
@@ -66,18 +66,18 @@ class Outlook:
         """Claims that nobody of their rank gets pool blocks before."""
         return self.overdue
 
-    @cached_property
+    @once
     def ranks(self) -> Sequence[tuple[Sequence[Claim], Sequence[WaitingRequest]]]:
         """The line for pool blocks and the line for compute, each in order of turns, for each rank, best first."""
         waiting = self.s.lines.waiting[: self.limits.scan]
         return by_rank(self._claims(waiting), self._prompts(waiting))
 
-    @cached_property
+    @once
     def victims(self) -> Sequence[ResidentRequest]:
         """Residents that may be parked, most readily first."""
         return by_reluctance(self.s, recent_steps=self.limits.min_resident_steps)
 
-    @cached_property
+    @once
     def step_s(self) -> float:
         """Seconds of a step that decodes and computes no prompt. Only with a cost model."""
         assert self.s.cost is not None
@@ -89,7 +89,7 @@ class Outlook:
         """Whether an empty zone and empty host memory would take a prompt. Asked several times for each."""
         return w.request_id in self._layerable
 
-    @cached_property
+    @once
     def _layerable(self) -> frozenset[str]:
         return frozenset(w.request_id for w in self.s.lines.waiting[: self.limits.scan] if can_ever_layer(self.s, w))
 

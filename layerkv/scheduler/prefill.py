@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from heapq import heappop, heappush
 from typing import NamedTuple
 
@@ -31,12 +32,13 @@ def prefill_budget(s: Snapshot, *, slack_s: float, min_tokens: int, max_idle_ste
     most = s.most_prefill_tokens
     if s.cost is None or slack_s == math.inf:
         return most
-    if step_seconds(s, s.cost, most) <= slack_s:
+    seconds = _seconds_by_tokens(s, s.cost)
+    if seconds(most) <= slack_s:
         return most
     low, high = 0, -(-most // ROUND_TOKENS)
     while high - low > 1:
         middle = (low + high) // 2
-        if step_seconds(s, s.cost, middle * ROUND_TOKENS) <= slack_s:
+        if seconds(middle * ROUND_TOKENS) <= slack_s:
             low = middle
         else:
             high = middle
@@ -97,6 +99,24 @@ def step_seconds(s: Snapshot, cost: CostView, prefill_tokens: int) -> float:
     )
 
 
+def _seconds_by_tokens(s: Snapshot, cost: CostView) -> Callable[[int], float]:
+    """:func:`step_seconds` of any number of prompt tokens; what all have in common is worked out once."""
+    if s.load.layered or s.shape.mode == "layered":
+        return partial(step_seconds, s, cost)
+    num_decodes, profile, factor = s.load.decode_tokens, cost.profile, cost.prefill_factor
+    decode_s = cost.step_s(StepWork(num_decodes, s.load.decode_context))
+    tokens_s, request_s, pair_s = profile.tokens, profile.request_s, profile.pair_s
+    of_decodes_s = tokens_s(num_decodes)
+
+    def seconds(prefill_tokens: int) -> float:
+        if not prefill_tokens:
+            return decode_s
+        linear_s = tokens_s(num_decodes + prefill_tokens) - of_decodes_s
+        return decode_s + (max(linear_s, 0.0) + request_s + pair_s * chunk_pairs(prefill_tokens, 0)) * factor
+
+    return seconds
+
+
 def late_prompts(
     s: Snapshot,
     waiting: Sequence[WaitingRequest],
@@ -111,17 +131,17 @@ def late_prompts(
 
     Of those on time, ``spare_s`` gets by how much: so long could all of them be put off.
     """
-    if not s.slo_scheduling:
-        return set()
     late: set[str] = set()
+    if not s.slo_scheduling or not waiting:
+        return late
     stretch, end_s = 0.0, s.now_s
     if s.cost is not None:
         # decodes take their share of every step, so a prompt's prefill takes longer than its own work
         tokens = max(prefill_tokens, ROUND_TOKENS)
-        alone_s = s.cost.prefill_s(tokens)
-        stretch = step_seconds(s, s.cost, tokens) / alone_s * s.cost.prefill_factor if alone_s > 0 else 0.0
+        alone_s, step_s = s.cost.prefill_s(tokens), step_seconds(s, s.cost, tokens)
+        stretch = step_s / alone_s * s.cost.prefill_factor if alone_s > 0 else 0.0
         # prompts under way, as so many steps of the full budget
-        end_s += step_seconds(s, s.cost, tokens) * s.load.prefilling_tokens / tokens
+        end_s += step_s * s.load.prefilling_tokens / tokens
     on_time: list[tuple[float, str, float]] = []
     rank = waiting[0].rank if waiting else 0
     for w in waiting:

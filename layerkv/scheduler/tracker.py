@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Generic, TypeVar
@@ -63,6 +63,7 @@ class DeadlineQueue(Generic[View]):
         self._open: _Sorted[View] = _Sorted()  # but for those set aside
         self._aside: dict[str, View] = {}  # not ready when last asked about; next to be asked first
         self._key_of: dict[str, tuple[int, float, str]] = {}
+        self._unasked: set[str] = set()  # not known to be ready for good
 
     def __len__(self) -> int:
         return len(self._key_of)
@@ -91,12 +92,14 @@ class DeadlineQueue(Generic[View]):
         self._all.add(key, view)
         self._open.add(key, view)
         self._key_of[view.request_id] = key
+        self._unasked.add(view.request_id)
 
     def discard(self, request_id: str) -> None:
         """Remove a request if it is here."""
         key = self._key_of.pop(request_id, None)
         if key is not None:
             self._all.remove(key)
+            self._unasked.discard(request_id)
             if self._aside.pop(request_id, None) is None:
                 self._open.remove(key)
 
@@ -118,7 +121,14 @@ class DeadlineQueue(Generic[View]):
     def _start_of_rank_0(self) -> int:
         return bisect_left(self._all.keys, (0, float("-inf"), ""))
 
-    def head(self, most: int, now_s: float, is_ready: Callable[[View], bool] | None = None) -> list[View]:
+    def head(
+        self,
+        most: int,
+        now_s: float,
+        is_ready: Callable[[View], bool] | None = None,
+        *,
+        stays_ready: bool = False,
+    ) -> list[View]:
         """The first ``most`` views: rank by rank, those whose deadline is to come before those whose has passed.
 
         Costs a few binary searches for each rank that it shows, however many there are, and few questions however
@@ -129,10 +139,14 @@ class DeadlineQueue(Generic[View]):
             most: How many; of each rank one in :data:`LATE_SHARE`, and one at least, is a late one if there are any.
             now_s: Current time.
             is_ready: Leaves out those it says False of.
+            stays_ready: Whether one that is ready stays so while it is here: then it is not asked about again.
         """
+        if stays_ready and not self._unasked:
+            is_ready = None
         if is_ready is not None:
             self._ask_again(is_ready)
         line = self._all if is_ready is None else self._open
+        to_ask = self._unasked if stays_ready else self._key_of.keys()
         keys, found, unready = line.keys, list[View](), list[View]()
         start = 0
         # one round per rank: nearly always one
@@ -141,8 +155,8 @@ class DeadlineQueue(Generic[View]):
             rank = keys[start][0]
             split = bisect_left(keys, (rank, now_s, ""), start)
             end = bisect_left(keys, (rank + 1, float("-inf"), ""), split)
-            late = _ready(line.views, range(start, split), room, is_ready, unready)
-            on_time = _ready(line.views, range(split, end), room, is_ready, unready)
+            late = _ready(line.views, range(start, split), room, is_ready, to_ask, unready)
+            on_time = _ready(line.views, range(split, end), room, is_ready, to_ask, unready)
             num_late = min(len(late), max(room - len(on_time), room // LATE_SHARE, 1))
             found += on_time[: room - num_late]
             found += late[:num_late]
@@ -150,6 +164,8 @@ class DeadlineQueue(Generic[View]):
         for view in unready:
             self._open.remove(self._key_of[view.request_id])
             self._aside[view.request_id] = view
+        if stays_ready and is_ready is not None:
+            self._unasked.difference_update([view.request_id for view in found])
         return found
 
     def _ask_again(self, is_ready: Callable[[View], bool]) -> None:
@@ -163,16 +179,25 @@ class DeadlineQueue(Generic[View]):
 
 
 def _ready(
-    views: Sequence[View], where: range, most: int, is_ready: Callable[[View], bool] | None, unready: list[View]
+    views: Sequence[View],
+    where: range,
+    most: int,
+    is_ready: Callable[[View], bool] | None,
+    to_ask: Set[str],
+    unready: list[View],
 ) -> list[View]:
-    """The first ``most`` that are ready; others met on the way are added to ``unready``, while that has room."""
+    """The first ``most`` that are ready; others met on the way are added to ``unready``, while that has room.
+
+    Whoever is not ``to_ask`` is ready.
+    """
     if is_ready is None:
         return list(views[where.start : min(where.stop, where.start + most)])
     found: list[View] = []
     for at in where:
         if len(found) >= most or len(unready) >= UNREADY_LOOKS:
             break
-        (found if is_ready(views[at]) else unready).append(views[at])
+        view = views[at]
+        (found if view.request_id not in to_ask or is_ready(view) else unready).append(view)
     return found
 
 

@@ -45,16 +45,20 @@ class EngineReader:
 
     def has_nothing_to_decide(self, now_s: float) -> bool:
         """Nobody waits or is due for a turn, nobody is parked or layered, and the pool has room for whatever runs; or
-        nothing has happened since a decision by which nobody came in or left."""
-        s, controller = self._scheduler, self._controller
-        if s._inflight_prefills or self._ledger.layered_ids:
+        nothing has happened since a decision by which nobody came in or left. A fetch that ends is a move: until then
+        it is nothing that happens."""
+        s, controller, residency = self._scheduler, self._controller, self._ledger.residency
+        if self._ledger.layered_ids:
             return False
+        for request in s._inflight_prefills:
+            if residency.get(request.request_id) is not Residency.FETCHING:
+                return False
         free: int = s.kv_cache_manager.block_pool.get_num_free_blocks()
-        if controller.is_quiet(len(s.running), free, steps_ahead(s), now_s):
+        if not s._inflight_prefills and controller.is_quiet(len(s.running), free, steps_ahead(s), now_s):
             return True
         if len(s.waiting) != len(controller.waiting) + controller.num_parked:
             return False  # vLLM must find those that the policy does not know
-        return controller.stands(s.current_step, self._ledger.residency.version, len(s.running), free)
+        return controller.stands(s.current_step, residency.version, len(s.running), free)
 
     def state(self) -> EngineState:
         """The engine before the step that is about to be scheduled."""

@@ -157,6 +157,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 started_s,
                 is_startable=self._reader.is_startable,
                 is_fetchable=self._reader.is_fetchable,
+                stays_fetchable=self.lora_config is None,
                 hits=self._reader.prefix_hits.of,
             )
             with self._execution.of(snapshot, decision, started_s):

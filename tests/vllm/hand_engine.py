@@ -150,6 +150,7 @@ class HandEngine:
     def _decide(self, *args: Any, **kwargs: Any) -> Any:
         for name in ("is_startable", "is_fetchable"):
             kwargs[name] = self._unless_held(kwargs[name])
+        kwargs["stays_fetchable"] &= not self.held
         snapshot, decision = self._policy_decides(*args, **kwargs)
         forced, self._forced = self._forced, {}
         layered, fetched = forced.pop("layered", ()), forced.pop("fetch", ())

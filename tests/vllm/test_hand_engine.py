@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -33,6 +34,30 @@ def test_every_way_of_moving_kv_leaves_every_answer_right(tiny_model: Path, ahea
     counters = engine.ledger.counters
     assert min(counters.parks, counters.fetches, counters.layered_admissions, counters.recomputes) > 0
     assert min(counters.stored_ahead_blocks, counters.prefix_hit_blocks) > 0
+
+
+def test_while_kv_is_fetched_decisions_stand(tiny_model: Path) -> None:
+    engine = HandEngine(tiny_model, fetch_steps=10)
+    for name in ("a", "b"):
+        engine.add(name, [ord(name), *range(60)], max_tokens=40)
+    for _ in range(3):
+        engine.step()
+    engine.force(park=["a"])
+    while engine.residency("a") is not Residency.FETCHING:
+        engine.step()
+    decided_in, decide = list[int](), engine.scheduler._controller.decide
+    with mock.patch.object(
+        engine.scheduler._controller,
+        "decide",
+        lambda *args, **kwargs: decided_in.append(engine.scheduler.current_step) or decide(*args, **kwargs),
+    ):
+        num_steps = 0
+        while engine.residency("a") is Residency.FETCHING:
+            engine.step()
+            num_steps += 1
+    assert num_steps >= 8
+    assert 1 <= len(decided_in) <= 1 + num_steps // 4
+    engine.run()
 
 
 def test_a_single_wrong_number_is_noticed(tiny_model: Path) -> None:

@@ -25,6 +25,9 @@ def grant_claims(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
         for claim in claims:
             draft.wait(claim, Reason.BEHIND_RANK)
         return
+    if draft.fits_nobody(claims):
+        draft.wait_for_pool(claims, now.next_in_pool)
+        return
     for i, claim in enumerate(claims):
         has_slot = draft.has_slot(claim)
         has_room = has_slot and draft.fits_pool(claim)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from layerkv.config import SloClass
 from layerkv.scheduler.controller import EXCHANGE_STEPS
 from layerkv.scheduler.engine import Running
-from layerkv.scheduler.reasons import End, Reason
+from layerkv.scheduler.reasons import End, Event, Reason
 from layerkv.scheduler.snapshot import PrefixHit, WaitingRequest
 from tests.fakes.tiny_controller import arrive, controller, decoding, engine
 
@@ -117,3 +117,21 @@ def test_the_engine_may_say_who_cannot_start_or_be_fetched_now() -> None:
     )
     assert [a.request_id for a in decision.admit] == ["b"]
     assert decision.fetch == ()
+
+
+def test_a_wait_is_said_again_after_whatever_has_happened_to_the_request() -> None:
+    c = controller(keep_log=True)
+
+    def waits_said() -> list[str]:
+        c.decide(engine(free_slots=0), 10.0)
+        return [entry.request_id for entry in c.take_log() if entry.event is Event.WAITS]
+
+    arrive(c, "a")
+    arrive(c, "b")
+    assert waits_said() == ["a", "b"]
+    assert waits_said() == []
+    c.leave("a", num_output=0, end=End.LEFT, now_s=10.0)
+    arrive(c, "a")
+    assert waits_said() == ["a"], "another request of that name"
+    c.recomputes("b", 10, 0, Reason.PREEMPTED, 10.0)
+    assert waits_said() == ["b"]

@@ -10,7 +10,7 @@ from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import Admission, Decision, LayeredRequest, Refusal, StoreAhead
-from layerkv.scheduler.standing import Standing, standing
+from layerkv.scheduler.standing import LOOK_S, Standing, standing
 from tests.fakes.snapshots import snapshot
 from tests.fakes.tiny_controller import arrive, controller, engine
 
@@ -77,7 +77,7 @@ def test_a_prompt_that_waits_for_tokens_is_looked_at_in_every_step(reason: Reaso
     [
         {"prefilling_tokens": 10},
         {"layered": [LayeredRequest("a", prefill_done=False, num_blocks=3)]},
-        {"resuming": 1},
+        {"resuming": 1},  # which may need a block too
         {"is_paused": True},
         {"freeing_blocks": 2},
         {"freeing_zone_blocks": 2},
@@ -87,6 +87,36 @@ def test_a_prompt_that_waits_for_tokens_is_looked_at_in_every_step(reason: Reaso
 )
 def test_what_is_under_way_is_looked_at_in_every_step(engine: dict[str, Any]) -> None:
     assert standing(snapshot(**{**FULL, **engine}), WAITS, EVERY) is None
+
+
+def test_one_that_resumes_runs_by_the_next_step() -> None:
+    resuming = {**FULL, "free_blocks": 4, "arriving": [("a", 2, 5)], "resuming": 1}
+    found = standing(snapshot(**resuming), WAITS, EVERY)
+    assert found is not None
+    assert found.num_running == 5
+    assert standing(snapshot(**resuming), Decision(waits={"a": Reason.LINK_BUSY}), EVERY) is None, "its load is over"
+
+
+@pytest.mark.parametrize(
+    ("token_s", "changes", "does", "num_steps"),
+    [
+        (LOOK_S / 11, {}, {}, 2 * EVERY),
+        (LOOK_S / 1000, {}, {}, 16),
+        (LOOK_S / 2, {}, {}, EVERY),
+        (0.0, {}, {}, EVERY),
+        (LOOK_S / 11, {"step": 1}, {}, EVERY - 1),
+        (LOOK_S / 11, {"free_blocks": 5}, {}, EVERY),
+        (LOOK_S / 11, {}, {"store_ahead": (StoreAhead("a", 1),)}, EVERY),
+    ],
+)
+def test_short_steps_are_looked_at_by_time(
+    token_s: float, changes: dict[str, Any], does: dict[str, Any], num_steps: int
+) -> None:
+    s = snapshot(**{**FULL, "free_blocks": 6, **changes}, token_s=token_s)
+    assert s.shape.block_tokens == 16
+    found = standing(s, Decision(**does), EVERY)
+    assert found is not None
+    assert found.until_step - s.engine.step == num_steps
 
 
 def test_an_idle_engine_stands() -> None:

@@ -124,6 +124,26 @@ def test_the_head_shows_who_is_on_time_first_and_a_few_of_the_late() -> None:
     assert ids(queue.head(4, now_s=0.0)) == "abcd", "due now is not late"
 
 
+def test_who_stays_ready_is_asked_once() -> None:
+    queue = queue_of(*(ParkedRequest(name, deadline_s, 1) for deadline_s, name in enumerate("abc")))
+    asked: list[str] = []
+
+    def is_ready(view: ParkedRequest) -> bool:
+        asked.append(view.request_id)
+        return view.request_id != "b"
+
+    def head() -> str:
+        asked.clear()
+        return ids(queue.head(9, 0.0, is_ready, stays_ready=True))
+
+    assert (head(), asked) == ("ac", ["a", "b", "c"])
+    assert (head(), asked) == ("ac", ["b"]), "others are not asked again"
+    queue.discard("a")
+    queue.add(ParkedRequest("a", 5.0, 1))
+    assert (head(), asked) == ("ca", ["b", "a"]), "one that comes back is"
+    assert queue.has_unready
+
+
 def test_a_lower_rank_is_shown_first() -> None:
     queue = queue_of(ParkedRequest("a", 1.0, 1, rank=1), ParkedRequest("b", 9.0, 1), ParkedRequest("c", 8.0, 1))
     assert ids(queue.head(3, now_s=0.0)) == "cba"
