@@ -134,7 +134,7 @@ class FluidOutlook(Outlook):
         if not of_pool:
             return frozenset()
         in_place = s.lines.gone_blocks + sum([view.num_blocks for view in s.lines.parked]) + s.shape.pool_blocks
-        return {w.request_id for w in of_pool if w.ticket_blocks <= in_place}
+        return {w.request_id for w in of_pool if w.ticket_blocks <= in_place} - self.out_of_reach
 
     @cached_property
     def victims(self) -> Sequence[ResidentRequest]:
