@@ -104,8 +104,9 @@ class History:
     Attributes:
         request_id: The request.
         entries: What the log has of it.
-        waited_s: Seconds waited for each reason, before the first token and while parked.
-        ttft_s: Time to first token, None without one.
+        waited_s: Seconds waited for each reason, before the first token and while parked,
+        waited_for_s: and for each resource.
+        ttft_s: Time to first token, None without one; of a session, the longest of its turns.
         late_by_s: By how much that passed the objective; below 0 if it did not; None if either is unknown.
         lag_s: All waits of its reader together; None before its end, and if nobody read.
         longest_pause_s: The longest of them.
@@ -115,6 +116,7 @@ class History:
     request_id: str
     entries: list[LogEntry] = field(default_factory=list)
     waited_s: Counter[Reason] = field(default_factory=Counter)
+    waited_for_s: Counter[Resource] = field(default_factory=Counter)
     ttft_s: float | None = None
     late_by_s: float | None = None
     lag_s: float | None = None
@@ -167,20 +169,26 @@ def read_histories(log_path: Path) -> dict[str, History]:
 def _reckon(history: History) -> None:
     entries = history.entries
     arrived_s = entries[0].time_s
-    objective_s = entries[0].facts.get("ttft_s")
+    objective_s = None
     # A reader's wait is told in between, of a token that was on its way; it ends no wait of the request.
     for entry, following in pairwise([entry for entry in entries if entry.event is not Event.READER_WAITED]):
         if entry.event is Event.WAITS and entry.reason is not None:
-            history.waited_s[entry.reason] += following.time_s - entry.time_s  # type: ignore[assignment]
+            seconds = following.time_s - entry.time_s
+            history.waited_s[entry.reason] += seconds  # type: ignore[assignment]
+            history.waited_for_s[_lacks(entry.reason, entry.facts)] += seconds  # type: ignore[assignment]
     for entry in entries:
-        if entry.event is Event.FIRST_TOKEN and history.ttft_s is None:
-            history.ttft_s = entry.facts.get("ttft_s", entry.time_s - arrived_s)
-            if objective_s is not None:
-                history.late_by_s = history.ttft_s - objective_s
+        if entry.event is Event.ARRIVED:  # of a session, each turn
+            objective_s = entry.facts.get("ttft_s")
+        if entry.event is Event.FIRST_TOKEN:
+            ttft_s = entry.facts.get("ttft_s", entry.time_s - arrived_s)
+            if history.ttft_s is None or ttft_s > history.ttft_s:
+                history.ttft_s = ttft_s
+                history.late_by_s = None if objective_s is None else ttft_s - objective_s
         if entry.event is Event.READER_WAITED:
             history.reader_waited_s[entry.reason] += entry.facts.get("wait_s", 0.0)
-        if entry.event is Event.FINISHED:
-            history.lag_s, history.longest_pause_s = entry.facts.get("lag_s"), entry.facts.get("longest_pause_s")
+        if entry.event is Event.FINISHED and (lag_s := entry.facts.get("lag_s")) is not None:
+            history.lag_s = (history.lag_s or 0.0) + lag_s
+            history.longest_pause_s = max(history.longest_pause_s or 0.0, entry.facts.get("longest_pause_s", 0.0))
 
 
 def _lines(history: History) -> list[str]:
@@ -202,7 +210,7 @@ def _sentence(entry: LogEntry, until_s: float | None) -> str:
             f"within {_seconds(facts.get('ttft_s'))}"
             + (f", then {_seconds(facts['tpot_s'])} per token" if facts.get("tpot_s") is not None else "")
         )
-    if entry.event is Event.WAITS:
+    if entry.event is Event.WAITS and entry.reason is not None:
         how_long = "" if until_s is None else f" {_seconds(until_s - entry.time_s)}"
         room = (
             f" (free: {facts['free_blocks']} pool, {facts['free_zone_blocks']} zone, {facts['free_host_blocks']} host "
@@ -210,7 +218,7 @@ def _sentence(entry: LogEntry, until_s: float | None) -> str:
             if "free_blocks" in facts
             else ""
         )
-        return f"waited{how_long}{_for_what(entry.reason, ' for ')}: {why}{room}"
+        return f"waited{how_long} for {RESOURCES[_lacks(entry.reason, facts)]}: {why}{room}"
     if entry.event is Event.FIRST_TOKEN:
         on_time = {True: ", on time", False: ", late"}.get(facts.get("on_time", ""), "")
         return f"first token after {_seconds(facts.get('ttft_s'))}{on_time}"
@@ -269,7 +277,7 @@ def _summary(history: History) -> dict[str, Any]:
         "lag_s": history.lag_s,
         "longest_pause_s": history.longest_pause_s,
         "waited_s": {reason.value: round(seconds, 6) for reason, seconds in history.waited_s.most_common()},
-        "waited_for_s": {resource.value: round(s, 6) for resource, s in _by_resource(history.waited_s).most_common()},
+        "waited_for_s": {resource.value: round(s, 6) for resource, s in history.waited_for_s.most_common()},
         "parks": sum(entry.event is Event.PARKED for entry in history.entries),
     }
 
@@ -317,15 +325,13 @@ def _totals(histories: Iterable[History]) -> Iterator[Table]:
             yield table
 
 
-def _for_what(reason: Reason | None, before: str = "") -> str:
-    return "" if reason is None or reason not in WAITS_FOR else before + RESOURCES[WAITS_FOR[reason]]
+def _for_what(reason: Reason | None) -> str:
+    return "" if reason is None or reason not in WAITS_FOR else RESOURCES[WAITS_FOR[reason]]
 
 
-def _by_resource(waited_s: Counter[Reason]) -> Counter[Resource]:
-    by_resource: Counter[Resource] = Counter()
-    for reason, seconds in waited_s.items():
-        by_resource[WAITS_FOR[reason]] += seconds
-    return by_resource
+def _lacks(reason: Reason, facts: dict[str, Any]) -> Resource:
+    """What one waits for; behind another, what that one lacked when the wait began."""
+    return Resource(facts["lacks"]) if "lacks" in facts else WAITS_FOR[reason]
 
 
 def _seconds(value: float | None) -> str:

@@ -122,7 +122,8 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
 
     `device_kv_bytes` and `host_kv_bytes` are KV in each tier, cached prefixes on the host included (None for the host
     memory of vLLM's offload, which does not say, and where the size of a block is not known); `waiting` counts
-    requests before their first compute or preempted, `parked` those whose KV is in host memory only.
+    requests before their first compute or preempted, `parked` those whose KV is in host memory only. `waiting_for`
+    counts both kinds by the resource that they lack, as far as layerkv has looked at them; other engines do not tell.
     """
 
     time_s: float
@@ -131,6 +132,7 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True):
     running: int
     waiting: int
     parked: int
+    waiting_for: dict[str, int] = {}
 
 
 class Counters(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any
 
 from layerkv.config import SloClass, SloPolicy
 from layerkv.core.cost import CostProfile
@@ -26,7 +25,7 @@ from layerkv.scheduler.lengths import (
 from layerkv.scheduler.reasons import End, Event, Reason
 from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
 from layerkv.scheduler.steady import SteadySteps
-from layerkv.scheduler.streams import Pause, Streams
+from layerkv.scheduler.streams import Streams
 from layerkv.scheduler.tracker import DeadlineQueue, TrackedRequest
 
 REPREDICT_TOKENS = 32
@@ -119,9 +118,7 @@ class RequestBooks:
         )
         self.enqueue(request_id, num_tokens, 0)
         self.line.came(slo, tracked.prefill_cost_s, now_s)
-        facts: dict[str, Any] = {"slo_class": slo.name, "ttft_s": slo.ttft_s, "prompt_tokens": num_tokens}
-        facts |= {"tpot_s": slo.tpot_s} if slo.tpot_s < math.inf else {}
-        self.journal.write(now_s, request_id, Event.ARRIVED, **facts)
+        self.journal.tell_arrival(now_s, request_id, slo, num_tokens)
 
     def enqueue(self, request_id: str, num_tokens: int, num_output: int) -> None:
         """A request without KV waits for compute: a new one, or one whose KV was given up."""
@@ -286,7 +283,7 @@ class RequestBooks:
         """Tokens of a request have come out: see :meth:`layerkv.figures.ReaderClock.add`."""
         tracked = self.tracked.get(request_id)
         if tracked is not None and (pause := self.streams.made(tracked, at_s, num_tokens, every_s)) is not None:
-            self._tell_pause(at_s, request_id, pause)
+            self.journal.tell_pause(at_s, request_id, pause)
 
     def made_one_each(self, request_ids: Collection[str], at_s: float) -> None:
         """Each of these has made one token, in a step in which nothing was decided; noted with those of like steps."""
@@ -322,21 +319,12 @@ class RequestBooks:
         self.gone_blocks += tracked.prompt_blocks
         if end is not End.FINISHED:
             self._give_up_prefill(tracked)
+        if tracked.awaits_input:
+            return  # the end of its last turn was its own
         if num_output and end is not End.REFUSED:
             self.lengths.observe(tracked.slo.name, num_output, is_bound=end is End.CUT_OFF or not made_tokens)
-        if (pause := self.streams.ended(tracked, end, now_s)) is not None:
-            self._tell_pause(now_s, request_id, pause)
-        facts: dict[str, Any] = {"output_tokens": num_output, "end": end.value}
-        if tracked.has_reader and num_output:
-            reader = tracked.reader
-            facts |= {"lag_s": round(reader.lag_s, 6), "longest_pause_s": round(reader.longest_pause_s, 6)}
-        self.journal.write(now_s, request_id, Event.FINISHED, **facts)
-
-    def _tell_pause(self, now_s: float, request_id: str, pause: Pause) -> None:
-        facts: dict[str, Any] = {"wait_s": round(pause.wait_s, 6), "token": pause.token}
-        if pause.left is not None:
-            facts["left"] = pause.left.value
-        self.journal.write(now_s, request_id, Event.READER_WAITED, pause.reason, **facts)
+        pause = self.streams.ended(tracked, end, now_s)
+        self.journal.tell_end(now_s, request_id, tracked, num_output, end, pause)
 
     def refused(self, request_id: str, reason: Reason, text: str, now_s: float) -> None:
         """A request is not served."""

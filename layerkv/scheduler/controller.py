@@ -19,7 +19,7 @@ from layerkv.scheduler.lengths import LengthPredictor
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.prefill import late_prompts, step_seconds
-from layerkv.scheduler.reasons import LogEntry, Reason
+from layerkv.scheduler.reasons import LogEntry, Reason, Resource
 from layerkv.scheduler.running import look, may_start
 from layerkv.scheduler.slots import next_turn_s
 from layerkv.scheduler.snapshot import Decision, Lines, ParkedRequest, PrefixHit, Snapshot, WaitingRequest
@@ -82,6 +82,8 @@ class Controller(RequestBooks):
         self._standing: Standing | None = None
         self.waits: Mapping[str, Reason] = {}
         """Why requests wait that were looked at in the last decision; empty while nobody does."""
+        self.behind: Mapping[str, Resource] = {}
+        """Of those who wait behind another, what that one lacks."""
         self._no_turn_before_s = -math.inf
 
     def step_done(self, work: StepWork, seconds: float, *, waited_s: float | None = None) -> None:
@@ -122,7 +124,7 @@ class Controller(RequestBooks):
         snapshot = self.snapshot(engine, now_s, is_startable, is_fetchable, hits, stays_fetchable=stays_fetchable)
         decision = decide(snapshot, self._limits)
         self._last_decided = snapshot, decision.prefill_tokens
-        self.waits = decision.waits
+        self.waits, self.behind = decision.waits, decision.behind
         self._note(decision, snapshot, engine.step)
         # nobody tells when one becomes ready
         has_unready = any(line.has_unready for line in (self.waiting, self.parked, self.parked_long))

@@ -19,7 +19,7 @@ from layerkv.scheduler.needs import (
     tokens_to_compute,
 )
 from layerkv.scheduler.outlook import Outlook
-from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.reasons import WAITS_FOR, Reason, Resource
 from layerkv.scheduler.snapshot import (
     Admission,
     Decision,
@@ -49,10 +49,11 @@ class Draft:
         blocked: The first claim that the pool has no room for; None while there is none.
         is_relieving: Residents leave for want of blocks.
         is_closed: The room is left to drain for a prompt that was overtaken too often.
-        zone_is_promised: A prompt waits for the zone: it is next there.
+        zone_promised_for: What a request lacks that is next in the zone; None if nobody is.
         step_is_promised: A prompt that cannot be cut waits for a step of its own: it is next.
-        pool_is_closed: A request of better rank waits for the pool,
-        compute_is_closed: or for compute.
+        pool_closed_for: What a request of better rank lacks that waits for the pool,
+        compute_closed_for: or for compute; None if none does.
+        behind: Of who waits behind another, what that one lacks.
     """
 
     now: Outlook
@@ -68,10 +69,10 @@ class Draft:
     blocked: Claim | None = None
     is_relieving: bool = False
     is_closed: bool = False
-    zone_is_promised: bool = False
+    zone_promised_for: Resource | None = None
     step_is_promised: bool = False
-    pool_is_closed: bool = False
-    compute_is_closed: bool = False
+    pool_closed_for: Resource | None = None
+    compute_closed_for: Resource | None = None
     park: list[str] = field(default_factory=list)
     recompute: list[str] = field(default_factory=list)
     paused: list[str] = field(default_factory=list)
@@ -86,6 +87,7 @@ class Draft:
     overtaken: list[str] = field(default_factory=list)
     reasons: dict[str, Reason] = field(default_factory=dict)
     waits: dict[str, Reason] = field(default_factory=dict)
+    behind: dict[str, Resource] = field(default_factory=dict)
     made_room: bool = False
     room_for: list[str] = field(default_factory=list)
     whole_tokens: int = 0
@@ -289,13 +291,21 @@ class Draft:
 
     # Waiting ------------------------------------------------------------------------------------------------------
 
-    def wait(self, claim: Claim, reason: Reason) -> None:
-        """It waits, and for this, whatever else it waits for."""
+    def wait(self, claim: Claim, reason: Reason, resource: Resource | None = None) -> None:
+        """It waits, and for this, whatever else it waits for; behind another, for the resource that this one lacks."""
         self.waits[claim.request_id] = reason
+        self.behind.pop(claim.request_id, None)
+        if resource is not None:
+            self.behind[claim.request_id] = resource
 
-    def wait_too(self, claim: Claim, reason: Reason) -> None:
+    def wait_too(self, claim: Claim, reason: Reason, resource: Resource | None = None) -> None:
         """It waits for this, if nothing else has been said."""
-        self.waits.setdefault(claim.request_id, reason)
+        if claim.request_id not in self.waits:
+            self.wait(claim, reason, resource)
+
+    def lacks(self, request_id: str) -> Resource:
+        """What somebody who waits waits for."""
+        return self.behind.get(request_id) or WAITS_FOR[self.waits[request_id]]
 
     def wait_for_pool(self, claims: Sequence[Claim], next_in_pool: Collection[str]) -> None:
         """All of these wait for room in the pool, or behind the first of them if nobody passes that."""
@@ -341,6 +351,7 @@ class Draft:
             room_for=tuple(self.room_for),
             reasons=self.reasons,
             waits=self.waits,
+            behind={request_id: lacks for request_id, lacks in self.behind.items() if request_id in self.waits},
         )
 
     def _give_up(self, request_id: str, reason: Reason) -> None:

@@ -134,14 +134,15 @@ class FluidOutlook(Outlook):
         if not of_pool:
             return frozenset()
         in_place = s.lines.gone_blocks + sum([view.num_blocks for view in s.lines.parked]) + s.shape.pool_blocks
-        return {w.request_id for w in of_pool if w.ticket_blocks <= in_place}
+        return {w.request_id for w in of_pool if w.ticket_blocks <= in_place} - self.out_of_reach
 
     @once
     def victims(self) -> Sequence[ResidentRequest]:
         """Residents that may be parked, most readily first.
 
-        Spared are those of better rank, those within their slice, streams that flow, the weighty, and of these those
-        whose readers run dry first; where readers have plenty, those that end first.
+        Spared are those of better rank, those who have not run since they came in, those within their slice, streams
+        that flow, the weighty, and of these those whose readers run dry first; where readers have plenty, those that
+        end first.
         """
         return [entry[-1][0] for entry in sorted(self._leavers)]
 
@@ -250,8 +251,8 @@ class FluidOutlook(Outlook):
         return first_s + block_s * num_blocks
 
     @once
-    def _leavers(self) -> list[tuple[int, bool, bool, int, float, float, str, Turn]]:
-        """In no order; each with what decides its place, and second whether it is within its slice."""
+    def _leavers(self) -> list[tuple[int, int, bool, int, float, float, str, Turn]]:
+        """In no order; each with what decides its place; second, 1 within its slice, 2 before it has run in it."""
         s, held = self.s, self.held
         now_s = s.now_s
         load_first_s, load_block_s = self._load_line
@@ -269,14 +270,15 @@ class FluidOutlook(Outlook):
             if to_store > 0:
                 turn_s += (store_first_s + store_block_s * to_store) * num_waiting
             in_slice = r.resident_s < LEAST_SLICE_S or r.resident_s * COPIES_SHARE < turn_s
-            in_slice |= not r.has_run and not r.is_paused  # however long its load and its first step take
+            is_new = not r.has_run and not r.is_paused  # however long its load and its first step take
             spare_s = r.dry_s - now_s
             spare_s = (spare_s if spare_s > 0 else 0.0) - load_s
             flows = r.deadline_s >= now_s and r.request_id not in held
             kind = 0 if not flows else 1 if spare_s >= PLENTY_S else 2
             last = -spare_s if kind == 2 else -float(tokens_left)
             turn = (r, spare_s, flows, tokens_left <= last_tokens)
-            keyed.append((-r.rank, in_slice, not r.is_paused, kind, r.weight, last, r.request_id, turn))
+            spared = 2 if is_new else int(in_slice)
+            keyed.append((-r.rank, spared, not r.is_paused, kind, r.weight, last, r.request_id, turn))
         return keyed
 
     @once

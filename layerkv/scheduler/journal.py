@@ -5,10 +5,14 @@ A request that waits for the same reason as before is neither counted nor writte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
-from layerkv.scheduler.reasons import Event, LogEntry, Reason
+from layerkv.config import SloClass
+from layerkv.scheduler.reasons import End, Event, LogEntry, Reason
 from layerkv.scheduler.snapshot import Decision, Snapshot
+from layerkv.scheduler.streams import Pause
 from layerkv.scheduler.tracker import TrackedRequest
 
 
@@ -35,6 +39,31 @@ class Journal:
         tracked.said = event
         self.write(now_s, request_id, event, reason)
 
+    def tell_arrival(self, now_s: float, request_id: str, slo: SloClass, num_tokens: int) -> None:
+        """A request, or a session's next input, of so many tokens has come in."""
+        facts: dict[str, Any] = {"slo_class": slo.name, "ttft_s": slo.ttft_s, "prompt_tokens": num_tokens}
+        facts |= {"tpot_s": slo.tpot_s} if slo.tpot_s < math.inf else {}
+        self.write(now_s, request_id, Event.ARRIVED, **facts)
+
+    def tell_pause(self, now_s: float, request_id: str, pause: Pause) -> None:
+        """A reader has waited."""
+        facts: dict[str, Any] = {"wait_s": round(pause.wait_s, 6), "token": pause.token}
+        if pause.left is not None:
+            facts["left"] = pause.left.value
+        self.write(now_s, request_id, Event.READER_WAITED, pause.reason, **facts)
+
+    def tell_end(
+        self, now_s: float, request_id: str, tracked: TrackedRequest, num_output: int, end: End, pause: Pause | None
+    ) -> None:
+        """A request, or a turn of a session, is over; the reader's wait that ends with it, if that is worth telling."""
+        if pause is not None:
+            self.tell_pause(now_s, request_id, pause)
+        facts: dict[str, Any] = {"output_tokens": num_output, "end": end.value}
+        if tracked.has_reader and num_output:
+            reader = tracked.reader
+            facts |= {"lag_s": round(reader.lag_s, 6), "longest_pause_s": round(reader.longest_pause_s, 6)}
+        self.write(now_s, request_id, Event.FINISHED, **facts)
+
     def count(self, reasons: Iterable[Reason]) -> None:
         """These were given."""
         for reason in reasons:
@@ -59,6 +88,7 @@ class Journal:
                     free_zone_blocks=snapshot.engine.free_zone_blocks,
                     free_host_blocks=snapshot.engine.free_host_blocks,
                     prefill_tokens=decision.prefill_tokens,
+                    **({"lacks": lacks.value} if (lacks := decision.behind.get(request_id)) is not None else {}),
                 )
         self._said_waits = decision.waits
 

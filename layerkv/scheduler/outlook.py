@@ -59,7 +59,31 @@ class Outlook:
     @once
     def overdue(self) -> frozenset[str]:
         """Requests that were overtaken so often that nobody of their rank passes them any more."""
-        return frozenset(r for r, num in self.s.lines.overtaken.items() if num >= self.limits.max_overtakes)
+        often = frozenset(r for r, num in self.s.lines.overtaken.items() if num >= self.limits.max_overtakes)
+        return often - self.out_of_reach if often else often
+
+    @once
+    def out_of_reach(self) -> frozenset[str]:
+        """Claims that the pool has no room for while sessions wait for their clients, whoever else leaves it.
+
+        A session keeps its blocks between two turns, and nobody knows for how long: whoever stood behind such a claim
+        would wait for that client too.
+        """
+        s = self.s
+        most_blocks = s.shape.pool_blocks - self._idle_blocks
+        if most_blocks >= s.shape.pool_blocks:
+            return frozenset()
+        of_pool: list[Claim] = [*s.lines.parked[: self.limits.scan_parked]]
+        of_pool += [
+            w for w in s.lines.waiting[: self.limits.scan] if not self.can_ever_layer(w) and not outgrows_pool(s, w)
+        ]
+        return frozenset(claim.request_id for claim in of_pool if pool_blocks(s, claim) > most_blocks)
+
+    @property
+    def _idle_blocks(self) -> int:
+        """Pool blocks of requests between two turns: they are no fetches, and vLLM lists them with those."""
+        arriving = self.s.engine.arriving
+        return sum([num_blocks for _, num_blocks, _ in arriving]) - self.s.load.loading_blocks if arriving else 0
 
     @property
     def next_in_pool(self) -> Set[str]:

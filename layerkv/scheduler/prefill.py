@@ -157,6 +157,8 @@ def late_prompts(
             _, request_id, freed_s = heappop(on_time)
             end_s -= freed_s
             late.add(request_id)
-        if spare_s is not None:
+            if spare_s is not None:
+                spare_s.pop(request_id, None)
+        if spare_s is not None and w.request_id not in late:
             spare_s[w.request_id] = w.deadline_s - end_s
     return late

@@ -121,7 +121,8 @@ WAITS_FOR: Mapping[Reason, Resource] = {
     Reason.HELD: Resource.POOL,
     Reason.VICTIMS_LEAVE: Resource.POOL,
 }
-"""The resource that each reason to wait is a want of. Behind others one waits for what they nearly always wait for."""
+"""The resource that each reason to wait is a want of. Behind another one waits for what that one lacks: the decision
+says what that was (``Decision.behind``), and this is what it nearly always is."""
 
 
 class Event(StrEnum):
@@ -170,7 +171,8 @@ class LogEntry(NamedTuple):
         event: What happened.
         reason: Why, if there was a choice.
         facts: Figures behind it. On arrival ``slo_class``, ``ttft_s``, ``tpot_s``, ``prompt_tokens``; with a wait
-            ``free_blocks``, ``free_zone_blocks``, ``free_host_blocks``, ``prefill_tokens`` of the step; with the first
+            ``free_blocks``, ``free_zone_blocks``, ``free_host_blocks``, ``prefill_tokens`` of the step, and behind
+            another ``lacks``, the resource that this one waited for just then; with the first
             token ``ttft_s``, ``on_time``; with a reader's wait, told when that is over, ``wait_s``, ``token`` (the
             number of the token it was for; the first is 0) and ``left``, the event that took the request out of the
             batch, if one did: the reason is that event's; at the end ``output_tokens``, ``end`` and, if somebody read

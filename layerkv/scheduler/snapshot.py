@@ -15,7 +15,7 @@ from typing import NamedTuple
 from layerkv.config import PolicyName
 from layerkv.core.cost import CostView
 from layerkv.scheduler.engine import EngineShape, EngineState
-from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.reasons import Reason, Resource
 
 
 class WaitingRequest(NamedTuple):
@@ -346,6 +346,7 @@ class Decision:
         room_for: The claims that room is made for and that have not been granted it yet.
         reasons: Why, for each request that is parked, recomputed, paused, resumed, fetched, admitted or refused.
         waits: Why each of the other requests that were looked at has to wait.
+        behind: Of those who wait behind another, what that one lacks.
     """
 
     park: tuple[str, ...] = ()
@@ -365,6 +366,7 @@ class Decision:
     room_for: tuple[str, ...] = ()
     reasons: Mapping[str, Reason] = field(default_factory=dict)
     waits: Mapping[str, Reason] = field(default_factory=dict)
+    behind: Mapping[str, Resource] = field(default_factory=dict)
 
     @property
     def moves_somebody(self) -> bool:

@@ -239,6 +239,7 @@ class TrackedRequest:
         ttft_deadline_s: When its first token is due.
         reader: Who reads its tokens, by its class's pace.
         stream: What its client has got so far.
+        awaits_input: A session that has answered: its client has not said anything since.
     """
 
     slo: SloClass
@@ -273,6 +274,7 @@ class TrackedRequest:
     ttft_deadline_s: float = field(init=False)
     reader: ReaderClock = field(init=False)
     stream: Stream = field(default_factory=Stream)
+    awaits_input: bool = False
 
     def __post_init__(self) -> None:
         self.tpot_s = self.slo.tpot_s if self.slo.tpot_s < math.inf else NO_TPOT_S
@@ -287,6 +289,14 @@ class TrackedRequest:
     def outgrows_pool(self) -> bool:
         """Whether it is expected to become longer than the pool: it decodes in the zone."""
         return self.most_blocks > 0
+
+    def begin_turn(self, arrival_s: float, max_tokens: int) -> None:
+        """A session's client has sent its next input: all that is promised of a stream counts from there."""
+        self.arrival_s, self.max_tokens = arrival_s, max_tokens
+        self.ttft_deadline_s = arrival_s + self.slo.ttft_s
+        self.first_token_s, self.awaits_input = None, False
+        self.reader, self.stream = ReaderClock(self.reader.pace_s), Stream()
+        self.predict_again_at = self.failed_at = 0
 
     def copy_failed(self, num_output_tokens: int) -> bool:
         """Its KV is lost to a failed copy; whether it has been often enough for one that gets no further."""

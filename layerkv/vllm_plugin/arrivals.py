@@ -16,6 +16,7 @@ from vllm.v1.request import Request, RequestStatus
 from layerkv.config import SloClass, slo_class_of
 from layerkv.errors import ConfigError
 from layerkv.scheduler.reasons import End, Reason
+from layerkv.scheduler.sessions import turn_begins, turn_ended
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
 from layerkv.vllm_plugin.seeded import cannot_cut_seeded, is_seeded
 
@@ -64,6 +65,7 @@ class Arrivals:
         self._policy_source = policy_source
         self._cannot_cut_seeded = cannot_cut_seeded(scheduler.vllm_config)
         self._no_first_token: set[str] = set()
+        self._sessions: set[str] = set()
         self._gives_up_for = Reason.PREEMPTED  # why KV is given up just now; vLLM's own preemptions say nothing
         self.refused: dict[str, str] = {}
         self._ends_all = False
@@ -72,14 +74,11 @@ class Arrivals:
         """A request has come: find out its class and let it wait."""
         slo = self._slo_class_of(request)
         now_s = time.monotonic()
-        waited_s = time.time() - request.arrival_time
-        if not 0 <= waited_s <= MAX_CLOCK_SKEW_S:
-            waited_s = 0.0
         self._controller.arrive(
             request.request_id,
             slo,
             now_s=now_s,
-            arrival_s=now_s - waited_s,
+            arrival_s=now_s - _waited_s(request),
             num_tokens=request.num_tokens,
             max_tokens=request.max_tokens,
             rank=request.priority if self._scheduler.policy is SchedulingPolicy.PRIORITY else 0,
@@ -92,6 +91,34 @@ class Arrivals:
         )
         self._keep_from_pool(request)
         self._no_first_token.add(request.request_id)
+        if request.resumable:
+            self._sessions.add(request.request_id)
+
+    def next_input(self, session: Request) -> None:
+        """A session's client has sent more: if it was waited for, the session's next turn begins."""
+        if session.status is not RequestStatus.WAITING_FOR_STREAMING_REQ:
+            now_s = time.monotonic()
+            self._begin_turn(session, now_s - _waited_s(session), now_s)
+
+    def _begin_turn(self, session: Request, arrival_s: float, now_s: float) -> None:
+        self._no_first_token.add(session.request_id)
+        turn_begins(
+            self._controller,
+            session.request_id,
+            arrival_s=arrival_s,
+            now_s=now_s,
+            num_tokens=session.num_tokens - session.num_computed_tokens,
+            max_tokens=session.max_tokens,
+        )
+
+    def _turn_ended(self, request_id: str, now_s: float) -> None:
+        """A session has answered. What its client has sent meanwhile begins the next turn now."""
+        session = self._scheduler.requests.get(request_id)
+        if session is None:
+            return
+        turn_ended(self._controller, request_id, now_s)
+        if session.status is not RequestStatus.WAITING_FOR_STREAMING_REQ:
+            self._begin_turn(session, now_s, now_s)
 
     def _slo_class_of(self, request: Request) -> SloClass:
         """Its class. Who has passed the gate is served, though the policy in force here may not have its class.
@@ -146,6 +173,7 @@ class Arrivals:
         if tracked is not None and (num_last := request.num_output_tokens - tracked.reader.num_tokens) > 0:
             self._controller.made_tokens(request_id, now_s, num_last)  # it ends before its last ones are noted
         self._no_first_token.discard(request_id)
+        self._sessions.discard(request_id)
         self.refused.pop(request_id, None)
 
     @contextmanager
@@ -190,14 +218,14 @@ class Arrivals:
         made_tokens, no_first_token = self._controller.made_tokens, self._no_first_token
         for of_client in outputs:
             for output in of_client.outputs:
-                num_tokens = len(output.new_token_ids)
-                if not num_tokens:
-                    continue
-                request_id = output.request_id
-                if request_id in no_first_token:
-                    no_first_token.discard(request_id)
-                    self._note_first_token(request_id, now_s)
-                made_tokens(request_id, now_s, num_tokens)
+                num_tokens, request_id = len(output.new_token_ids), output.request_id
+                if num_tokens:
+                    if request_id in no_first_token:
+                        no_first_token.discard(request_id)
+                        self._note_first_token(request_id, now_s)
+                    made_tokens(request_id, now_s, num_tokens)
+                if output.finish_reason is not None and request_id in self._sessions:
+                    self._turn_ended(request_id, now_s)
 
     def note_quiet_tokens(
         self, scheduled: SchedulerOutput, outputs: Collection[EngineCoreOutputs], now_s: float
@@ -205,7 +233,8 @@ class Arrivals:
         """As :meth:`note_tokens`, of a step in which nothing was decided: nearly always everybody made one token."""
         num_scheduled = scheduled.num_scheduled_tokens
         num_outputs = sum([len(of_client.outputs) for of_client in outputs])
-        if self._no_first_token or not num_outputs == len(num_scheduled) == scheduled.total_num_scheduled_tokens:
+        is_one_each = num_outputs == len(num_scheduled) == scheduled.total_num_scheduled_tokens
+        if self._no_first_token or self._sessions or not is_one_each:
             self.note_tokens(outputs, now_s)
         else:
             self._controller.made_one_each(num_scheduled.keys(), now_s)
@@ -216,6 +245,12 @@ class Arrivals:
         if found is not None:
             slo, on_time = found
             self._metrics.add("layerkv_ttft_slo_met" if on_time else "layerkv_ttft_slo_missed", 1, slo.name)
+
+
+def _waited_s(request: Request) -> float:
+    """Seconds since a request, or a session's latest input, came to the server."""
+    waited_s: float = time.time() - request.arrival_time
+    return waited_s if 0 <= waited_s <= MAX_CLOCK_SKEW_S else 0.0
 
 
 def _is_streamed(request: Request) -> bool:

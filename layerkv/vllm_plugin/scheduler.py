@@ -126,9 +126,14 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
     def add_request(self, request: Request) -> None:
         """Take a request in and find out its SLO class."""
         super().add_request(request)
-        if self._is_active and self.requests.get(request.request_id) is request:
+        if not self._is_active:
+            return
+        known = self.requests.get(request.request_id)
+        if known is request:
             self._arrivals.track(request)
             self._telling.came_from(request.client_index)
+        elif known is not None:
+            self._arrivals.next_input(known)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:  # noqa: FBT001, FBT002 (vLLM's signature)
         """Decide, carry the decision out, and let vLLM schedule what is left visible."""

@@ -76,7 +76,9 @@ class Telling:
         if waits and 0 <= now_s - self._waits_told_s < WAITS_INTERVAL_S:
             return
         self._waits_told_s = now_s
-        told, self._waiting_for = self._waiting_for, Counter([WAITS_FOR[reason] for reason in waits.values()])
+        behind = self._controller.behind
+        lacking = [behind.get(request_id) or WAITS_FOR[reason] for request_id, reason in waits.items()]
+        told, self._waiting_for = self._waiting_for, Counter(lacking)
         for resource in Resource:
             if self._waiting_for[resource] != told[resource]:
                 self._side.metrics.set("layerkv_waiting_requests", self._waiting_for[resource], resource)

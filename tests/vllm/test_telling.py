@@ -36,7 +36,7 @@ def warnings() -> Iterator[list[str]]:
 
 
 def test_what_binds_is_told_at_intervals_and_once_more_when_nobody_waits() -> None:
-    metrics, controller = MetricSamples(), SimpleNamespace(waits={})
+    metrics, controller = MetricSamples(), SimpleNamespace(waits={}, behind={})
     parallel = SimpleNamespace(_api_process_count=1)
     scheduler: Any = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=parallel))
     side: Any = SimpleNamespace(ledger=None, metrics=metrics)
@@ -51,6 +51,9 @@ def test_what_binds_is_told_at_intervals_and_once_more_when_nobody_waits() -> No
 
     assert after({}, 10.0) == {}
     three = {"a": Reason.POOL_FULL, "b": Reason.HELD, "c": Reason.NO_SLOT}
+    controller.behind = {"b": Resource.SLOT}
+    assert after(three, 0.0) == {pool: 1, slot: 2}
+    controller.behind = {}
     assert after(three, 10.0) == {pool: 2, slot: 1}
     assert after({"c": Reason.NO_SLOT}, 10.0 + telling.WAITS_INTERVAL_S / 2) == {}
     assert after({"c": Reason.NO_SLOT}, 10.0 + telling.WAITS_INTERVAL_S) == {pool: 0}

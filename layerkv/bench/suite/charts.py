@@ -19,8 +19,8 @@ from layerkv.bench.records import LoadRun, RequestRecord, Sample, ttft_s
 from layerkv.bench.suite.result import CaseResult, Figures, PointResult, Spread
 from layerkv.bench.suite.tables import SLOS_MET
 from layerkv.bench.suite.titles import (
-    ENGINE_NOTES,
     ENGINE_TITLES,
+    engine_note,
     engine_order,
     has_first_tokens,
     main_point,
@@ -213,7 +213,7 @@ def cdf(result: CaseResult, runs: Sequence[LoadRun]) -> Plot | None:
     return Plot("cdf", "Distribution of time to first token", note, axes)
 
 
-def timeline(runs: Mapping[str, LoadRun]) -> tuple[list[Plot], list[PhaseKind]]:
+def timeline(result: CaseResult, runs: Mapping[str, LoadRun]) -> tuple[list[Plot], list[PhaseKind]]:
     """The life of the first requests of every run, by engine in the order to draw, and the phases that occur."""
     shown = {name: sorted(run.requests, key=lambda r: r.arrival_s)[:MAX_ROWS] for name, run in runs.items()}
     ends_s = {name: _end_s(requests, runs[name]) for name, requests in shown.items()}
@@ -237,7 +237,7 @@ def timeline(runs: Mapping[str, LoadRun]) -> tuple[list[Plot], list[PhaseKind]]:
                 waited = format_duration(first_s - request.arrival_s)
                 marked(axes.add_artist(tick), title=f"request {row + 1}: first token after {waited}")
         total = len(runs[name].requests)
-        note = ENGINE_NOTES[name]
+        note = engine_note(result, name)
         if total > len(requests):
             note += f"; the first {len(requests)} of {total} requests"
         drawn.append(Plot(f"requests-{name}", ENGINE_TITLES[name], note, axes, name))

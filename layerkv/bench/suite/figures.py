@@ -8,6 +8,7 @@ the server's histogram.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -79,6 +80,7 @@ def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
         scheduler_s_per_step=_scheduler([run.counters for run in runs]),
         wall_s=Spread.of([run.wall_s for run in runs]),
         ends=_ends(runs),
+        waited_for=_waited_for(runs),
         output_tokens=_where_known([_mean_output_tokens(run) for run in runs]),
         longest_probe_s=max(_some(run.longest_probe_s for run in runs), default=None),
         disturbed=any(run.is_disturbed for run in runs),
@@ -194,6 +196,15 @@ def _answered(run: LoadRun) -> list[RequestRecord]:
 def _ends(runs: Sequence[LoadRun]) -> dict[str, Spread]:
     known = sorted({request.end for run in runs for request in run.requests if request.end is not None})
     return {end: Spread.of([sum(r.end == end for r in run.requests) for run in runs]) for end in known}
+
+
+def _waited_for(runs: Sequence[LoadRun]) -> dict[str, Spread]:
+    """Each resource's share of all that was waited for, by samples: they come evenly, so each counts for as long."""
+    seen = [
+        total for run in runs if (total := sum((Counter(sample.waiting_for) for sample in run.samples), Counter[str]()))
+    ]
+    resources = sorted({resource for total in seen for resource in total})
+    return {resource: Spread.of([of[resource] / of.total() for of in seen]) for resource in resources}
 
 
 def _mean_output_tokens(run: LoadRun) -> float | None:

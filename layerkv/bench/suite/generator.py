@@ -321,6 +321,7 @@ def _sample(time_s: float, metrics: ServerMetrics, plan: LoadPlan) -> Sample:
         running=metrics.running,
         waiting=metrics.waiting,
         parked=metrics.parked,
+        waiting_for=metrics.waiting_for,
     )
 
 

@@ -15,7 +15,7 @@ from layerkv.bench.machine import measured_here, source_commit
 from layerkv.bench.priorities import Priorities
 from layerkv.bench.records import EngineFailure, LoadRun
 from layerkv.bench.suite.case import Case, Point
-from layerkv.bench.suite.engines import kv_memory_bytes
+from layerkv.bench.suite.engines import kv_memory_bytes, max_num_seqs
 from layerkv.bench.suite.figures import engine_figures, engine_ratios, have_equal_tokens
 from layerkv.bench.suite.result import CaseResult, PointResult, Ratios, Spread
 from layerkv.config import SloPolicy
@@ -58,6 +58,7 @@ def case_result(case: Case, outcome: Outcome) -> CaseResult:
         failures=outcome.failures,
         points=points,
         kv_cache_memory_bytes={engine: kv_memory_bytes(case, engine, seeds) for engine in case.engines},
+        max_num_seqs={engine: max_num_seqs(case.settings, engine) for engine in case.engines},
         notes=list(case.notes),
         **measured_here(),
         load=load_digest(case),

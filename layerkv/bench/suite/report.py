@@ -16,8 +16,8 @@ from layerkv.bench.records import LoadRun
 from layerkv.bench.suite import charts, summary
 from layerkv.bench.suite.result import CaseResult
 from layerkv.bench.suite.stream_charts import streams
-from layerkv.bench.suite.tables import PLUS_MINUS
-from layerkv.bench.suite.titles import main_point, point_label
+from layerkv.bench.suite.tables import PLUS_MINUS, RESOURCES, wait_rows
+from layerkv.bench.suite.titles import engine_note, main_point, point_label
 from layerkv.config import SloPolicy
 from layerkv.units import format_bytes
 
@@ -46,7 +46,7 @@ def render_report(result: CaseResult, runs: Sequence[LoadRun], policy: SloPolicy
     curves = charts.against_axis(result)
     cdf = charts.cdf(result, runs)
     first_runs = charts.first_runs(result, runs)
-    requests, kinds = charts.timeline(first_runs)
+    requests, kinds = charts.timeline(result, first_runs)
     point = main_point(result)
     return environment.get_template(TEMPLATE).render(
         result=result,
@@ -56,10 +56,12 @@ def render_report(result: CaseResult, runs: Sequence[LoadRun], policy: SloPolicy
         engines=summary.engine_order(result),
         all_engines=tuple(summary.ENGINE_TITLES),
         engine_titles=summary.ENGINE_TITLES,
-        engine_notes=summary.ENGINE_NOTES,
+        engine_notes={name: engine_note(result, name) for name in summary.ENGINE_TITLES},
         rows=summary.figure_rows(result),
         point_columns=summary.POINT_COLUMNS,
         point_groups=[(label, list(group)) for label, group in groupby(summary.point_rows(result), lambda r: r.point)],
+        resources=RESOURCES,
+        wait_groups=[(label, list(group)) for label, group in groupby(wait_rows(result), lambda row: row.point)],
         plus_minus=PLUS_MINUS,
         plots=[*curves, *([] if cdf is None else [cdf])],
         bars=[] if curves else charts.bars(result),

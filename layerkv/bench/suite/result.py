@@ -57,6 +57,8 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     `scheduler_s_per_step` is CPU time. `ends`: how many requests finished in each way (`length`, `stop`, `hang_up`), as
     far as that is known; `output_tokens`: mean length of the answers that did. What an engine does not tell is None:
     vLLM's offload neither counts what it stores nor says how much of its host memory is in use.
+    `waited_for`: of the time that requests waited for anything, before their first token and parked, the share for each
+    resource, of seeds in which any was seen to wait; empty where an engine does not tell.
     `longest_probe_s`: the longest that the server took to answer `/health` while the load ran, of all seeds; None where
     nobody asked. `disturbed`: in some seed that was above 0.3 s, in each of three tries, so that times and throughput
     say little about the engine.
@@ -99,6 +101,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
     scheduler_s_per_step: Spread | None
     wall_s: Spread
     ends: dict[str, Spread] = {}
+    waited_for: dict[str, Spread] = {}
     output_tokens: Spread | None = None
     longest_probe_s: float | None = None
     disturbed: bool = False
@@ -151,6 +154,7 @@ class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
     engine, then by the point's rate per second (by its name, where points have the same rate). `load` is a digest of
     requests, policy and settings: two results are comparable where it is equal. `commit` is layerkv's, if it ran from a
     checkout.
+    `max_num_seqs` is how many requests each engine may compute in a step; empty in older results.
     `priorities` says what kept engines from starving servers and clients: see :mod:`layerkv.bench.priorities`; None in
     results from before there was that.
     """
@@ -172,6 +176,7 @@ class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
     slo_attainment: dict[str, dict[str, Spread]] = {}
     points: list[PointResult]
     kv_cache_memory_bytes: dict[str, int]
+    max_num_seqs: dict[str, int] = {}
     notes: list[str]
     command: str
     machine: Machine

@@ -21,13 +21,15 @@ class ServerMetrics(msgspec.Struct, frozen=True, kw_only=True):
     """One reading, added up over engines. Counters count from the server's start; gauges are of this moment.
 
     `device_usage` is the share of KV memory in use, with layerkv that of its pool. `host_blocks` are layerkv's that
-    hold KV, cached prefixes included. vLLM counts parks among `preemptions`; `recomputes` are layerkv's own count of KV
+    hold KV, cached prefixes included. `waiting_for` counts layerkv's waiting and parked requests by the resource that
+    they lack; empty while none does. vLLM counts parks among `preemptions`; `recomputes` are layerkv's own count of KV
     that was given up.
     """
 
     running: int = 0
     waiting: int = 0
     parked: int = 0
+    waiting_for: dict[str, int] = {}
     device_usage: float = 0.0
     host_blocks: int = 0
     pool_blocks: int = 0
@@ -71,6 +73,9 @@ def read_metrics(text: str) -> ServerMetrics:
         running=int(sums["vllm:num_requests_running", ""]),
         waiting=int(sums["vllm:num_requests_waiting", ""]),
         parked=int(sums["layerkv_requests", "parked"]),
+        waiting_for={
+            label: int(value) for (name, label), value in sums.items() if name == "layerkv_waiting_requests" and value
+        },
         device_usage=sums["vllm:kv_cache_usage_perc", ""],
         host_blocks=int(sums["layerkv_host_blocks_used", ""] + sums["layerkv_host_blocks_cached", ""]),
         pool_blocks=int(sums["layerkv_pool_blocks", ""]),
@@ -98,6 +103,7 @@ def read_metrics(text: str) -> ServerMetrics:
 # The label by which these are told apart; of all others only the sum counts.
 _LABELLED = {
     "layerkv_requests": "residency",
+    "layerkv_waiting_requests": "resource",
     "layerkv_bytes_total": "direction",
     "vllm:prompt_tokens_cached_by_source_total": "source",
 }

@@ -12,7 +12,14 @@ from typing import TypeGuard
 from layerkv.bench.records import HUNG_UP, PROBE_LIMIT_S, STOPPED
 from layerkv.bench.suite.result import CaseResult, Distribution, Figures, PointResult, Ratios, Spread
 from layerkv.bench.suite.tables import DISTURBED, POINT_COLUMNS, PointRow, figure_rows, point_rows
-from layerkv.bench.suite.titles import ENGINE_NOTES, ENGINE_TITLES, engine_order, has_first_tokens, point_label
+from layerkv.bench.suite.titles import (
+    ENGINE_NOTES,
+    ENGINE_TITLES,
+    engine_order,
+    has_first_tokens,
+    oracle_has,
+    point_label,
+)
 from layerkv.bench.words import NOTABLE_WAIT_S, SAME_WITHIN, format_duration, format_ratio, is_same
 from layerkv.units import format_bytes
 
@@ -89,7 +96,7 @@ def sentences(result: CaseResult) -> list[str]:
     if over_oracle is not None:
         said.append(
             f"The mean wait for a first token was {format_ratio(over_oracle.median)} times that of the oracle, "
-            "which has KV memory for everything."
+            f"which has {oracle_has(result)}."
         )
     if stock is not None and layerkv is not None:
         if layerkv.parks.median:

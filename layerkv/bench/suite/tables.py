@@ -18,6 +18,15 @@ PLUS_MINUS = " ±"
 # After a figure of a disturbed run; a sentence with the same mark says what that is.
 DISTURBED = "*"
 SLOS_MET = "SLOs met by mean TPOT"
+# By their names in layerkv's metrics.
+RESOURCES = {
+    "pool": "KV pool",
+    "zone": "Lane zone",
+    "slot": "Slots",
+    "link": "Link",
+    "compute": "Compute",
+    "host_memory": "Host memory",
+}
 POINT_COLUMNS = ("Fluid", SLOS_MET, "TTFT mean", "TTFT p99", "Fluid goodput", "Goodput", "Throughput")
 
 
@@ -51,7 +60,7 @@ class PointRow:
     Attributes:
         point: Where the point lies on the case's axis; the same for all its engines.
         engine: Its name; `engine_title` is how tables call it.
-        cells: `cells[i]` belongs to the i-th of `POINT_COLUMNS`, which are labels of `figure_rows`.
+        cells: `cells[i]` belongs to the i-th of `POINT_COLUMNS`, which are labels of `figure_rows`, or of `RESOURCES`.
         failure: Why some or all of the figures are missing; empty if none are.
         is_main: Whether this is the case's main point.
     """
@@ -97,6 +106,29 @@ def point_rows(result: CaseResult) -> list[PointRow]:
                     engine_title=ENGINE_TITLES[name],
                     cells=cells,
                     failure="" if failure is None else failure.reason,
+                    is_main=point.name == result.main_point,
+                )
+            )
+    return rows
+
+
+def wait_rows(result: CaseResult) -> list[PointRow]:
+    """What requests waited for: for each point, a row per engine that tells, with a cell for each of `RESOURCES`."""
+    rows = []
+    for point in result.points:
+        for name in engine_order(result):
+            figures = point.engines.get(name)
+            if figures is None or not figures.waited_for:
+                continue
+            of = figures.waited_for
+            cells = [percent_cell(of[key]) if key in of else "0.0 %" for key in RESOURCES]
+            rows.append(
+                PointRow(
+                    point=f"{point.x:g}",
+                    engine=name,
+                    engine_title=ENGINE_TITLES[name],
+                    cells=tuple(_marked(cell, figures) for cell in cells),
+                    failure="",
                     is_main=point.name == result.main_point,
                 )
             )

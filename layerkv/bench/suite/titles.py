@@ -5,6 +5,8 @@ Pure functions of a case's result. Invariant: everything that lists engines list
 
 from __future__ import annotations
 
+import math
+
 from layerkv.bench.suite.result import CaseResult, Figures, PointResult
 
 ENGINE_TITLES = {
@@ -25,6 +27,28 @@ ENGINE_NOTES = {
     "layerkv-no-slo": "layerkv without objectives",
     "oracle": "stock with KV memory for everything: nobody waits for it",
 }
+"""The oracle's is said by :func:`engine_note`: a case may give it more than memory."""
+
+
+def engine_note(result: CaseResult, name: str) -> str:
+    """What an engine of this case is."""
+    if name != "oracle" or not _has_more_slots(result):
+        return ENGINE_NOTES[name]
+    return f"stock with {oracle_has(result)}"
+
+
+def oracle_has(result: CaseResult) -> str:
+    """What the case's oracle has and the others do not."""
+    if not _has_more_slots(result):
+        return "KV memory for everything"
+    slots = result.max_num_seqs
+    others = max(most for name, most in slots.items() if name != "oracle")
+    return f"{slots['oracle']} slots (max_num_seqs) where the others have {others}, and KV memory for all in them"
+
+
+def _has_more_slots(result: CaseResult) -> bool:
+    slots = result.max_num_seqs
+    return slots.get("oracle", 0) > max((most for name, most in slots.items() if name != "oracle"), default=math.inf)
 
 
 def engine_order(result: CaseResult) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ def exchange(now: Outlook, draft: Draft, _claims: Sequence[Claim]) -> None:
     back: each exchange uses laxity up, so exchanges end.
     """
     s, claim = now.s, draft.blocked
-    if draft.is_relieving or draft.pool_is_closed or claim is None:
+    if draft.is_relieving or draft.pool_closed_for or claim is None:
         return
     if s.cost is None or not s.slo_scheduling or not s.can_exchange or claim.deadline_s < s.now_s:
         return

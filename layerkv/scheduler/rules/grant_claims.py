@@ -21,9 +21,9 @@ def grant_claims(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
             draft.block(claim)
             draft.wait(claim, Reason.VICTIMS_LEAVE)
         return
-    if draft.pool_is_closed:
+    if draft.pool_closed_for:
         for claim in claims:
-            draft.wait(claim, Reason.BEHIND_RANK)
+            draft.wait(claim, Reason.BEHIND_RANK, draft.pool_closed_for)
         return
     if draft.fits_nobody(claims):
         draft.wait_for_pool(claims, now.next_in_pool)
@@ -35,7 +35,9 @@ def grant_claims(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
             draft.grant(claim)
             continue
         draft.wait(claim, Reason.LINK_BUSY if has_room else Reason.POOL_FULL if has_slot else Reason.NO_SLOT)
+        if claim.request_id in now.out_of_reach:
+            continue
         if draft.block(claim) and claim.request_id in now.next_in_pool:
             for behind in claims[i + 1 :]:
-                draft.wait(behind, Reason.BEHIND_OVERDUE)
+                draft.wait(behind, Reason.BEHIND_OVERDUE, draft.lacks(claim.request_id))
             return

@@ -20,7 +20,7 @@ def keep_zone(now: Outlook, draft: Draft) -> None:
         return
     for p in line_for_zone(now):
         if _cannot_wait(now, p, min(ranks)) and not come_back(now, draft, p):
-            draft.zone_is_promised = True
+            draft.zone_promised_for = draft.lacks(p.request_id)
             return
 
 

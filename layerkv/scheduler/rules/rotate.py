@@ -38,7 +38,7 @@ def rotate(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
     """
     assert isinstance(now, FluidOutlook)
     s = now.s
-    if draft.is_relieving or draft.pool_is_closed or s.cost is None:
+    if draft.is_relieving or draft.pool_closed_for or s.cost is None:
         return
     due_before_s = s.now_s + soon_s(now)
     room, slots = draft.pool + s.engine.freeing_blocks, draft.slots

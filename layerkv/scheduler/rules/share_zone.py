@@ -59,7 +59,7 @@ def _give_way_to_prompt(now: Outlook, draft: Draft, prompts: list[WaitingRequest
     is_due = w.request_id not in now.late or w.request_id in now.overdue
     least_s = -math.inf if is_due else SPARE_FOR_FRESH_S
     if make_room(now, draft, num_blocks, w.rank, least_s, spares_lost=False) and num_blocks <= draft.zone:
-        draft.zone_is_promised = False
+        draft.zone_promised_for = None
         start_prompts(now, draft, [w])
 
 

@@ -16,7 +16,7 @@ from layerkv.scheduler.needs import (
     tokens_to_compute,
 )
 from layerkv.scheduler.outlook import Outlook
-from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.reasons import WAITS_FOR, Reason, Resource
 from layerkv.scheduler.snapshot import WaitingRequest
 
 Place = Literal["pool", "zone"]
@@ -28,7 +28,7 @@ def start_prompts(now: Outlook, draft: Draft, prompts: Sequence[WaitingRequest])
     Once a prompt that was overtaken too often cannot start, no other of its rank does, but for those that have blocks
     already.
     """
-    closed = Reason.BEHIND_RANK if draft.compute_is_closed else None
+    closed, lacks = (Reason.BEHIND_RANK if draft.compute_closed_for else None), draft.compute_closed_for
     for w in prompts:
         refusal = _why_refused(now, draft, w)
         if refusal is not None:
@@ -36,7 +36,7 @@ def start_prompts(now: Outlook, draft: Draft, prompts: Sequence[WaitingRequest])
             continue
         has_place = w.request_id in draft.granted and not draft.step_is_promised
         if closed is not None and not has_place:
-            draft.wait_too(w, closed)
+            draft.wait_too(w, closed, lacks)
             continue
         place, reason = _where_to_start(now, draft, w)
         if place == "pool":
@@ -46,11 +46,12 @@ def start_prompts(now: Outlook, draft: Draft, prompts: Sequence[WaitingRequest])
         else:
             # an overdue prompt that may run layered stands in line for the pool too, but does not need it
             tell = draft.wait if now.can_ever_layer(w) else draft.wait_too
-            tell(w, reason)
+            tell(w, reason, draft.zone_promised_for if reason is Reason.BEHIND else None)
             if w.request_id in now.overdue:
                 closed, draft.is_closed = Reason.BEHIND_OVERDUE, True
+                lacks = draft.lacks(w.request_id)
             elif draft.step_is_promised:
-                closed = Reason.BEHIND
+                closed, lacks = Reason.BEHIND, Resource.COMPUTE
 
 
 def _why_refused(now: Outlook, draft: Draft, w: WaitingRequest) -> Reason | None:
@@ -71,9 +72,8 @@ def _where_to_start(now: Outlook, draft: Draft, w: WaitingRequest) -> tuple[Plac
     A prompt that is to run layered, but cannot just now, holds back later ones that want the zone: it is next.
     """
     s = now.s
-    is_late = w.request_id in now.late
     if draft.tokens <= 0:
-        return None, Reason.LATE if is_late else Reason.NO_TOKENS_LEFT
+        return None, Reason.LATE if w.request_id in now.late else Reason.NO_TOKENS_LEFT
     if w.in_one_step and not _has_step_for_all_of_it(now, draft, w):
         draft.step_is_promised = True
         return None, Reason.NO_TOKENS_LEFT
@@ -89,14 +89,14 @@ def _where_to_start(now: Outlook, draft: Draft, w: WaitingRequest) -> tuple[Plac
     fits = is_free and draft.fits_pool(w)
     if fits and s.shape.mode == "auto":
         return "pool", Reason.FITS
-    if draft.zone_is_promised:
-        return None, Reason.LATE if is_late else Reason.BEHIND
+    if draft.zone_promised_for is not None:
+        return None, Reason.BEHIND
     obstacle = _why_not_layered(now, draft, w)
     if obstacle is None:
         return "zone", Reason.POOL_CONTENDED
     if obstacle is Reason.HOST_FULL and fits:
         return "pool", Reason.HOST_FULL_RESIDENT  # stock behaviour
-    draft.zone_is_promised = obstacle is not Reason.WAIT_IS_SHORTER
+    draft.zone_promised_for = None if obstacle is Reason.WAIT_IS_SHORTER else WAITS_FOR[obstacle]
     return None, obstacle
 
 

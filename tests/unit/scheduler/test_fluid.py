@@ -204,6 +204,16 @@ def test_whoever_is_within_its_slice_leaves_after_all_that_are_not() -> None:
     assert found == ["flows", "lost, came just now", "plenty, came just now"]
 
 
+def test_whoever_has_not_run_since_it_came_in_leaves_last_for_its_copies_would_be_in_vain() -> None:
+    """Regression: within their slices all were alike, and one was parked in the step in which its load had ended."""
+    found = victims(
+        flowing("new", 90.0, resident_s=0.0, has_run=False),
+        flowing("slow to load", 91.0, resident_s=100.0, has_run=False),
+        flowing("came just now", 0.5, resident_s=0.1),
+    )
+    assert found == ["came just now", "new", "slow to load"]
+
+
 def test_the_weighty_and_the_better_rank_are_spared_and_whoever_may_not_be_parked_is() -> None:
     found = victims(
         flowing("heavy", 2.0, weight=4.0),

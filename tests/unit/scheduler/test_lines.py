@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
-from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.reasons import Reason, Resource
 from layerkv.scheduler.snapshot import LayeredRequest, ParkedRequest, WaitingRequest
 from layerkv.scheduler.tracker import DeadlineQueue
 from tests.fakes.snapshots import NOW_S, POOL, admitted, changed, cost, crowd, parked, prompt, resident, snapshot
@@ -198,6 +198,7 @@ def test_nobody_passes_a_prompt_that_was_overtaken_too_often() -> None:
     stopped = decide(changed(s, overtaken={"late": MOST}))
     assert admitted(stopped) == []
     assert stopped.waits == {"late": Reason.ZONE_FULL, "small": Reason.BEHIND_OVERDUE}
+    assert stopped.behind == {"small": Resource.ZONE}
 
 
 def test_a_prompt_that_waits_for_the_zone_while_others_pass_into_the_pool_is_overtaken_though_nobody_is_late() -> None:
@@ -238,6 +239,7 @@ def test_nobody_passes_into_the_pool_before_a_prompt_longer_than_it_that_was_ove
     stopped = decide(changed(s, overtaken={"long": MOST}))
     assert (stopped.fetch, admitted(stopped)) == (("p",), [])
     assert stopped.waits == {"long": Reason.HOST_FULL, "pool only": Reason.BEHIND_OVERDUE}
+    assert stopped.behind == {"pool only": Resource.HOST_MEMORY}
 
 
 @given(late_blocks=st.integers(1, 40), sizes=st.lists(st.integers(1, 10), min_size=1, max_size=5))
@@ -270,6 +272,12 @@ def test_the_zone_goes_by_deadline_while_the_pool_is_full() -> None:
     assert admitted(decide(changed(s, free_zone_blocks=20))) == [("a", True), ("b", True)]
 
 
+def test_a_late_prompt_behind_one_that_waits_for_the_zone_waits_for_that_and_not_for_compute() -> None:
+    waiting = [prompt("next", 30), prompt("late", 2, 99.0)]
+    d = decide(snapshot(waiting=waiting, free_blocks=0, free_zone_blocks=20, **crowd(3)))
+    assert d.waits == {"next": Reason.ZONE_FULL, "late": Reason.BEHIND}
+
+
 def test_a_short_prompt_is_not_stuck_behind_one_that_only_the_pool_can_hold() -> None:
     waiting = [prompt("huge", 60), prompt("short", 2)]
     assert admitted(decide(snapshot(waiting=waiting, free_blocks=1, **crowd(4)))) == [("short", True)]
@@ -280,6 +288,7 @@ def test_host_memory_is_given_to_prompts_in_order_and_to_none_beyond() -> None:
     s = snapshot(waiting=waiting, free_blocks=0, free_host_blocks=19, **crowd(3))
     assert admitted(decide(s)) == [("a", True)], "c would fit, but b is next"
     assert decide(s).waits == {"b": Reason.HOST_FULL, "c": Reason.BEHIND}
+    assert decide(s).behind == {"c": Resource.HOST_MEMORY}
 
 
 # Ranks ----------------------------------------------------------------------------------------------------------------
@@ -344,6 +353,7 @@ def test_while_a_claim_of_better_rank_waits_for_the_pool_worse_ones_take_none_of
     assert decision.waits == {"large": Reason.POOL_FULL, "small": Reason.BEHIND_RANK}
     kept = decide(snapshot(parked=in_host, waiting=waiting, free_blocks=40, free_slots=1, **crowd(3)))
     assert kept.waits == {"large": Reason.POOL_FULL, "small": Reason.BEHIND_RANK, "w": Reason.BEHIND_RANK}
+    assert kept.behind == {"small": Resource.POOL, "w": Resource.SLOT}
 
 
 def test_while_a_prompt_of_better_rank_waits_for_room_worse_ones_take_none() -> None:
@@ -352,6 +362,7 @@ def test_while_a_prompt_of_better_rank_waits_for_room_worse_ones_take_none() -> 
     decision = decide(s)
     assert (admitted(decision), decision.fetch) == ([], ())
     assert decision.waits == {"large": Reason.ZONE_FULL, "small": Reason.BEHIND_RANK, "p": Reason.BEHIND_RANK}
+    assert decision.behind == {"small": Resource.ZONE, "p": Resource.ZONE}
 
 
 def test_a_prompt_of_better_rank_that_waits_for_tokens_only_keeps_nobody_out_of_the_pool() -> None:
@@ -374,6 +385,7 @@ def test_nobody_is_late_for_the_sake_of_a_worse_rank() -> None:
     others = [prompt(name, 10, 101.0, rank=1, prefill_cost_s=0.3) for name in ("a", "b")]
     s = snapshot(waiting=[long, *others], budget_tokens=160, cost=cost(step_s=0.0), prefilling_tokens=160)
     assert decide(s).waits == {"long": Reason.NO_TOKENS_LEFT, "a": Reason.BEHIND_RANK, "b": Reason.BEHIND_RANK}
+    assert decide(s).behind == {"a": Resource.COMPUTE, "b": Resource.COMPUTE}
     same = [w._replace(rank=0) for w in (long, *others)]
     assert decide(changed(s, waiting=same)).waits["long"] is Reason.LATE
 

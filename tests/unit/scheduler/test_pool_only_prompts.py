@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from layerkv.scheduler.fluid import LEAST_SLICE_S
+from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import Snapshot
@@ -103,4 +104,38 @@ def test_its_first_token_is_not_later_than_stocks_by_more_than_two_slices(
     mine = first_tokens(layerkv.run(max_steps=20_000))
     stock = first_tokens(TinyStock(jobs, **memory).run(max_steps=20_000))
     for name, ttft_s in stock.items():
+        assert mine[name] <= ttft_s + 2 * LEAST_SLICE_S, name
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> list[SimRequest]:
+    """Short prompts in such numbers that more are parked than a decision looks at; one in 16 only the pool takes."""
+    every_s = draw(st.sampled_from((0.005, 0.01, 0.03)))
+    num_output = draw(st.integers(20, 50))
+    return [
+        job(
+            f"r{i}",
+            LONG_TOKENS if i % 16 == 15 else draw(st.integers(8, 64)),
+            num_output,
+            i * every_s,
+            ttft_s=TTFT_S,
+            tpot_s=0.2,
+        )
+        for i in range(112)
+    ]
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(crowds())
+def test_nor_while_more_are_parked_than_a_decision_looks_at(jobs: list[SimRequest]) -> None:
+    memory = {"pool_blocks": POOL_BLOCKS, "num_host_blocks": 4000, "budget_tokens": 256, "slots": 256}
+    layerkv = TinyScheduler(jobs, slo=policy(), zone_blocks=ZONE_BLOCKS, **memory)
+    most_parked = 0
+    while layerkv.to_come or layerkv.num_under_way:
+        assert layerkv.step < 20_000
+        layerkv.advance()
+        most_parked = max(most_parked, layerkv.controller.num_parked)
+    assume(most_parked > PolicyLimits().scan_parked)
+    mine = first_tokens(layerkv.outcome())
+    for name, ttft_s in first_tokens(TinyStock(jobs, **memory).run(max_steps=20_000)).items():
         assert mine[name] <= ttft_s + 2 * LEAST_SLICE_S, name

@@ -186,6 +186,15 @@ def test_without_costs_only_what_has_passed_is_late_and_without_objectives_nothi
     assert late_prompts(snapshot(cost=BARE, slo_scheduling=False), views, 2048) == set()
 
 
+def test_how_long_prompts_can_be_put_off_is_said_of_those_on_time_and_of_nobody_else() -> None:
+    spare_s: dict[str, float] = {}
+    views = waits((0.5, 9.0), (1.0, 1.2), (2.0, 2.1), (9.0, 9.5), (0.1, -1.0))
+    views.sort(key=lambda w: w.deadline_s)
+    late = late_prompts(snapshot(cost=BARE), views, 2048, spare_s)
+    assert len(late) > 1
+    assert spare_s.keys() == {w.request_id for w in views} - late
+
+
 def test_a_step_is_predicted_with_those_who_decode() -> None:
     s = snapshot(decode_tokens=48, decode_context=1000, cost=cost())
     assert step_seconds(s, cost(), 0) == cost().step_s(StepWork(num_decodes=48, decode_context=1000))

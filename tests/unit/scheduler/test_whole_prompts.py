@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from layerkv.scheduler.policy import decide
-from layerkv.scheduler.reasons import Reason
+from layerkv.scheduler.reasons import Reason, Resource
 from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import Decision, PrefixHit
 from tests.fakes.snapshots import BLOCK, cost, parked, prompt, resident, snapshot
@@ -35,6 +35,7 @@ def test_it_does_not_start_beside_a_prompt_under_way_and_holds_others_back_until
     decision = decide(snapshot(waiting=waiting, prefilling_tokens=40))
     assert admitted(decision) == []
     assert decision.waits == {"a": Reason.NO_TOKENS_LEFT, "b": Reason.BEHIND}
+    assert decision.behind == {"b": Resource.COMPUTE}
     assert not decision.has_whole_prompt
 
 

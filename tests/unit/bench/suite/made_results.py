@@ -83,6 +83,7 @@ def _with_server(
                 running=on_device,
                 waiting=max(waiting, 0),
                 parked=parked,
+                waiting_for={"compute": max(waiting, 0), "pool": parked} if engine.startswith("layerkv") else {},
             )
         )
     parks = sum(go_on_s > first_s for first_s, go_on_s, _ in held)

@@ -182,6 +182,23 @@ def test_what_an_engine_does_not_tell_is_not_zero() -> None:
     assert figures.peak_host_kv_bytes is None
 
 
+def test_what_was_waited_for_is_shared_out_by_samples_of_the_seeds_in_which_anybody_waited() -> None:
+    waited = [[{"pool": 3, "slot": 1}, {}, {"pool": 3, "compute": 1}], [{"slot": 2}], [{}]]
+    runs = []
+    for seed, of in enumerate(waited):
+        at = {"device_kv_bytes": 5, "host_kv_bytes": 7, "running": 1, "waiting": 4, "parked": 0}
+        samples = [Sample(time_s=i, waiting_for=each, **at) for i, each in enumerate(of)]
+        run = run_of(record(0, 0.0, [0.1]), seed=seed)
+        runs.append(msgspec.structs.replace(run, samples=samples))
+    found = engine_figures(runs, POLICY).waited_for
+    assert {name: spread.values for name, spread in found.items()} == {
+        "compute": [0.125, 0.0],
+        "pool": [0.75, 0.0],
+        "slot": [0.125, 1.0],
+    }
+    assert not engine_figures(runs[2:], POLICY).waited_for
+
+
 def probed(seed: int, longest_probe_s: float | None) -> LoadRun:
     return msgspec.structs.replace(run_of(record(0, 0.0, [1.0]), seed=seed), longest_probe_s=longest_probe_s)
 

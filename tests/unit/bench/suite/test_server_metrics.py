@@ -19,6 +19,10 @@ vllm:request_queue_time_seconds_count{engine="0",model_name="m"} 5.0
 vllm:request_queue_time_seconds_sum{engine="0",model_name="m"} 7.5
 layerkv_requests{engine="0",model_name="a{b}\\"c",residency="parked"} 6.0
 layerkv_requests{engine="0",model_name="m",residency="resident"} 1.0
+layerkv_waiting_requests{engine="0",model_name="m",resource="pool"} 3.0
+layerkv_waiting_requests{engine="1",model_name="m",resource="pool"} 1.0
+layerkv_waiting_requests{engine="0",model_name="m",resource="slot"} 2.0
+layerkv_waiting_requests{engine="0",model_name="m",resource="link"} 0.0
 layerkv_bytes_total{direction="store",engine="0",model_name="m"} 1.5e+06
 layerkv_bytes_total{direction="load",engine="0",model_name="m"} 100.0
 layerkv_recomputes_total{engine="0",model_name="m"} 2.0
@@ -35,6 +39,7 @@ def test_engines_are_added_up_and_labels_told_apart() -> None:
     assert metrics.parked == 6
     assert (metrics.bytes_stored, metrics.bytes_loaded) == (1_500_000, 100)
     assert metrics.recomputes == 2
+    assert metrics.waiting_for == {"pool": 4, "slot": 2}
 
 
 def test_host_blocks_are_those_of_requests_and_of_cached_prefixes() -> None:

@@ -46,7 +46,7 @@ def request(times_s: list[float], error: str | None = None) -> RequestRecord:
 
 def timeline_of(of: RequestRecord) -> tuple[Plot, list[str]]:
     run = msgspec.structs.replace(made.load_run("stock", 4.0, 0, 1), requests=[of], wall_s=10.0)
-    (plot,), _ = charts.timeline({"stock": run})
+    (plot,), _ = charts.timeline(made.case_result([run]), {"stock": run})
     return plot, [title.removeprefix("request 1: ").split()[0] for title in titles(plot)]
 
 
@@ -183,7 +183,7 @@ def test_a_request_without_token_and_without_error_waits_to_the_end() -> None:
 def test_a_timeline_shows_the_first_sixty_requests_in_order_of_arrival() -> None:
     run = made.load_run("stock", 4.0, 0, num_requests=80)
     shuffled = msgspec.structs.replace(run, requests=run.requests[::-1])
-    (plot,), _ = charts.timeline({"stock": shuffled})
+    (plot,), _ = charts.timeline(made.case_result([run]), {"stock": shuffled})
     waits = [bar for bar in plot.axes.patches if "waiting" in str(bar.get_gid())]
     assert len(waits) == 60
     assert [bar.get_x() for bar in waits] == sorted(bar.get_x() for bar in waits)

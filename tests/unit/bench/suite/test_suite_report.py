@@ -48,6 +48,32 @@ def has_marks(html: str, plot: str, engine: str) -> bool:
     return f'class="engine {engine}"' in figure
 
 
+def test_what_requests_waited_for_is_there_for_every_point_and_engine_that_tells() -> None:
+    runs = made.load_runs()
+    html = rendered(made.case_result(runs), runs)
+    _, _, table = html.partition("What requests waited for</h2>")
+    table, _, _ = table.partition("</table>")
+    assert table.count('<th scope="rowgroup"') == 5
+    assert [table.count(f'class="name">{title}</th>') for title in ("layerkv", "layerkv without SLO", "oracle")] == [
+        5,
+        5,
+        0,
+    ]
+    assert "Lane zone" in table
+    runs = made.load_runs(engines=("stock", "oracle"))
+    assert "What requests waited for" not in rendered(made.case_result(runs), runs)
+
+
+def test_what_the_oracle_is_follows_from_the_case() -> None:
+    runs = made.load_runs((4.0,), seeds=(0,))
+    result = made.case_result(runs)
+    assert "stock with KV memory for everything" in rendered(result, runs)
+    slots = msgspec.structs.replace(result, max_num_seqs={"stock": 4, "layerkv": 4, "oracle": 64})
+    html = rendered(slots, runs)
+    assert "KV memory for everything" not in html
+    assert html.count("64 slots (max_num_seqs) where the others have 4") > 2
+
+
 def test_a_complete_report_has_every_kind_of_plot_for_every_engine() -> None:
     runs = made.load_runs()
     html = rendered(made.case_result(runs), runs)
