@@ -48,6 +48,7 @@ class LedgerBooks:
         self._orphans: dict[str, HostCopy] = {}  # left while FETCHING: blocks stay until the load is reported
         self._draft = PlanDraft()
         self._under_way = PrefixStores()
+        self._num_idle_steps = 0  # since the last plan, while prefixes are stored
 
     @property
     def stores_prefixes(self) -> bool:
@@ -57,6 +58,11 @@ class LedgerBooks:
     def is_layered(self, request_id: str) -> bool:
         """Whether the request's new blocks come from the zone."""
         return request_id in self._layered
+
+    @property
+    def has_layered(self) -> bool:
+        """Whether anybody is in the lane zone, or admitted to it."""
+        return bool(self._layered)
 
     @property
     def layered_ids(self) -> frozenset[str]:
@@ -91,7 +97,9 @@ class LedgerBooks:
     @property
     def is_idle(self) -> bool:
         """Nothing planned, nobody layered and no fetch under way: this step needs no plan."""
-        return not (self._layered or self._draft.has_copies or self.num_fetching)
+        return not (
+            self._layered or self.residency.counts[Residency.FETCHING] or self._orphans or self._draft.has_copies
+        )
 
     @property
     def num_fetching(self) -> int:

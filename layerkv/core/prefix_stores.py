@@ -11,7 +11,8 @@ class PrefixStores:
     """The pool blocks that stores in the background read, and the host blocks that they write.
 
     Only workers know when a store has ended, so those that were planned are under way until a step settles. Such a step
-    hardly waits: vLLM gives those free blocks out last that were freed last, and by then their store has ended.
+    hardly waits: vLLM gives those free blocks out last that were freed last, and by then their store has ended. The
+    ledger settles too when there has been nothing to copy for a while.
     """
 
     def __init__(self, runs: Sequence[BlockRun] = ()) -> None:

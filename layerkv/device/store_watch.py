@@ -94,6 +94,11 @@ class StoreWatch:
             else:
                 del self._under_way[layer]
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether no store is under way, as of the last look, and none has failed that is not taken yet."""
+        return not self._under_way and self._unreported is None
+
     def take_failed(self) -> FailedStores | None:
         """What has failed since the last call, as far as anybody has looked; None if nothing has."""
         failed, self._unreported = self._unreported, None

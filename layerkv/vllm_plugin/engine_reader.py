@@ -47,7 +47,7 @@ class EngineReader:
         """Nobody waits or is due for a turn, nobody is parked or layered, and the pool has room for whatever runs; or
         nothing has happened since a decision by which nobody came in or left."""
         s, controller = self._scheduler, self._controller
-        if s._inflight_prefills or self._ledger.layered_ids:
+        if s._inflight_prefills or self._ledger.has_layered:
             return False
         free: int = s.kv_cache_manager.block_pool.get_num_free_blocks()
         if controller.is_quiet(len(s.running), free, steps_ahead(s), now_s):
