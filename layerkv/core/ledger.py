@@ -19,10 +19,6 @@ from layerkv.errors import CapacityError
 
 __all__ = ["KVLedger", "LedgerCounters"]
 
-SETTLE_IDLE_STEPS = 64
-"""After so many steps in a row without copies the next one settles, and nobody need look any more whether a prefix's
-store reads what is given out. Not measured: chosen by judgement, so that by then the stores have long ended."""
-
 
 class KVLedger(LedgerBooks):
     """Residency, host blocks and zone room of all requests. Not thread-safe; one per scheduler.
@@ -324,14 +320,11 @@ class KVLedger(LedgerBooks):
     def pass_idle_step(self) -> None:
         """A step is scheduled while :attr:`is_idle`: it has no plan, so nobody uses what was pinned for one."""
         self.host.unpin()
-        if self._under_way:
-            self._num_idle_steps += 1
-            self._draft.settle = self._num_idle_steps >= SETTLE_IDLE_STEPS
+        self._draft.settle = self._under_way.pass_idle_step()
 
     def take_plan(self, num_tokens: int) -> StepPlan:
         """The copies planned since the last call, for the step that computes ``num_tokens``."""
         draft, self._draft = self._draft, PlanDraft()
-        self._num_idle_steps = 0
         self.host.unpin()  # who takes blocks from now on writes them by later plans
         return draft.plan(num_tokens, self._under_way)
 

@@ -48,7 +48,6 @@ class LedgerBooks:
         self._orphans: dict[str, HostCopy] = {}  # left while FETCHING: blocks stay until the load is reported
         self._draft = PlanDraft()
         self._under_way = PrefixStores()
-        self._num_idle_steps = 0  # since the last plan, while prefixes are stored
 
     @property
     def stores_prefixes(self) -> bool:

@@ -85,6 +85,11 @@ class StoreWatch:
         """Note which stores have ended since the last look."""
         self._extents.clear()
         for layer, stores in list(self._under_way.items()):
+            if len(stores) == 1:  # nearly always
+                if stores[0].event.is_done():
+                    self._note_end(layer, stores[0])
+                    del self._under_way[layer]
+                continue
             # The last one first: when it has ended, so have those before it, and they are told in their order.
             ended = [store.event.is_done() for store in reversed(stores)][::-1]
             for store in compress(stores, ended):
@@ -105,8 +110,11 @@ class StoreWatch:
         return failed
 
     def _note_end(self, layer: int, store: _Store) -> None:
+        error = store.event.error
+        if error is None and not self._failed:
+            return
         blocks = store.extent.host_blocks
-        if (error := store.event.error) is not None:
+        if error is not None:
             if isinstance(error, LostCopyError):
                 self.lost = error
             self._failed.setdefault(layer, {}).update(dict.fromkeys(blocks, store.event))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layerkv.core.ledger import SETTLE_IDLE_STEPS
+from layerkv.core.prefix_stores import SETTLE_IDLE_STEPS
 from layerkv.core.transfer import StepPlan
 from tests.fakes.tiny_ledger import TOKENS, finished, layered, make_ledger, pairs, resident
 
