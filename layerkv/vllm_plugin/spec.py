@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -21,7 +22,6 @@ from layerkv.core.zone import ZoneLedger
 from layerkv.vllm_plugin.host_memory import WorkerMemory
 
 if TYPE_CHECKING:
-    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.request import Request
 
 # Registering the first spec of all would keep vLLM from registering its own (it does so only while there is none).
@@ -44,20 +44,21 @@ class ZonePool:
         self._zone.give_back(freed)
 
 
-class WatchedPool:
-    """vLLM's pool, for a manager that is to tell which blocks it gives out. Costs nothing where it gives out none."""
+class WatchedPool(BlockPool):
+    """vLLM's pool, which it is in all but name, for a manager that is to tell which blocks it gives out.
+
+    It has the pool's own state: whoever gets no blocks pays nothing for it, not even a look-up.
+    """
+
+    __slots__ = ("_gave_out",)
 
     def __init__(self, pool: BlockPool, gave_out: Callable[[list[int]], None]) -> None:
-        self._pool = pool
-        self._get_new_blocks = pool.get_new_blocks
+        self.__dict__ = pool.__dict__  # type: ignore[misc]  # vLLM sees a class without slots
         self._gave_out = gave_out
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pool, name)
 
     def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
         """The pool's blocks, which are told of."""
-        new = self._get_new_blocks(num_blocks)
+        new: list[KVCacheBlock] = super().get_new_blocks(num_blocks)
         if new:
             self._gave_out([block.block_id for block in new])
         return new
@@ -93,7 +94,7 @@ class LayerKVManager(FullAttentionManager):
             block.pool = zone_pool  # type: ignore[assignment]
         pool.num_gpu_blocks = geometry.pool_blocks  # usage and reset count the pool only
         self._ledger = ledger
-        self._pools = pool, cast("BlockPool", WatchedPool(pool, ledger.gave_out))
+        self._pools = pool, WatchedPool(pool, ledger.gave_out)
 
     def stand_aside(self) -> None:
         """Before a step: what is overridden below is vLLM's own in it, if nobody is there whom it concerns.
