@@ -157,7 +157,7 @@ class MetricSamples:
 
     def has_more_than(self, counter: str) -> bool:
         """Whether anything is here but that counter."""
-        return bool(self.gauges or self.histograms or self.counters.keys() - {counter})
+        return bool(self.gauges or self.histograms) or len(self.counters) > (counter in self.counters)
 
     def take(self) -> Payload:
         """The samples as a payload; this object is empty afterwards."""

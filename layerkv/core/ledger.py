@@ -317,6 +317,11 @@ class KVLedger(LedgerBooks):
         if self._under_way or self._draft.prefixes:
             self._draft.gave_out(block_ids, self._under_way)
 
+    def pass_idle_step(self) -> None:
+        """A step is scheduled while :attr:`is_idle`: it has no plan, so nobody uses what was pinned for one."""
+        self.host.unpin()
+        self._draft.settle = self._under_way.pass_idle_step()
+
     def take_plan(self, num_tokens: int) -> StepPlan:
         """The copies planned since the last call, for the step that computes ``num_tokens``."""
         draft, self._draft = self._draft, PlanDraft()

@@ -59,6 +59,11 @@ class LedgerBooks:
         return request_id in self._layered
 
     @property
+    def has_layered(self) -> bool:
+        """Whether anybody is in the lane zone, or admitted to it."""
+        return bool(self._layered)
+
+    @property
     def layered_ids(self) -> frozenset[str]:
         """Requests in the lane zone, or admitted to it."""
         return frozenset(self._layered)
@@ -91,7 +96,9 @@ class LedgerBooks:
     @property
     def is_idle(self) -> bool:
         """Nothing planned, nobody layered and no fetch under way: this step needs no plan."""
-        return not (self._layered or self._draft.has_copies or self.num_fetching)
+        return not (
+            self._layered or self.residency.counts[Residency.FETCHING] or self._orphans or self._draft.has_copies
+        )
 
     @property
     def num_fetching(self) -> int:

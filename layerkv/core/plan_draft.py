@@ -40,7 +40,7 @@ class PlanDraft:
     def gave_out(self, pool_blocks: Sequence[int], under_way: PrefixStores) -> None:
         """This step writes these pool blocks: what stores of prefixes still read there, they read before."""
         self.settle |= under_way.read(pool_blocks)
-        if PrefixStores(self.prefixes).read(pool_blocks):
+        if self.prefixes and PrefixStores(self.prefixes).read(pool_blocks):
             self._store_prefixes_first()
 
     def plan(self, num_tokens: int, under_way: PrefixStores) -> StepPlan:

@@ -6,6 +6,10 @@ from collections.abc import Iterable, Sequence
 
 from layerkv.core.transfer import BlockRun
 
+SETTLE_IDLE_STEPS = 64
+"""After so many steps in a row without copies the next one settles, and nobody need look any more whether a prefix's
+store reads what is given out. Not measured: chosen by judgement, so that by then the stores have long ended."""
+
 
 class PrefixStores:
     """The pool blocks that stores in the background read, and the host blocks that they write.
@@ -17,16 +21,25 @@ class PrefixStores:
     def __init__(self, runs: Sequence[BlockRun] = ()) -> None:
         self._pool_blocks: set[int] = set()
         self._host_blocks: set[int] = set()
+        self._num_idle_steps = 0  # since the last plan
         self.add(runs)
 
     def __bool__(self) -> bool:
         return bool(self._pool_blocks)
 
     def add(self, runs: Sequence[BlockRun]) -> None:
-        """Further stores are planned."""
+        """A step with copies is planned, these stores among them."""
+        self._num_idle_steps = 0
         for run in runs:
             self._pool_blocks.update(range(run.device_block, run.device_block + run.num_blocks))
             self._host_blocks.update(range(run.host_block, run.host_block + run.num_blocks))
+
+    def pass_idle_step(self) -> bool:
+        """A step is scheduled without copies; whether the next one is to settle, and will hardly wait."""
+        if not self._pool_blocks:
+            return False
+        self._num_idle_steps += 1
+        return self._num_idle_steps >= SETTLE_IDLE_STEPS
 
     def read(self, pool_blocks: Iterable[int]) -> bool:
         """Whether they read any of these."""

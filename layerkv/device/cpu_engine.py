@@ -6,11 +6,12 @@ already: :meth:`CPUTransferEngine.record_compute` returns an event that is done.
 
 from __future__ import annotations
 
-import heapq
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,14 +40,11 @@ def _ended() -> CopyEvent:
 _COMPUTE_DONE = _ended()
 
 
-@dataclass(order=True, slots=True)
-class _Copy:
-    background: bool
-    sequence: int
-    layers: Sequence[int] = field(compare=False)
-    runs: Sequence[BlockRun] = field(compare=False)
-    after: Sequence[Event] = field(compare=False)
-    event: CopyEvent = field(compare=False)
+class _Copy(NamedTuple):
+    layers: Sequence[int]
+    runs: Sequence[BlockRun]
+    after: Sequence[Event]
+    event: CopyEvent
 
 
 class _CopyThread(threading.Thread):
@@ -63,23 +61,21 @@ class _CopyThread(threading.Thread):
         self._stretches = RunCache(arena.geometry, host.num_blocks, host_stretches)
         self._device_layers = _blocks(self._tensor.view(arena.geometry.num_layers, -1), arena.geometry.page_bytes)
         self._host_layers = _blocks(host.tensor(), arena.geometry.page_bytes)
-        self._queue: list[_Copy] = []
-        self._wake = threading.Condition()
+        self._foreground: deque[_Copy] = deque()
+        self._background: deque[_Copy] = deque()
+        self._calls: SimpleQueue[None] = SimpleQueue()  # one for each copy, and one to close; costs no Python lock
         self._closing = False
-        self._sequence = 0
         self._seconds = 0.0
         self.start()
 
     def submit(
         self, layers: Sequence[int], runs: Sequence[BlockRun], after: Sequence[Event], *, background: bool
     ) -> CopyEvent:
+        if self._closing:
+            raise TransferError(f"{self._direction} submitted after the transfer engine was closed")
         event = CopyEvent()
-        with self._wake:
-            if self._closing:
-                raise TransferError(f"{self._direction} submitted after the transfer engine was closed")
-            self._sequence += 1
-            heapq.heappush(self._queue, _Copy(background, self._sequence, layers, runs, after, event))
-            self._wake.notify()
+        (self._background if background else self._foreground).append(_Copy(layers, runs, after, event))
+        self._calls.put(None)
         return event
 
     def run(self) -> None:
@@ -97,23 +93,21 @@ class _CopyThread(threading.Thread):
         """Wait for a copy; None when there will be no more."""
         has_more = self._direction is Direction.STORE
         while True:
-            with self._wake:
-                if not self._queue and not self._closing:
-                    self._wake.wait(TOUCH_PAUSE_S if has_more else None)
-                if self._queue:
-                    return heapq.heappop(self._queue)
-                if self._closing:
-                    return None
-            has_more = has_more and self._host.touch_ahead()
+            try:
+                self._calls.get(timeout=TOUCH_PAUSE_S if has_more else None)
+            except Empty:
+                has_more = self._host.touch_ahead()
+                continue
+            waiting = self._foreground or self._background
+            return waiting.popleft() if waiting else None
 
     def take_seconds(self) -> float:
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def close(self) -> None:
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
+        self._closing = True
+        self._calls.put(None)
         wait_patiently(self._has_ended, COPY_TIMEOUT_S)
 
     def _has_ended(self, timeout_s: float) -> bool:

@@ -203,6 +203,11 @@ class LaneSchedule:
         return self._next_layer < self._num_layers
 
     @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing is under way of which :meth:`poll_fetches` or :meth:`take_failed_stores` will tell."""
+        return not self._fetches and self._watch.is_at_rest
+
+    @property
     def has_fetches(self) -> bool:
         """Whether a fetch is under way or not yet polled."""
         return bool(self._fetches)

@@ -85,6 +85,11 @@ class StoreWatch:
         """Note which stores have ended since the last look."""
         self._extents.clear()
         for layer, stores in list(self._under_way.items()):
+            if len(stores) == 1:  # nearly always
+                if stores[0].event.is_done():
+                    self._note_end(layer, stores[0])
+                    del self._under_way[layer]
+                continue
             # The last one first: when it has ended, so have those before it, and they are told in their order.
             ended = [store.event.is_done() for store in reversed(stores)][::-1]
             for store in compress(stores, ended):
@@ -94,14 +99,22 @@ class StoreWatch:
             else:
                 del self._under_way[layer]
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether no store is under way, as of the last look, and none has failed that is not taken yet."""
+        return not self._under_way and self._unreported is None
+
     def take_failed(self) -> FailedStores | None:
         """What has failed since the last call, as far as anybody has looked; None if nothing has."""
         failed, self._unreported = self._unreported, None
         return failed
 
     def _note_end(self, layer: int, store: _Store) -> None:
+        error = store.event.error
+        if error is None and not self._failed:
+            return
         blocks = store.extent.host_blocks
-        if (error := store.event.error) is not None:
+        if error is not None:
             if isinstance(error, LostCopyError):
                 self.lost = error
             self._failed.setdefault(layer, {}).update(dict.fromkeys(blocks, store.event))

@@ -11,9 +11,12 @@ from collections.abc import Collection
 MOST_STEPS = 32
 """So many steps are noted together at most: readers' figures are that much behind. Not measured: chosen by judgement.
 """
-LONGEST_STEP_S = 0.05
-"""Steps longer than that are not noted together: between their tokens, which are taken to come equally far apart, a
+MOST_DIFFERENCE_S = 0.05
+"""Steps that differ by more are not noted together: between their tokens, which are taken to come equally far apart, a
 reader's wait would be lost. Not measured: chosen by judgement, half of the shortest wait that is told."""
+LONGEST_RUN_S = 1.6
+"""Nor are steps that take longer together: readers' figures would be that much behind. Not measured: chosen by
+judgement."""
 
 
 class SteadySteps:
@@ -22,6 +25,7 @@ class SteadySteps:
     def __init__(self) -> None:
         self.request_ids: set[str] = set()
         self._first_s = self._last_s = 0.0
+        self._shortest_s = self._longest_s = 0.0  # from step to step, the one before the first included
         self._num_steps = 0
         self._num_left = 0
 
@@ -31,14 +35,20 @@ class SteadySteps:
 
         Nobody may have come in since the last one; those who :meth:`leave` may still be among ``request_ids``.
         """
+        step_s = at_s - self._last_s
         if not self._num_steps:
             self.request_ids, self._first_s = set(request_ids), at_s
-        elif (
-            self._num_steps >= MOST_STEPS
-            or at_s - self._last_s > LONGEST_STEP_S
-            or len(request_ids) != len(self.request_ids) + self._num_left
-        ):
-            return False
+            self._shortest_s = self._longest_s = step_s
+        else:
+            shortest_s, longest_s = min(self._shortest_s, step_s), max(self._longest_s, step_s)
+            if (
+                self._num_steps >= MOST_STEPS
+                or longest_s - shortest_s > MOST_DIFFERENCE_S
+                or at_s - self._first_s > LONGEST_RUN_S
+                or len(request_ids) != len(self.request_ids) + self._num_left
+            ):
+                return False
+            self._shortest_s, self._longest_s = shortest_s, longest_s
         self._last_s, self._num_left = at_s, 0
         self._num_steps += 1
         return True

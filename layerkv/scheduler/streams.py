@@ -110,6 +110,7 @@ class Streams:
 
     def __init__(self) -> None:
         self._of: dict[str, _Counts] = {}
+        self._has_news = False  # since the last report
 
     def made(self, tracked: TrackedRequest, at_s: float, num_tokens: int, every_s: float) -> Pause | None:
         """A request's tokens have come out: see :meth:`layerkv.figures.ReaderClock.add`.
@@ -121,6 +122,7 @@ class Streams:
         counts = self._of.get(slo.name) or self._begin(slo.name)
         # Called for every token: no more calls than it needs.
         late = num_late(slo, tracked.arrival_s, token, at_s, num_tokens, every_s)
+        self._has_news = True
         counts.late += late
         counts.on_time += num_tokens - late
         if not token:
@@ -147,6 +149,7 @@ class Streams:
         """
         stream, reader, slo = tracked.stream, tracked.reader, tracked.slo
         name = slo.name
+        self._has_news = True
         if stream.ttft_s is None:
             if end in (End.LEFT, End.CUT_OFF) and now_s > tracked.ttft_deadline_s:
                 (self._of.get(name) or self._begin(name)).not_fluid += 1
@@ -170,6 +173,9 @@ class Streams:
 
     def report(self, samples: MetricSamples) -> None:
         """Add to the samples what was counted since the last report; a few tokens wait for more, or for an end."""
+        if not self._has_news:
+            return
+        self._has_news = False
         for name, counts in list(self._of.items()):
             num_ends, num_tokens = counts.fluid + counts.not_fluid, counts.on_time + counts.late
             if not num_ends and num_tokens < REPORT_TOKENS:

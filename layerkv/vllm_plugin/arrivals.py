@@ -196,6 +196,8 @@ class Arrivals:
 
     def send_refusals(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """End those that are refused, with these outputs."""
+        if not self.refused:
+            return
         for request_id, reason in list(self.refused.items()):
             logger.error("request %s refused: %s", request_id, reason)
             self._metrics.add("layerkv_refused", 1)
@@ -232,12 +234,14 @@ class Arrivals:
     ) -> None:
         """As :meth:`note_tokens`, of a step in which nothing was decided: nearly always everybody made one token."""
         num_scheduled = scheduled.num_scheduled_tokens
-        num_outputs = sum([len(of_client.outputs) for of_client in outputs])
+        num_outputs = 0
+        for of_client in outputs:
+            num_outputs += len(of_client.outputs)
         is_one_each = num_outputs == len(num_scheduled) == scheduled.total_num_scheduled_tokens
         if self._no_first_token or self._sessions or not is_one_each:
             self.note_tokens(outputs, now_s)
         else:
-            self._controller.made_one_each(num_scheduled.keys(), now_s)
+            self._controller.made_one_each(num_scheduled, now_s)
 
     def _note_first_token(self, request_id: str, now_s: float) -> None:
         """Count a first token as on time or late."""

@@ -57,6 +57,7 @@ _SURFACES: tuple[Surface, ...] = (
         "vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.cache_blocks", ("request", "num_tokens")
     ),
     Surface("vllm.v1.core.block_pool", "BlockPool.free_blocks", ("ordered_blocks",)),
+    Surface("vllm.v1.core.block_pool", "BlockPool.get_new_blocks", ("num_blocks",)),
     Surface("vllm.v1.core.block_pool", "BlockPool.get_cached_block", ("block_hash", "kv_cache_group_ids")),
     Surface("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.remove"),
     Surface("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_block_ids", ("request_id",)),
@@ -88,6 +89,16 @@ _SURFACES: tuple[Surface, ...] = (
         ),
     ),
     Surface("vllm.distributed.kv_events", "BlockRemoved", ("block_hashes", "medium", "group_idx")),
+    Surface(
+        "vllm.distributed.kv_transfer.kv_connector.v1.base",
+        "KVConnectorBase_V1.get_transfer_results",
+        ("finished_req_ids",),
+    ),
+    Surface(
+        "vllm.distributed.kv_transfer.kv_connector.v1.base",
+        "KVConnectorTransferResults",
+        ("finished_sending", "finished_recving", "failed_recving"),
+    ),
     Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.take_events"),
     Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.reset_cache"),
     Surface("vllm.v1.core.sched.scheduler", "Scheduler.reset_connector_cache"),

@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorTransferResults,
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
@@ -55,6 +56,7 @@ class LayerKVMetadata(KVConnectorMetadata):
 
 
 _NOTHING_TO_DO = LayerKVMetadata(StepPlan())
+_NOTHING_ARRIVED = KVConnectorTransferResults()  # vLLM reads it and changes nothing
 
 
 def _half_on(flag: str, found: object) -> str:
@@ -117,8 +119,7 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         super().bind_connector_metadata(connector_metadata)
         if self.worker_side is not None:
             assert isinstance(connector_metadata, LayerKVMetadata)
-            self.worker_side.begin_step(connector_metadata.plan)
-            self._has_layer_work = self.worker_side.has_layer_work
+            self._has_layer_work = self.worker_side.begin_step(connector_metadata.plan)
 
     def has_connector_metadata(self) -> bool:
         """Whether the layer hooks have work. vLLM skips them otherwise: steps without layered requests pay nothing."""
@@ -144,6 +145,10 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         self._has_layer_work = False  # the forward pass is over
         return None, (None if self.worker_side is None else self.worker_side.finished_fetches())
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        arrived = self.get_finished(finished_req_ids)[1]
+        return _NOTHING_ARRIVED if arrived is None else KVConnectorTransferResults(finished_recving=arrived)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         return set() if self.worker_side is None else self.worker_side.take_failed_blocks()

@@ -180,7 +180,7 @@ class SchedulerSide:
         """This step's copies; None if there are none."""
         self.last_plan = None
         if self.ledger.is_idle:
-            self.ledger.host.unpin()  # no plan, so nobody uses what was pinned for one
+            self.ledger.pass_idle_step()
             if self._checks_books:
                 self._check_books()
             return None

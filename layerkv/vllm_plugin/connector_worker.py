@@ -66,7 +66,9 @@ class WorkerSide:
         self._is_idle_step = False
         self._raised_before: BaseException | None = None
         self._failed_blocks: set[int] = set()
-        self._failed_copies = FailedCopies()
+        self._failed_copies: FailedCopies | None = None
+        self._is_copying_step = False
+        self._is_at_rest = True  # every copy has been seen to its end
         self._metrics = MetricSamples()
         self._has_copied = False
 
@@ -88,14 +90,20 @@ class WorkerSide:
                     f"{self._geometry.offset(index, 0)}; use the vLLM version that layerkv supports"
                 )
 
-    def begin_step(self, plan: StepPlan) -> None:
-        """Begin the copies that this step's forward pass depends on, and its fetches."""
+    def begin_step(self, plan: StepPlan) -> bool:
+        """Begin the copies that this step's forward pass depends on, and its fetches.
+
+        Returns:
+            Whether the layer hooks have work in this step.
+        """
         self._is_idle_step = plan.num_tokens == 0
+        if not plan.has_copies:
+            return False
         self._raised_before = sys.exception()
-        if plan.has_copies:
-            self._has_copied = True
-            self._lanes.begin_step(plan)
-            self._count(plan)
+        self._is_copying_step, self._is_at_rest, self._has_copied = True, False, True
+        self._lanes.begin_step(plan)
+        self._count(plan)
+        return self._lanes.has_layer_work
 
     def layer_done(self, layer_name: str) -> None:
         """The layer's attention has run (or is enqueued)."""
@@ -107,6 +115,9 @@ class WorkerSide:
         Raises:
             TransferError: layer hooks did not run.
         """
+        if not self._is_copying_step:
+            return
+        self._is_copying_step = False
         if sys.exception() is not self._raised_before:
             self._lanes.abandon_step()
             return
@@ -116,17 +127,12 @@ class WorkerSide:
             self._failed_blocks.update(device_blocks(hits.runs))
         if (loads := self._lanes.take_failed_loads()) is not None:
             logger.error("loading a layer failed, its requests' KV is computed again: %s", loads.error)
-            self._failed_copies = self._failed_copies.aggregate(
-                FailedCopies(unloaded=frozenset(host_blocks(loads.runs)))
-            )
-
-    @property
-    def has_layer_work(self) -> bool:
-        """Whether the layer hooks have work in the step that was begun."""
-        return self._lanes.has_layer_work
+            self._note_failed(FailedCopies(unloaded=frozenset(host_blocks(loads.runs))))
 
     def finished_fetches(self) -> set[str] | None:
-        """Requests whose fetch has ended since the last call."""
+        """Requests whose fetch has ended since the last call; None if there are none."""
+        if self._is_at_rest:
+            return None
         finished = self._lanes.poll_fetches(IDLE_WAIT_S if self._is_idle_step else 0.0)
         for fetch in finished:
             if fetch.error is not None:
@@ -134,18 +140,24 @@ class WorkerSide:
                 self._failed_blocks.update(fetch.device_blocks)
         if (stores := self._lanes.take_failed_stores()) is not None:
             logger.error("storing KV failed, it is computed again: %s", stores.error)
-            self._failed_copies = self._failed_copies.aggregate(FailedCopies(unstored=stores.host_blocks))
+            self._note_failed(FailedCopies(unstored=stores.host_blocks))
+        self._is_at_rest = self._lanes.is_at_rest
         return {fetch.request_id for fetch in finished} or None
 
     def take_failed_blocks(self) -> set[int]:
         """Blocks that should have been loaded and were not."""
+        if not self._failed_blocks:
+            return set()
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
     def take_failed_copies(self) -> FailedCopies | None:
         """What else has failed since the last call; None if nothing has."""
-        failed, self._failed_copies = self._failed_copies, FailedCopies()
-        return failed or None
+        failed, self._failed_copies = self._failed_copies, None
+        return failed
+
+    def _note_failed(self, failed: FailedCopies) -> None:
+        self._failed_copies = failed if self._failed_copies is None else self._failed_copies.aggregate(failed)
 
     def take_metrics(self) -> Payload | None:
         """Bytes and seconds since the last call; None if nothing was copied."""

@@ -48,7 +48,7 @@ class EngineReader:
         nothing has happened since a decision by which nobody came in or left. A fetch that ends is a move: until then
         it is nothing that happens."""
         s, controller, residency = self._scheduler, self._controller, self._ledger.residency
-        if self._ledger.layered_ids:
+        if self._ledger.has_layered:
             return False
         for request in s._inflight_prefills:
             if residency.get(request.request_id) is not Residency.FETCHING:

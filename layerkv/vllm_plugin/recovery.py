@@ -65,8 +65,7 @@ class Recovery:
         """vLLM has processed the oldest step's output."""
         self._in_flight.processed()
         s = self._scheduler
-        failed = s.failed_recving_kv_req_ids & s.finished_recving_kv_req_ids
-        if failed:
+        if s.failed_recving_kv_req_ids and (failed := s.failed_recving_kv_req_ids & s.finished_recving_kv_req_ids):
             with self._arrivals.giving_up_for(Reason.LOAD_FAILED):
                 for request_id in failed:
                     self._start_over(s.requests[request_id])  # vLLM would try at once, before everybody who waits

@@ -30,6 +30,7 @@ from layerkv.vllm_plugin.connector import LayerKVConnector
 from layerkv.vllm_plugin.engine_reader import EngineReader, controller_for
 from layerkv.vllm_plugin.execution import Execution
 from layerkv.vllm_plugin.pausing import Pausing
+from layerkv.vllm_plugin.quiet_work import QuietWork
 from layerkv.vllm_plugin.recovery import Recovery
 from layerkv.vllm_plugin.reload import follow_policy
 from layerkv.vllm_plugin.slo_gate import require_gate
@@ -99,6 +100,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._num_quiet_steps = 0
         self._last_output_s = 0.0
         self._reader = EngineReader(self, side, manager, self._controller)
+        self._quiet_work = QuietWork(self, side, self._reader)
         self._arrivals = Arrivals(self, side, self._controller, desk, self._policy_source)
         self._recovery = Recovery(self, side, self._controller, desk, self._arrivals)
         side.follow(self.requests, desk, self._controller.streams, self._arrivals.end_of)
@@ -149,14 +151,16 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         policy = self._policy_source.policy
         if policy is not self._controller.policy:
             self._controller.set_policy(policy)
-        is_quiet, is_sampled = self._reader.has_nothing_to_decide(started_s), True
-        if is_quiet:
+        if is_quiet := self._reader.has_nothing_to_decide(started_s):
             self._manager.stand_aside()
-            with self._pausing.left_out():
+            if self._controller.paused:
+                with self._pausing.left_out():
+                    output = super().schedule(throttle_prefills)
+            else:
                 output = super().schedule(throttle_prefills)
             self._num_quiet_steps += 1
-            is_sampled = self._num_quiet_steps % QUIET_STEPS_PER_SAMPLE == 0
         else:
+            self._quiet_work.forget()
             snapshot, decision = self._controller.decide(
                 self._reader.state(),
                 started_s,
@@ -170,7 +174,11 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 output = super().schedule(throttle_prefills)
         self._recovery.scheduled()
         if output.total_num_scheduled_tokens:
-            work = self._reader.work(output, self._side.last_plan) if is_sampled else None
+            work = None
+            if not is_quiet:
+                work = self._reader.work(output, self._side.last_plan)
+            elif self._num_quiet_steps % QUIET_STEPS_PER_SAMPLE == 0:
+                work = self._quiet_work.of(output)
             self._steps_in_flight.append(_Step(started_s, work, is_quiet))
         return output
 
@@ -180,16 +188,16 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         """Note first tokens and step times, and send refusals out with the step's outputs."""
         if not self._is_active:
             return super().update_from_output(scheduler_output, model_runner_output)
-        received = model_runner_output.kv_connector_output
+        received, step, waited_s = model_runner_output.kv_connector_output, None, None
         if received is not None:
             self._recovery.copies_failed(received)
-        waited_s = self._reader.waited_s(received)  # before vLLM adds the scheduler's own figures to it
+        if scheduler_output.total_num_scheduled_tokens and self._steps_in_flight:
+            step = self._steps_in_flight.popleft()
+            if step.work is not None:
+                waited_s = self._reader.waited_s(received)  # before vLLM adds the scheduler's own figures to it
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         self._recovery.processed()
         now_s = time.monotonic()
-        step = None
-        if scheduler_output.total_num_scheduled_tokens and self._steps_in_flight:
-            step = self._steps_in_flight.popleft()
         if step is not None and step.is_quiet:
             self._arrivals.note_quiet_tokens(scheduler_output, outputs.values(), now_s)
         else:
@@ -198,9 +206,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             seconds = now_s - max(step.started_s, self._last_output_s)
             self._controller.step_done(step.work, seconds, waited_s=waited_s)
         self._last_output_s = now_s
-        self._telling.reasons()
-        self._telling.waits(now_s)
-        self._telling.backlog(outputs, now_s)
+        self._telling.step_done(outputs, now_s)
         if self._log is not None:
             self._log.write(self._controller.take_log(), now_s)
         self._arrivals.send_refusals(outputs)

@@ -6,11 +6,12 @@ engine core imports the module when it unpickles one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
@@ -43,8 +44,33 @@ class ZonePool:
         self._zone.give_back(freed)
 
 
-_OF_LAYERED = ("get_num_blocks_to_allocate", "cache_blocks")
-_OF_BLOCKS_GIVEN_OUT = ("allocate_new_blocks", "allocate_external_computed_blocks")
+class WatchedPool(BlockPool):
+    """vLLM's pool, which it is in all but name, for a manager that is to tell which blocks it gives out.
+
+    It has the pool's own state: whoever gets no blocks pays nothing for it, not even a look-up.
+    """
+
+    __slots__ = ("_gave_out",)
+
+    def __init__(self, pool: BlockPool, gave_out: Callable[[list[int]], None]) -> None:
+        self.__dict__ = pool.__dict__  # type: ignore[misc]  # vLLM sees a class without slots
+        self._gave_out = gave_out
+
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+        """The pool's blocks, which are told of."""
+        new: list[KVCacheBlock] = super().get_new_blocks(num_blocks)
+        if new:
+            self._gave_out([block.block_id for block in new])
+        return new
+
+
+_OF_LAYERED = (
+    "get_num_blocks_to_allocate",
+    "cache_blocks",
+    "allocate_new_blocks",
+    "allocate_external_computed_blocks",
+)
+"""What is overridden for layered requests' sake."""
 
 
 class LayerKVManager(FullAttentionManager):
@@ -54,8 +80,10 @@ class LayerKVManager(FullAttentionManager):
     never hashed for prefix caching, because what they hold changes from layer to layer.
     """
 
+    block_pool: BlockPool
     _ledger: KVLedger | None = None
-    _stands_aside: tuple[bool, bool] = (False, False)
+    _stands_aside = False
+    _watches_pool = False
 
     def attach(self, ledger: KVLedger) -> None:
         """Withhold the zone's ids from the pool. Called once, before the first request."""
@@ -66,24 +94,27 @@ class LayerKVManager(FullAttentionManager):
             block.pool = zone_pool  # type: ignore[assignment]
         pool.num_gpu_blocks = geometry.pool_blocks  # usage and reset count the pool only
         self._ledger = ledger
+        self._pools = pool, WatchedPool(pool, ledger.gave_out)
 
     def stand_aside(self) -> None:
         """Before a step: what is overridden below is vLLM's own in it, if nobody is there whom it concerns.
 
-        vLLM calls these methods for every running request in every step.
+        vLLM calls these methods for every running request in every step. While stores of prefixes read blocks that may
+        be given out, the pool tells which are: only who gets blocks pays for that.
         """
-        assert self._ledger is not None
-        nobody_layered = not self._ledger.layered_ids
-        stands_aside = nobody_layered, nobody_layered and not self._ledger.stores_prefixes
-        if stands_aside == self._stands_aside:
+        ledger = self._ledger
+        assert ledger is not None
+        if ledger.stores_prefixes != self._watches_pool:
+            self._watches_pool = not self._watches_pool
+            self.block_pool = self._pools[self._watches_pool]
+        if ledger.has_layered != self._stands_aside:
             return
-        self._stands_aside = stands_aside
-        for names, aside in zip((_OF_LAYERED, _OF_BLOCKS_GIVEN_OUT), stands_aside, strict=True):
-            for name in names:
-                if aside:
-                    setattr(self, name, getattr(super(), name))
-                else:
-                    self.__dict__.pop(name, None)
+        self._stands_aside = not self._stands_aside
+        for name in _OF_LAYERED:
+            if self._stands_aside:
+                setattr(self, name, getattr(super(), name))
+            else:
+                del self.__dict__[name]
 
     def get_num_blocks_to_allocate(
         self,
@@ -108,9 +139,7 @@ class LayerKVManager(FullAttentionManager):
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         """Give the request slots for ``num_tokens``, from the zone if it is layered."""
         if self._ledger is None or not self._ledger.is_layered(request_id):
-            new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-            self._gave_out(new)
-            return new
+            return super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         return self._take_from_zone(self._ledger.zone, request_id, num_tokens)
 
     def allocate_external_computed_blocks(
@@ -123,18 +152,12 @@ class LayerKVManager(FullAttentionManager):
     ) -> None:
         """Blocks to load a cached prefix into, from the zone if the request is layered."""
         if self._ledger is None or not self._ledger.is_layered(request_id):
-            num_held = len(self.req_to_blocks[request_id])
             super().allocate_external_computed_blocks(
                 request_id, num_local_computed_tokens, num_external_computed_tokens, *args, **kwargs
             )
-            self._gave_out(self.req_to_blocks[request_id][num_held:])
         else:
             num_tokens = num_local_computed_tokens + num_external_computed_tokens
             self._take_from_zone(self._ledger.zone, request_id, num_tokens)
-
-    def _gave_out(self, new: Sequence[KVCacheBlock]) -> None:
-        if new and self._ledger is not None:
-            self._ledger.gave_out([block.block_id for block in new])
 
     def _take_from_zone(self, zone: ZoneLedger, request_id: str, num_tokens: int) -> list[KVCacheBlock]:
         held = self.req_to_blocks[request_id]

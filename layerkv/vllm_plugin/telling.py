@@ -57,6 +57,13 @@ class Telling:
         self._front_ends.add(front_end)
         self._owes_word = True
 
+    def step_done(self, outputs: dict[int, EngineCoreOutputs], now_s: float) -> None:
+        """A step's output has been processed: tell what is due."""
+        self.reasons()
+        self.waits(now_s)
+        if self._owes_word:
+            self.backlog(outputs, now_s)
+
     def reasons(self) -> None:
         """Count the reasons given since the last call, and who is paused."""
         if (num_paused := len(self._controller.paused)) != self._num_paused:
@@ -89,9 +96,12 @@ class Telling:
         As long as there are prompts, and once after the last: nothing waits, and all that came is counted.
         """
         controller = self._controller
-        rejecting = [slo.name for slo in controller.policy.classes.values() if slo.overload == "reject"]
         is_due = now_s - self._last_word_s >= BACKLOG_INTERVAL_S
-        if not rejecting or not self._owes_word or not (is_due or not controller.has_prompts()):
+        if not self._owes_word or not (is_due or not controller.has_prompts()):
+            return
+        rejecting = [slo.name for slo in controller.policy.classes.values() if slo.overload == "reject"]
+        if not rejecting:
+            self._last_word_s, self._owes_word = now_s, controller.has_prompts()
             return
         word = controller.word(self.taken_in_s, now_s)
         if word is None:

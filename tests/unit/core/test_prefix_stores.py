@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from layerkv.core.prefix_stores import SETTLE_IDLE_STEPS
 from layerkv.core.transfer import StepPlan
 from tests.fakes.tiny_ledger import TOKENS, finished, layered, make_ledger, pairs, resident
 
@@ -68,3 +69,22 @@ def test_a_layered_store_into_a_prefixs_host_block_comes_after_the_prefixs_store
     plan = ledger.take_plan(1)
     assert set(pairs(plan.stores).values()) == set(pairs(plan.parks).values()), "the prefix has given way already"
     assert (set(pairs(plan.parks)), plan.ahead) == ({4}, ())
+
+
+def test_when_there_has_been_nothing_to_copy_for_a_while_a_step_settles_and_nobody_looks_any_more() -> None:
+    ledger = make_ledger()
+    finished(ledger, "a", (4, 5), ["h0", "h1"], 2 * TOKENS)
+    ledger.take_plan(1)
+    for _ in range(SETTLE_IDLE_STEPS - 1):
+        ledger.pass_idle_step()
+    finished(ledger, "b", (6,), ["h2"], TOKENS)
+    assert not ledger.take_plan(1).settle, "another store begins: its time begins anew"
+    for _ in range(SETTLE_IDLE_STEPS):
+        assert ledger.is_idle
+        assert ledger.stores_prefixes
+        ledger.pass_idle_step()
+    assert ledger.take_plan(1) == StepPlan(settle=True, num_tokens=1)
+    assert not ledger.stores_prefixes
+    for _ in range(2 * SETTLE_IDLE_STEPS):
+        ledger.pass_idle_step()
+        assert ledger.is_idle, "there is nothing to settle"

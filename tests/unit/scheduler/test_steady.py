@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from layerkv.scheduler.reasons import End, Reason
-from layerkv.scheduler.steady import LONGEST_STEP_S, MOST_STEPS, SteadySteps
+from layerkv.scheduler.steady import LONGEST_RUN_S, MOST_DIFFERENCE_S, MOST_STEPS, SteadySteps
 from tests.fakes.tiny_controller import arrive, controller, decoding, engine
 
 NAMES = ("a", "b", "c")
@@ -16,6 +16,9 @@ NAMES = ("a", "b", "c")
 def test_like_steps_are_one_run_of_tokens() -> None:
     steady = SteadySteps()
     assert steady.take() is None
+    assert steady.add({"a", "b"}, 0.99)
+    assert not steady.add({"a", "b"}, 1.0), "of the first it is not known how long it took"
+    assert steady.take() == pytest.approx((0.99, 1, 0.0))
     assert all(steady.add({"a", "b"}, 1.0 + 0.01 * k) for k in range(5))
     assert steady.take() == pytest.approx((1.0, 5, 0.01))
     assert steady.request_ids == {"a", "b"}
@@ -23,17 +26,33 @@ def test_like_steps_are_one_run_of_tokens() -> None:
 
 
 def test_what_is_not_like_the_steps_before_is_noted_apart() -> None:
-    steady = SteadySteps()
+    steady = after_a_step_at(0.999)
     assert steady.add({"a", "b"}, 1.0)
     assert not steady.add({"a"}, 1.01), "one of them made no token"
-    assert not steady.add({"a", "b"}, 1.0 + 1.01 * LONGEST_STEP_S), "a reader may have waited"
+    assert not steady.add({"a", "b"}, 1.001 + 1.01 * MOST_DIFFERENCE_S), "a reader may have waited"
     for k in range(1, MOST_STEPS):
         assert steady.add({"a", "b"}, 1.0 + 0.001 * k)
-    assert not steady.add({"a", "b"}, 1.1), "that would be noted too late"
+    assert not steady.add({"a", "b"}, 1.0 + 0.001 * MOST_STEPS), "that would be noted too late"
+
+
+def test_long_steps_are_noted_together_if_they_are_alike_and_not_for_long() -> None:
+    steady, step_s = after_a_step_at(0.7), 0.3
+    num_steps = 0
+    while steady.add({"a"}, 1.0 + num_steps * step_s):
+        num_steps += 1
+    assert num_steps == 1 + int(LONGEST_RUN_S / step_s)
+    assert steady.take() == pytest.approx((1.0, num_steps, step_s))
+
+
+def after_a_step_at(at_s: float) -> SteadySteps:
+    steady = SteadySteps()
+    assert steady.add({"a", "b"}, at_s)
+    assert steady.take()
+    return steady
 
 
 def test_the_others_go_on_when_one_ends() -> None:
-    steady = SteadySteps()
+    steady = after_a_step_at(0.99)
     assert steady.add({"a", "b", "c"}, 1.0)
     assert steady.add({"a", "b", "c"}, 1.01)
     assert steady.leave("b") == pytest.approx((1.0, 2, 0.01))
@@ -44,8 +63,9 @@ def test_the_others_go_on_when_one_ends() -> None:
     assert steady.request_ids == {"a", "c"}
 
 
+@pytest.mark.parametrize("steps_s", [(0.01, 0.01, 0.01, 0.01, 0.2), (0.2, 0.2, 0.2, 0.01)], ids=["short", "long"])
 @pytest.mark.parametrize("seed", range(20))
-def test_readers_clocks_are_those_of_tokens_noted_one_by_one(seed: int) -> None:
+def test_readers_clocks_are_those_of_tokens_noted_one_by_one(seed: int, steps_s: tuple[float, ...]) -> None:
     """Whatever happens between, up to what a step's time differs from the steps beside it."""
     rng = Random(seed)
     together, one_by_one = controller(), controller()
@@ -57,7 +77,7 @@ def test_readers_clocks_are_those_of_tokens_noted_one_by_one(seed: int) -> None:
             c.made_tokens(name, 10.1)
     here, now_s = list(NAMES), 10.1
     for step in range(120):
-        now_s += rng.choice((0.01, 0.01, 0.01, 0.01, 0.2))
+        now_s += rng.choice(steps_s)
         together.made_one_each(here, now_s)
         for name in here:
             one_by_one.made_tokens(name, now_s)
