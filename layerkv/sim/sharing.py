@@ -147,6 +147,7 @@ class Brokered:
         self._members = {member.name: member for member in members}
         self._is_weighted = is_weighted
         self._settled_s = 0.0
+        self._told = dict.fromkeys(self._members, 0)  # revision of the limit that each kept to in its last report
         for member in members:
             member.hold(0)
             self.ledger.join(member.name, member.wish(0.0, is_weighted=is_weighted))
@@ -175,10 +176,11 @@ class Brokered:
                 self._obey(self._members[name], now_s)
 
     def _obey(self, member: Member, now_s: float) -> None:
-        limit = self.ledger.limit(member.name)
+        limit, held = self.ledger.limit(member.name), member.held_bytes
         assert limit is not None
         member.hold(limit.num_bytes)
-        self._report(member, now_s)
+        if held != member.held_bytes or self._told[member.name] != limit.revision:
+            self._report(member, now_s)
         self.ledger.check()
         assert sum(other.held_bytes for other in self._members.values()) <= self.ledger.capacity
 
@@ -186,6 +188,7 @@ class Brokered:
         limit = self.ledger.limit(member.name)
         assert limit is not None
         wish = member.wish(now_s, is_weighted=self._is_weighted)
+        self._told[member.name] = limit.revision
         self.ledger.report(member.name, wish, limit.revision, now_s)
 
 

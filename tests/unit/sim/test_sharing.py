@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -250,6 +251,7 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, part: str, change
 
 def test_a_long_tail_needs_fewer_devices_shared_than_dedicated() -> None:
     config = load_sim_config(Path(__file__).parents[3] / "configs/sim/long_tail_8b_h100.yaml")
+    config = replace(config, rates=(8.0,))
     fleet = long_tail(
         config,
         num_models=6,
