@@ -105,7 +105,7 @@ def load_sharing_config(path: str | Path) -> SharingConfig:
         ConfigError: the file, or one that it names, does not say what it should.
     """
     top, folder = f"{path}: $", Path(path).parent
-    document = load_document(path, what="a simulation", example="configs/sim/two_models.yaml")
+    document = load_document(path, what="a simulation", example="configs/sharing/two_models.yaml")
     keys = read_keys(document, _TopKeys, where=top)
     kv_memory = read_size(keys.kv_memory, where=f"{top}.kv_memory")
     assert kv_memory is not None

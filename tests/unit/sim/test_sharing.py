@@ -274,3 +274,11 @@ def test_a_long_tail_needs_fewer_devices_shared_than_dedicated() -> None:
     assert found.figures()["requests"] == fleet.num_requests
     assert on_devices(fleet, 1, "shared") is None, "weights do not fit"
     assert tried[0] == 6
+
+
+SHIPPED = sorted((Path(__file__).parents[3] / "configs/sharing").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_file_of_models_loads(path: Path) -> None:
+    assert len(load_sharing_config(path).models) > 1
