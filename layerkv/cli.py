@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "simulate",
         help="compare policies on a virtual clock, without an engine",
         description="Run the production scheduler on a virtual clock over a cost profile, beside stock vLLM's "
-        "scheduling, under the loads that a file describes (configs/sim has some).",
+        "scheduling, under the loads that a file describes (configs/sim has some); or several models on one device.",
     )
     simulation.add_argument("config", type=Path, metavar="CONFIG.yaml", help="what to simulate")
     simulation.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
@@ -159,6 +159,17 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--once", action="store_true", help="one table, after a second where there are servers")
     top.add_argument("--json", action="store_true", help="JSON (docs/monitoring.md); without --once a line each second")
     top.set_defaults(run=_top)
+
+    placing = commands.add_parser(
+        "place",
+        help="say which models of a fleet stand on which devices",
+        description="Place models on devices: in falling order of KV pressure, each where pressure over shared KV "
+        "memory is lowest with it and its weights and floor fit, shards of one model on different devices.",
+    )
+    placing.add_argument("fleet", type=Path, metavar="FLEET.yaml", help="such as configs/fleet/example.yaml")
+    placing.add_argument("--json", type=Path, metavar="FILE", help="write the placement there as well")
+    placing.add_argument("--emit", choices=("ray",), help="print a Ray Serve LLM application of it (Python) instead")
+    placing.set_defaults(run=_place)
 
     bench = commands.add_parser("bench", help="the benchmark suite on real servers, and micro-benchmarks")
     benchmarks = bench.add_subparsers(required=True, metavar="BENCHMARK")
@@ -341,6 +352,12 @@ def _top(arguments: argparse.Namespace) -> int:
     from layerkv.top.command import run_top
 
     return run_top(arguments.socket, arguments.url, once=arguments.once, as_json=arguments.json)
+
+
+def _place(arguments: argparse.Namespace) -> int:
+    from layerkv.place_cli import run_place
+
+    return run_place(arguments.fleet, json_path=arguments.json, emit=arguments.emit)
 
 
 def _explain(arguments: argparse.Namespace) -> int | None:

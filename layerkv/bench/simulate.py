@@ -16,11 +16,15 @@ from rich.table import Table
 
 from layerkv.bench.capacity import run_capacity
 from layerkv.bench.machine import measured_here
+from layerkv.bench.simulate_sharing import run_sharing
+from layerkv.bench.words import seconds, share
 from layerkv.errors import ConfigError
 from layerkv.sim.config import SimConfig, load_sim_config
 from layerkv.sim.offline import offline
 from layerkv.sim.run import STRIDE, SimRun, medians, report, requests_of, simulate
+from layerkv.sim.sharing_config import is_sharing
 from layerkv.sim.workload import TraceArrivals
+from layerkv.sim.workload_config import load_document
 
 HEADINGS = ("TTFT", "fluid", "2nd tok\np99", "pause\np99", "end to\nend", "tok/s", "SLOs\nmet")
 CAPTION = "pause: the longest of a reader; SLOs met: by mean TPOT"
@@ -46,6 +50,11 @@ def run_simulate(
         ConfigError: the file, or one that it names, is wrong; or an output cannot be written.
     """
     console = console or Console()
+    if is_sharing(load_document(config_path, what="a simulation", example="configs/sim/quickstart.yaml")):
+        _check_outputs([path for path in (json_path,) if path is not None], None)
+        refused = {"--plots": plots_dir, "--log": log_path, "--capacity": capacity, "--offline": with_offline}
+        run_sharing(config_path, json_path=json_path, exact=exact, refused=refused, console=console)
+        return 0
     config = load_sim_config(config_path)
     _tell_about_trace(config, console)
     _check_outputs([path for path in (json_path, log_path) if path is not None], plots_dir)
@@ -64,7 +73,7 @@ def run_simulate(
     for rate in config.rates:
         console.print(_table(config, [run for run in runs if run.rate_per_s == rate], rate))
         for found in [row for row in known if row["rate_per_s"] == rate]:
-            low, high = _share(found["schedule"]), _share(found["bound"])
+            low, high = share(found["schedule"]), share(found["bound"])
             console.print(f"known beforehand, seed {found['seed']}: {low} to {high} could be fluid")
     result = {
         **msgspec.to_builtins(measured_here()),
@@ -152,22 +161,12 @@ def _table(config: SimConfig, runs: Sequence[SimRun], rate: float) -> Table:
         f = medians([run.outcome.figures() for run in runs if run.policy == name])
         table.add_row(
             name,
-            _seconds(f["ttft_s"]["mean"]),
-            _share(f["fluid"]),
-            _seconds(f["second_token_s"]["p99"]),
-            _seconds(f["longest_pause_s"]["p99"]),
-            _seconds(f["end_to_end_s"]["mean"]),
+            seconds(f["ttft_s"]["mean"]),
+            share(f["fluid"]),
+            seconds(f["second_token_s"]["p99"]),
+            seconds(f["longest_pause_s"]["p99"]),
+            seconds(f["end_to_end_s"]["mean"]),
             f"{f['output_tokens_per_s']:.0f}",
-            _share(f["slo_attainment"]),
+            share(f["slo_attainment"]),
         )
     return table
-
-
-def _share(value: float) -> str:
-    return f"{value:.1%}" if value < 1 else "100%"
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.3g} s" if value < 100 else f"{value:.0f} s"

@@ -26,3 +26,15 @@ def format_ratio(ratio: float) -> str:
 def is_same(ratio: float) -> bool:
     """Whether a ratio is as near to 1 as repeated runs are to each other."""
     return 1 / (1 + SAME_WITHIN) <= ratio <= 1 + SAME_WITHIN
+
+
+def share(value: float) -> str:
+    """A share in per cent, for a table."""
+    return f"{value:.1%}" if value < 1 else "100%"
+
+
+def seconds(value: float | None) -> str:
+    """A time in three digits, for a table."""
+    if value is None:
+        return "-"
+    return f"{value * 1e3:.0f} ms" if value < 1 else f"{value:.3g} s" if value < 100 else f"{value:.0f} s"

@@ -25,7 +25,7 @@ from layerkv.sim.workload_config import check_distinct, count_meta, load_documen
 from layerkv.strict_yaml import above_zero, did_you_mean, read_keys, show, wrong
 from layerkv.units import parse_bytes
 
-__all__ = ["POLICIES", "SimConfig", "load_sim_config"]
+__all__ = ["POLICIES", "SimConfig", "load_sim_config", "read_sim_config", "read_size"]
 
 POLICIES: Final = (
     "stock",
@@ -151,13 +151,21 @@ def load_sim_config(path: str | Path) -> SimConfig:
     Raises:
         ConfigError: the file, or one that it names, is missing or unreadable, or does not say what it should.
     """
-    top, folder = f"{path}: $", Path(path).parent
-    keys = read_keys(
-        load_document(path, what="a simulation", example="configs/sim/quickstart.yaml"), _TopKeys, where=top
-    )
+    document = load_document(path, what="a simulation", example="configs/sim/quickstart.yaml")
+    return read_sim_config(document, where=f"{path}: $", folder=Path(path).parent)
+
+
+def read_sim_config(document: Any, *, where: str, folder: Path) -> SimConfig:
+    """What such a file holds; paths in it are relative to `folder`.
+
+    Raises:
+        ConfigError: it does not say what it should.
+    """
+    top = where
+    keys = read_keys(document, _TopKeys, where=top)
     engine = read_keys(keys.engine, _EngineKeys, where=f"{top}.engine")
     hardware = _hardware(engine, where=f"{top}.engine", folder=folder)
-    host_memory_bytes = _size(engine.host_memory, where=f"{top}.engine.host_memory")
+    host_memory_bytes = read_size(engine.host_memory, where=f"{top}.engine.host_memory")
     policy = read_policy(keys.policy, where=f"{top}.policy", folder=folder)
     workload, rates = read_workload(
         keys.workload, policy, max_model_len=engine.max_model_len, where=f"{top}.workload", folder=folder
@@ -200,7 +208,7 @@ def _from_presets(keys: _EngineKeys, *, where: str) -> _Hardware:
         )
     assert keys.device is not None
     chosen = preset(keys.device, keys.model, keys.tensor_parallel or 1, where=where)
-    given_bytes = _size(keys.kv_memory, where=f"{where}.kv_memory")
+    given_bytes = read_size(keys.kv_memory, where=f"{where}.kv_memory")
     left_bytes = given_bytes or kv_memory_bytes(chosen.device, chosen.model, chosen.tensor_parallel, where=where)
     return _Hardware(chosen.profile, chosen.model.num_layers, left_bytes)
 
@@ -209,7 +217,7 @@ def _from_profile(keys: _EngineKeys, *, where: str, folder: Path) -> _Hardware:
     _check_absent(keys, ("model", "tensor_parallel"), where=where, reason="only beside device: a profile knows them")
     if keys.num_layers is None:
         raise wrong(f"{where}.num_layers", "found nothing; expected the model's layers", "set num_layers to 32, say")
-    given_bytes = _size(keys.kv_memory, where=f"{where}.kv_memory")
+    given_bytes = read_size(keys.kv_memory, where=f"{where}.kv_memory")
     if given_bytes is None:
         problem = "found nothing; expected the KV memory of all ranks, which a profile does not know"
         raise wrong(f"{where}.kv_memory", problem, "set kv_memory to 8GiB, say")
@@ -227,7 +235,12 @@ def _check_absent(keys: _EngineKeys, names: Sequence[str], *, where: str, reason
             raise wrong(f"{where}.{name}", f"found {show(value)}; expected {name} {reason}", f"remove {name}")
 
 
-def _size(value: str | int | None, *, where: str) -> int | None:
+def read_size(value: str | int | None, *, where: str) -> int | None:
+    """Bytes above zero, if any are given.
+
+    Raises:
+        ConfigError: they are no such size.
+    """
     return None if value is None else above_zero(parse_bytes, value, where=where, example="8GiB")
 
 

@@ -124,7 +124,15 @@ class VirtualEngine(ABC):
         self.num_under_way = 0
         self.outcomes: list[RequestOutcome] = []
         self.gaps = GapHistogram()
+        self.num_with_kv = 0
+        """Tokens computed so far, prompts' and outputs'."""
+        self.horizon_s = math.inf
+        """Nothing goes on beyond that in one go, where others share the device (:mod:`layerkv.sim.sharing`)."""
+        self.slowdown = 1
+        """How many engines compute at once: each step takes so many times its cost."""
         self._freed: list[int] = []
+        self._pool_goal = setup.geometry.pool_blocks - 1
+        self._withheld: list[int] = []  # pool blocks without memory
 
     # What subclasses do -------------------------------------------------------------------------------------------
 
@@ -169,6 +177,10 @@ class VirtualEngine(ABC):
         while self.to_come or self.num_under_way:
             assert self.step < max_steps, f"still {self.num_under_way} requests under way after {max_steps} steps"
             self.advance()
+        return self.finished()
+
+    def finished(self) -> SimOutcome:
+        """What the whole load came to, its requests in order of arrival."""
         self.outcomes.sort(key=lambda outcome: outcome.arrival_s)
         return self.outcome()
 
@@ -178,9 +190,7 @@ class VirtualEngine(ABC):
 
     def advance(self) -> None:
         """One step, or several alike, or a wait for something to do."""
-        while self.to_come and self.to_come[0].arrival_s <= self.now_s:
-            self.num_under_way += 1
-            self.arrive(Live(self.to_come.popleft()))
+        self.take_arrivals()
         scheduled = self.schedule()
         if scheduled:
             self._execute(scheduled)
@@ -192,14 +202,24 @@ class VirtualEngine(ABC):
         self.now_s += self.setup.profile.store(before) if before else 0.0
         if has_acted:
             return
-        next_s = min(self.to_come[0].arrival_s if self.to_come else math.inf, self.next_event_s())
+        next_s = self._next_s()
         assert next_s < math.inf, f"{self.num_under_way} requests under way and nothing to wait for"
         self.now_s = max(self.now_s, next_s)
+
+    def take_arrivals(self) -> None:
+        """Whoever has come by now is under way."""
+        while self.to_come and self.to_come[0].arrival_s <= self.now_s:
+            self.num_under_way += 1
+            self.arrive(Live(self.to_come.popleft()))
+
+    def _next_s(self) -> float:
+        arrival_s = self.to_come[0].arrival_s if self.to_come else math.inf
+        return min(arrival_s, self.next_event_s(), self.horizon_s)
 
     def _execute(self, scheduled: Scheduled) -> None:
         stored, loaded, before, is_layered = self.copies()
         work = _work(scheduled, stored, loaded, is_layered=is_layered)
-        seconds = self.truth.step_s(work)
+        seconds = self._step_s(work)
         repeats = 1
         if not work.prefill_tokens and not is_layered:
             repeats = self._repeats(scheduled, work, seconds)
@@ -214,9 +234,10 @@ class VirtualEngine(ABC):
 
     def _mean_step_s(self, work: StepWork, repeats: int) -> float:
         """Seconds of a step, over so many that each read a token more per request than the one before."""
-        return self.truth.step_s(
-            work._replace(decode_context=work.decode_context + work.num_decodes * (repeats - 1) // 2)
-        )
+        return self._step_s(work._replace(decode_context=work.decode_context + work.num_decodes * (repeats - 1) // 2))
+
+    def _step_s(self, work: StepWork) -> float:
+        return self.truth.step_s(work) * self.slowdown
 
     def _repeats(self, scheduled: Scheduled, work: StepWork, seconds: float) -> int:
         """How many steps like this one, which takes so long, follow each other before anything else can happen."""
@@ -224,8 +245,7 @@ class VirtualEngine(ABC):
         most = min(most, max(len(self.free_ids) // len(scheduled), 0) * self.geometry.block_tokens or 1)
         if most <= 1:
             return 1
-        next_s = min(self.to_come[0].arrival_s if self.to_come else math.inf, self.next_event_s())
-        if next_s < math.inf:
+        if (next_s := self._next_s()) < math.inf:
             left_s = next_s - self.now_s
             if left_s < most * seconds:
                 most = max(math.ceil(left_s / seconds), 1)
@@ -244,6 +264,7 @@ class VirtualEngine(ABC):
         steady = 0
         for live, num_tokens in scheduled:
             live.num_computed += num_tokens + repeats - 1
+            self.num_with_kv += num_tokens + repeats - 1
             if live.num_tokens + repeats - 1 > live.num_computed:
                 continue  # a chunk that was not its last
             if live.first_token_s is None:
@@ -326,6 +347,46 @@ class VirtualEngine(ABC):
         self.free_ids += [block for block in self._freed if not is_zone_block(block)]
         self.give_back_zone([block for block in self._freed if is_zone_block(block)])
         self._freed = []
+        if self.num_to_leave:
+            self._withhold()
+
+    # Memory that comes and goes -----------------------------------------------------------------------------------
+
+    @property
+    def num_in_service(self) -> int:
+        """Pool blocks with memory, without vLLM's null block."""
+        return self.geometry.pool_blocks - 1 - len(self._withheld)
+
+    @property
+    def num_used(self) -> int:
+        """Pool blocks in use."""
+        return self.num_in_service - len(self.free_ids)
+
+    @property
+    def num_to_leave(self) -> int:
+        """Pool blocks that are to lose their memory and are in use."""
+        return max(self.num_in_service - self._pool_goal, 0)
+
+    def resize(self, pool_blocks: int) -> None:
+        """So many pool blocks, beside the null block, shall have memory: those in use lose it as they come free."""
+        self._pool_goal = min(pool_blocks, self.geometry.pool_blocks - 1)
+        if (missing := self._pool_goal - self.num_in_service) > 0:
+            self.free_ids += self._withheld[-missing:]
+            del self._withheld[-missing:]
+        self._withhold()
+
+    def _withhold(self) -> None:
+        if (count := min(self.num_to_leave, len(self.free_ids))) > 0:
+            self._withheld += self.free_ids[-count:]
+            del self.free_ids[-count:]
+
+    @abstractmethod
+    def num_needed(self) -> int:
+        """Pool blocks that those under way need: those that run, wait or are parked."""
+
+    def num_that_could_leave(self) -> int:
+        """Of the blocks in use, those that could be given up without losing anything."""
+        return 0
 
 
 def _work(scheduled: Scheduled, stored: int, loaded: int, *, is_layered: bool) -> StepWork:

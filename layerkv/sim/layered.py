@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from layerkv.config import Mode, SloPolicy
 from layerkv.core.cost import StepWork, seconds_per_byte
@@ -26,6 +27,10 @@ from layerkv.scheduler.snapshot import Decision, Refusal, Snapshot
 from layerkv.sim.engine import EngineSetup, Live, Scheduled, SimRequest, VirtualEngine
 from layerkv.sim.outcome import SimOutcome
 
+GROWTH_TOKENS = 64
+"""For so many tokens more of each running request memory is asked for before they are there. Not measured: chosen by
+trials of a prototype (2026-11-22, no result file)."""
+
 
 class LayeredEngine(VirtualEngine):
     """See the module."""
@@ -42,8 +47,11 @@ class LayeredEngine(VirtualEngine):
         is_measured: bool = True,
         keep_log: bool = False,
         refuses_late: bool = True,
+        least_pool: int | None = None,
     ) -> None:
         super().__init__(setup, requests)
+        # What the pool can have whenever it needs that much: so long requests fit, however small it is now.
+        self._least_pool = setup.geometry.pool_blocks - 1 if least_pool is None else least_pool
         geometry = setup.geometry
         self.ledger = KVLedger(geometry, setup.num_host_blocks)
         shape = EngineShape(
@@ -95,6 +103,8 @@ class LayeredEngine(VirtualEngine):
 
     def schedule(self) -> Scheduled:
         self._finish_loads()
+        if self.num_to_leave:
+            return self._decide_and_compute()
         is_busy = self._loading or self.ledger.layered_ids or any(live.is_prefilling for live in self.running)
         steps_ahead = 1 if self.setup.frees_are_deferred else 0
         num_running, num_free = len(self.running), len(self.free_ids)
@@ -104,6 +114,10 @@ class LayeredEngine(VirtualEngine):
             self._plan = StepPlan()
             self.decision = Decision(prefill_tokens=self.setup.max_num_batched_tokens)
             return self._compute([])
+        return self._decide_and_compute()
+
+    def _decide_and_compute(self) -> Scheduled:
+        self._was_quiet = False
         snapshot, self.decision = self._decide()
         self._apply(snapshot, self.decision)
         starting = (*self.decision.back_to_zone, *self.decision.admit)
@@ -150,6 +164,28 @@ class LayeredEngine(VirtualEngine):
     def give_back_zone(self, block_ids: list[int]) -> None:
         self.ledger.zone.give_back(block_ids)
 
+    def resize(self, pool_blocks: int) -> None:
+        super().resize(pool_blocks)
+        shape = self.controller.shape
+        if shape.pool_blocks != (in_service := max(self._pool_goal, self._least_pool)):
+            self.controller.shape = replace(shape, pool_blocks=in_service)
+
+    def num_needed(self) -> int:
+        running = {live.request_id for live in self.running}
+        return sum(
+            self.blocks(live.num_tokens + (GROWTH_TOKENS if live.request_id in running else 0))
+            for live in self.lives.values()
+        )
+
+    def num_that_could_leave(self) -> int:
+        is_layered, paused = self.ledger.is_layered, self.controller.paused
+        could = sum(
+            len(live.block_ids)
+            for live in self.running
+            if (live.request_id in paused or not live.is_prefilling) and not is_layered(live.request_id)
+        )
+        return min(could, self.ledger.host.num_free)
+
     def outcome(self) -> SimOutcome:
         counters = self.ledger.counters
         return SimOutcome(
@@ -177,7 +213,8 @@ class LayeredEngine(VirtualEngine):
             step=self.step,
             running=running,
             arriving=[(r, len(self.lives[r].block_ids), self.lives[r].num_made) for r in self._loading],
-            free_blocks=len(self.free_ids),
+            # A shortage, until so much is parked.
+            free_blocks=len(self.free_ids) - self.num_to_leave,
             reserved_blocks=reserved,
             free_zone_blocks=self.ledger.zone.num_available,
             free_host_blocks=self.ledger.host.num_free,

@@ -103,8 +103,8 @@ def make_engine(
     config = with_memory_of(config, name, requests)
     is_stock = name in STOCK_POLICIES
     geometry = geometry_of(config, zone_tokens=0 if is_stock else config.zone_tokens)
-    _check_room(geometry, requests)
-    setup = _setup(config, geometry, stride)
+    check_room(geometry, requests)
+    setup = setup_of(config, geometry, stride)
     if is_stock:
         return StockEngine(setup, requests, watermark=WATERMARK if name == "stock-watermark" else 0.0)
     return LayeredEngine(setup, requests, policy_of(config.policy, name), keep_log=keep_log)
@@ -179,7 +179,7 @@ def report(config: SimConfig, runs: Sequence[SimRun]) -> dict[str, Any]:
     }
 
 
-def _check_room(geometry: KVGeometry, requests: Sequence[SimRequest]) -> None:
+def check_room(geometry: KVGeometry, requests: Sequence[SimRequest]) -> None:
     """As vLLM does at its start: a request that the pool cannot hold by itself would never end."""
     room = (geometry.pool_blocks - 1) * geometry.block_tokens
     longest = max((r.prompt_tokens + r.output_tokens - 1 for r in requests), default=0)
@@ -190,7 +190,8 @@ def _check_room(geometry: KVGeometry, requests: Sequence[SimRequest]) -> None:
         )
 
 
-def _setup(config: SimConfig, geometry: KVGeometry, stride: int) -> EngineSetup:
+def setup_of(config: SimConfig, geometry: KVGeometry, stride: int) -> EngineSetup:
+    """The virtual engine's limits."""
     return EngineSetup(
         geometry=geometry,
         num_host_blocks=config.host_memory_bytes // geometry.block_bytes,

@@ -46,6 +46,9 @@ class StockEngine(VirtualEngine):
     def left(self, live: Live) -> None:
         self.free(live)
 
+    def num_needed(self) -> int:
+        return sum(self.blocks(live.num_tokens + 1) for live in (*self.running, *self._waiting))
+
     def outcome(self) -> SimOutcome:
         return SimOutcome(self.outcomes, self.gaps, self.now_s, self.step, preemptions=self._preemptions)
 

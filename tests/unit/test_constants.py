@@ -47,6 +47,7 @@ FACTS = {
     "sim/prompt_blocks.py": {"HASH_BLOCK_TOKENS"},
     "sim/presets.py": {"FP16_BYTES", "_SAMPLED_TOKENS", "_GIB"},
     "sim/run.py": {"SCHEMA"},
+    "sim/sharing_run.py": {"SCHEMA"},
     "sim/workload_config.py": {"_NOT_EMPTY"},
     "vllm_plugin/kv_events.py": {"_GROUP"},
     "vllm_plugin/prefix_hits.py": {"_GROUP"},

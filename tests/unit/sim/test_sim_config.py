@@ -91,6 +91,7 @@ def test_a_quickstart_the_cpu_loads_and_the_settings_of_the_paper_are_shipped() 
         "layerkv_paper.yaml",
         "layerkv_paper_34b.yaml",
         "layerkv_paper_70b.yaml",
+        "long_tail_8b_h100.yaml",
         "quickstart.yaml",
     ]
     assert [path.name for path in SHIPPED] == names

@@ -1,0 +1,99 @@
+"""A placement as a Ray Serve LLM application: the text of a Python file. Ray is not needed to write it.
+
+Checked against Ray's documentation (2.5x) and by compiling it; it has not been run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pprint import pformat
+from typing import Any
+
+from layerkv.core.placement import Placement, Tenant
+from layerkv.sim.fleet_config import Fleet, FleetModel
+
+CONNECTOR = "LayerKVConnector"
+DEVICE_SHARE = 0.001
+"""Of a device's own resource, what a shard asks for: that binds it to the device, and never uses it up."""
+GPU_SHARE = 0.01
+"""Of a GPU, as Ray counts: what a model may take of one is the placement's affair and the broker's, not Ray's."""
+
+_RUN = "@RUN@/"
+_HEAD = '''\
+"""Models that share devices, as `layerkv place --emit ray` placed them. A first draft: it has not been run.
+
+Each device is a Ray node of its own, with a resource of its name, and has a broker:
+
+{commands}
+
+then `serve run MODULE:app`. Engines find their broker by its path: they run on its host, as its user.
+"""
+
+import os
+
+from ray.serve.llm import LLMConfig, LLMServingArgs, build_openai_app
+
+RUN = os.environ["XDG_RUNTIME_DIR"] + "/layerkv/"
+
+llm_configs = [
+'''
+_TAIL = """\
+]
+
+app = build_openai_app(LLMServingArgs(llm_configs=llm_configs))
+"""
+
+
+def ray_application(fleet: Fleet, placement: Placement) -> str:
+    """The file's text: `app` is one OpenAI-compatible application of all models.
+
+    Each replica is a model to Ray, with a name of its own, since each has a broker of its own. A model over several
+    devices gets no broker, and its floor as KV memory.
+    """
+    text = _HEAD.format(commands="\n".join(_commands(fleet, placement)))
+    for model in fleet.models:
+        for tenant in model.tenants:
+            devices = placement.devices_of[tenant.name]
+            config = _llm_config(model, tenant, devices, placement.shared_bytes[devices[0]])
+            body = pformat(config, width=100, sort_dicts=False).replace("\n", "\n          ")
+            text += f"    LLMConfig(\n        **{body}\n    ),\n".replace(f"'{_RUN}", "RUN + '")
+    return text + _TAIL
+
+
+def _commands(fleet: Fleet, placement: Placement) -> Iterator[str]:
+    for number, device in enumerate(fleet.devices):
+        resource = f"'{{\"{device.name}\": 1}}'"
+        yield f"    CUDA_VISIBLE_DEVICES={number} ray start --address HEAD --num-gpus 1 --resources {resource}"
+        if any(tenant.shares for tenant in placement.tenants_on[device.name]):
+            capacity = f"{placement.shared_bytes[device.name]}B"
+            socket = f"$XDG_RUNTIME_DIR/layerkv/{_socket(device.name)}"
+            yield f"    layerkv broker --socket {socket} --capacity {capacity}"
+
+
+def _socket(device: str) -> str:
+    return f"broker-{device}.sock"
+
+
+def _llm_config(model: FleetModel, tenant: Tenant, devices: tuple[str, ...], shared_bytes: int) -> dict[str, Any]:
+    engine: dict[str, Any] = {"tensor_parallel_size": tenant.ranks}
+    transfer: dict[str, Any] = {"kv_connector": CONNECTOR, "kv_role": "kv_both"}
+    if tenant.shares:
+        options: dict[str, Any] = {
+            "broker": _RUN + _socket(devices[0]),
+            "kv_floor": f"{model.kv_floor_bytes}B",
+            "kv_ceiling": f"{min(model.kv_ceiling_bytes or shared_bytes, shared_bytes)}B",
+            "weight": model.weight,
+        }
+        transfer["kv_connector_extra_config"] = options
+    else:
+        engine["kv_cache_memory_bytes"] = tenant.rank_floor_bytes
+    engine["kv_transfer_config"] = transfer
+    return {
+        "model_loading_config": {"model_id": tenant.name, "model_source": model.source},
+        "engine_kwargs": engine,
+        "placement_group_config": {
+            "bundles": [{"CPU": 1, "GPU": GPU_SHARE, device: DEVICE_SHARE} for device in devices],
+        },
+        "runtime_env": {"env_vars": {"VLLM_RAY_PER_WORKER_GPUS": str(GPU_SHARE)}},
+        "deployment_config": {"num_replicas": 1},
+    }
