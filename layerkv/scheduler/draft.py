@@ -8,16 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from layerkv.scheduler import needs
 from layerkv.scheduler.forecast import Forecast
 from layerkv.scheduler.lines import Claim
-from layerkv.scheduler.needs import (
-    headroom_blocks,
-    hit_of,
-    host_blocks_to_take,
-    layered_blocks,
-    pool_blocks,
-    tokens_to_compute,
-)
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.reasons import WAITS_FOR, Reason, Resource
 from layerkv.scheduler.snapshot import (
@@ -228,7 +221,7 @@ class Draft:
             usable = s.engine.free_blocks - s.engine.reserved_blocks + sum([num_blocks for _, num_blocks in held])
             self._forecast = Forecast(int(usable * self.now.limits.overcommit), s.shape.block_tokens, held)
             for claim in self._entered:
-                self._forecast.add(pool_blocks(s, claim), claim.tokens_left)
+                self._forecast.add(needs.pool_blocks(s, claim), claim.tokens_left)
         return self._forecast
 
     def fits_nobody(self, claims: Sequence[Claim]) -> bool:
@@ -264,10 +257,10 @@ class Draft:
 
     def start_layered(self, w: WaitingRequest, reason: Reason) -> None:
         """A prompt starts in the zone, with room for all of it there and in host memory."""
-        hit, host_blocks = hit_of(self.now.s, w), layered_blocks(w)
+        hit, host_blocks = needs.hit_of(self.now.s, w), needs.layered_blocks(w)
         zone_blocks = host_blocks - hit.num_blocks
         self.zone -= zone_blocks
-        self.host -= host_blocks_to_take(self.now.s, w)
+        self.host -= needs.host_blocks_to_take(self.now.s, w)
         self.pool -= hit.num_evictable
         self._take_slot(w)
         self._take_tokens(w)
@@ -309,11 +302,10 @@ class Draft:
 
     def wait_for_pool(self, claims: Sequence[Claim], next_in_pool: Collection[str]) -> None:
         """All of these wait for room in the pool, or behind the first of them if nobody passes that."""
-        first = claims[0]
-        is_next = self.block(first) and first.request_id in next_in_pool
-        self.waits.update(dict.fromkeys([claim.request_id for claim in claims], Reason.POOL_FULL))
-        if is_next:
-            self.waits.update(dict.fromkeys([claim.request_id for claim in claims[1:]], Reason.BEHIND_OVERDUE))
+        first, *others = [claim.request_id for claim in claims]
+        self.waits.update(dict.fromkeys((first, *others), Reason.POOL_FULL))
+        if self.block(claims[0]) and first in next_in_pool:
+            self.waits.update(dict.fromkeys(others, Reason.BEHIND_OVERDUE))
 
     def block(self, claim: Claim) -> bool:
         """The pool has no room for it; whether it is the first such claim, for which room may be made."""
@@ -383,7 +375,7 @@ class Draft:
         self.reasons[r.request_id] = Reason.SLOT_LENT
 
     def _enter_pool(self, claim: Claim) -> None:
-        need = pool_blocks(self.now.s, claim)
+        need = needs.pool_blocks(self.now.s, claim)
         self.pool -= need
         self._take_slot(claim)
         self._count(self.residents + 1)
@@ -393,11 +385,11 @@ class Draft:
 
     def _count(self, residents: int) -> None:
         self.residents = residents
-        self.headroom = headroom_blocks(self.now.s, residents, self.now.limits.headroom_tokens)
+        self.headroom = needs.headroom_blocks(self.now.s, residents, self.now.limits.headroom_tokens)
 
     def _take_tokens(self, w: WaitingRequest) -> None:
         if not w.in_one_step:
-            self.tokens -= tokens_to_compute(self.now.s, w)
+            self.tokens -= needs.tokens_to_compute(self.now.s, w)
             return
         self.whole_tokens = w.num_tokens + len(self.fetch)  # each may resume at once, which takes a token
         self.tokens -= w.num_tokens

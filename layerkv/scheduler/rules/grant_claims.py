@@ -25,7 +25,7 @@ def grant_claims(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
         for claim in claims:
             draft.wait(claim, Reason.BEHIND_RANK, draft.pool_closed_for)
         return
-    if draft.fits_nobody(claims):
+    if not now.out_of_reach and draft.fits_nobody(claims):
         draft.wait_for_pool(claims, now.next_in_pool)
         return
     for i, claim in enumerate(claims):
