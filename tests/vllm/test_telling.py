@@ -52,7 +52,7 @@ def test_what_binds_is_told_at_intervals_and_once_more_when_nobody_waits() -> No
     assert after({}, 10.0) == {}
     three = {"a": Reason.POOL_FULL, "b": Reason.HELD, "c": Reason.NO_SLOT}
     controller.behind = {"b": Resource.SLOT}
-    assert after(three, 0.0) == {pool: 1, slot: 2}
+    assert after(three, 5.0) == {pool: 1, slot: 2}
     controller.behind = {}
     assert after(three, 10.0) == {pool: 2, slot: 1}
     assert after({"c": Reason.NO_SLOT}, 10.0 + telling.WAITS_INTERVAL_S / 2) == {}
