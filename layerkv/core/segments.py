@@ -43,6 +43,19 @@ class SegmentLayout:
         return ceil(num_blocks / self.segment_blocks)
 
 
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """What scheduler and workers of an elastic engine agree on. Immutable; lives as long as the engine.
+
+    Attributes:
+        layout: Segments of the pool at its ceiling.
+        num_mapped: Segments, the lowest, that have memory when the engine starts.
+    """
+
+    layout: SegmentLayout
+    num_mapped: int
+
+
 def layout_for_blocks(
     ceiling_blocks: int, *, page_bytes: int, granule_bytes: int, most_segments: int = MOST_SEGMENTS
 ) -> SegmentLayout:
@@ -86,6 +99,9 @@ class SegmentMoves:
 
     maps: tuple[int, ...] = ()
     unmaps: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.maps or self.unmaps)
 
 
 class SegmentTable:

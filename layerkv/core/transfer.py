@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from layerkv.core.segments import SegmentMoves
+
 
 class BlockRun(NamedTuple):
     """``num_blocks`` consecutive device blocks and the consecutive host blocks they pair with."""
@@ -22,7 +24,7 @@ class FetchPlan(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """The copies of one step. Block ids are those of vLLM's block tables; host ids those of the host allocator.
+    """The copies of one step, and which segments of the pool come and go with it. Block ids are those of vLLM's block tables; host ids those of the host allocator.
 
     Attributes:
         parks: Pool blocks to store, all layers, before this step's forward pass may overwrite them.
@@ -36,6 +38,7 @@ class StepPlan(NamedTuple):
             one of them writes, or a pool block that one of them reads, is given to somebody else from now on.
         fetches: Requests to load into pool blocks while the step runs.
         num_tokens: Tokens computed in this step; with 0 there is no forward pass to overlap with.
+        moves: Segments to map before everything else in this step, and to unmap behind all copies planned so far.
     """
 
     parks: tuple[BlockRun, ...] = ()
@@ -47,6 +50,7 @@ class StepPlan(NamedTuple):
     settle: bool = False
     fetches: tuple[FetchPlan, ...] = ()
     num_tokens: int = 0
+    moves: SegmentMoves = SegmentMoves()
 
     @property
     def has_copies(self) -> bool:
