@@ -43,6 +43,19 @@ class SegmentLayout:
         return ceil(num_blocks / self.segment_blocks)
 
 
+@dataclass(frozen=True)
+class SegmentPlan:
+    """How an engine's pool comes and goes, as scheduler and workers must know it alike. Lives as long as the engine.
+
+    Attributes:
+        layout: Of the pool at its ceiling; whoever has a geometry has all its segments as pool blocks.
+        num_mapped: Segments with memory at the start, the lowest.
+    """
+
+    layout: SegmentLayout
+    num_mapped: int
+
+
 def layout_for_blocks(
     ceiling_blocks: int, *, page_bytes: int, granule_bytes: int, most_segments: int = MOST_SEGMENTS
 ) -> SegmentLayout:

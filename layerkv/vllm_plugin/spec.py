@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from layerkv.core.ledger import KVLedger
+from layerkv.core.segments import SegmentPlan
 from layerkv.core.zone import ZoneLedger
 from layerkv.vllm_plugin.host_memory import WorkerMemory
 
@@ -158,17 +159,20 @@ class LayerKVManager(FullAttentionManager):
 class LayerKVSpec(FullAttentionSpec):
     """Full attention whose blocks may come from the lane zone: the same fields, another manager.
 
-    ``memory`` is what the first worker found: it goes from there to the scheduler and to all workers.
+    ``memory`` is what the first worker found: it goes from there to the scheduler and to all workers. ``segments`` is
+    how the pool grows and shrinks; None: it does not.
     """
 
     memory: WorkerMemory | None = field(default=None, compare=False)
+    segments: SegmentPlan | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, memory: WorkerMemory) -> LayerKVSpec:
+    def of(cls, spec: FullAttentionSpec, memory: WorkerMemory, segments: SegmentPlan | None = None) -> LayerKVSpec:
         """The same spec as ours."""
-        return cls(**{each.name: getattr(spec, each.name) for each in fields(FullAttentionSpec)}, memory=memory)
+        own = {each.name: getattr(spec, each.name) for each in fields(FullAttentionSpec)}
+        return cls(**own, memory=memory, segments=segments)
 
     @classmethod
     def merge(cls, specs: list[LayerKVSpec]) -> LayerKVSpec:
-        """vLLM's merge, which does not know our field."""
-        return replace(super().merge(specs), memory=specs[0].memory)
+        """vLLM's merge, which does not know our fields."""
+        return replace(super().merge(specs), memory=specs[0].memory, segments=specs[0].segments)
