@@ -55,6 +55,16 @@ class SegmentPlan:
     layout: SegmentLayout
     num_mapped: int
 
+    @property
+    def mapped_blocks(self) -> int:
+        """Pool blocks with memory at the start: what an engine can count on."""
+        return self.num_mapped * self.layout.segment_blocks
+
+    @property
+    def ceiling_blocks(self) -> int:
+        """Pool blocks of all segments."""
+        return self.layout.num_segments * self.layout.segment_blocks
+
 
 def layout_for_blocks(
     ceiling_blocks: int, *, page_bytes: int, granule_bytes: int, most_segments: int = MOST_SEGMENTS
@@ -95,10 +105,14 @@ class SegmentState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SegmentMoves:
-    """What every rank does with one step, ids ascending: ``maps`` before its compute, ``unmaps`` behind all of it."""
+    """What every rank begins with one step, ids ascending. The step itself uses none of them, but for copies that it
+    begins with: ``unmaps`` come after those."""
 
     maps: tuple[int, ...] = ()
     unmaps: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.maps or self.unmaps)
 
 
 class SegmentTable:

@@ -55,16 +55,7 @@ class StepPlan(NamedTuple):
     @property
     def has_copies(self) -> bool:
         """Whether workers have anything to do."""
-        return bool(
-            self.parks
-            or self.stores
-            or self.hits
-            or self.ahead
-            or self.settle
-            or self.fetches
-            or self.moves.maps
-            or self.moves.unmaps
-        )
+        return bool(self.parks or self.stores or self.hits or self.ahead or self.settle or self.fetches or self.moves)
 
     @property
     def needs_layer_hooks(self) -> bool:

@@ -11,14 +11,16 @@ from layerkv.core.geometry import (
     GeometryRequest,
     KVGeometry,
     geometry_for_blocks,
+    geometry_for_pool,
     require_retained_layers,
     require_zone_tokens,
 )
-from layerkv.device.mechanism import ALIGNMENT_BYTES
+from layerkv.core.segments import SegmentPlan
 from layerkv.errors import ConfigError
 from layerkv.scheduler.decision_log import require_writable
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
+from layerkv.vllm_plugin.segment_setup import alignment_bytes, at_start
 from layerkv.vllm_plugin.spec import LayerKVSpec
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def geometry_request(
         retained_layers=config.retained_layers,
         step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         zone_tokens=0 if config.mode == "resident" else config.zone_tokens,
-        alignment_bytes=ALIGNMENT_BYTES[vllm_config.device_config.device_type],
+        alignment_bytes=alignment_bytes(vllm_config.device_config.device_type, spec.page_size_bytes, spec.segments),
         longest_tokens=vllm_config.model_config.max_model_len,
         may_outgrow_pool=config.long_contexts,
     )
@@ -77,10 +79,17 @@ def geometry_request(
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What scheduler and workers agree on: the division of KV memory, and the host blocks of each worker."""
+    """What scheduler and workers agree on.
+
+    Attributes:
+        geometry: The division of KV memory; of a pool that grows, at its largest.
+        host_blocks: Of each worker.
+        segments: How the pool grows and shrinks; None: it does not.
+    """
 
     geometry: KVGeometry
     host_blocks: int
+    segments: SegmentPlan | None = None
 
 
 def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVCacheConfig) -> Setup | None:
@@ -94,9 +103,13 @@ def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVC
         return None
     assert spec.memory is not None
     request = geometry_request(vllm_config, config, spec, len(groups[0].layer_names))
-    geometry = geometry_for_blocks(request, kv_cache_config.num_blocks)
-    require_room_for_one(vllm_config, config, geometry, spec.memory)
-    return Setup(geometry, host_blocks_per_worker(vllm_config, config, geometry, spec.memory))
+    if (segments := spec.segments) is None:
+        geometry = geometry_for_blocks(request, kv_cache_config.num_blocks)
+    else:
+        geometry = geometry_for_pool(request, segments.ceiling_blocks, kv_cache_config.num_blocks)
+    require_room_for_one(vllm_config, config, at_start(geometry, segments), spec.memory)
+    host_blocks = host_blocks_per_worker(vllm_config, config, at_start(geometry, segments), spec.memory)
+    return Setup(geometry, host_blocks, segments)
 
 
 def require_room_for_one(

@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from layerkv.core.geometry import geometry_for_memory
 from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
+from layerkv.vllm_plugin.segment_setup import at_ceiling, geometry_at_start
 from layerkv.vllm_plugin.setup import engine_config, geometry_request, require_room_for_one
 from layerkv.vllm_plugin.slo_gate import without_gates
 from layerkv.vllm_plugin.spec import LayerKVSpec
@@ -66,11 +67,13 @@ class LayerKVWorkerMixin(_VLLMWorker):
         spec = next(iter(self._layerkv_specs.values()))
         request = geometry_request(self.vllm_config, self._layerkv, spec, len(self._layerkv_specs))
         geometry = geometry_for_memory(request, available_bytes)
+        if spec.segments is not None:
+            geometry = geometry_at_start(geometry, spec.segments, available_bytes)
         assert spec.memory is not None
         if self.vllm_config.cache_config.num_gpu_blocks_override is None:
             require_room_for_one(self.vllm_config, self._layerkv, geometry, spec.memory)
             host_blocks_per_worker(self.vllm_config, self._layerkv, geometry, spec.memory)
-        return geometry.virtual_bytes
+        return geometry.virtual_bytes if spec.segments is None else at_ceiling(geometry, spec.segments).virtual_bytes
 
     def _unsupported_layers(self, specs: dict[str, KVCacheSpec]) -> str | None:
         if not specs:
