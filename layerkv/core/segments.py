@@ -43,17 +43,27 @@ class SegmentLayout:
         return ceil(num_blocks / self.segment_blocks)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SegmentPlan:
-    """What scheduler and workers of an elastic engine agree on. Immutable; lives as long as the engine.
+    """How an engine's pool comes and goes, as scheduler and workers must know it alike. Lives as long as the engine.
 
     Attributes:
-        layout: Segments of the pool at its ceiling.
-        num_mapped: Segments, the lowest, that have memory when the engine starts.
+        layout: Of the pool at its ceiling; whoever has a geometry has all its segments as pool blocks.
+        num_mapped: Segments with memory at the start, the lowest.
     """
 
     layout: SegmentLayout
     num_mapped: int
+
+    @property
+    def mapped_blocks(self) -> int:
+        """Pool blocks with memory at the start: what an engine can count on."""
+        return self.num_mapped * self.layout.segment_blocks
+
+    @property
+    def ceiling_blocks(self) -> int:
+        """Pool blocks of all segments."""
+        return self.layout.num_segments * self.layout.segment_blocks
 
 
 def layout_for_blocks(
@@ -95,7 +105,8 @@ class SegmentState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SegmentMoves:
-    """What every rank does with one step, ids ascending: ``maps`` before its compute, ``unmaps`` behind all of it."""
+    """What every rank begins with one step, ids ascending. The step itself uses none of them, but for copies that it
+    begins with: ``unmaps`` come after those."""
 
     maps: tuple[int, ...] = ()
     unmaps: tuple[int, ...] = ()

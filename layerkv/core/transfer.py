@@ -24,7 +24,7 @@ class FetchPlan(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """The copies of one step, and which segments of the pool come and go with it. Block ids are those of vLLM's block tables; host ids those of the host allocator.
+    """The copies of one step. Block ids are those of vLLM's block tables; host ids those of the host allocator.
 
     Attributes:
         parks: Pool blocks to store, all layers, before this step's forward pass may overwrite them.
@@ -38,7 +38,7 @@ class StepPlan(NamedTuple):
             one of them writes, or a pool block that one of them reads, is given to somebody else from now on.
         fetches: Requests to load into pool blocks while the step runs.
         num_tokens: Tokens computed in this step; with 0 there is no forward pass to overlap with.
-        moves: Segments to map before everything else in this step, and to unmap behind all copies planned so far.
+        moves: Segments to get memory for, and to give back that nothing in this step uses.
     """
 
     parks: tuple[BlockRun, ...] = ()
@@ -55,7 +55,7 @@ class StepPlan(NamedTuple):
     @property
     def has_copies(self) -> bool:
         """Whether workers have anything to do."""
-        return bool(self.parks or self.stores or self.hits or self.ahead or self.settle or self.fetches)
+        return bool(self.parks or self.stores or self.hits or self.ahead or self.settle or self.fetches or self.moves)
 
     @property
     def needs_layer_hooks(self) -> bool:

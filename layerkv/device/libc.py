@@ -13,6 +13,9 @@ _MADV_HUGEPAGE = 14
 _MADV_NOHUGEPAGE = 15
 _FAILED = ctypes.c_void_p(-1).value
 
+HUGE_PAGE_BYTES = 2 << 20
+"""What the kernel gives back of a huge page is all of it or nothing."""
+
 
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
@@ -27,6 +30,7 @@ def _libc() -> ctypes.CDLL:
     ]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc
 
 
@@ -86,3 +90,13 @@ def give_back(address: int, num_bytes: int) -> None:
     """
     if _libc().madvise(address, num_bytes, _MADV_DONTNEED):
         raise MemoryError(f"cannot give {num_bytes} bytes back: {os.strerror(ctypes.get_errno())}")
+
+
+def protect(address: int, num_bytes: int, *, may_access: bool) -> None:
+    """Whether this process may read and write part of a range; if it does so where it may not, it is killed.
+
+    Raises:
+        MemoryError: the kernel refused.
+    """
+    if _libc().mprotect(address, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE if may_access else 0):
+        raise MemoryError(f"cannot protect {num_bytes} bytes: {os.strerror(ctypes.get_errno())}")

@@ -31,7 +31,7 @@ from layerkv.vllm_plugin.connector_worker import WorkerSide, make_worker_side
 from layerkv.vllm_plugin.failed_copies import FailedCopies
 from layerkv.vllm_plugin.our_classes import is_our_scheduler
 from layerkv.vllm_plugin.prom import LayerKVPromMetrics, LayerKVStats
-from layerkv.vllm_plugin.segment_answers import SegmentAnswers
+from layerkv.vllm_plugin.segment_answers import SegmentAnswers, worker_report
 from layerkv.vllm_plugin.setup import engine_config, setup_of
 from layerkv.vllm_plugin.support import require_supported
 from layerkv.vllm_plugin.transfer import always_recompute
@@ -149,9 +149,14 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         return set() if self.worker_side is None else self.worker_side.take_failed_blocks()
 
-    def build_connector_worker_meta(self) -> FailedCopies | None:
-        """Copies that failed and are no loads of vLLM's; the scheduler looks at it with the step's output."""
-        return None if self.worker_side is None else self.worker_side.take_failed_copies()
+    def build_connector_worker_meta(self) -> FailedCopies | SegmentAnswers | None:
+        """Copies that failed and are no loads of vLLM's, and moves of segments that have ended.
+
+        The scheduler looks at it with the step's output.
+        """
+        if (side := self.worker_side) is None:
+            return None
+        return worker_report(side.take_failed_copies(), side.take_answers())
 
     def shutdown(self) -> None:
         if self.worker_side is not None:

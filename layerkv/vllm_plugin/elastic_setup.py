@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from layerkv.config import EXTRA_CONFIG, EngineConfig
 from layerkv.core.geometry import GeometryRequest, KVGeometry, geometry_for_blocks, geometry_for_memory
 from layerkv.core.segments import SegmentLayout, SegmentPlan, layout_for_blocks
-from layerkv.device.elastic_mmap_arena import HUGE_PAGE_BYTES
+from layerkv.device.libc import HUGE_PAGE_BYTES
 from layerkv.device.mmap_arena import PAGE_BYTES
 from layerkv.errors import ConfigError
 from layerkv.units import format_bytes
@@ -44,6 +44,11 @@ class ElasticSizes:
         return self.floor * self.plan.layout.segment_blocks
 
     @property
+    def geometry_at_floor(self) -> KVGeometry:
+        """The division with the pool at its floor: what must fit limits of memory, since more is others' to give."""
+        return replace(self.geometry, pool_blocks=self.floor_blocks)
+
+    @property
     def segment_bytes(self) -> int:
         """Of a segment in all layers of one worker."""
         return self.plan.layout.segment_blocks * self.geometry.block_bytes
@@ -56,7 +61,7 @@ class ElasticSizes:
     @property
     def floor_bytes(self) -> int:
         """Of one worker with no more than its floor."""
-        return self.floor * self.segment_bytes + self.zone_bytes
+        return self.geometry_at_floor.physical_bytes
 
 
 def require_elastic(vllm_config: VllmConfig, config: EngineConfig) -> None:

@@ -14,6 +14,7 @@ from layerkv.core.geometry import (
     require_retained_layers,
     require_zone_tokens,
 )
+from layerkv.core.segments import SegmentPlan
 from layerkv.device.mechanism import ALIGNMENT_BYTES
 from layerkv.errors import ConfigError
 from layerkv.scheduler.decision_log import require_writable
@@ -79,12 +80,22 @@ def geometry_request(
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What scheduler and workers agree on: the division of KV memory, and the host blocks of each worker."""
+    """What scheduler and workers agree on.
+
+    Attributes:
+        geometry: The division of KV memory; of a pool that grows, at its largest.
+        host_blocks: Of each worker.
+        elastic: How the pool grows and shrinks; None: it does not.
+    """
 
     geometry: KVGeometry
     host_blocks: int
     elastic: ElasticSizes | None = None
-    """Of an engine whose pool grows and shrinks; the geometry is then that of the ceiling."""
+
+    @property
+    def segments(self) -> SegmentPlan | None:
+        """What workers must know of that."""
+        return None if self.elastic is None else self.elastic.plan
 
 
 def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVCacheConfig) -> Setup | None:
@@ -102,7 +113,7 @@ def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVC
         elastic = elastic_sizes(vllm_config, config, request)
         assert elastic.plan == spec.segments, "scheduler and workers divide the pool alike"
         assert elastic.geometry.total_blocks == kv_cache_config.num_blocks, "vLLM was given the ceiling"
-        host_blocks = host_blocks_per_worker(vllm_config, config, elastic.geometry, spec.memory)
+        host_blocks = host_blocks_per_worker(vllm_config, config, elastic.geometry_at_floor, spec.memory)
         return Setup(elastic.geometry, host_blocks, elastic)
     geometry = geometry_for_blocks(request, kv_cache_config.num_blocks)
     require_room_for_one(vllm_config, config, geometry, spec.memory)

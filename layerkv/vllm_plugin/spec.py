@@ -164,8 +164,8 @@ class LayerKVManager(FullAttentionManager):
 class LayerKVSpec(FullAttentionSpec):
     """Full attention whose blocks may come from the lane zone: the same fields, another manager.
 
-    ``memory`` is what the first worker found: it goes from there to the scheduler and to all workers. ``segments`` are
-    those of a pool that grows and shrinks.
+    ``memory`` is what the first worker found: it goes from there to the scheduler and to all workers. ``segments`` is
+    how the pool grows and shrinks; None: it does not.
     """
 
     memory: WorkerMemory | None = field(default=None, compare=False)
@@ -174,8 +174,8 @@ class LayerKVSpec(FullAttentionSpec):
     @classmethod
     def of(cls, spec: FullAttentionSpec, memory: WorkerMemory, segments: SegmentPlan | None = None) -> LayerKVSpec:
         """The same spec as ours."""
-        theirs = {each.name: getattr(spec, each.name) for each in fields(FullAttentionSpec)}
-        return cls(**theirs, memory=memory, segments=segments)
+        own = {each.name: getattr(spec, each.name) for each in fields(FullAttentionSpec)}
+        return cls(**own, memory=memory, segments=segments)
 
     @classmethod
     def merge(cls, specs: list[LayerKVSpec]) -> LayerKVSpec:

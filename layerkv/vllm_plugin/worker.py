@@ -90,7 +90,7 @@ class LayerKVWorkerMixin(_VLLMWorker):
         assert self._layerkv_specs is not None
         memory = next(iter(self._layerkv_specs.values())).memory
         assert memory is not None
-        host_blocks_per_worker(self.vllm_config, self._layerkv, sizes.geometry, memory)
+        host_blocks_per_worker(self.vllm_config, self._layerkv, sizes.geometry_at_floor, memory)
         return sizes.geometry.virtual_bytes
 
     def _elastic_sizes(self) -> ElasticSizes:

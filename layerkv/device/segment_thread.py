@@ -1,0 +1,87 @@
+"""The thread in which memory of segments comes and goes, so that no step waits for the kernel or the driver.
+
+One per elastic arena, and it ends with it: an order keeps alive what it needs, and the thread keeps no arena.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from layerkv.device.base import COPY_TIMEOUT_S, Event
+from layerkv.device.copy_event import CopyEvent
+from layerkv.device.patience import Patience
+from layerkv.errors import LostCopyError
+
+_POLL_S = 1e-3
+"""Between two looks at an event of the device. Not measured: chosen by judgement: no step waits for this thread."""
+
+
+@dataclass(slots=True)
+class _Order:
+    act: Callable[[], None]
+    after: Sequence[Event]
+    event: CopyEvent = field(default_factory=CopyEvent)
+
+
+class SegmentThread(threading.Thread):
+    """Carries out one order after the other.
+
+    Args:
+        enter: What the thread does first.
+    """
+
+    def __init__(self, enter: Callable[[], None] | None = None) -> None:
+        super().__init__(name="layerkv-segments", daemon=True)
+        self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
+        self._enter = enter
+        self.start()
+
+    def submit(self, act: Callable[[], None], after: Sequence[Event] = ()) -> CopyEvent:
+        """Do ``act`` once all of ``after`` have ended.
+
+        Returns:
+            An event that ends with it, or with the error of ``act``, or of what is lost or has left memory behind.
+        """
+        order = _Order(act, after)
+        self._orders.put(order)
+        return order.event
+
+    def end(self) -> None:
+        """End the thread when it has carried out what was submitted so far."""
+        self._orders.put(None)
+
+    def run(self) -> None:
+        if self._enter is not None:
+            self._enter()
+        while (order := self._orders.get()) is not None:
+            try:
+                _await(order.after)
+                order.act()
+            except BaseException as error:  # the edge of this thread: whoever waits must hear of it
+                order.event.end(error)
+            else:
+                order.event.end()
+            del order
+
+
+def _await(events: Sequence[Event]) -> None:
+    for event in events:
+        if not _has_ended(event):
+            raise LostCopyError(f"a copy of a segment that leaves did not end in {COPY_TIMEOUT_S:.0f} s")
+        if isinstance(event.error, LostCopyError | MemoryError):  # it may still write, or old bytes are still there
+            raise event.error
+
+
+def _has_ended(event: Event) -> bool:
+    if isinstance(event, CopyEvent):
+        return event.wait(COPY_TIMEOUT_S)
+    patience = Patience(COPY_TIMEOUT_S)
+    while not event.is_done():
+        if patience.is_over():
+            return event.is_done()
+        time.sleep(_POLL_S)
+    return True
