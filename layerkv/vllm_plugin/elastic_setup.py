@@ -11,7 +11,6 @@ from layerkv.config import EXTRA_CONFIG, EngineConfig
 from layerkv.core.geometry import GeometryRequest, KVGeometry, geometry_for_blocks, geometry_for_memory
 from layerkv.core.segments import SegmentLayout, SegmentPlan, layout_for_blocks
 from layerkv.device.libc import HUGE_PAGE_BYTES
-from layerkv.device.mmap_arena import PAGE_BYTES
 from layerkv.errors import ConfigError
 from layerkv.units import format_bytes
 
@@ -162,9 +161,7 @@ def _aligned(request: GeometryRequest, ceiling_bytes: int) -> GeometryRequest:
     """Pieces of whole huge pages, but in small pools."""
     huge = replace(request, alignment_bytes=HUGE_PAGE_BYTES)
     segment_bytes = huge.unit_blocks * request.num_layers * request.page_bytes
-    return (
-        huge if ceiling_bytes >= LEAST_HUGE_SEGMENTS * segment_bytes else replace(request, alignment_bytes=PAGE_BYTES)
-    )
+    return huge if ceiling_bytes >= LEAST_HUGE_SEGMENTS * segment_bytes else request
 
 
 def _geometry_for_pool(request: GeometryRequest, pool_blocks: int) -> KVGeometry:
