@@ -228,29 +228,6 @@ def geometry_for_blocks(request: GeometryRequest, total_blocks: int) -> KVGeomet
     )
 
 
-def geometry_for_pool(request: GeometryRequest, pool_blocks: int, total_blocks: int) -> KVGeometry:
-    """The same where the size of the pool is settled, as that of one which grows and shrinks is: the rest is zone.
-
-    Raises:
-        ConfigError: there is no rest that a zone can be (only a manual override can cause that).
-    """
-    zone_blocks = total_blocks - pool_blocks
-    if zone_blocks < 0 or zone_blocks % request.unit_blocks or (zone_blocks == 0) != (request.zone_tokens == 0):
-        raise ConfigError(
-            f"num_gpu_blocks_override: found {total_blocks}, but a pool that grows has {pool_blocks} blocks at its "
-            "largest, and the lane zone comes on top of that; leave num_gpu_blocks_override out"
-        )
-    return KVGeometry(
-        num_layers=request.num_layers,
-        page_bytes=request.page_bytes,
-        block_tokens=request.block_tokens,
-        pool_blocks=pool_blocks,
-        zone_blocks=zone_blocks,
-        lanes=request.used_lanes,
-        retained_layers=request.retained_layers,
-    )
-
-
 def geometry_for_memory(request: GeometryRequest, memory_bytes: int) -> KVGeometry:
     """The largest division whose physical memory fits into ``memory_bytes``.
 

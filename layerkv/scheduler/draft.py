@@ -51,6 +51,7 @@ class Draft:
         is_closed: The room is left to drain for a prompt that was overtaken too often.
         zone_is_promised: A prompt waits for the zone: it is next there.
         step_is_promised: A prompt that cannot be cut waits for a step of its own: it is next.
+        vacated: Residents that are parked because the pool gives memory back.
         pool_is_closed: A request of better rank waits for the pool,
         compute_is_closed: or for compute.
     """
@@ -73,6 +74,7 @@ class Draft:
     pool_is_closed: bool = False
     compute_is_closed: bool = False
     park: list[str] = field(default_factory=list)
+    vacated: list[ResidentRequest] = field(default_factory=list)
     recompute: list[str] = field(default_factory=list)
     paused: list[str] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)
@@ -132,9 +134,14 @@ class Draft:
         """
         if reason is Reason.POOL_SHORT:
             self.is_relieving = True
-            self.pool += r.num_blocks
+            self.pool += self.blocks_to_free(r)
         elif reason is Reason.TURN_OVER and not self.now.s.engine.frees_are_deferred:
             self.pool += r.num_blocks
+        elif reason is Reason.SEGMENT_LEAVES:
+            self.is_relieving = True
+            self.vacated.append(r)
+            if not self.now.s.engine.frees_are_deferred:
+                self.pool += self.blocks_to_free(r)
         else:
             self.made_room = True
         self.host -= self.blocks_to_store(r)
@@ -142,9 +149,13 @@ class Draft:
         self.park.append(r.request_id)
         self.reasons[r.request_id] = reason
 
+    def blocks_to_free(self, r: ResidentRequest) -> int:
+        """Pool blocks that others can have when it leaves: not those in memory that the pool gives back."""
+        return r.num_blocks - self.now.s.engine.vacating.get(r.request_id, 0)
+
     def give_up_resident(self, r: ResidentRequest, reason: Reason) -> None:
         """It leaves the pool, and is computed again."""
-        self.pool += r.num_blocks
+        self.pool += self.blocks_to_free(r)
         self._leave_pool(r)
         self._give_up(r.request_id, reason)
 

@@ -276,6 +276,11 @@ class Snapshot:
         return self.policy != "arrival"
 
     @property
+    def pool_blocks(self) -> int:
+        """Pool blocks that are there now, in use or free."""
+        return self.engine.pool_blocks or self.shape.pool_blocks
+
+    @property
     def most_prefill_tokens(self) -> int:
         """Prompt tokens that the step has room for beside those who decode."""
         return max(self.engine.budget_tokens - self.load.decode_tokens, 0)

@@ -191,10 +191,17 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self.scheduler_side is not None:
             for request_id in connector_output.finished_recving or ():
                 self.scheduler_side.fetched(request_id)
+            told = connector_output.kv_connector_worker_meta
+            if self.scheduler_side.elastic is not None and isinstance(told, SegmentAnswers):
+                self.scheduler_side.elastic.answered(told.answers)
 
     def has_pending_push_work(self) -> bool:
-        """Fetches land in the engine's steps: it goes on stepping until they have, though it is paused."""
-        return self.scheduler_side is not None and self.scheduler_side.ledger.num_fetching > 0
+        """Fetches land in the engine's steps: it goes on stepping until they have, though it is paused. So do moves of
+        segments, and an engine that nobody uses gives its memory back first."""
+        side = self.scheduler_side
+        if side is None:
+            return False
+        return side.ledger.num_fetching > 0 or (side.elastic is not None and side.elastic.has_work())
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

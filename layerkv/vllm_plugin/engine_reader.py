@@ -49,6 +49,8 @@ class EngineReader:
         s, controller = self._scheduler, self._controller
         if s._inflight_prefills or self._ledger.layered_ids:
             return False
+        if self._side.elastic is not None and self._side.elastic.is_under_way:
+            return False
         free: int = s.kv_cache_manager.block_pool.get_num_free_blocks()
         if controller.is_quiet(len(s.running), free, steps_ahead(s), now_s):
             return True
@@ -82,6 +84,8 @@ class EngineReader:
             moves=ledger.residency.version,
             freeing_blocks=len(freeing) - freeing_zone,
             freeing_zone_blocks=freeing_zone,
+            pool_blocks=self._side.pool_blocks,
+            vacating={} if self._side.elastic is None else self._side.elastic.vacating,
         )
 
     def work(self, output: SchedulerOutput, plan: StepPlan | None) -> StepWork:
@@ -205,7 +209,7 @@ def controller_for(scheduler: SchedulerView, side: SchedulerSide, policy: SloPol
         block_tokens=geometry.block_tokens,
         block_bytes=block_bytes,
         streamed_block_bytes=geometry.streamed_block_bytes,
-        pool_blocks=geometry.pool_blocks - 1,
+        pool_blocks=(geometry.pool_blocks if side.sizes is None else side.sizes.floor_blocks) - 1,
         zone_blocks=geometry.zone_blocks,
         host_blocks=side.ledger.host.count,
         can_chunk=scheduler.scheduler_config.enable_chunked_prefill,

@@ -11,16 +11,16 @@ from layerkv.core.geometry import (
     GeometryRequest,
     KVGeometry,
     geometry_for_blocks,
-    geometry_for_pool,
     require_retained_layers,
     require_zone_tokens,
 )
 from layerkv.core.segments import SegmentPlan
+from layerkv.device.mechanism import ALIGNMENT_BYTES
 from layerkv.errors import ConfigError
 from layerkv.scheduler.decision_log import require_writable
 from layerkv.units import format_bytes
+from layerkv.vllm_plugin.elastic_setup import ElasticSizes, elastic_sizes, require_elastic
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
-from layerkv.vllm_plugin.segment_setup import alignment_bytes, at_start
 from layerkv.vllm_plugin.spec import LayerKVSpec
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def require_usable(vllm_config: VllmConfig, config: EngineConfig) -> None:
         require_writable(config.decision_log)
     num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
     require_retained_layers(config.retained_layers, num_layers)
+    require_elastic(vllm_config, config)
     if config.zone_tokens is not None and vllm_config.cache_config.user_specified_block_size:  # else not known yet
         require_zone_tokens(config.zone_tokens, vllm_config.cache_config.block_size)
 
@@ -71,7 +72,7 @@ def geometry_request(
         retained_layers=config.retained_layers,
         step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         zone_tokens=0 if config.mode == "resident" else config.zone_tokens,
-        alignment_bytes=alignment_bytes(vllm_config.device_config.device_type, spec.page_size_bytes, spec.segments),
+        alignment_bytes=ALIGNMENT_BYTES[vllm_config.device_config.device_type],
         longest_tokens=vllm_config.model_config.max_model_len,
         may_outgrow_pool=config.long_contexts,
     )
@@ -84,12 +85,17 @@ class Setup:
     Attributes:
         geometry: The division of KV memory; of a pool that grows, at its largest.
         host_blocks: Of each worker.
-        segments: How the pool grows and shrinks; None: it does not.
+        elastic: How the pool grows and shrinks; None: it does not.
     """
 
     geometry: KVGeometry
     host_blocks: int
-    segments: SegmentPlan | None = None
+    elastic: ElasticSizes | None = None
+
+    @property
+    def segments(self) -> SegmentPlan | None:
+        """What workers must know of that."""
+        return None if self.elastic is None else self.elastic.plan
 
 
 def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVCacheConfig) -> Setup | None:
@@ -103,13 +109,15 @@ def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVC
         return None
     assert spec.memory is not None
     request = geometry_request(vllm_config, config, spec, len(groups[0].layer_names))
-    if (segments := spec.segments) is None:
-        geometry = geometry_for_blocks(request, kv_cache_config.num_blocks)
-    else:
-        geometry = geometry_for_pool(request, segments.ceiling_blocks, kv_cache_config.num_blocks)
-    require_room_for_one(vllm_config, config, at_start(geometry, segments), spec.memory)
-    host_blocks = host_blocks_per_worker(vllm_config, config, at_start(geometry, segments), spec.memory)
-    return Setup(geometry, host_blocks, segments)
+    if spec.segments is not None:
+        elastic = elastic_sizes(vllm_config, config, request)
+        assert elastic.plan == spec.segments, "scheduler and workers divide the pool alike"
+        assert elastic.geometry.total_blocks == kv_cache_config.num_blocks, "vLLM was given the ceiling"
+        host_blocks = host_blocks_per_worker(vllm_config, config, elastic.geometry_at_floor, spec.memory)
+        return Setup(elastic.geometry, host_blocks, elastic)
+    geometry = geometry_for_blocks(request, kv_cache_config.num_blocks)
+    require_room_for_one(vllm_config, config, geometry, spec.memory)
+    return Setup(geometry, host_blocks_per_worker(vllm_config, config, geometry, spec.memory))
 
 
 def require_room_for_one(

@@ -20,6 +20,7 @@ from layerkv.core.ledger import KVLedger
 from layerkv.core.segments import SegmentPlan
 from layerkv.core.zone import ZoneLedger
 from layerkv.vllm_plugin.host_memory import WorkerMemory
+from layerkv.vllm_plugin.segment_queue import SegmentQueue
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -55,17 +56,21 @@ class LayerKVManager(FullAttentionManager):
     never hashed for prefix caching, because what they hold changes from layer to layer.
     """
 
+    segments: SegmentQueue | None = None
+    """Which blocks of a pool that grows and shrinks are in service; None where all are."""
     _ledger: KVLedger | None = None
     _stands_aside: tuple[bool, bool] = (False, False)
 
-    def attach(self, ledger: KVLedger) -> None:
-        """Withhold the zone's ids from the pool. Called once, before the first request."""
+    def attach(self, ledger: KVLedger, segments: SegmentPlan | None = None) -> None:
+        """Withhold the zone's ids from the pool, and those without memory. Called once, before the first request."""
         pool, geometry = self.block_pool, ledger.geometry
         zone_pool = ZonePool(ledger.zone)
         for block in pool.blocks[geometry.pool_blocks :]:
             pool.free_block_queue.remove(block)
             block.pool = zone_pool  # type: ignore[assignment]
         pool.num_gpu_blocks = geometry.pool_blocks  # usage and reset count the pool only
+        if segments is not None:
+            self.segments = pool.free_block_queue = SegmentQueue(pool, segments)
         self._ledger = ledger
 
     def stand_aside(self) -> None:
