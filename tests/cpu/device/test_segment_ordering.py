@@ -310,9 +310,8 @@ class AnyMoves(AnyLife):
 
     server: SegmentServer
 
-    @initialize(shape=st.sampled_from(SHAPES), order=st.sampled_from((*STREAM_ORDERS, "cpu")), seed=st.integers(0, 99))
+    @initialize(shape=st.sampled_from(SHAPES), order=st.sampled_from(STREAM_ORDERS), seed=st.integers(0, 99))
     def begin(self, shape: tuple[int, ...], order: str, seed: int) -> None:  # type: ignore[override]
-        self.order = order
         self.server = worker_of(order, shape, num_mapped=seed % 4 + 1).server(HOST_BLOCKS)
         self.server.keeps_fetched = seed % 2 == 0
         self.num_arrived, self.said = 0, []
@@ -331,12 +330,6 @@ class AnyMoves(AnyLife):
     def grow(self, num_segments: int, prefers: int) -> None:
         self.server.grow(num_segments)
         self.server.pool.prefers = prefers
-
-    @rule(num_moves=st.integers(1, 40))
-    def time_passes(self, num_moves: int) -> None:
-        if self.order != "cpu":
-            self.server.engine.advance(num_moves)
-        self.server.poll()
 
     @precondition(lambda self: self.server.mover.num_under_way)
     @rule()
