@@ -8,7 +8,7 @@ who writes it is found out when it has memory again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,18 @@ from layerkv.core.segments import SegmentLayout, SegmentState, SegmentTable
 from layerkv.core.transfer import StepPlan
 from layerkv.device.base import Arena, ElasticArena, TransferEngine
 from layerkv.device.cpu_engine import CPUTransferEngine
+from layerkv.device.cuda_arena import GRANULARITY_BYTES
+from layerkv.device.cuda_driver import CudaDriver
+from layerkv.device.cuda_engine import CudaTransferEngine
+from layerkv.device.elastic_cuda_arena import ElasticCudaArena
 from layerkv.device.elastic_mmap_arena import ElasticMmapArena
 from layerkv.device.host_memory import MmapHostMemory
 from layerkv.device.mmap_arena import MmapArena
+from layerkv.device.pinned_memory import PinnedHostMemory
 from layerkv.device.segment_mover import EndedMove, SegmentMover
 from layerkv.errors import CapacityError
+from tests.fakes.cuda_bindings import FakeBindings, over_own_memory
+from tests.fakes.cuda_streams import FakeCuda
 from tests.fakes.stream_engine import (
     AHEAD,
     COMPUTE,
@@ -48,6 +55,8 @@ _ORDERS: dict[str, tuple[str, ...]] = {
     "maps-last": (COMPUTE, LOAD, STORE, AHEAD, UNMAP, MAP),
 }
 STREAM_ORDERS = ("slow", *_ORDERS, *(f"random-{seed}" for seed in range(4)))
+CUDA_ORDERS = tuple(f"cuda-{seed}" for seed in range(3))
+"""The CUDA engine and arena on fake streams, in random orders, over a driver whose device memory is this process's."""
 
 
 class StreamElasticArena:
@@ -188,6 +197,8 @@ class SegmentServer(TinyServer):
         """All that is enqueued on a fake ends, in its order."""
         if isinstance(self.engine, StreamEngine):
             self.engine.synchronize()
+        elif isinstance(self.engine, CudaTransferEngine):
+            self.engine._cuda.synchronize()
 
     def poll(self, wait_s: float = 0.0) -> None:
         super().poll(wait_s)
@@ -245,7 +256,9 @@ class SegmentWorker:
 def make_segment_worker(
     order: str, geometry: KVGeometry, layout: SegmentLayout, num_host_blocks: int, *, num_mapped: int
 ) -> SegmentWorker:
-    """A worker with the engine of that name: `cpu` (with guards), or one of `STREAM_ORDERS`."""
+    """A worker with the engine of that name: `cpu` (with guards), or one of `STREAM_ORDERS` or `CUDA_ORDERS`."""
+    if order in CUDA_ORDERS:
+        return _cuda_worker(int(order.removeprefix("cuda-")), geometry, layout, num_host_blocks, num_mapped)
     host = MmapHostMemory(geometry, num_host_blocks)
     if order == "cpu":
         arena = ElasticMmapArena(geometry, layout, num_mapped=num_mapped, guards=True)
@@ -260,3 +273,16 @@ def make_segment_worker(
         engine = ReorderingEngine(inner, host, at_random(int(order.removeprefix("random-"))))
     elastic = StreamElasticArena(inner, engine, layout, num_mapped)
     return SegmentWorker(elastic, engine, engine.compute, layout, num_mapped)
+
+
+def _cuda_worker(
+    seed: int, geometry: KVGeometry, layout: SegmentLayout, num_host_blocks: int, num_mapped: int
+) -> SegmentWorker:
+    geometry = replace(geometry, page_bytes=GRANULARITY_BYTES // layout.segment_blocks)
+    cuda = FakeCuda(seed)
+    driver = CudaDriver(0, FakeBindings(enqueue=cuda.enqueue))
+    arena = ElasticCudaArena(geometry, layout, driver, num_mapped=num_mapped, as_tensor=over_own_memory, cuda=cuda)
+    host = PinnedHostMemory(geometry, num_host_blocks, driver)
+    assert host.wait_pinned(10.0)
+    engine = CudaTransferEngine(arena, host, driver, kernel_below_bytes=0, cuda=cuda)
+    return SegmentWorker(arena, engine, cuda.compute_stream.queue.append, layout, num_mapped)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from layerkv.core.residency import Residency
 from tests.vllm.engines_in_turn import prompt
 from tests.vllm.hand_engine import HandEngine
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import initialize, precondition, rule
 from layerkv.core.segments import SegmentLayout, SegmentState
 from layerkv.device.base import Event
 from tests.cpu.device.test_ordering import SHAPES, AnyLife, shape_id
-from tests.fakes.segment_server import STREAM_ORDERS, SegmentServer, SegmentWorker, make_segment_worker
+from tests.fakes.segment_server import CUDA_ORDERS, STREAM_ORDERS, SegmentServer, SegmentWorker, make_segment_worker
 from tests.fakes.stream_engine import AHEAD, COMPUTE, STORE, StreamEvent
 from tests.fakes.workers import small_geometry
 
@@ -200,6 +200,18 @@ def test_every_layer_reads_right_kv_whatever_moves(scenario: Scenario, shape: tu
         assert server.model.num_checked > 0
         assert not server.failed
         assert not server.failed_maps
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (4, 2), (5, 1, 1)], ids=shape_id)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_every_layer_reads_right_kv_with_the_cuda_arena(scenario: Scenario, shape: tuple[int, ...]) -> None:
+    """A kernel that touches a segment without memory ends the process."""
+    for order in CUDA_ORDERS:
+        server = worker_of(order, shape).server(HOST_BLOCKS)
+        scenario(server)
+        server.everything_ends()
+        assert server.model.num_checked > 0
+        assert not server.failed
 
 
 def test_a_pool_that_begins_small_grows() -> None:
