@@ -78,12 +78,33 @@ def test_stores_that_a_step_begins_with_come_before_the_unmap_of_what_they_read(
     worker.shutdown()
 
 
-def test_what_cannot_be_mapped_is_answered_as_failed_and_can_be_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(segments: Sequence[int]) -> Event:
-        event = CopyEvent()
-        event.end(MemoryError("no memory"))
-        return event
+def refuse(segments: Sequence[int]) -> Event:
+    """In the place of an arena's `prepare_map`."""
+    event = CopyEvent()
+    event.end(MemoryError("no memory"))
+    return event
 
+
+def test_where_one_rank_finds_no_memory_all_give_the_segment_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = SegmentTable(4, num_ranks=2, num_mapped=2)
+    table.limit = 3
+    workers = [make_worker(rank) for rank in range(2)]
+    monkeypatch.setattr(workers[1][1].elastic_arena, "prepare_map", refuse)
+    table.arrive(1)
+    states = []
+    while table.num_held > 2:
+        plan = StepPlan(moves=table.take_moves())
+        assert plan.moves, "a move is begun only when every rank has answered the one before"
+        for worker, _ in workers:
+            for segment, rank, has_failed in answers_of_step(worker, plan):
+                states.append(table.answer(segment, rank, has_failed=has_failed))
+                table.check()
+    assert states == [SegmentState.ARRIVING, SegmentState.RELEASING, SegmentState.RELEASING, SegmentState.UNMAPPED]
+    for worker, _ in workers:
+        worker.shutdown()
+
+
+def test_what_cannot_be_mapped_is_answered_as_failed_and_can_be_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
     worker, mechanism = make_worker()
     with monkeypatch.context() as patch:
         patch.setattr(mechanism.elastic_arena, "prepare_map", refuse)
