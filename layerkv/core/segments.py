@@ -55,16 +55,6 @@ class SegmentPlan:
     layout: SegmentLayout
     num_mapped: int
 
-    @property
-    def mapped_blocks(self) -> int:
-        """Pool blocks with memory at the start: what an engine can count on."""
-        return self.num_mapped * self.layout.segment_blocks
-
-    @property
-    def ceiling_blocks(self) -> int:
-        """Pool blocks of all segments."""
-        return self.layout.num_segments * self.layout.segment_blocks
-
 
 def layout_for_blocks(
     ceiling_blocks: int, *, page_bytes: int, granule_bytes: int, most_segments: int = MOST_SEGMENTS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from functools import cache
 
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
@@ -17,6 +18,7 @@ HUGE_PAGE_BYTES = 2 << 20
 """What the kernel gives back of a huge page is all of it or nothing."""
 
 
+@cache  # loading it takes longer than giving a huge page back
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p

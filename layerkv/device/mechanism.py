@@ -8,7 +8,6 @@ from types import MappingProxyType
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.segments import SegmentPlan
 from layerkv.device.base import Arena, ElasticArena, HostMemory, TransferEngine
-from layerkv.errors import ConfigError
 
 ALIGNMENT_BYTES = MappingProxyType({"cpu": 4 << 10, "cuda": 2 << 20})
 """What sizes of pool and lanes are multiples of: the granularity of mapping memory."""
@@ -73,9 +72,6 @@ def make_mechanism(
 def _make_cuda(geometry: KVGeometry, num_host_blocks: int, segments: SegmentPlan | None) -> Mechanism:
     import torch
 
-    if segments is not None:
-        raise ConfigError("KV memory that grows and shrinks is not there on CUDA yet; run it with a fixed size")
-
     from layerkv.device.cuda_arena import CudaArena
     from layerkv.device.cuda_driver import CudaDriver
     from layerkv.device.cuda_engine import CudaTransferEngine
@@ -83,6 +79,13 @@ def _make_cuda(geometry: KVGeometry, num_host_blocks: int, segments: SegmentPlan
 
     torch.cuda.synchronize()  # makes the device's context current on this thread
     driver = CudaDriver(torch.cuda.current_device())
-    arena = CudaArena(geometry, driver)
+    arena: Arena
+    elastic: ElasticArena | None = None
+    if segments is None:
+        arena = CudaArena(geometry, driver)
+    else:
+        from layerkv.device.elastic_cuda_arena import ElasticCudaArena
+
+        arena = elastic = ElasticCudaArena(geometry, segments.layout, driver, num_mapped=segments.num_mapped)
     host = PinnedHostMemory(geometry, num_host_blocks, driver)
-    return Mechanism(arena, host, CudaTransferEngine(arena, host, driver))
+    return Mechanism(arena, host, CudaTransferEngine(arena, host, driver), elastic)

@@ -7,7 +7,7 @@ of every step. Rules, by the number they have in the docs:
     every rank has told so.
 12. a segment's memory is given back after the compute of all steps before and after every store submitted so far, those
     in the background and those of the step that says so among them.
-13. a segment that is mapped again is prepared after what is still being given back of it: that would wipe new KV.
+13. a segment that is mapped again is prepared after what is still being given back of it, which would wipe new KV.
 
 No step waits for a move: the device prepares and gives back in the background, however many steps that takes.
 """

@@ -31,7 +31,7 @@ class SegmentThread(threading.Thread):
     """Carries out one order after the other.
 
     Args:
-        enter: What the thread does first.
+        enter: What the thread does before the first order; if that fails, so does the order, and the next one tries.
     """
 
     def __init__(self, enter: Callable[[], None] | None = None) -> None:
@@ -55,10 +55,12 @@ class SegmentThread(threading.Thread):
         self._orders.put(None)
 
     def run(self) -> None:
-        if self._enter is not None:
-            self._enter()
+        enter, self._enter = self._enter, None
         while (order := self._orders.get()) is not None:
             try:
+                if enter is not None:
+                    enter()
+                    enter = None
                 _await(order.after)
                 order.act()
             except BaseException as error:  # the edge of this thread: whoever waits must hear of it

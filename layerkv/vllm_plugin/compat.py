@@ -123,6 +123,7 @@ _SURFACES: tuple[Surface, ...] = (
     Surface("vllm.sampling_params", "RequestOutputKind.FINAL_ONLY"),
     Surface("vllm.config", "ParallelConfig.use_ubatching"),
     Surface("vllm.config", "ParallelConfig.nnodes_within_dp"),
+    Surface("vllm.config", "ParallelConfig.rank"),
     Surface("vllm.config", "ModelConfig.get_num_layers", ("parallel_config",)),
     Surface("vllm.config", "AuxOutputConfig.enabled"),
     Surface("vllm.usage.usage_lib", "UsageContext.LLM_CLASS"),
