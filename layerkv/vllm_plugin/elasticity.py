@@ -125,8 +125,9 @@ class Elasticity:
     def answered(self, answers: Iterable[SegmentAnswer]) -> None:
         """Ranks have mapped or unmapped segments; what all of them have is in service, or not held any more."""
         for segment, rank, has_failed in answers:
+            before = self._table.state(segment)
             state = self._table.answer(segment, rank, has_failed=has_failed)
-            if has_failed:
+            if (before, state) == (SegmentState.ARRIVING, SegmentState.RELEASING):  # all have answered, and one in vain
                 if time.monotonic() >= self._grows_from_s:
                     logger.warning("memory for a segment of the KV pool was not there; trying again in a while")
                 self._grows_from_s = time.monotonic() + RETRY_S

@@ -155,6 +155,26 @@ def test_idle_it_gives_back_all_but_one_segment_says_so_and_falls_silent(
     assert engine.lost == 0
 
 
+def test_memory_that_is_not_there_is_told_once_and_tried_again_later(engine: ElasticEngine) -> None:
+    engine.worker.fail_maps = True
+    for i in range(8):
+        engine.add(f"r{i}", prompt(120, seed=i), 100)
+    num_floor = engine.table.num_held
+    while not engine.share.failed:
+        engine.step()
+    num_failed = engine.share.failed
+    assert num_failed <= CEILING
+    engine.worker.fail_maps = False
+    for _ in range(20):
+        engine.step()
+    assert engine.share.held == num_floor, "all ranks have given it back, and for a while nobody asks"
+    assert engine.share.failed == num_failed
+    for _ in range(120):
+        engine.step()
+    assert engine.table.num_held > num_floor
+    engine.run()
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "how",
