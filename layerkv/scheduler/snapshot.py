@@ -278,7 +278,7 @@ class Snapshot:
     @property
     def pool_blocks(self) -> int:
         """Pool blocks that are there now, in use or free."""
-        in_service = self.engine.pool_blocks
+        in_service = self.engine.blocks_in_service
         return self.shape.pool_blocks if in_service is None else in_service
 
     @property

@@ -84,7 +84,7 @@ class EngineReader:
             moves=ledger.residency.version,
             freeing_blocks=len(freeing) - freeing_zone,
             freeing_zone_blocks=freeing_zone,
-            pool_blocks=self._side.pool_blocks,
+            blocks_in_service=self._side.pool_blocks,
             vacating={} if self._side.elastic is None else self._side.elastic.vacating,
         )
 

@@ -126,6 +126,6 @@ def test_while_they_leave_nobody_comes_in_by_that_door() -> None:
 def test_of_a_pool_that_has_shrunk_the_last_leaves_too_when_it_needs_more() -> None:
     both = {"resident": [resident("a", 10), resident("b", 10)], "num_resident": 2, "growth_blocks": 2, "free_blocks": 0}
     assert decide(snapshot(**both, vacating={"a": 10})).park == ("a",), "the other is the last one"
-    shrunk = snapshot(**both, vacating={"a": 10}, pool_blocks=20)
+    shrunk = snapshot(**both, vacating={"a": 10}, blocks_in_service=20)
     assert sorted(decide(shrunk).park) == ["a", "b"], "none of the first one's blocks come free"
     assert len(decide(changed(shrunk, vacating={"a": 2})).park) == 1, "what others can have of it suffices"
