@@ -94,7 +94,8 @@ class EngineState(NamedTuple):
         held_tokens: Tokens to compute of requests that hold KV and wait for neither compute nor a fetch by our books
             (a fetch that failed, the next turn of a session): vLLM takes them up by itself.
         moves: Changes with every arrival, move and departure.
-        blocks_in_service: Pool blocks that are there, the null block left out; None where that never changes (it is the shape's).
+        blocks_in_service: Pool blocks that are there, the null block left out; None where that never changes (it is
+            the shape's).
         vacating: Requests with blocks in memory that the pool gives back, and how many: they do not come free.
     """
 
