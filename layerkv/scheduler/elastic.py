@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOST_LEAVING = 8
-"""Segments that may go out of service before one step. Measured: prototype on vLLM 0.32 (CPU build, 2 cores): 43 of
-64 blocks in one step made it 1.27 times as long as the median."""
+"""Segments that may go out of service before one step. Not measured: chosen by trials of a prototype (2026-11-22, no
+result file): 43 of 64 blocks in one step made it 1.27 times as long as the median."""
 
 GROWTH_TOKENS = 64
 """Tokens that each running request is given room for ahead of time. Not measured: chosen by judgement, to be more steps

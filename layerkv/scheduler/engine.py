@@ -94,7 +94,7 @@ class EngineState(NamedTuple):
         held_tokens: Tokens to compute of requests that hold KV and wait for neither compute nor a fetch by our books
             (a fetch that failed, the next turn of a session): vLLM takes them up by itself.
         moves: Changes with every arrival, move and departure.
-        pool_blocks: Pool blocks in service, the null block left out; 0 where that never changes (the shape's).
+        pool_blocks: Pool blocks in service, the null block left out; None where that never changes (it is the shape's).
         vacating: Requests with blocks in memory that the pool gives back, and how many: they do not come free.
     """
 
@@ -114,7 +114,7 @@ class EngineState(NamedTuple):
     freeing_blocks: int = 0
     moves: int = 0
     freeing_zone_blocks: int = 0
-    pool_blocks: int = 0
+    pool_blocks: int | None = None
     vacating: Mapping[str, int] = {}
 
     @property

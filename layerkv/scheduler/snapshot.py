@@ -278,7 +278,8 @@ class Snapshot:
     @property
     def pool_blocks(self) -> int:
         """Pool blocks that are there now, in use or free."""
-        return self.engine.pool_blocks or self.shape.pool_blocks
+        in_service = self.engine.pool_blocks
+        return self.shape.pool_blocks if in_service is None else in_service
 
     @property
     def most_prefill_tokens(self) -> int:

@@ -58,7 +58,12 @@ _SURFACES: tuple[Surface, ...] = (
     ),
     Surface("vllm.v1.core.block_pool", "BlockPool.free_blocks", ("ordered_blocks",)),
     Surface("vllm.v1.core.block_pool", "BlockPool.get_cached_block", ("block_hash", "kv_cache_group_ids")),
+    Surface("vllm.v1.core.block_pool", "BlockPool.evict_blocks", ("block_ids",)),
     Surface("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.remove"),
+    Surface("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.popleft_n", ("n",)),
+    Surface("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.append_n", ("blocks",)),
+    Surface("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.prepend_n", ("blocks",)),
+    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.update_connector_output"),
     Surface("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_block_ids", ("request_id",)),
     Surface("vllm.v1.core.kv_cache_manager", "KVCacheManager.prefix_cache_lookup_enabled", ("request",)),
     Surface(

@@ -41,6 +41,8 @@ _COUNTED = {
 _LEAVES_KV = (Residency.RESIDENT, Residency.PARKED, Residency.FETCHING)
 """What a request of these leaves behind is kept as a cached prefix."""
 
+_NO_MOVES = SegmentMoves()
+
 
 class SchedulerSide:
     """Owns the ledger. The scheduler reads and changes it directly; vLLM's own events come through here."""
@@ -185,7 +187,7 @@ class SchedulerSide:
     def plan(self, output: SchedulerOutput) -> StepPlan | None:
         """This step's copies; None if there are none."""
         self.last_plan = None
-        moves = SegmentMoves() if self.elastic is None else self.elastic.take_moves()
+        moves = _NO_MOVES if self.elastic is None else self.elastic.take_moves()
         if self.ledger.is_idle:
             self.ledger.host.unpin()  # no plan, so nobody uses what was pinned for one
             if self._checks_books:

@@ -11,7 +11,6 @@ from layerkv.config import EXTRA_CONFIG, EngineConfig
 from layerkv.core.geometry import GeometryRequest, KVGeometry, geometry_for_blocks, geometry_for_memory
 from layerkv.core.segments import SegmentLayout, SegmentPlan, layout_for_blocks
 from layerkv.device.libc import HUGE_PAGE_BYTES
-from layerkv.device.mmap_arena import PAGE_BYTES
 from layerkv.errors import ConfigError
 from layerkv.units import format_bytes
 
@@ -124,7 +123,7 @@ def elastic_sizes(vllm_config: VllmConfig, config: EngineConfig, request: Geomet
         raise ConfigError(
             f"{EXTRA_CONFIG}.kv_ceiling: found {format_bytes(ceiling_bytes)}, which is {layout.num_segments} segments "
             f"of KV memory, below the floor of {floor}; set kv_ceiling to "
-            f"{format_bytes(zone_bytes + floor * layout.segment_blocks * at_floor.block_bytes)} or more"
+            f"{_rounded_up(zone_bytes + floor * layout.segment_blocks * at_floor.block_bytes)} or more"
         )
     geometry = replace(at_floor, pool_blocks=layout.num_segments * layout.segment_blocks)
     return ElasticSizes(geometry, SegmentPlan(layout, floor if config.broker is None else 1), floor)
@@ -162,9 +161,7 @@ def _aligned(request: GeometryRequest, ceiling_bytes: int) -> GeometryRequest:
     """Pieces of whole huge pages, but in small pools."""
     huge = replace(request, alignment_bytes=HUGE_PAGE_BYTES)
     segment_bytes = huge.unit_blocks * request.num_layers * request.page_bytes
-    return (
-        huge if ceiling_bytes >= LEAST_HUGE_SEGMENTS * segment_bytes else replace(request, alignment_bytes=PAGE_BYTES)
-    )
+    return huge if ceiling_bytes >= LEAST_HUGE_SEGMENTS * segment_bytes else request
 
 
 def _geometry_for_pool(request: GeometryRequest, pool_blocks: int) -> KVGeometry:
@@ -192,6 +189,10 @@ def _require_room(
     tokens = max(floor * layout.segment_blocks - 1, 0) * request.block_tokens
     raise ConfigError(
         f"{EXTRA_CONFIG}.kv_floor: found {format_bytes(config.kv_floor_bytes)}, which holds {tokens} tokens beside the "
-        f"lane zone, but max_model_len is {request.longest_tokens}; set kv_floor to {format_bytes(least_bytes)} or "
+        f"lane zone, but max_model_len is {request.longest_tokens}; set kv_floor to {_rounded_up(least_bytes)} or "
         "more, or max_model_len to less"
     )
+
+
+def _rounded_up(num_bytes: int) -> str:
+    return f"{-(-num_bytes >> 20)}MiB"  # a size that is named must suffice

@@ -210,13 +210,14 @@ class Elasticity:
     def _parkable_blocks(self) -> int:
         """Blocks of running requests that could be parked: no more than host memory has room for."""
         tracked, blocks_of = self._controller.tracked, self._manager.req_to_blocks
+        layered_ids = self._ledger.layered_ids
         num_blocks = sum(
             len(blocks_of[request.request_id])
             for request in self._scheduler.running
             if not request.is_prefill_chunk
             and (its := tracked.get(request.request_id)) is not None
             and its.can_layer
-            and request.request_id not in self._ledger.layered_ids
+            and request.request_id not in layered_ids
         )
         return min(num_blocks, self._ledger.host.num_free)
 

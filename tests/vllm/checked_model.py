@@ -100,7 +100,7 @@ class CheckedWorker:
         self.answer_steps = 1
         self.fail_maps = False
         if segments is not None:
-            self.mapped[segments.mapped_blocks : geometry.pool_blocks] = False
+            self.mapped[segments.num_mapped * segments.layout.segment_blocks : geometry.pool_blocks] = False
 
     def run(
         self, scheduled: Any, *, fail_hits: bool = False, fail_zone_hits: bool = False, fail_fetches: bool = False
