@@ -115,7 +115,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     load them (experimental without `long_contexts`). `decision_log` is a file that decisions are appended to, for
     `layerkv explain`. `host_prefix_cache` keeps the KV of finished requests in host memory that nobody else needs, for
     prompts that begin alike. `long_contexts` serves requests longer than the KV pool: they decode in the lane zone, and
-    `max_model_len` may exceed the pool.
+    `max_model_len` may exceed the pool. `kv_floor_bytes` and `kv_ceiling_bytes` are the least and the most KV memory of
+    each worker: between them the pool grows and shrinks. Without requests for `idle_after_s` the engine gives back all
+    that it can do without. `broker` is the socket of a memory broker that says how much it may hold beside others, and
+    `weight` its share among them.
     """
 
     policy_path: str | None = None
@@ -129,6 +132,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     decision_log: str | None = None
     host_prefix_cache: bool = True
     long_contexts: bool = False
+    kv_floor_bytes: int | None = None
+    kv_ceiling_bytes: int | None = None
+    idle_after_s: float = 2.0
+    broker: str | None = None
+    weight: float = 1.0
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the pool grows and shrinks."""
+        return not (self.kv_floor_bytes is None and self.kv_ceiling_bytes is None and self.broker is None)
 
     @classmethod
     def from_extra_config(cls, extra_config: Mapping[str, Any]) -> "EngineConfig":
@@ -142,19 +155,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         mode: Mode = keys.mode
         if keys.compare is not None:
             mode = _read_compared_mode(keys.compare, keys.mode, where=f"{EXTRA_CONFIG}.compare")
-        host_memory_bytes = None
-        if keys.host_memory is not None:
-            where = f"{EXTRA_CONFIG}.host_memory"
-            host_memory_bytes = above_zero(parse_bytes, keys.host_memory, where=where, example="8GiB")
-            if isinstance(keys.host_memory, int) and host_memory_bytes < _LEAST_BARE_BYTES:
-                problem = (
-                    f"found {keys.host_memory}, which is {format_bytes(host_memory_bytes)}, less than any block of KV "
-                    "takes; expected a size above zero such as 8GiB"
-                )
-                raise wrong(where, problem, 'set host_memory to "8GiB", say')
         return cls(
             policy_path=keys.policy,
-            host_memory_bytes=host_memory_bytes,
+            host_memory_bytes=_read_size("host_memory", keys.host_memory),
             lanes=keys.lanes,
             retained_layers=keys.retained_layers,
             zone_tokens=keys.zone_tokens,
@@ -164,6 +167,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             decision_log=keys.decision_log,
             host_prefix_cache=keys.host_prefix_cache,
             long_contexts=keys.long_contexts,
+            kv_floor_bytes=_read_size("kv_floor", keys.kv_floor),
+            kv_ceiling_bytes=_read_size("kv_ceiling", keys.kv_ceiling),
+            idle_after_s=above_zero(parse_seconds, keys.idle_after, where=f"{EXTRA_CONFIG}.idle_after", example="2s"),
+            broker=keys.broker,
+            weight=keys.weight,
         )
 
     def read_policy(self) -> SloPolicy:
@@ -337,6 +345,12 @@ _PolicyPath: TypeAlias = Annotated[
 _HostMemory: TypeAlias = Annotated[
     str | int | None, Meta(description="a size above zero such as 8GiB", examples=["8GiB"])
 ]
+_KVMemory: TypeAlias = Annotated[
+    str | int | None, Meta(description="a size above zero such as 8GiB", examples=["8GiB"])
+]
+_BrokerPath: TypeAlias = Annotated[
+    str | None, Meta(description="the path of a socket that `layerkv broker` listens at", examples=["broker.sock"])
+]
 _Lanes: TypeAlias = Annotated[_Count | None, Meta(description="a whole number of lanes, 1 or more", examples=[1])]
 _RetainedLayers: TypeAlias = Annotated[int, Meta(ge=0, description="a whole number of layers, 0 or more", examples=[0])]
 _ZoneTokens: TypeAlias = Annotated[
@@ -394,6 +408,11 @@ class _EngineKeys(msgspec.Struct, frozen=True):
     decision_log: _LogPath = None
     host_prefix_cache: _Switch = True
     long_contexts: _Switch = False
+    kv_floor: _KVMemory = None
+    kv_ceiling: _KVMemory = None
+    idle_after: _Duration = "2s"
+    broker: _BrokerPath = None
+    weight: _Weight = 1.0
     compare: _ComparedEngine = None
 
 
@@ -405,6 +424,20 @@ class _ComparedEngineKeys(msgspec.Struct, frozen=True):
     """
 
     mode: _ComparedMode
+
+
+def _read_size(key: str, found: str | int | None) -> int | None:
+    if found is None:
+        return None
+    where = f"{EXTRA_CONFIG}.{key}"
+    size = above_zero(parse_bytes, found, where=where, example="8GiB")
+    if isinstance(found, int) and size < _LEAST_BARE_BYTES:
+        problem = (
+            f"found {found}, which is {format_bytes(size)}, less than any block of KV takes; expected a size above "
+            "zero such as 8GiB"
+        )
+        raise wrong(where, problem, f'set {key} to "8GiB", say')
+    return size
 
 
 def _refuse_moved_mode(extra_config: object) -> None:

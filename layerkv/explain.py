@@ -41,6 +41,7 @@ SENTENCES = {
     Reason.VICTIMS_LEAVE: "running requests were being parked for want of blocks, so nobody came in",
     Reason.FIRST_TOKEN_DONE: "its layered prefill was over; it waits in host memory for pool blocks to decode in",
     Reason.POOL_SHORT: "running requests needed more blocks than were free, and it could best afford to wait",
+    Reason.SEGMENT_LEAVES: "the pool gave memory back, and some of its blocks were there",
     Reason.MAKES_ROOM: "another request was about to be late for want of blocks, and it could afford to wait",
     Reason.TURN_OVER: "its reader had enough to read, and another's was about to run dry",
     Reason.ZONE_TURN_OVER: "a prompt, or a reader about to run dry, needed its blocks in the lane zone",

@@ -43,6 +43,19 @@ class SegmentLayout:
         return ceil(num_blocks / self.segment_blocks)
 
 
+@dataclass(frozen=True)
+class SegmentPlan:
+    """How an engine's pool comes and goes, as scheduler and workers must know it alike. Lives as long as the engine.
+
+    Attributes:
+        layout: Of the pool at its ceiling; whoever has a geometry has all its segments as pool blocks.
+        num_mapped: Segments with memory at the start, the lowest.
+    """
+
+    layout: SegmentLayout
+    num_mapped: int
+
+
 def layout_for_blocks(
     ceiling_blocks: int, *, page_bytes: int, granule_bytes: int, most_segments: int = MOST_SEGMENTS
 ) -> SegmentLayout:
@@ -82,10 +95,14 @@ class SegmentState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SegmentMoves:
-    """What every rank does with one step, ids ascending: ``maps`` before its compute, ``unmaps`` behind all of it."""
+    """What every rank begins with one step, ids ascending. The step itself uses none of them, but for copies that it
+    begins with: ``unmaps`` come after those."""
 
     maps: tuple[int, ...] = ()
     unmaps: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.maps or self.unmaps)
 
 
 class SegmentTable:
@@ -102,6 +119,9 @@ class SegmentTable:
         """Segments that may be held. What is held already stays when it is lowered, until it is told to leave."""
         self._states = [SegmentState.UNMAPPED] * num_segments
         self._states[:num_mapped] = [SegmentState.MAPPED] * num_mapped
+        self._in: dict[SegmentState, set[int]] = {state: set() for state in SegmentState}  # asked about in every step
+        self._in[SegmentState.MAPPED].update(range(num_mapped))
+        self._in[SegmentState.UNMAPPED].update(range(num_mapped, num_segments))
         self._answered: dict[int, set[int]] = {}  # segment under way -> ranks
         self._failed: set[int] = set()  # arriving segments that a rank could not map
         self._unplanned: dict[int, None] = {}  # arriving or releasing, and no rank knows yet
@@ -112,12 +132,12 @@ class SegmentTable:
 
     def all_in(self, state: SegmentState) -> list[int]:
         """The segments of that state, ascending."""
-        return [segment for segment, of_it in enumerate(self._states) if of_it is state]
+        return sorted(self._in[state])
 
     @property
     def num_held(self) -> int:
         """Segments whose memory nobody else can have."""
-        return len(self._states) - self._states.count(SegmentState.UNMAPPED)
+        return len(self._states) - len(self._in[SegmentState.UNMAPPED])
 
     def arrive(self, num_segments: int) -> list[int]:
         """Begin to map up to so many segments, the lowest first: as many as there are and as the limit allows.
@@ -182,7 +202,7 @@ class SegmentTable:
             self._begin(segment, SegmentState.RELEASING)
         else:
             is_arriving = state is SegmentState.ARRIVING
-            self._states[segment] = SegmentState.MAPPED if is_arriving else SegmentState.UNMAPPED
+            self._set(segment, SegmentState.MAPPED if is_arriving else SegmentState.UNMAPPED)
         return self._states[segment]
 
     def check(self) -> None:
@@ -194,12 +214,19 @@ class SegmentTable:
         assert all(len(ranks) < self.num_ranks for ranks in self._answered.values())
         assert self._failed <= set(self.all_in(SegmentState.ARRIVING))
         assert self._states[0] is SegmentState.MAPPED
+        for state, segments in self._in.items():
+            assert segments == {segment for segment, its in enumerate(self._states) if its is state}
+
+    def _set(self, segment: int, state: SegmentState) -> None:
+        self._in[self._states[segment]].remove(segment)
+        self._in[state].add(segment)
+        self._states[segment] = state
 
     def _begin(self, segment: int, state: SegmentState) -> None:
-        self._states[segment] = state
+        self._set(segment, state)
         self._answered[segment] = set()
         self._unplanned[segment] = None
 
     def _go(self, segment: int, before: SegmentState, after: SegmentState) -> None:
         assert self._states[segment] is before, (segment, self._states[segment])
-        self._states[segment] = after
+        self._set(segment, after)

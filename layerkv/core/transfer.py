@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from layerkv.core.segments import SegmentMoves
+
 
 class BlockRun(NamedTuple):
     """``num_blocks`` consecutive device blocks and the consecutive host blocks they pair with."""
@@ -36,6 +38,7 @@ class StepPlan(NamedTuple):
             one of them writes, or a pool block that one of them reads, is given to somebody else from now on.
         fetches: Requests to load into pool blocks while the step runs.
         num_tokens: Tokens computed in this step; with 0 there is no forward pass to overlap with.
+        moves: Segments to get memory for, and to give back that nothing in this step uses.
     """
 
     parks: tuple[BlockRun, ...] = ()
@@ -47,11 +50,12 @@ class StepPlan(NamedTuple):
     settle: bool = False
     fetches: tuple[FetchPlan, ...] = ()
     num_tokens: int = 0
+    moves: SegmentMoves = SegmentMoves()
 
     @property
     def has_copies(self) -> bool:
         """Whether workers have anything to do."""
-        return bool(self.parks or self.stores or self.hits or self.ahead or self.settle or self.fetches)
+        return bool(self.parks or self.stores or self.hits or self.ahead or self.settle or self.fetches or self.moves)
 
     @property
     def needs_layer_hooks(self) -> bool:

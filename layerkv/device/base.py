@@ -77,12 +77,17 @@ class ElasticArena(Arena, Protocol):
         """
 
     def map(self, segments: Sequence[int]) -> None:
-        """Segments that were prepared have memory from now on, zero at first: nobody's old KV is ever in it."""
+        """Segments that were prepared have memory from now on, zero at first: nobody's old KV is ever in it.
+
+        Raises:
+            MemoryError: the device refused; none of them has memory, as if they had not been prepared.
+        """
 
     def unmap(self, segments: Sequence[int], *, after: Sequence[Event] = ()) -> Event:
         """Give their memory back to the machine, in the background, once all of ``after`` have ended.
 
-        Nothing may read or write them any more, but for what ``after`` stands for.
+        Nothing may read or write them any more, but for what ``after`` stands for. Of one that could not be mapped,
+        what is left is given back, if anything is.
 
         Returns:
             An event that ends when the memory is free. It fails if something before it is lost, which may still write.

@@ -38,7 +38,8 @@ class CudaMapping:
         }
 
 
-def _as_cuda_tensor(mapping: CudaMapping) -> torch.Tensor:
+def as_cuda_tensor(mapping: CudaMapping) -> torch.Tensor:
+    """A tensor of the current device over a mapped range, which it keeps mapped."""
     return torch.as_tensor(mapping, device=f"cuda:{torch.cuda.current_device()}")
 
 
@@ -58,31 +59,40 @@ class CudaArena:
         self,
         geometry: KVGeometry,
         driver: CudaDriver,
-        as_tensor: Callable[[CudaMapping], torch.Tensor] = _as_cuda_tensor,
+        as_tensor: Callable[[CudaMapping], torch.Tensor] = as_cuda_tensor,
     ) -> None:
-        granularity = driver.granularity()
-        if GRANULARITY_BYTES % granularity:
-            raise MemoryError(f"this device maps memory in units of {granularity} bytes, not of {GRANULARITY_BYTES}")
-        assert geometry.lane_bytes % GRANULARITY_BYTES == 0
-        assert geometry.layer_bytes % GRANULARITY_BYTES == 0
+        require_granularity(driver, geometry)
         self.geometry = geometry
         size = geometry.virtual_bytes
         with ExitStack() as undo:
             address = driver.reserve(size)
             undo.callback(driver.free, address, size)
             _map_pool(address, geometry, driver, undo)
-            _map_zone(address, geometry, driver, undo)
+            map_zone(address, geometry, driver, undo)
             mapping = CudaMapping(address, size)
             self._tensor = as_tensor(mapping).zero_()
             # The range goes with the last tensor over it; at the end of the process the driver takes it anyway.
-            weakref.finalize(mapping, _release, driver, undo.pop_all()).atexit = False
+            weakref.finalize(mapping, release, driver, undo.pop_all()).atexit = False
 
     def tensor(self) -> torch.Tensor:
         """The whole range as a flat int8 tensor ``[virtual_bytes]``."""
         return self._tensor
 
 
-def _release(driver: CudaDriver, undo: ExitStack) -> None:
+def require_granularity(driver: CudaDriver, geometry: KVGeometry) -> None:
+    """Refuse a device that maps in larger units than the geometry is aligned to.
+
+    Raises:
+        MemoryError: with both.
+    """
+    granularity = driver.granularity()
+    if GRANULARITY_BYTES % granularity:
+        raise MemoryError(f"this device maps memory in units of {granularity} bytes, not of {GRANULARITY_BYTES}")
+    assert geometry.lane_bytes % GRANULARITY_BYTES == 0
+    assert geometry.layer_bytes % GRANULARITY_BYTES == 0
+
+
+def release(driver: CudaDriver, undo: ExitStack) -> None:
     """Take the memory away once nothing uses it; on whatever thread the last tensor went."""
     try:
         driver.enter_thread()
@@ -103,7 +113,8 @@ def _map_pool(address: int, geometry: KVGeometry, driver: CudaDriver, undo: Exit
             driver.release(handle)  # from now on the mapping keeps the memory
 
 
-def _map_zone(address: int, geometry: KVGeometry, driver: CudaDriver, undo: ExitStack) -> None:
+def map_zone(address: int, geometry: KVGeometry, driver: CudaDriver, undo: ExitStack) -> None:
+    """Map each lane's memory once for each of its layers; ``undo`` takes it away."""
     if geometry.zone_blocks == 0:
         return
     for layers in geometry.lane_layers():

@@ -252,6 +252,15 @@ class LaneSchedule:
         self._watch.look()
         return self._watch.take_failed()
 
+    def before_unmap(self) -> list[Event]:
+        """What uses memory that no step uses from now on: all compute so far, and every store.
+
+        A store that has failed too: on a device, what it had enqueued before that may not have ended. Loads need no
+        word: compute waits for those into blocks that it reads, and a fetch's blocks are its own until it is reported.
+        """
+        stores = (self._last_store, self._last_ahead, *self._lane_stored)
+        return [self._engine.record_compute(), *(store for store in stores if store is not None)]
+
     def drain(self, timeout_s: float) -> None:
         """Wait until nothing is under way (shutdown).
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from functools import cache
 
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
@@ -13,7 +14,11 @@ _MADV_HUGEPAGE = 14
 _MADV_NOHUGEPAGE = 15
 _FAILED = ctypes.c_void_p(-1).value
 
+HUGE_PAGE_BYTES = 2 << 20
+"""What the kernel gives back of a huge page is all of it or nothing."""
 
+
+@cache  # loading it takes longer than giving a huge page back
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
@@ -27,6 +32,7 @@ def _libc() -> ctypes.CDLL:
     ]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc
 
 
@@ -86,3 +92,13 @@ def give_back(address: int, num_bytes: int) -> None:
     """
     if _libc().madvise(address, num_bytes, _MADV_DONTNEED):
         raise MemoryError(f"cannot give {num_bytes} bytes back: {os.strerror(ctypes.get_errno())}")
+
+
+def protect(address: int, num_bytes: int, *, may_access: bool) -> None:
+    """Whether this process may read and write part of a range; if it does so where it may not, it is killed.
+
+    Raises:
+        MemoryError: the kernel refused.
+    """
+    if _libc().mprotect(address, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE if may_access else 0):
+        raise MemoryError(f"cannot protect {num_bytes} bytes: {os.strerror(ctypes.get_errno())}")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from layerkv.core.geometry import KVGeometry
-from layerkv.device.base import Arena, HostMemory, TransferEngine
+from layerkv.core.segments import SegmentPlan
+from layerkv.device.base import Arena, ElasticArena, HostMemory, TransferEngine
 
 ALIGNMENT_BYTES = MappingProxyType({"cpu": 4 << 10, "cuda": 2 << 20})
 """What sizes of pool and lanes are multiples of: the granularity of mapping memory."""
@@ -14,39 +15,61 @@ ALIGNMENT_BYTES = MappingProxyType({"cpu": 4 << 10, "cuda": 2 << 20})
 
 @dataclass(frozen=True, slots=True)
 class Mechanism:
-    """KV memory, host blocks, and the engine that copies between them. Lives as long as its worker."""
+    """KV memory, host blocks, and the engine that copies between them. Lives as long as its worker.
+
+    ``elastic_arena`` is the arena, where its pool grows and shrinks.
+    """
 
     arena: Arena
     host: HostMemory
     engine: TransferEngine
+    elastic_arena: ElasticArena | None = None
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Block until copies run at full speed, or the time is up; whether they do. Only measurements need it."""
         return self.host.wait_pinned(timeout_s)
 
 
-def make_mechanism(device_type: str, geometry: KVGeometry, num_host_blocks: int) -> Mechanism:
+def make_mechanism(
+    device_type: str,
+    geometry: KVGeometry,
+    num_host_blocks: int,
+    segments: SegmentPlan | None = None,
+    *,
+    guards: bool = False,
+) -> Mechanism:
     """Take the memory and start the engine, on the device that is current for this thread.
 
     Args:
         device_type: A key of :data:`ALIGNMENT_BYTES`.
         geometry: Aligned to that.
         num_host_blocks: Of this worker.
+        segments: How the pool grows and shrinks; None: it does not.
+        guards: See :class:`layerkv.device.elastic_mmap_arena.ElasticMmapArena`. On CUDA, memory that is not mapped is
+            guarded anyway.
 
     Raises:
         MemoryError: device or host has not that much; nothing is left behind.
     """
     if device_type == "cuda":
-        return _make_cuda(geometry, num_host_blocks)
+        return _make_cuda(geometry, num_host_blocks, segments)
     from layerkv.device.cpu_engine import CPUTransferEngine
     from layerkv.device.host_memory import MmapHostMemory
     from layerkv.device.mmap_arena import MmapArena
 
-    arena, host = MmapArena(geometry), MmapHostMemory(geometry, num_host_blocks)
-    return Mechanism(arena, host, CPUTransferEngine(arena, host))
+    arena: MmapArena
+    elastic: ElasticArena | None = None
+    if segments is None:
+        arena = MmapArena(geometry)
+    else:
+        from layerkv.device.elastic_mmap_arena import ElasticMmapArena
+
+        arena = elastic = ElasticMmapArena(geometry, segments.layout, num_mapped=segments.num_mapped, guards=guards)
+    host = MmapHostMemory(geometry, num_host_blocks)
+    return Mechanism(arena, host, CPUTransferEngine(arena, host), elastic)
 
 
-def _make_cuda(geometry: KVGeometry, num_host_blocks: int) -> Mechanism:
+def _make_cuda(geometry: KVGeometry, num_host_blocks: int, segments: SegmentPlan | None) -> Mechanism:
     import torch
 
     from layerkv.device.cuda_arena import CudaArena
@@ -56,6 +79,13 @@ def _make_cuda(geometry: KVGeometry, num_host_blocks: int) -> Mechanism:
 
     torch.cuda.synchronize()  # makes the device's context current on this thread
     driver = CudaDriver(torch.cuda.current_device())
-    arena = CudaArena(geometry, driver)
+    arena: Arena
+    elastic: ElasticArena | None = None
+    if segments is None:
+        arena = CudaArena(geometry, driver)
+    else:
+        from layerkv.device.elastic_cuda_arena import ElasticCudaArena
+
+        arena = elastic = ElasticCudaArena(geometry, segments.layout, driver, num_mapped=segments.num_mapped)
     host = PinnedHostMemory(geometry, num_host_blocks, driver)
-    return Mechanism(arena, host, CudaTransferEngine(arena, host, driver))
+    return Mechanism(arena, host, CudaTransferEngine(arena, host, driver), elastic)

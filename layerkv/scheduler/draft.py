@@ -44,6 +44,7 @@ class Draft:
         is_closed: The room is left to drain for a prompt that was overtaken too often.
         zone_promised_for: What a request lacks that is next in the zone; None if nobody is.
         step_is_promised: A prompt that cannot be cut waits for a step of its own: it is next.
+        vacated: Residents that are parked because the pool gives memory back.
         pool_closed_for: What a request of better rank lacks that waits for the pool,
         compute_closed_for: or for compute; None if none does.
         behind: Of who waits behind another, what that one lacks.
@@ -67,6 +68,7 @@ class Draft:
     pool_closed_for: Resource | None = None
     compute_closed_for: Resource | None = None
     park: list[str] = field(default_factory=list)
+    vacated: list[ResidentRequest] = field(default_factory=list)
     recompute: list[str] = field(default_factory=list)
     paused: list[str] = field(default_factory=list)
     resumed: list[str] = field(default_factory=list)
@@ -127,9 +129,14 @@ class Draft:
         """
         if reason is Reason.POOL_SHORT:
             self.is_relieving = True
-            self.pool += r.num_blocks
+            self.pool += self.blocks_to_free(r)
         elif reason is Reason.TURN_OVER and not self.now.s.engine.frees_are_deferred:
             self.pool += r.num_blocks
+        elif reason is Reason.SEGMENT_LEAVES:
+            self.is_relieving = True
+            self.vacated.append(r)
+            if not self.now.s.engine.frees_are_deferred:
+                self.pool += self.blocks_to_free(r)
         else:
             self.made_room = True
         self.host -= self.blocks_to_store(r)
@@ -137,9 +144,13 @@ class Draft:
         self.park.append(r.request_id)
         self.reasons[r.request_id] = reason
 
+    def blocks_to_free(self, r: ResidentRequest) -> int:
+        """Pool blocks that others can have when it leaves: not those in memory that the pool gives back."""
+        return r.num_blocks - self.now.s.engine.vacating.get(r.request_id, 0)
+
     def give_up_resident(self, r: ResidentRequest, reason: Reason) -> None:
         """It leaves the pool, and is computed again."""
-        self.pool += r.num_blocks
+        self.pool += self.blocks_to_free(r)
         self._leave_pool(r)
         self._give_up(r.request_id, reason)
 
@@ -175,7 +186,7 @@ class Draft:
 
     def resume(self, r: ResidentRequest, lender: ResidentRequest | None = None) -> None:
         """A paused request goes on, in a free slot or in that of the lender."""
-        self.pool -= self.blocks_to_resume(r)
+        self.pool -= needs.blocks_to_resume(self.now.s, r)
         if lender is None:
             self.slots -= 1
         else:
@@ -185,13 +196,7 @@ class Draft:
 
     def may_resume(self, r: ResidentRequest) -> bool:
         """Whether a paused request is where it was, and the pool has a block for it if its next token needs one."""
-        return r.request_id not in self.left and self.blocks_to_resume(r) <= max(self.pool, 0)
-
-    def blocks_to_resume(self, r: ResidentRequest) -> int:
-        """Pool blocks that a paused request takes with its next step."""
-        s = self.now.s
-        num_tokens = r.num_tokens + 1 + s.engine.steps_ahead
-        return max(-(-num_tokens // s.shape.block_tokens) - r.num_blocks, 0)
+        return r.request_id not in self.left and needs.blocks_to_resume(self.now.s, r) <= max(self.pool, 0)
 
     @property
     def left(self) -> frozenset[str]:
@@ -223,13 +228,6 @@ class Draft:
             for claim in self._entered:
                 self._forecast.add(needs.pool_blocks(s, claim), claim.tokens_left)
         return self._forecast
-
-    def fits_nobody(self, claims: Sequence[Claim]) -> bool:
-        """Whether it is plain that each of these finds a slot, and none of them room: mostly so with a full pool."""
-        s = self.now.s
-        if not claims or s.lines.hits or s.load.num_paused or self.slots <= 0:
-            return False
-        return min([claim.num_blocks for claim in claims]) + self.headroom > self.pool
 
     def has_link(self, claim: Claim) -> bool:
         """Whether a claim's blocks need not be loaded, or the link has time for that soon."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +20,8 @@ class EngineShape:
         block_bytes: Bytes of a block over all layers, of whatever ranks the profile's copy curves are.
         streamed_block_bytes: Of those, what a step loads of a zone block for a request that decodes in the zone; 0 is
             all.
-        pool_blocks: Pool blocks that requests can ever hold.
+        pool_blocks: Pool blocks that requests can always come to hold; of a pool that grows and shrinks, what the
+            engine gets back whenever it needs that much.
         zone_blocks: Size of the lane zone.
         host_blocks: Size of host memory.
         can_chunk: Whether prompts may be computed in chunks; without, a prompt needs its whole length in one step.
@@ -93,6 +94,9 @@ class EngineState(NamedTuple):
         held_tokens: Tokens to compute of requests that hold KV and wait for neither compute nor a fetch by our books
             (a fetch that failed, the next turn of a session): vLLM takes them up by itself.
         moves: Changes with every arrival, move and departure.
+        blocks_in_service: Pool blocks that are there, the null block left out; None where that never changes (it is
+            the shape's).
+        vacating: Requests with blocks in memory that the pool gives back, and how many: they do not come free.
     """
 
     step: int
@@ -111,6 +115,8 @@ class EngineState(NamedTuple):
     freeing_blocks: int = 0
     moves: int = 0
     freeing_zone_blocks: int = 0
+    blocks_in_service: int | None = None
+    vacating: Mapping[str, int] = {}
 
     @property
     def frees_are_deferred(self) -> bool:

@@ -133,7 +133,7 @@ class FluidOutlook(Outlook):
         ]
         if not of_pool:
             return frozenset()
-        in_place = s.lines.gone_blocks + sum([view.num_blocks for view in s.lines.parked]) + s.shape.pool_blocks
+        in_place = s.lines.gone_blocks + sum([view.num_blocks for view in s.lines.parked]) + s.pool_blocks
         return {w.request_id for w in of_pool if w.ticket_blocks <= in_place} - self.out_of_reach
 
     @once
@@ -172,7 +172,7 @@ class FluidOutlook(Outlook):
         if s.cost is None:
             return frozenset()
         now_s, token_s = s.now_s, max(self.step_s, s.token_s)
-        pool = s.shape.pool_blocks * POOL_SHARE
+        pool = s.pool_blocks * POOL_SHARE
         views: list[ResidentRequest | ParkedRequest] = [*s.load.resident, *s.lines.parked]
         flowing = [v for v in views if v.deadline_s >= now_s and v.dry_s - now_s < HORIZON_S]
         if sum([v.num_blocks for v in flowing]) <= pool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from layerkv.scheduler.lines import Claim
-from layerkv.scheduler.snapshot import PrefixHit, Snapshot, WaitingRequest
+from layerkv.scheduler.snapshot import PrefixHit, ResidentRequest, Snapshot, WaitingRequest
 
 _NO_HIT = PrefixHit()
 
@@ -17,6 +17,12 @@ def pool_blocks(s: Snapshot, claim: Claim) -> int:
     """Free pool blocks that it takes: its own, and cached ones that nobody uses now."""
     hit = s.lines.hits.get(claim.request_id)
     return claim.num_blocks if hit is None else claim.num_blocks - hit.num_blocks + hit.num_evictable
+
+
+def blocks_to_resume(s: Snapshot, r: ResidentRequest) -> int:
+    """Pool blocks that a paused request takes with its next step."""
+    num_tokens = r.num_tokens + 1 + s.engine.steps_ahead
+    return max(-(-num_tokens // s.shape.block_tokens) - r.num_blocks, 0)
 
 
 def layered_blocks(w: WaitingRequest) -> int:

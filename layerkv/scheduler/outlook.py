@@ -70,9 +70,9 @@ class Outlook:
         would wait for that client too.
         """
         s = self.s
-        most_blocks = s.shape.pool_blocks - self._idle_blocks
-        if most_blocks >= s.shape.pool_blocks:
+        if not (idle_blocks := self._idle_blocks):
             return frozenset()
+        most_blocks = max(s.shape.pool_blocks, s.pool_blocks) - idle_blocks
         of_pool: list[Claim] = [*s.lines.parked[: self.limits.scan_parked]]
         of_pool += [
             w for w in s.lines.waiting[: self.limits.scan] if not self.can_ever_layer(w) and not outgrows_pool(s, w)

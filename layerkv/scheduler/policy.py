@@ -40,6 +40,7 @@ from layerkv.scheduler.rules.serve_ranks import serve_ranks
 from layerkv.scheduler.rules.share_zone import share_zone
 from layerkv.scheduler.rules.store_ahead import store_ahead
 from layerkv.scheduler.rules.take_turns import fill_slots, resume_all, resume_due
+from layerkv.scheduler.rules.vacate import vacate
 from layerkv.scheduler.rules.write_through import write_through
 from layerkv.scheduler.snapshot import Decision, Snapshot
 
@@ -48,6 +49,7 @@ Rule = Callable[[Outlook, Draft], None]
 FLUID: tuple[Rule, ...] = (
     give_way,
     leave_zone,
+    vacate,
     relieve_pool,
     keep_zone,
     resume_due,
@@ -58,6 +60,7 @@ FLUID: tuple[Rule, ...] = (
 )
 SLO: tuple[Rule, ...] = (
     leave_zone,
+    vacate,
     relieve_pool,
     keep_zone,
     resume_all,

@@ -61,6 +61,8 @@ class Reason(StrEnum):
     """Parked: its layered prefill is over, and it waits for pool blocks to decode."""
     POOL_SHORT = "pool_short"
     """Parked: running requests need more blocks than are free, and it can best afford to wait."""
+    SEGMENT_LEAVES = "segment_leaves"
+    """Parked: some of its blocks are in memory that the pool gives back."""
     MAKES_ROOM = "makes_room"
     """Parked: another is about to miss its objective for want of blocks, and it can afford to wait."""
     TURN_OVER = "turn_over"

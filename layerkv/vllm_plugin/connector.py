@@ -32,6 +32,7 @@ from layerkv.vllm_plugin.connector_worker import WorkerSide, make_worker_side
 from layerkv.vllm_plugin.failed_copies import FailedCopies
 from layerkv.vllm_plugin.our_classes import is_our_scheduler
 from layerkv.vllm_plugin.prom import LayerKVPromMetrics, LayerKVStats
+from layerkv.vllm_plugin.segment_answers import SegmentAnswers, worker_report
 from layerkv.vllm_plugin.setup import engine_config, setup_of
 from layerkv.vllm_plugin.support import require_supported
 from layerkv.vllm_plugin.transfer import always_recompute
@@ -153,9 +154,14 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         return set() if self.worker_side is None else self.worker_side.take_failed_blocks()
 
-    def build_connector_worker_meta(self) -> FailedCopies | None:
-        """Copies that failed and are no loads of vLLM's; the scheduler looks at it with the step's output."""
-        return None if self.worker_side is None else self.worker_side.take_failed_copies()
+    def build_connector_worker_meta(self) -> FailedCopies | SegmentAnswers | None:
+        """Copies that failed and are no loads of vLLM's, and moves of segments that have ended.
+
+        The scheduler looks at it with the step's output.
+        """
+        if (side := self.worker_side) is None:
+            return None
+        return worker_report(side.take_failed_copies(), side.take_answers())
 
     def shutdown(self) -> None:
         if self.worker_side is not None:
@@ -190,10 +196,17 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         if self.scheduler_side is not None:
             for request_id in connector_output.finished_recving or ():
                 self.scheduler_side.fetched(request_id)
+            told = connector_output.kv_connector_worker_meta
+            if self.scheduler_side.elastic is not None and isinstance(told, SegmentAnswers):
+                self.scheduler_side.elastic.answered(told.answers)
 
     def has_pending_push_work(self) -> bool:
-        """Fetches land in the engine's steps: it goes on stepping until they have, though it is paused."""
-        return self.scheduler_side is not None and self.scheduler_side.ledger.num_fetching > 0
+        """Fetches land in the engine's steps: it goes on stepping until they have, though it is paused. So do moves of
+        segments, and an engine that nobody uses gives its memory back first."""
+        side = self.scheduler_side
+        if side is None:
+            return False
+        return side.ledger.num_fetching > 0 or (side.elastic is not None and side.elastic.has_work())
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from layerkv.config import EngineConfig
 from layerkv.core.ledger import KVLedger, LedgerCounters
 from layerkv.core.residency import Residency
+from layerkv.core.segments import SegmentMoves
 from layerkv.core.transfer import StepPlan
 from layerkv.errors import IncompatibleVLLMError
 from layerkv.metrics import DECIDE_TIME, MetricSamples, Payload
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from layerkv.vllm_plugin.elasticity import Elasticity
+
 _COUNTED = {
     "parks": "layerkv_parks",
     "fetches": "layerkv_fetches",
@@ -38,6 +41,8 @@ _COUNTED = {
 _LEAVES_KV = (Residency.RESIDENT, Residency.PARKED, Residency.FETCHING)
 """What a request of these leaves behind is kept as a cached prefix."""
 
+_NO_MOVES = SegmentMoves()
+
 
 class SchedulerSide:
     """Owns the ledger. The scheduler reads and changes it directly; vLLM's own events come through here."""
@@ -45,6 +50,9 @@ class SchedulerSide:
     def __init__(self, config: EngineConfig, setup: Setup, *, caches_prefixes: bool = False) -> None:
         self.config = config
         self.geometry = setup.geometry
+        self.sizes = setup.elastic
+        self.elastic: Elasticity | None = None
+        """What makes the pool grow and shrink; None where it does neither."""
         self._caches_prefixes = caches_prefixes
         self._num_local_blocks = 0  # of the request that vLLM looked up last
         self.ledger = KVLedger(setup.geometry, setup.host_blocks)
@@ -73,7 +81,7 @@ class SchedulerSide:
                 f"vLLM made {', '.join(type(m).__name__ for m in managers)} to manage KV blocks where one "
                 "LayerKVManager was registered; use the vLLM version that layerkv supports"
             )
-        managers[0].attach(self.ledger)
+        managers[0].attach(self.ledger, None if self.sizes is None else self.sizes.plan)
         if self._caches_prefixes and kv_cache_manager.enable_kv_cache_events:
             kind, window = kv_cache_manager.kv_cache_event_metadata[0]
             self.events = HostPrefixEvents(self.ledger.host, self.geometry.block_tokens, kind, window)
@@ -179,11 +187,14 @@ class SchedulerSide:
     def plan(self, output: SchedulerOutput) -> StepPlan | None:
         """This step's copies; None if there are none."""
         self.last_plan = None
+        moves = _NO_MOVES if self.elastic is None else self.elastic.take_moves()
         if self.ledger.is_idle:
             self.ledger.pass_idle_step()
             if self._checks_books:
                 self._check_books()
-            return None
+            if moves:
+                self.last_plan = StepPlan(num_tokens=output.total_num_scheduled_tokens, moves=moves)
+            return self.last_plan
         state = output.kv_connector_block_state
         assert state is not None
         for request_id in self.ledger.layered_ids & output.num_scheduled_tokens.keys():
@@ -194,19 +205,34 @@ class SchedulerSide:
                 num_scheduled=output.num_scheduled_tokens[request_id],
             )
         self.last_plan = self.ledger.take_plan(output.total_num_scheduled_tokens)
+        if moves:
+            self.last_plan = self.last_plan._replace(moves=moves)
         return self.last_plan
 
     def _check_books(self) -> None:
         """Assert that every block is accounted for once, and that nobody who has left still holds any."""
         self.ledger.check()
+        if self.elastic is not None:
+            self.elastic.check()
         gone = [request_id for request_id in self.ledger.residency if request_id not in self._requests]
         assert not gone, f"requests that vLLM no longer has are in the books: {', '.join(gone)}"
+
+    @property
+    def pool_blocks(self) -> int:
+        """Pool blocks that are there now, in use or free, vLLM's null block left out."""
+        return self.geometry.pool_blocks - 1 if self.elastic is None else self.elastic.pool_blocks
 
     def take_metrics(self) -> Payload | None:
         """What changed since the last call; None if nothing did but that steps were decided, which is told later."""
         self._streams.report(self.metrics)
         ledger, counters = self.ledger, self.ledger.counters
-        version = (ledger.residency.version, ledger.zone.num_taken, ledger.host.num_held, ledger.host.num_cached)
+        version = (
+            ledger.residency.version,
+            ledger.zone.num_taken,
+            ledger.host.num_held,
+            ledger.host.num_cached,
+            self.pool_blocks,
+        )
         if version == self._reported_version and not self.metrics.has_more_than(DECIDE_TIME):
             return None
         self._reported_version = version
@@ -229,7 +255,7 @@ class SchedulerSide:
         gauges["layerkv_host_blocks_used", None] = ledger.num_host_blocks_used
         gauges["layerkv_host_blocks_cached", None] = ledger.host.num_cached
         gauges["layerkv_host_blocks", None] = ledger.host.count
-        gauges["layerkv_pool_blocks", None] = self.geometry.pool_blocks - 1
+        gauges["layerkv_pool_blocks", None] = self.pool_blocks
         gauges["layerkv_zone_blocks_used", None] = ledger.zone.num_taken
         gauges["layerkv_zone_blocks", None] = self.geometry.zone_blocks
         return gauges

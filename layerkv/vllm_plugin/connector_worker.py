@@ -16,10 +16,13 @@ from layerkv.device.allocation import ArenaAllocation
 from layerkv.device.base import COPY_TIMEOUT_S, Direction
 from layerkv.device.lane_schedule import LaneSchedule, device_blocks, shared_link_unit
 from layerkv.device.mechanism import Mechanism, make_mechanism
+from layerkv.device.segment_mover import SegmentMover
 from layerkv.device.store_watch import host_blocks
 from layerkv.errors import IncompatibleVLLMError, TransferError
 from layerkv.metrics import COPY_WAIT, MetricSamples, Payload
+from layerkv.runtime import checks_books
 from layerkv.vllm_plugin.failed_copies import FailedCopies
+from layerkv.vllm_plugin.segment_answers import SegmentAnswer
 from layerkv.vllm_plugin.setup import Setup
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ class WorkerSide:
         *,
         hooks_always_run: bool = True,
         shares_link: bool = False,
+        rank: int = 0,
     ) -> None:
         """Begin with empty lanes.
 
@@ -53,6 +57,7 @@ class WorkerSide:
             mechanism: The memory, and what copies it; closed by :meth:`shutdown`.
             hooks_always_run: See :class:`LaneSchedule`.
             shares_link: Whether other ranks exchange activations over the link that copies take.
+            rank: Of this worker among those of its engine, for what it tells of segments.
         """
         self._layer_index = {name: index for index, name in enumerate(layer_names)}
         self._geometry = geometry
@@ -63,6 +68,10 @@ class WorkerSide:
             shared_link_unit(geometry.page_bytes) if shares_link else None,
             hooks_always_run=hooks_always_run,
         )
+        self._segments = None
+        if mechanism.elastic_arena is not None:
+            self._segments = SegmentMover(mechanism.elastic_arena, self._engine.wait_host)
+        self._rank = rank
         self._is_idle_step = False
         self._raised_before: BaseException | None = None
         self._failed_blocks: set[int] = set()
@@ -101,7 +110,12 @@ class WorkerSide:
             return False
         self._raised_before = sys.exception()
         self._is_copying_step, self._is_at_rest, self._has_copied = True, False, True
-        self._lanes.begin_step(plan)
+        if self._segments is None:
+            self._lanes.begin_step(plan)
+        else:
+            self._segments.begin_maps(plan.moves.maps)
+            self._lanes.begin_step(plan)
+            self._segments.begin_unmaps(plan.moves.unmaps, self._lanes.before_unmap)
         self._count(plan)
         return self._lanes.has_layer_work
 
@@ -157,7 +171,23 @@ class WorkerSide:
         return failed
 
     def _note_failed(self, failed: FailedCopies) -> None:
-        self._failed_copies = failed if self._failed_copies is None else self._failed_copies.aggregate(failed)
+        self._failed_copies = failed if self._failed_copies is None else self._failed_copies.with_those_of(failed)
+
+    def take_answers(self) -> list[SegmentAnswer]:
+        """What this rank has done of plans' moves since the last call.
+
+        Raises:
+            TransferError: memory is not given back; lost (``LostCopyError``) where a copy that may use it is.
+        """
+        if self._segments is None:
+            return []
+        waits = self._is_idle_step and not self._lanes.has_fetches
+        answers = []
+        for segment, error in self._segments.take_ended(IDLE_WAIT_S if waits else 0.0):
+            if error is not None:
+                logger.warning("no memory for segment %d of the KV pool, which stays as it is: %s", segment, error)
+            answers.append(SegmentAnswer(segment, self._rank, error is not None))
+        return answers
 
     def take_metrics(self) -> Payload | None:
         """Bytes and seconds since the last call; None if nothing was copied."""
@@ -206,9 +236,10 @@ def make_worker_side(vllm_config: VllmConfig, setup: Setup, kv_cache_config: KVC
     return WorkerSide(
         geometry,
         layer_names,
-        make_mechanism(device_type, geometry, setup.host_blocks),
+        make_mechanism(device_type, geometry, setup.host_blocks, setup.segments, guards=checks_books()),
         hooks_always_run=device_type == "cpu",
         shares_link=vllm_config.parallel_config.tensor_parallel_size > 1,
+        rank=vllm_config.parallel_config.rank,
     )
 
 

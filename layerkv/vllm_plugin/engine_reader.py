@@ -50,6 +50,8 @@ class EngineReader:
         s, controller, residency = self._scheduler, self._controller, self._ledger.residency
         if self._ledger.has_layered:
             return False
+        if self._side.elastic is not None and self._side.elastic.is_under_way:
+            return False
         for request in s._inflight_prefills:
             if residency.get(request.request_id) is not Residency.FETCHING:
                 return False
@@ -86,6 +88,8 @@ class EngineReader:
             moves=ledger.residency.version,
             freeing_blocks=len(freeing) - freeing_zone,
             freeing_zone_blocks=freeing_zone,
+            blocks_in_service=self._side.pool_blocks,
+            vacating={} if self._side.elastic is None else self._side.elastic.vacating,
         )
 
     def work(self, output: SchedulerOutput, plan: StepPlan | None) -> StepWork:
@@ -209,7 +213,7 @@ def controller_for(scheduler: SchedulerView, side: SchedulerSide, policy: SloPol
         block_tokens=geometry.block_tokens,
         block_bytes=block_bytes,
         streamed_block_bytes=geometry.streamed_block_bytes,
-        pool_blocks=geometry.pool_blocks - 1,
+        pool_blocks=(geometry.pool_blocks if side.sizes is None else side.sizes.floor_blocks) - 1,
         zone_blocks=geometry.zone_blocks,
         host_blocks=side.ledger.host.count,
         can_chunk=scheduler.scheduler_config.enable_chunked_prefill,

@@ -24,9 +24,12 @@ class FailedCopies(KVConnectorWorkerMetadata):
     unstored: frozenset[int] = frozenset()
     unloaded: frozenset[int] = frozenset()
 
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> FailedCopies:
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Of both; where another rank has more to tell than copies, its report has these too."""
+        return self.with_those_of(other) if isinstance(other, FailedCopies) else other.aggregate(self)
+
+    def with_those_of(self, other: FailedCopies) -> FailedCopies:
         """Of both: KV is in one piece on all ranks or of no use."""
-        assert isinstance(other, FailedCopies)
         return FailedCopies(self.unstored | other.unstored, self.unloaded | other.unloaded)
 
     def __bool__(self) -> bool:

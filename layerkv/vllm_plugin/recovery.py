@@ -18,6 +18,7 @@ from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.tracker import MOST_FAILURES
 from layerkv.vllm_plugin.failed_copies import FailedCopies
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
+from layerkv.vllm_plugin.segment_answers import failed_copies_in
 
 if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
@@ -75,8 +76,8 @@ class Recovery:
     def copies_failed(self, received: KVConnectorOutput) -> None:
         """Before vLLM processes a step's output: those whose KV copies of it, or of earlier ones, lost start over."""
         s = self._scheduler
-        failed = received.kv_connector_worker_meta
-        if not received.invalid_block_ids and not isinstance(failed, FailedCopies):
+        failed = failed_copies_in(received.kv_connector_worker_meta)
+        if not received.invalid_block_ids and failed is None:
             return
         with self._arrivals.giving_up_for(Reason.LOAD_FAILED):
             if invalid := received.invalid_block_ids:
@@ -88,7 +89,7 @@ class Recovery:
                 ]
                 self._distrust(invalid)
                 self._end_hopeless(readers)
-            if isinstance(failed, FailedCopies):
+            if failed is not None:
                 self._end_hopeless(self._start_holders_over(failed))
 
     def _start_holders_over(self, failed: FailedCopies) -> list[str]:

@@ -27,6 +27,7 @@ from layerkv.scheduler.desk import Desk
 from layerkv.scheduler.reasons import Reason
 from layerkv.vllm_plugin.arrivals import Arrivals
 from layerkv.vllm_plugin.connector import LayerKVConnector
+from layerkv.vllm_plugin.elasticity import elasticity_for
 from layerkv.vllm_plugin.engine_reader import EngineReader, controller_for
 from layerkv.vllm_plugin.execution import Execution
 from layerkv.vllm_plugin.pausing import Pausing
@@ -113,6 +114,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self.kv_cache_manager.watermark_blocks = 0  # the policy's headroom takes its place
         self._telling = Telling(self, side, self._controller)
         self._telling.capacity()
+        self._elastic = side.elastic = elasticity_for(self, side, manager, self._controller)
 
     def _require_keepable(self, policy: SloPolicy) -> None:
         """A policy comes into force only if this engine's front end can keep it.
@@ -141,6 +143,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         """Decide, carry the decision out, and let vLLM schedule what is left visible."""
         if not self._is_active:
             return super().schedule(throttle_prefills)
+        if self._elastic is not None:
+            self._elastic.before_step(time.monotonic())
         if self._pause_state is PauseState.PAUSED_ALL:
             self._manager.stand_aside()
             with self._pausing.left_out():
@@ -174,6 +178,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 output = super().schedule(throttle_prefills)
         self._recovery.scheduled()
         if output.total_num_scheduled_tokens:
+            if self._elastic is not None:
+                self._elastic.note_tokens(output.total_num_scheduled_tokens)
             work = None
             if not is_quiet:
                 work = self._reader.work(output, self._side.last_plan)
@@ -241,6 +247,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if self._is_active and self._log is not None:
             self._log.write(self._controller.take_log())
             self._log.close()
+        if self._is_active and self._elastic is not None:
+            self._elastic.close()
         super().shutdown()
 
     @property

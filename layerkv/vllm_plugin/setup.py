@@ -14,10 +14,12 @@ from layerkv.core.geometry import (
     require_retained_layers,
     require_zone_tokens,
 )
+from layerkv.core.segments import SegmentPlan
 from layerkv.device.mechanism import ALIGNMENT_BYTES
 from layerkv.errors import ConfigError
 from layerkv.scheduler.decision_log import require_writable
 from layerkv.units import format_bytes
+from layerkv.vllm_plugin.elastic_setup import ElasticSizes, elastic_sizes, require_elastic
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
 from layerkv.vllm_plugin.spec import LayerKVSpec
 
@@ -53,6 +55,7 @@ def require_usable(vllm_config: VllmConfig, config: EngineConfig) -> None:
         require_writable(config.decision_log)
     num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
     require_retained_layers(config.retained_layers, num_layers)
+    require_elastic(vllm_config, config)
     if config.zone_tokens is not None and vllm_config.cache_config.user_specified_block_size:  # else not known yet
         require_zone_tokens(config.zone_tokens, vllm_config.cache_config.block_size)
 
@@ -77,10 +80,22 @@ def geometry_request(
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What scheduler and workers agree on: the division of KV memory, and the host blocks of each worker."""
+    """What scheduler and workers agree on.
+
+    Attributes:
+        geometry: The division of KV memory; of a pool that grows, at its largest.
+        host_blocks: Of each worker.
+        elastic: How the pool grows and shrinks; None: it does not.
+    """
 
     geometry: KVGeometry
     host_blocks: int
+    elastic: ElasticSizes | None = None
+
+    @property
+    def segments(self) -> SegmentPlan | None:
+        """What workers must know of that."""
+        return None if self.elastic is None else self.elastic.plan
 
 
 def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVCacheConfig) -> Setup | None:
@@ -94,6 +109,12 @@ def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVC
         return None
     assert spec.memory is not None
     request = geometry_request(vllm_config, config, spec, len(groups[0].layer_names))
+    if spec.segments is not None:
+        elastic = elastic_sizes(vllm_config, config, request)
+        assert elastic.plan == spec.segments, "scheduler and workers divide the pool alike"
+        assert elastic.geometry.total_blocks == kv_cache_config.num_blocks, "vLLM was given the ceiling"
+        host_blocks = host_blocks_per_worker(vllm_config, config, elastic.geometry_at_floor, spec.memory)
+        return Setup(elastic.geometry, host_blocks, elastic)
     geometry = geometry_for_blocks(request, kv_cache_config.num_blocks)
     require_room_for_one(vllm_config, config, geometry, spec.memory)
     return Setup(geometry, host_blocks_per_worker(vllm_config, config, geometry, spec.memory))

@@ -18,8 +18,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from layerkv.core.ledger import KVLedger
+from layerkv.core.segments import SegmentPlan
 from layerkv.core.zone import ZoneLedger
 from layerkv.vllm_plugin.host_memory import WorkerMemory
+from layerkv.vllm_plugin.segment_queue import SegmentQueue
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -81,18 +83,22 @@ class LayerKVManager(FullAttentionManager):
     """
 
     block_pool: BlockPool
+    segments: SegmentQueue | None = None
+    """Which blocks of a pool that grows and shrinks are in service; None where all are."""
     _ledger: KVLedger | None = None
     _stands_aside = False
     _watches_pool = False
 
-    def attach(self, ledger: KVLedger) -> None:
-        """Withhold the zone's ids from the pool. Called once, before the first request."""
+    def attach(self, ledger: KVLedger, segments: SegmentPlan | None = None) -> None:
+        """Withhold the zone's ids from the pool, and those without memory. Called once, before the first request."""
         pool, geometry = self.block_pool, ledger.geometry
         zone_pool = ZonePool(ledger.zone)
         for block in pool.blocks[geometry.pool_blocks :]:
             pool.free_block_queue.remove(block)
             block.pool = zone_pool  # type: ignore[assignment]
         pool.num_gpu_blocks = geometry.pool_blocks  # usage and reset count the pool only
+        if segments is not None:
+            self.segments = pool.free_block_queue = SegmentQueue(pool, segments)
         self._ledger = ledger
         self._pools = pool, WatchedPool(pool, ledger.gave_out)
 
@@ -181,17 +187,20 @@ class LayerKVManager(FullAttentionManager):
 class LayerKVSpec(FullAttentionSpec):
     """Full attention whose blocks may come from the lane zone: the same fields, another manager.
 
-    ``memory`` is what the first worker found: it goes from there to the scheduler and to all workers.
+    ``memory`` is what the first worker found: it goes from there to the scheduler and to all workers. ``segments`` is
+    how the pool grows and shrinks; None: it does not.
     """
 
     memory: WorkerMemory | None = field(default=None, compare=False)
+    segments: SegmentPlan | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, memory: WorkerMemory) -> LayerKVSpec:
+    def of(cls, spec: FullAttentionSpec, memory: WorkerMemory, segments: SegmentPlan | None = None) -> LayerKVSpec:
         """The same spec as ours."""
-        return cls(**{each.name: getattr(spec, each.name) for each in fields(FullAttentionSpec)}, memory=memory)
+        own = {each.name: getattr(spec, each.name) for each in fields(FullAttentionSpec)}
+        return cls(**own, memory=memory, segments=segments)
 
     @classmethod
     def merge(cls, specs: list[LayerKVSpec]) -> LayerKVSpec:
-        """vLLM's merge, which does not know our field."""
-        return replace(super().merge(specs), memory=specs[0].memory)
+        """vLLM's merge, which does not know our fields."""
+        return replace(super().merge(specs), memory=specs[0].memory, segments=specs[0].segments)

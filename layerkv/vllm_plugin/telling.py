@@ -114,7 +114,20 @@ class Telling:
     def capacity(self) -> None:
         """Tell what is active, and correct what vLLM counted as capacity."""
         s = self._scheduler
-        geometry, config = self._side.geometry, self._side.config
+        geometry, config, sizes = self._side.geometry, self._side.config, self._side.sizes
+        if sizes is not None:
+            layout = sizes.plan.layout
+            logger.info(
+                "the KV pool grows and shrinks: from %d to %d segments of %d blocks (%s), %s with the lane zone at the "
+                "least and %s at the most; what can never fit goes by the least",
+                sizes.floor,
+                layout.num_segments,
+                layout.segment_blocks,
+                format_bytes(sizes.segment_bytes),
+                format_bytes(sizes.geometry_at_floor.physical_bytes),
+                format_bytes(geometry.physical_bytes),
+            )
+            geometry = sizes.geometry_at_floor
         pool_tokens = (geometry.pool_blocks - 1) * geometry.block_tokens
         s.cache_config.kv_cache_size_tokens = pool_tokens
         s.cache_config.kv_cache_max_concurrency = pool_tokens / s.max_model_len

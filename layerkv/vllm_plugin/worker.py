@@ -6,6 +6,8 @@ is imported.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -13,6 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from layerkv.core.geometry import geometry_for_memory
 from layerkv.errors import ConfigError
+from layerkv.vllm_plugin.elastic_setup import ElasticSizes, elastic_sizes, told_kv_bytes
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
 from layerkv.vllm_plugin.setup import engine_config, geometry_request, require_room_for_one
 from layerkv.vllm_plugin.slo_gate import without_gates
@@ -40,7 +43,9 @@ class LayerKVWorkerMixin(_VLLMWorker):
         self._layerkv = engine_config(vllm_config)
         model_config = vllm_config.model_config
         model_config.logits_processors = without_gates(model_config.logits_processors)
-        super().__init__(vllm_config, *args, **kwargs)
+        is_elastic, floor_bytes = self._layerkv.is_elastic, self._layerkv.kv_floor_bytes or 1  # any size will do here
+        with told_kv_bytes(vllm_config, floor_bytes) if is_elastic else nullcontext():
+            super().__init__(vllm_config, *args, **kwargs)
         self._layerkv_specs: dict[str, LayerKVSpec] | None = None
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
@@ -56,10 +61,15 @@ class LayerKVWorkerMixin(_VLLMWorker):
             return specs
         memory = WorkerMemory.here()  # the weights are loaded, the KV cache is not made yet
         self._layerkv_specs = {name: LayerKVSpec.of(spec, memory) for name, spec in specs.items()}  # type: ignore[arg-type]
+        if self._layerkv.is_elastic:
+            segments = self._elastic_sizes().plan
+            self._layerkv_specs = {name: replace(spec, segments=segments) for name, spec in self._layerkv_specs.items()}
         return dict(self._layerkv_specs)
 
     def determine_available_memory(self) -> int:
         """The *virtual* size of the KV range whose physical memory fits what vLLM found available."""
+        if self._layerkv_specs is not None and self._layerkv.is_elastic:
+            return self._elastic_virtual_bytes()
         available_bytes: int = super().determine_available_memory()  # type: ignore[misc]
         if self._layerkv_specs is None:
             return available_bytes
@@ -71,6 +81,23 @@ class LayerKVWorkerMixin(_VLLMWorker):
             require_room_for_one(self.vllm_config, self._layerkv, geometry, spec.memory)
             host_blocks_per_worker(self.vllm_config, self._layerkv, geometry, spec.memory)
         return geometry.virtual_bytes
+
+    def _elastic_virtual_bytes(self) -> int:
+        """Of the ceiling, which no memory stands for yet: what there must be is the floor."""
+        sizes = self._elastic_sizes()
+        with told_kv_bytes(self.vllm_config, sizes.floor_bytes):
+            super().determine_available_memory()  # type: ignore[misc]
+        assert self._layerkv_specs is not None
+        memory = next(iter(self._layerkv_specs.values())).memory
+        assert memory is not None
+        host_blocks_per_worker(self.vllm_config, self._layerkv, sizes.geometry_at_floor, memory)
+        return sizes.geometry.virtual_bytes
+
+    def _elastic_sizes(self) -> ElasticSizes:
+        assert self._layerkv_specs is not None
+        spec = next(iter(self._layerkv_specs.values()))
+        request = geometry_request(self.vllm_config, self._layerkv, spec, len(self._layerkv_specs))
+        return elastic_sizes(self.vllm_config, self._layerkv, request)
 
     def _unsupported_layers(self, specs: dict[str, KVCacheSpec]) -> str | None:
         if not specs:

@@ -7,6 +7,7 @@ driver it refuses what is not aligned, not reserved, mapped twice or more than t
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import threading
 from collections.abc import Callable
@@ -14,7 +15,10 @@ from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
 
+import torch
+
 from layerkv.device import libc
+from layerkv.device.cuda_arena import CudaMapping
 from layerkv.device.cuda_driver import _BATCH_COPY
 
 UNIT = 2 << 20
@@ -30,6 +34,12 @@ class CUresult(IntEnum):
 
 SUCCESS, INVALID, OUT_OF_MEMORY, NO_CONTEXT, NOT_FOUND = CUresult
 CONTEXT = object()
+
+
+def _map_nothing_at(address: int, size: int) -> None:
+    """The range stays reserved, and whoever reads or writes it is killed."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | libc._MAP_FIXED | libc._MAP_NORESERVE
+    assert libc._libc().mmap(address, size, 0, flags, -1, 0) == address
 
 
 class FakeBindings:
@@ -69,6 +79,11 @@ class FakeBindings:
         self._has_batches = has_batches
 
     @property
+    def mapped_bytes(self) -> int:
+        """Of addresses at which there is memory; less of memory, where one handle is mapped more than once."""
+        return sum(self.mapped.values())
+
+    @property
     def holds_nothing(self) -> bool:
         """Whether all that was taken has been given back."""
         return not (self.reserved or self.mapped or self.handles or self.pinned)
@@ -92,6 +107,7 @@ class FakeBindings:
         if self._is_refused("cuMemAddressReserve") or size % UNIT:
             return OUT_OF_MEMORY, None
         address = libc.reserve(size)
+        libc.protect(address, size, may_access=False)
         self.reserved[address] = size
         return SUCCESS, address
 
@@ -137,7 +153,7 @@ class FakeBindings:
             return (INVALID,)
         del self.mapped[address]
         self.accessible.discard(address)
-        libc.unmap(address, size)
+        _map_nothing_at(address, size)
         return (SUCCESS,)
 
     def cuCtxSynchronize(self) -> tuple[Any, ...]:
@@ -202,3 +218,10 @@ class FakeBindings:
             return False
         self.refusals[call] = left - 1
         return left == 0
+
+
+def over_own_memory(mapping: CudaMapping) -> torch.Tensor:
+    """What torch makes of `__cuda_array_interface__` on a GPU: a tensor that keeps the mapping alive."""
+    view = (ctypes.c_int8 * mapping.num_bytes).from_address(mapping.address)
+    view.mapping = mapping  # type: ignore[attr-defined]
+    return torch.frombuffer(view, dtype=torch.int8)

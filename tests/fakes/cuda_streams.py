@@ -7,6 +7,7 @@ in either order.
 from __future__ import annotations
 
 import random
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ class FakeCuda:
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
+        self._lock = threading.RLock()
         self.streams: list[FakeStream] = []
         self.compute_stream = FakeStream(self)
         self._current = self.compute_stream
@@ -105,13 +107,14 @@ class FakeCuda:
 
     def move(self) -> bool:
         """Let one stream that can do one thing; False if none can."""
-        ready = [stream for stream in self.streams if stream.queue and self._may_go_on(stream)]
-        if not ready:
-            return False
-        head = self._random.choice(ready).queue.popleft()
-        if not isinstance(head, _Wait):
-            head()
-        return True
+        with self._lock:  # an arena's thread looks at events too
+            ready = [stream for stream in self.streams if stream.queue and self._may_go_on(stream)]
+            if not ready:
+                return False
+            head = self._random.choice(ready).queue.popleft()
+            if not isinstance(head, _Wait):
+                head()
+            return True
 
     def move_some(self) -> None:
         """What happens between two looks of the host."""

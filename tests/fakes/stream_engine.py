@@ -28,9 +28,11 @@ from layerkv.device.host_memory import MmapHostMemory
 from layerkv.errors import TransferError
 
 COMPUTE, STORE, AHEAD, LOAD, BACKGROUND = "compute", "store", "store ahead", "load", "background load"
-QUEUES = (COMPUTE, STORE, AHEAD, LOAD, BACKGROUND)
-LINES = ((COMPUTE, COMPUTE), (STORE, AHEAD), (LOAD, BACKGROUND))
-"""What runs one at a time: of each, the queue in the foreground and the one in the background."""
+MAP, UNMAP = "map", "unmap"
+QUEUES = (COMPUTE, STORE, AHEAD, LOAD, BACKGROUND, MAP, UNMAP)
+LINES = ((COMPUTE, COMPUTE), (STORE, AHEAD), (LOAD, BACKGROUND), (MAP, MAP), (UNMAP, UNMAP))
+"""What runs one at a time: of each, the queue in the foreground and the one in the background. The last two are an
+elastic arena's."""
 
 Chooser = Callable[[Sequence[str]], str]
 """Picks the queue that makes the next move, out of those that can."""
@@ -137,6 +139,10 @@ class StreamEngine:
         """Enqueue one kernel."""
         self._enqueue(COMPUTE, [action])
 
+    def in_background(self, queue: str, action: Callable[[], None], after: Sequence[StreamEvent] = ()) -> StreamEvent:
+        """Enqueue what an arena does beside compute and copies."""
+        return self._enqueue(queue, [action], after)
+
     def gate(self) -> StreamEvent:
         """An event that the test ends."""
         return StreamEvent()
@@ -180,7 +186,7 @@ class StreamEngine:
         try:
             if operation.moves:
                 operation.moves.popleft()()
-        except TransferError as error:
+        except (TransferError, MemoryError) as error:
             self._end(operation, error)
             return
         if not operation.moves:
@@ -261,8 +267,9 @@ class ReorderingEngine(StreamEngine):
 
 
 def preferring(*queues: str) -> Chooser:
-    """Always the first of these queues that can move."""
-    return lambda ready: min(ready, key=queues.index)
+    """Always the first of these queues that can move; any other when none of them can."""
+    order = (*queues, *(queue for queue in QUEUES if queue not in queues))
+    return lambda ready: min(ready, key=order.index)
 
 
 def at_random(seed: int) -> Chooser:

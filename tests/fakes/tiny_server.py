@@ -203,9 +203,9 @@ class TinyServer:
     def step(self, **num_scheduled: int) -> StepPlan:
         """One engine step that computes so many tokens of each of these requests."""
         rows = [self._schedule(request_id, num_tokens) for request_id, num_tokens in num_scheduled.items()]
-        plan = self.ledger.take_plan(sum(num_scheduled.values()))
+        plan = self._plan(sum(num_scheduled.values()))
         if plan.has_copies:
-            self.lanes.begin_step(plan)
+            self._begin(plan)
         for layer in range(self.geometry.num_layers):
             if rows:
                 self.model.layer(layer, rows)
@@ -264,6 +264,12 @@ class TinyServer:
     def blocks(self, num_tokens: int) -> int:
         """Blocks of that many tokens."""
         return -(-num_tokens // self.geometry.block_tokens)
+
+    def _plan(self, num_tokens: int) -> StepPlan:
+        return self.ledger.take_plan(num_tokens)
+
+    def _begin(self, plan: StepPlan) -> None:
+        self.lanes.begin_step(plan)
 
     def _schedule(self, request_id: str, num_tokens: int) -> Row:
         request, ledger = self.requests[request_id], self.ledger

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from layerkv.core.geometry import KVGeometry
+from layerkv.core.segments import SegmentLayout, SegmentPlan
 from layerkv.device.mechanism import ALIGNMENT_BYTES, make_mechanism
+from tests.fakes.segment_server import SegmentServer
 from tests.fakes.tiny_server import Row, TinyServer
 
 WORD_BYTES = 8
@@ -61,3 +63,25 @@ def device_server(
     assert mechanism.wait_ready(60.0), "host memory cannot be pinned"
     model = TorchModel(mechanism.arena.tensor(), geometry)
     return TinyServer(mechanism.arena, mechanism.engine, model, num_host_blocks)  # type: ignore[arg-type]
+
+
+def segment_device_server(
+    device_type: str, num_layers: int, lanes: int, retained_layers: int, num_host_blocks: int
+) -> SegmentServer:
+    """The same with a pool of four segments, of four blocks each."""
+    layout = SegmentLayout(segment_blocks=4, num_segments=4)
+    geometry = KVGeometry(
+        num_layers=num_layers,
+        page_bytes=ALIGNMENT_BYTES["cuda"] // layout.segment_blocks,
+        block_tokens=4,
+        pool_blocks=16,
+        zone_blocks=16,
+        lanes=lanes,
+        retained_layers=retained_layers,
+    )
+    mechanism = make_mechanism(device_type, geometry, num_host_blocks, SegmentPlan(layout, 4), guards=True)
+    assert mechanism.wait_ready(60.0), "host memory cannot be pinned"
+    arena = mechanism.elastic_arena
+    assert arena is not None
+    model = TorchModel(arena.tensor(), geometry)
+    return SegmentServer(arena, mechanism.engine, model, num_host_blocks, layout, 4)  # type: ignore[arg-type]

@@ -13,7 +13,8 @@ from layerkv.core.transfer import BlockRun
 from layerkv.device.base import Direction
 from layerkv.device.mechanism import make_mechanism
 from tests.cpu.device.scenarios import SCENARIOS, Scenario
-from tests.fakes.torch_model import device_server
+from tests.cpu.device.segment_scenarios import SEGMENT_SCENARIOS, SegmentScenario
+from tests.fakes.torch_model import device_server, segment_device_server
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +31,32 @@ def test_every_layer_reads_right_kv(scenario: Scenario, shape: tuple[int, int, i
     assert server.model.num_checked > 0
     assert server.model.num_wrong == 0  # type: ignore[attr-defined]
     assert not server.failed
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("scenario", SEGMENT_SCENARIOS, ids=lambda scenario: scenario.__name__)
+def test_every_layer_reads_right_kv_while_segments_move(scenario: SegmentScenario, shape: tuple[int, int, int]) -> None:
+    server = segment_device_server("cuda", *shape, HOST_BLOCKS)
+    scenario(server)
+    assert server.model.num_checked > 0
+    assert server.model.num_wrong == 0  # type: ignore[attr-defined]
+
+
+def test_segments_that_leave_are_free_for_others_and_come_back_zero() -> None:
+    server = segment_device_server("cuda", 5, 2, 0, HOST_BLOCKS)
+    server.model._kv.fill_(7)  # type: ignore[attr-defined]
+    torch.cuda.synchronize()
+    before, _ = torch.cuda.mem_get_info()
+    for segment in (1, 2, 3):
+        server.shrink(segment)
+    server.step()
+    server.await_moves()
+    after, _ = torch.cuda.mem_get_info()
+    assert after - before >= 3 * 5 * (2 << 20)
+    server.grow(3)
+    server.await_moves()
+    assert not server.model._kv[:, 4:16].any()  # type: ignore[attr-defined]
+    server.end()
 
 
 def test_layers_of_one_lane_share_memory_and_the_pool_does_not() -> None:

@@ -377,6 +377,11 @@ def test_every_key_of_the_flag_is_read(write: WriteFile) -> None:
             "host_memory": "8GiB",
             "lanes": 2,
             "zone_tokens": 4096,
+            "kv_floor": "1GiB",
+            "kv_ceiling": "4GiB",
+            "idle_after": "500ms",
+            "broker": "broker.sock",
+            "weight": 2,
             "compare": {"mode": "layered"},
             "on_unsupported": "passthrough",
         }
@@ -386,6 +391,11 @@ def test_every_key_of_the_flag_is_read(write: WriteFile) -> None:
         host_memory_bytes=8 << 30,
         lanes=2,
         zone_tokens=4096,
+        kv_floor_bytes=1 << 30,
+        kv_ceiling_bytes=4 << 30,
+        idle_after_s=0.5,
+        broker="broker.sock",
+        weight=2,
         mode="layered",
         on_unsupported="passthrough",
     )
@@ -426,14 +436,15 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
         (
             {"lane": 1},
             ".lane: found an unknown key; expected one of policy, host_memory, lanes, retained_layers, zone_tokens, "
-            "mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts, compare; did you mean "
+            "mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts, kv_floor, kv_ceiling, "
+            "idle_after, broker, weight, compare; did you mean "
             "lanes?",
         ),
         (
             {"host-memory": 1},
             "['host-memory']: found an unknown key; expected one of policy, host_memory, lanes, "
             "retained_layers, zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, "
-            "long_contexts, compare; did you mean host_memory?",
+            "long_contexts, kv_floor, kv_ceiling, idle_after, broker, weight, compare; did you mean host_memory?",
         ),
         ({"lanes": 0}, ".lanes: found 0; expected a whole number of lanes, 1 or more; set lanes to 1, say"),
         (
@@ -467,6 +478,12 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
             {"host_memory": 1.5},
             '.host_memory: found 1.5; expected a size above zero such as 8GiB; set host_memory to "8GiB", say',
         ),
+        (
+            {"kv_floor": 8},
+            ".kv_floor: found 8, which is 8B, less than any block of KV takes; expected a size above zero "
+            'such as 8GiB; set kv_floor to "8GiB", say',
+        ),
+        ({"idle_after": 0}, ".idle_after: found 0; expected more than zero; set idle_after to 2s, say"),
         (
             {"mode": "Auto"},
             ".mode: found 'Auto'; expected auto or resident; set mode to \"auto\", say",
@@ -508,7 +525,8 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
         (
             "slo.yaml",
             ": found 'slo.yaml'; expected a mapping with the keys policy, host_memory, lanes, retained_layers, "
-            "zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts, compare",
+            "zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts, "
+            "kv_floor, kv_ceiling, idle_after, broker, weight, compare",
         ),
     ],
 )

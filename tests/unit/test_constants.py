@@ -28,7 +28,6 @@ FACTS = {
     "device/cuda_arena.py": {"GRANULARITY_BYTES"},
     "device/cuda_driver.py": {"_BATCH_SINCE", "_IN_STREAM_ORDER", "_PORTABLE_AND_MAPPED"},
     "device/host_memory.py": {"_LAYER_ALIGNMENT_BYTES"},
-    "device/elastic_mmap_arena.py": {"HUGE_PAGE_BYTES"},
     "device/libc.py": {
         "_MAP_FIXED",
         "_MAP_NORESERVE",
@@ -36,6 +35,7 @@ FACTS = {
         "_MADV_HUGEPAGE",
         "_MADV_NOHUGEPAGE",
         "_FAILED",
+        "HUGE_PAGE_BYTES",
     },
     "device/mmap_arena.py": {"PAGE_BYTES"},
     "kernels/block_copy.py": {"_WORD_TYPES"},

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from layerkv.core.geometry import KVGeometry
+from layerkv.core.segments import SegmentPlan
 from layerkv.core.transfer import BlockRun, StepPlan
 from layerkv.device.store_watch import host_blocks
 
@@ -70,7 +71,15 @@ class CheckedWorker:
     Lane-zone blocks are overwritten after each step, as other layers would; memory nobody wrote is poisoned.
     """
 
-    def __init__(self, geometry: KVGeometry, num_host_blocks: int, *, fetch_steps: int, gets_all_tokens: bool) -> None:
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        num_host_blocks: int,
+        *,
+        fetch_steps: int,
+        gets_all_tokens: bool,
+        segments: SegmentPlan | None = None,
+    ) -> None:
         """``gets_all_tokens``: a request that was not in the last step has its tokens from the scheduler, as in vLLM's
         worker under asynchronous scheduling.
 
@@ -85,6 +94,13 @@ class CheckedWorker:
         self._known: dict[str, _Known] = {}
         self._fetching: list[tuple[int, str, tuple[BlockRun, ...], bool]] = []  # (steps left, ...)
         self._background: list[BlockRun] = []
+        self._segments = segments
+        self.mapped = np.ones(geometry.total_blocks, bool)
+        self._answers: list[tuple[int, int, bool]] = []  # (steps left, segment, could not be mapped)
+        self.answer_steps = 1
+        self.fail_maps = False
+        if segments is not None:
+            self.mapped[segments.num_mapped * segments.layout.segment_blocks : geometry.pool_blocks] = False
 
     def run(
         self, scheduled: Any, *, fail_hits: bool = False, fail_zone_hits: bool = False, fail_fetches: bool = False
@@ -96,6 +112,9 @@ class CheckedWorker:
 
         plan: StepPlan = scheduled.kv_connector_metadata.plan
         invalid: set[int] = set()
+        for segment in plan.moves.maps:
+            if not self.fail_maps:
+                self._set_mapped(segment, is_mapped=True)
         if plan.settle:
             self.end_background_stores()
         self._background += plan.ahead
@@ -107,6 +126,9 @@ class CheckedWorker:
             self._fetching.append((self._fetch_steps, fetch.request_id, fetch.runs, fail_fetches))
         sampled = self._compute(scheduled)
         self._store(plan.stores)
+        for segment in plan.moves.unmaps:
+            self.end_background_stores()
+            self._set_mapped(segment, is_mapped=False)
         self.device[self._first_zone_block :] = POISON  # the lanes have held other layers since
         self._fetching = [(left - 1, *rest) for left, *rest in self._fetching]
         arrived = [fetch for fetch in self._fetching if fetch[0] <= 0]
@@ -119,6 +141,9 @@ class CheckedWorker:
         if fail_zone_hits and plan.zone_hits:  # a worker tells of all that its layers wanted to load
             unloaded = frozenset(host_blocks((*plan.loads, *plan.zone_hits)))
             received.kv_connector_worker_meta = FailedCopies(unloaded=unloaded)
+        if plan.moves or self._answers:
+            assert received.kv_connector_worker_meta is None
+            received.kv_connector_worker_meta = self._take_answers(plan)
         names = list(sampled)
         return ModelRunnerOutput(
             req_ids=names,
@@ -126,6 +151,23 @@ class CheckedWorker:
             sampled_token_ids=list(sampled.values()),
             kv_connector_output=None if received.is_empty() else received,
         )
+
+    def _set_mapped(self, segment: int, *, is_mapped: bool) -> None:
+        assert self._segments is not None
+        blocks = self._segments.layout.blocks(segment)
+        assert not is_mapped or not self.mapped[blocks].any(), "mapped twice"
+        self.mapped[blocks] = is_mapped
+        self.device[blocks] = POISON
+
+    def _take_answers(self, plan: StepPlan) -> Any:
+        from layerkv.vllm_plugin.segment_answers import SegmentAnswer, SegmentAnswers
+
+        self._answers += [(self.answer_steps, segment, self.fail_maps) for segment in plan.moves.maps]
+        self._answers += [(self.answer_steps, segment, False) for segment in plan.moves.unmaps]
+        self._answers = [(left - 1, segment, has_failed) for left, segment, has_failed in self._answers]
+        ended = [SegmentAnswer(segment, 0, has_failed) for left, segment, has_failed in self._answers if left <= 0]
+        self._answers = [entry for entry in self._answers if entry[0] > 0]
+        return SegmentAnswers(tuple(ended)) if ended else None
 
     def end_background_stores(self) -> None:
         """Those that were planned so far."""
@@ -158,6 +200,7 @@ class CheckedWorker:
         sampled: dict[str, list[int]] = {}
         for name, num_tokens in scheduled.num_scheduled_tokens.items():
             known, start = self._known[name], starts[name]
+            assert self.mapped[known.block_ids].all(), f"{name} computes in memory that is not there"
             kv = self.device[known.block_ids].reshape(-1)[: start + num_tokens].copy()
             for position in range(start, start + num_tokens):
                 kv[position] = _kv_of(kv[:position], known.tokens[position])
@@ -171,12 +214,14 @@ class CheckedWorker:
 
     def _store(self, runs: Iterable[BlockRun]) -> None:
         for device, host, length in runs:
+            assert self.mapped[device : device + length].all(), "memory is stored that is not there"
             self.host[host : host + length] = self.device[device : device + length]
 
     def _load(self, runs: Sequence[BlockRun], failed: set[int] | None) -> None:
         if not host_blocks(runs).isdisjoint(host_blocks(self._background)):
             self.end_background_stores()
         for device, host, length in runs:
+            assert self.mapped[device : device + length].all(), "loaded into memory that is not there"
             self.device[device : device + length] = POISON if failed is not None else self.host[host : host + length]
             if failed is not None:
                 failed.update(range(device, device + length))

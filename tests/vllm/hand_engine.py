@@ -80,7 +80,8 @@ class HandEngine:
         )
         self.scheduler.defer_block_free = ahead  # by hand: the CPU platform turns asynchronous scheduling off
         self.ledger = self.scheduler.connector.scheduler_side.ledger
-        assert self.ledger.geometry.pool_blocks == pool_blocks + 1
+        sizes = self.scheduler.connector.scheduler_side.sizes
+        assert sizes is not None or self.ledger.geometry.pool_blocks == pool_blocks + 1
         hash_fn = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_fn)
         controller = self.scheduler._controller
@@ -100,7 +101,11 @@ class HandEngine:
         self.requests: dict[str, Any] = {}
         self.tokens: dict[str, list[int]] = {}
         self.worker = CheckedWorker(
-            self.ledger.geometry, self.ledger.host.count, fetch_steps=fetch_steps, gets_all_tokens=ahead
+            self.ledger.geometry,
+            self.ledger.host.count,
+            fetch_steps=fetch_steps,
+            gets_all_tokens=ahead,
+            segments=None if sizes is None else sizes.plan,
         )
 
     # What clients do -----------------------------------------------------------------------------------------
@@ -297,7 +302,9 @@ def configs(
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
+    from layerkv.vllm_plugin.elastic_setup import elastic_sizes
     from layerkv.vllm_plugin.host_memory import WorkerMemory
+    from layerkv.vllm_plugin.setup import engine_config, geometry_request
     from layerkv.vllm_plugin.spec import LayerKVSpec
     from tests.vllm.engines_in_turn import flag
 
@@ -314,8 +321,12 @@ def configs(
         kv_transfer_config=flag(**extra),
         **{**defaults, **engine_args},
     ).create_engine_config()
-    config.cache_config.num_gpu_blocks = num_blocks = pool_blocks + 1 + ZONE_BLOCKS  # with vLLM's null block
-    return config, KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(layers, LayerKVSpec.of(full, WorkerMemory.here()))])
+    spec, num_blocks = LayerKVSpec.of(full, WorkerMemory.here()), pool_blocks + 1 + ZONE_BLOCKS  # with the null block
+    if (ours := engine_config(config)).is_elastic:
+        sizes = elastic_sizes(config, ours, geometry_request(config, ours, spec, len(layers)))
+        spec, num_blocks = replace(spec, segments=sizes.plan), sizes.geometry.total_blocks
+    config.cache_config.num_gpu_blocks = num_blocks
+    return config, KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(layers, spec)])
 
 
 def _ids(verdicts: Iterable[Any]) -> Iterable[str]:

@@ -5,7 +5,8 @@ processed, as under asynchronous scheduling), fail_every (make fetches fail), fa
 layer fail: stores and loads of layered prefill, parks, stores ahead, fetches and prefixes alike),
 reset_while_fetching (as soon as a fetch is under way, once in each mix: pause at once and give all KV up),
 seed_every (each n-th request is sampled, with a seed of its own),
-pause_step (let what has begun come to its end before that step goes on).
+pause_step (let what has begun come to its end before that step goes on),
+shake_pool (a pool that grows and shrinks may hold another number of segments every third step, drawn by this seed).
 
 OUT: for each mix the tokens of each request, and what the books say after the mix: everything given back or not, and
 how often each move was made.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import random
 import sys
 import traceback
 from collections import deque
@@ -45,7 +47,48 @@ def build(spec: dict[str, Any]) -> Any:
         fail_fetches(spec["fail_every"])
     if spec.get("fail_copies_every"):
         fail_copies(spec["fail_copies_every"])
+    if spec.get("shake_pool") is not None:
+        shake_pool(engine.engine_core.engine_core.scheduler, spec["shake_pool"])
     return engine
+
+
+class ShakenShare:
+    """What an engine may hold: at least its floor, and often less than it holds."""
+
+    def __init__(self, seed: int, floor: int, ceiling: int, held: int) -> None:
+        self._random = random.Random(seed)
+        self._floor, self._ceiling = floor, ceiling
+        self._held = self._allowed = held
+        self._num_looks = 0
+        self.num_left = 0
+
+    def limit(self) -> int:
+        self._num_looks += 1
+        if self._num_looks % 3 == 0:
+            self._allowed = self._random.randint(self._floor, self._ceiling)
+        return self._allowed
+
+    def try_hold(self, num_segments: int) -> bool:
+        if num_segments > max(self._held, self._allowed):
+            return False
+        self.num_left += max(self._held - num_segments, 0)
+        self._held = num_segments
+        return True
+
+    def ask(self, **asked: Any) -> None:
+        """Nobody listens."""
+
+    def could_not_get(self, num_segments: int) -> None:
+        raise AssertionError("there is memory for all")
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+def shake_pool(scheduler: Any, seed: int) -> None:
+    sizes = scheduler.connector.scheduler_side.sizes
+    held = scheduler._elastic.num_held
+    scheduler._elastic._share = ShakenShare(seed, sizes.floor, sizes.plan.layout.num_segments, held)
 
 
 def fail_copies(every: int) -> None:
@@ -207,6 +250,9 @@ def books(engine: Any, scheduler: Any) -> dict[str, Any]:
             }
             | {"pauses": scheduler.num_pauses},
         }
+    if isinstance(share := getattr(getattr(scheduler, "_elastic", None), "_share", None), ShakenShare):
+        scheduler._elastic.check()
+        found["moves"]["segments_left"] = share.num_left
     return found
 
 

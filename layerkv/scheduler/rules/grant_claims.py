@@ -25,7 +25,7 @@ def grant_claims(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
         for claim in claims:
             draft.wait(claim, Reason.BEHIND_RANK, draft.pool_closed_for)
         return
-    if not now.out_of_reach and draft.fits_nobody(claims):
+    if not now.out_of_reach and _fit_nowhere(now, draft, claims):
         draft.wait_for_pool(claims, now.next_in_pool)
         return
     for i, claim in enumerate(claims):
@@ -41,3 +41,11 @@ def grant_claims(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> None:
             for behind in claims[i + 1 :]:
                 draft.wait(behind, Reason.BEHIND_OVERDUE, draft.lacks(claim.request_id))
             return
+
+
+def _fit_nowhere(now: Outlook, draft: Draft, claims: Sequence[Claim]) -> bool:
+    """Whether it is plain that each of these finds a slot, and none of them room: mostly so with a full pool."""
+    s = now.s
+    if not claims or s.lines.hits or s.load.num_paused or draft.slots <= 0:
+        return False
+    return min([claim.num_blocks for claim in claims]) + draft.headroom > draft.pool

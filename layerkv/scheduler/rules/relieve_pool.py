@@ -20,14 +20,16 @@ def relieve_pool(now: Outlook, draft: Draft) -> None:
     deficit = growth - s.engine.free_blocks
     if deficit <= 0:
         return
-    for num_victims, (r, reason) in enumerate(_leavers(now, draft)):
-        if deficit <= 0 or num_victims + 1 >= max(s.load.num_resident, 2):
+    deficit -= sum(map(draft.blocks_to_free, draft.vacated))
+    least_left = 1 if s.pool_blocks >= s.shape.pool_blocks else 0  # of a pool that has shrunk, the last leaves too
+    for num_victims, (r, reason) in enumerate(_leavers(now, draft), start=len(draft.vacated)):
+        if deficit <= 0 or num_victims + least_left >= max(s.load.num_resident, 1 + least_left):
             break  # the last resident goes on, unless it fills the pool
         if reason is Reason.POOL_SHORT:
             draft.park_resident(r, reason)
         else:
             draft.give_up_resident(r, reason)
-        deficit -= r.num_blocks
+        deficit -= draft.blocks_to_free(r)
 
 
 def _leavers(now: Outlook, draft: Draft) -> Iterator[tuple[ResidentRequest, Reason]]:
@@ -39,6 +41,8 @@ def _leavers(now: Outlook, draft: Draft) -> Iterator[tuple[ResidentRequest, Reas
     s = now.s
     without_room: list[ResidentRequest] = []
     for r in now.victims:
+        if r in draft.vacated:
+            continue
         if r.num_blocks >= s.shape.pool_blocks:  # with its next block it could never be fetched
             if not s.engine.is_paused:
                 yield r, Reason.LONGER_THAN_POOL

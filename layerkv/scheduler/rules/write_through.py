@@ -20,7 +20,7 @@ def write_through(now: Outlook, draft: Draft) -> None:
     s = now.s
     if not s.can_store_ahead or s.cost is None or draft.is_closed or s.load.num_resident < 2:
         return
-    if draft.pool * 2 > s.shape.pool_blocks:
+    if draft.pool * 2 > s.pool_blocks:
         return
     block_s = max(seconds_per_byte(s.cost.profile.store) * s.shape.block_bytes, 1e-9)
     blocks = max(int(LINK_SHARE * now.limits.look_steps * now.step_s / block_s), 1)

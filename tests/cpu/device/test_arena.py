@@ -15,13 +15,13 @@ from layerkv.core.segments import SegmentLayout
 from layerkv.device import libc, mmap_arena
 from layerkv.device.allocation import ArenaAllocation
 from layerkv.device.base import Arena
-from layerkv.device.cuda_arena import CudaArena, CudaMapping
+from layerkv.device.cuda_arena import CudaArena
 from layerkv.device.cuda_driver import CudaDriver
 from layerkv.device.elastic_mmap_arena import ElasticMmapArena
 from layerkv.device.host_memory import MmapHostMemory
 from layerkv.device.mmap_arena import MmapArena
 from layerkv.errors import IncompatibleVLLMError
-from tests.fakes.cuda_bindings import FakeBindings
+from tests.fakes.cuda_bindings import FakeBindings, over_own_memory
 
 BIG = 1 << 27
 SHAPES = [  # layers, lanes, retained layers
@@ -82,13 +82,6 @@ def make_arena(kind: str, geometry: KVGeometry, bindings: FakeBindings | None = 
     if kind == "elastic":
         return ElasticMmapArena(geometry, SegmentLayout(geometry.pool_blocks, 1), num_mapped=1)
     return CudaArena(geometry, CudaDriver(0, bindings or FakeBindings()), as_tensor=over_own_memory)
-
-
-def over_own_memory(mapping: CudaMapping) -> torch.Tensor:
-    """What torch makes of `__cuda_array_interface__` on a GPU: a tensor that keeps the mapping alive."""
-    view = (ctypes.c_int8 * mapping.num_bytes).from_address(mapping.address)
-    view.mapping = mapping  # type: ignore[attr-defined]
-    return torch.frombuffer(view, dtype=torch.int8)
 
 
 def pages(arena: Arena) -> torch.Tensor:

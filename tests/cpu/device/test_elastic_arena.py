@@ -4,6 +4,14 @@ from __future__ import annotations
 
 import gc
 import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,20 +21,64 @@ from layerkv.core.segments import SegmentLayout
 from layerkv.device import libc
 from layerkv.device.base import ElasticArena
 from layerkv.device.copy_event import CopyEvent
+from layerkv.device.cuda_driver import CudaDriver
+from layerkv.device.elastic_cuda_arena import ElasticCudaArena
 from layerkv.device.elastic_mmap_arena import ElasticMmapArena
 from layerkv.errors import LostCopyError, TransferError
+from tests.fakes.cuda_bindings import FakeBindings, over_own_memory
+from tests.fakes.cuda_streams import FakeCuda
+from tests.fakes.workers import CudaGate
 
 WAIT_S = 60.0
 MIB = 1 << 20
 SMALL, HUGE = 4096, 2 * MIB
 
 
-def make_arena(page_bytes: int, *, num_segments: int = 4, num_mapped: int = 4) -> ElasticMmapArena:
+def geometry_of(page_bytes: int, num_segments: int) -> KVGeometry:
     """Two blocks to a segment, three layers, a zone of two blocks that all share."""
-    geometry = KVGeometry(
+    return KVGeometry(
         num_layers=3, page_bytes=page_bytes, block_tokens=16, pool_blocks=2 * num_segments, zone_blocks=2, lanes=1
     )
-    return ElasticMmapArena(geometry, SegmentLayout(2, num_segments), num_mapped=num_mapped)
+
+
+def make_arena(
+    page_bytes: int, *, num_segments: int = 4, num_mapped: int = 4, guards: bool = False
+) -> ElasticMmapArena:
+    geometry = geometry_of(page_bytes, num_segments)
+    return ElasticMmapArena(geometry, SegmentLayout(2, num_segments), num_mapped=num_mapped, guards=guards)
+
+
+@dataclass
+class Kit:
+    """An arena of some kind, with what its tests need beside it."""
+
+    arena: ElasticArena
+    gate: Callable[[], Any]
+    """An event that ends when a test says so."""
+    held_bytes: Callable[[], int]
+    """Memory behind the range, as the kernel or the driver counts it."""
+    bindings: FakeBindings | None = None
+
+
+KINDS = ("small pages", "huge pages", "guards", "cuda")
+
+
+def make_kit(kind: str, *, num_segments: int = 4, num_mapped: int = 4, **refusals: int) -> Kit:
+    """An arena of that kind; the CUDA one over a driver whose device memory is memory of this process."""
+    if kind != "cuda":
+        page_bytes = HUGE if kind == "huge pages" else SMALL
+        arena = make_arena(page_bytes, num_segments=num_segments, num_mapped=num_mapped, guards=kind == "guards")
+        return Kit(arena, CopyEvent, partial(resident_bytes, arena))
+    cuda, bindings = FakeCuda(0), FakeBindings(refusals=refusals)
+    elastic = ElasticCudaArena(
+        geometry_of(MIB, num_segments),
+        SegmentLayout(2, num_segments),
+        CudaDriver(0, bindings),
+        num_mapped=num_mapped,
+        as_tensor=over_own_memory,
+        cuda=cuda,
+    )
+    return Kit(elastic, partial(CudaGate, cuda), lambda: bindings.mapped_bytes, bindings)
 
 
 def pieces(arena: ElasticArena) -> torch.Tensor:
@@ -70,16 +122,17 @@ def resident_bytes(arena: ElasticArena) -> int:
     return total
 
 
-@pytest.mark.parametrize("page_bytes", [SMALL, HUGE])
-def test_what_is_unmapped_is_free_and_what_comes_back_is_zero(page_bytes: int) -> None:
-    arena = make_arena(page_bytes)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_unmapped_is_free_and_what_comes_back_is_zero(kind: str) -> None:
+    kit = make_kit(kind)
+    arena, page_bytes = kit.arena, kit.arena.geometry.page_bytes
     address = arena.tensor().data_ptr()
     kv = pieces(arena)
     kv[:] = 7
     arena.tensor()[-page_bytes:] = 5
-    before = resident_bytes(arena)
+    before = kit.held_bytes()
     assert ended(arena.unmap([1, 3]))
-    assert before - resident_bytes(arena) == 2 * 3 * 2 * page_bytes
+    assert before - kit.held_bytes() == 2 * 3 * 2 * page_bytes
     map_now(arena, 1)
     assert not kv[:, 1].any()
     assert (kv[:, 0] == 7).all()
@@ -88,21 +141,24 @@ def test_what_is_unmapped_is_free_and_what_comes_back_is_zero(page_bytes: int) -
     assert arena.tensor().data_ptr() == address
 
 
-@pytest.mark.parametrize("page_bytes", [SMALL, HUGE])
-def test_segments_without_memory_take_none_at_first(page_bytes: int) -> None:
-    arena = make_arena(page_bytes, num_segments=8, num_mapped=2)
-    assert resident_bytes(arena) <= 3 * 2 * 2 * page_bytes
-    map_now(arena, 5)
-    kv = pieces(arena)
+@pytest.mark.parametrize("kind", KINDS)
+def test_segments_without_memory_take_none_at_first(kind: str) -> None:
+    kit = make_kit(kind, num_segments=8, num_mapped=2)
+    page_bytes = kit.arena.geometry.page_bytes
+    assert kit.held_bytes() <= 3 * 3 * 2 * page_bytes, "two segments and the zone, which is mapped three times"
+    map_now(kit.arena, 5)
+    kv = pieces(kit.arena)
+    assert not kv[:, 5].any()
     kv[:, 5] = 1
-    assert resident_bytes(arena) <= 3 * 3 * 2 * page_bytes
+    assert kit.held_bytes() <= 4 * 3 * 2 * page_bytes
 
 
-def test_nothing_is_unmapped_before_what_reads_it_has_ended() -> None:
-    arena = make_arena(SMALL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_unmapped_before_what_reads_it_has_ended(kind: str) -> None:
+    kit = make_kit(kind)
+    arena, store = kit.arena, kit.gate()
     kv = pieces(arena)
     kv[:] = 7
-    store = CopyEvent()
     event = arena.unmap([2], after=[store])
     other = arena.unmap([3])
     assert not event.is_done()
@@ -111,8 +167,55 @@ def test_nothing_is_unmapped_before_what_reads_it_has_ended() -> None:
     assert not again.is_done(), "a late unmap would wipe new KV"
     store.end(TransferError("it has failed, and has ended"))
     assert all(map(ended, (event, other, again)))
+    assert event.error is None
     arena.map([2])
     assert not kv[:, 2].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_segment_without_memory_can_be_unmapped_which_does_nothing(kind: str) -> None:
+    """Where one rank could not map it, all give it back."""
+    kit = make_kit(kind, num_mapped=2)
+    before = kit.held_bytes()
+    event = kit.arena.unmap([3])
+    assert ended(event)
+    assert event.error is None
+    assert kit.held_bytes() == before
+    map_now(kit.arena, 3)
+    assert not pieces(kit.arena)[:, 3].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_prepared_and_is_not_wanted_any_more_is_given_back(kind: str) -> None:
+    kit = make_kit(kind, num_mapped=2)
+    assert ended(kit.arena.prepare_map([3]))
+    assert ended(kit.arena.unmap([3]))
+    map_now(kit.arena, 3)
+    assert not pieces(kit.arena)[:, 3].any()
+
+
+@pytest.mark.parametrize("kind", ["small pages", "cuda"])
+def test_hundreds_of_moves_leave_every_byte_where_it_belongs(kind: str) -> None:
+    kit, rng = make_kit(kind, num_segments=6, num_mapped=6), random.Random(0)
+    kv = pieces(kit.arena)
+    written = dict.fromkeys(range(6), 0)
+    for move in range(10_000 if kind == "small pages" else 300):
+        segment = rng.randrange(1, 6)
+        if segment not in written:
+            map_now(kit.arena, segment)
+            assert not kv[:, segment].any(), "old bytes"
+            written[segment] = 0
+        elif rng.random() < 0.5:
+            del written[segment]
+            kit.arena.unmap([segment])
+        else:
+            written[segment] = move % 100 + 1
+            kv[:, segment] = written[segment]
+        other = rng.choice(list(written))
+        assert (kv[:, other] == written[other]).all()
+
+
+# The CPU's --------------------------------------------------------------------------------------------------------
 
 
 def test_a_copy_that_is_lost_may_still_write_so_its_segment_is_not_given_back() -> None:
@@ -183,21 +286,64 @@ def test_the_thread_ends_with_its_arena() -> None:
     assert not thread.is_alive()
 
 
-def test_ten_thousand_moves_leave_every_byte_where_it_belongs() -> None:
-    arena, rng = make_arena(SMALL, num_segments=9), random.Random(0)
-    kv = pieces(arena)
-    written = dict.fromkeys(range(9), 0)
-    for move in range(10_000):
-        segment = rng.randrange(1, 9)
-        if segment not in written:
-            map_now(arena, segment)
-            assert not kv[:, segment].any(), "old bytes"
-            written[segment] = 0
-        elif rng.random() < 0.5:
-            del written[segment]
-            arena.unmap([segment])
-        else:
-            written[segment] = move % 100 + 1
-            kv[:, segment] = written[segment]
-        other = rng.choice(list(written))
-        assert (kv[:, other] == written[other]).all()
+@pytest.mark.parametrize(("before", "segment"), [("", 2), ("assert ended(arena.unmap([1]))", 1)])
+def test_a_process_that_reads_a_guarded_segment_is_killed(before: str, segment: int) -> None:
+    program = (
+        "from tests.cpu.device.test_elastic_arena import make_arena, ended, pieces, SMALL\n"
+        "arena = make_arena(SMALL, num_mapped=2, guards=True)\n"
+        f"{before}\n"
+        "print(pieces(arena)[:, 0].sum().item(), flush=True)\n"
+        f"pieces(arena)[:, {segment}].sum().item()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("0\n", -signal.SIGSEGV), done.stderr
+
+
+# CUDA's -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_device_says_so_and_keeps_nothing() -> None:
+    kit = make_kit("cuda", num_mapped=1, cuMemCreate=1 + 3 + 2)  # the zone, a segment, and not all of another
+    before = kit.held_bytes()
+    event = kit.arena.prepare_map([2])
+    assert ended(event)
+    assert isinstance(event.error, MemoryError)
+    assert kit.bindings is not None
+    assert not kit.bindings.handles
+    assert kit.held_bytes() == before
+    map_now(kit.arena, 2)
+
+
+def test_a_mapping_that_the_driver_refuses_is_undone() -> None:
+    kit = make_kit("cuda", num_mapped=1, cuMemMap=3 + 3 + 4)  # the zone, a segment, another, and not all of a third
+    before = kit.held_bytes()
+    assert ended(kit.arena.prepare_map([2, 3]))
+    with pytest.raises(MemoryError):
+        kit.arena.map([2, 3])
+    assert kit.bindings is not None
+    assert not kit.bindings.handles
+    assert kit.held_bytes() == before
+    map_now(kit.arena, 2, 3)
+
+
+def test_device_memory_goes_back_with_the_last_tensor_prepared_segments_too() -> None:
+    kit = make_kit("cuda", num_mapped=2)
+    assert ended(kit.arena.prepare_map([3]))
+    store = kit.gate()
+    event = kit.arena.unmap([1], after=[store])
+    bindings, kit.arena = kit.bindings, None  # type: ignore[assignment]
+    gc.collect()
+    assert bindings is not None
+    assert bindings.reserved, "an order is not carried out yet"
+    store.end()
+    assert ended(event)
+    wait_until(lambda: bindings.holds_nothing)
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    for _ in range(1_000):
+        gc.collect()
+        if is_so():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it does not come to that")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.cpu.device.scenarios import SCENARIOS
-from tests.fakes.torch_model import device_server
+from tests.cpu.device.segment_scenarios import SEGMENT_SCENARIOS
+from tests.fakes.torch_model import device_server, segment_device_server
 
 
 @pytest.mark.parametrize("shape", [(5, 2, 0), (6, 2, 2)], ids=str)
@@ -25,3 +26,11 @@ def test_wrong_kv_is_counted() -> None:
     server.model._kv[1, block] += 1  # type: ignore[attr-defined]
     server.step(a=1)
     assert server.model.num_wrong > 0  # type: ignore[attr-defined]
+
+
+def test_every_layer_reads_right_kv_while_segments_move() -> None:
+    for scenario in SEGMENT_SCENARIOS:
+        server = segment_device_server("cpu", 6, 2, 2, 18)
+        scenario(server)
+        assert server.model.num_checked > 0
+        assert server.model.num_wrong == 0  # type: ignore[attr-defined]

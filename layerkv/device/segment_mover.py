@@ -1,0 +1,121 @@
+"""Carries out on one rank what plans say of segments, and tells what has ended: the scheduler counts on every rank.
+
+One per worker; the thread that runs the model calls it, once at the beginning of a step with moves and once at the end
+of every step. Rules, by the number they have in the docs:
+
+11. a segment has memory before any step uses it: a map is told when it is done, and nobody uses the segment before
+    every rank has told so.
+12. a segment's memory is given back after the compute of all steps before and after every store submitted so far, those
+    in the background and those of the step that says so among them.
+13. a segment that is mapped again is prepared after what is still being given back of it, which would wipe new KV.
+
+No step waits for a move: the device prepares and gives back in the background, however many steps that takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from layerkv.device.base import ElasticArena, Event, of_same_kind
+from layerkv.errors import TransferError
+
+
+class EndedMove(NamedTuple):
+    """This rank's part of a segment's move is over.
+
+    Attributes:
+        segment: The segment.
+        error: Why it could not be mapped: nothing of it has memory here. None after success, and of every unmap.
+    """
+
+    segment: int
+    error: MemoryError | None = None
+
+
+class SegmentMover:
+    """See the module.
+
+    Args:
+        arena: Whose segments move.
+        wait_host: Blocks this thread until an event ends or so many seconds are over (a transfer engine's).
+    """
+
+    def __init__(self, arena: ElasticArena, wait_host: Callable[[Event, float], bool]) -> None:
+        self._arena = arena
+        self._wait_host = wait_host
+        self._arriving: dict[int, Event] = {}
+        self._leaving: dict[int, Event] = {}
+
+    @property
+    def num_under_way(self) -> int:
+        """Moves that were begun and are not told yet."""
+        return len(self._arriving) + len(self._leaving)
+
+    def begin_maps(self, segments: Sequence[int]) -> None:
+        """Get memory for these: before the copies of the step that says so, none of which uses them."""
+        for segment in segments:  # one by one: where one does not fit, another may
+            assert segment not in self._arriving, f"segment {segment} is on its way already"
+            self._arriving[segment] = self._arena.prepare_map([segment])  # rule 13
+
+    def begin_unmaps(self, segments: Sequence[int], after: Callable[[], Sequence[Event]]) -> None:
+        """Give these back when the copies of the step that says so are submitted.
+
+        Args:
+            segments: Nothing in that step uses them, but stores that it begins.
+            after: Tells what they come after (rule 12).
+        """
+        if not segments:
+            return
+        assert self._leaving.keys().isdisjoint(segments), f"segments {segments} leave already"
+        given_back = self._arena.unmap(segments, after=after())
+        self._leaving.update(dict.fromkeys(segments, given_back))
+
+    def take_ended(self, wait_s: float = 0.0) -> list[EndedMove]:
+        """Moves that have ended since the last call; those mapped have memory from now on.
+
+        Args:
+            wait_s: Block that long for the oldest one: for steps without compute, which would only spin.
+
+        Raises:
+            LostCopyError: a copy of a segment that leaves has not ended: its memory is not given back.
+            TransferError: the device does not take a segment's memory back.
+        """
+        if not self.num_under_way:
+            return []
+        if wait_s > 0:
+            self._wait_host(next(iter((*self._arriving.values(), *self._leaving.values()))), wait_s)
+        return [*self._take_mapped(), *self._take_given_back()]
+
+    def _take_mapped(self) -> list[EndedMove]:
+        ended = []
+        for segment, prepared in _take_done(self._arriving):
+            error = prepared.error
+            if error is None:
+                try:
+                    self._arena.map([segment])  # rule 11: told after that
+                except MemoryError as refused:
+                    error = refused
+            if error is not None and not isinstance(error, MemoryError):
+                raise _not_given_back(segment, error) from error
+            ended.append(EndedMove(segment, error))
+        return ended
+
+    def _take_given_back(self) -> list[EndedMove]:
+        ended = []
+        for segment, given_back in _take_done(self._leaving):
+            if (error := given_back.error) is not None:
+                raise _not_given_back(segment, error) from error
+            ended.append(EndedMove(segment))
+        return ended
+
+
+def _take_done(events: dict[int, Event]) -> list[tuple[int, Event]]:
+    done = [(segment, event) for segment, event in events.items() if event.is_done()]
+    for segment, _ in done:
+        del events[segment]
+    return done
+
+
+def _not_given_back(segment: int, error: BaseException) -> TransferError:
+    return of_same_kind(error)(f"the memory of segment {segment} is not given back: {error}")

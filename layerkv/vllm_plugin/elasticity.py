@@ -1,0 +1,314 @@
+"""The pool grows and shrinks: what :mod:`layerkv.scheduler.elastic` chooses before each step is carried out here.
+
+Four books agree at every step: which segments have memory (:class:`~layerkv.core.segments.SegmentTable`), which blocks
+are in service (:class:`~.segment_queue.SegmentQueue`), what the workers are told to do (the step's plan), and what is
+held (:mod:`.memory_share`). Memory is held before workers are told to map it, and until all of them have unmapped it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.interface import PauseState
+
+from layerkv.core.segments import SegmentMoves, SegmentState, SegmentTable
+from layerkv.scheduler.elastic import GROWTH_TOKENS, PoolView, Resize, resize
+from layerkv.vllm_plugin.memory_share import BrokerShare, OwnShare, Share
+from layerkv.vllm_plugin.scheduler_view import SchedulerView
+from layerkv.vllm_plugin.segment_answers import SegmentAnswer
+from layerkv.vllm_plugin.segment_queue import SegmentQueue
+
+if TYPE_CHECKING:
+    from layerkv.scheduler.controller import Controller
+    from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
+    from layerkv.vllm_plugin.spec import LayerKVManager
+
+logger = init_logger(f"vllm.{__name__}")
+
+LOOK_EVERY_S = 0.05
+"""Seconds between two looks at a pool that need not change, and between two words to the broker. Not measured: chosen
+by trials of a prototype (2026-11-22, no result file): looks in every step cost 4 % of the time to the last token."""
+
+IDLE_WAIT_S = 0.005
+"""How long a step waits that has nothing to do while the engine waits to be idle. Not measured: chosen by judgement: a
+request that comes waits as long at most."""
+
+RETRY_S = 1.0
+"""Seconds without growth after memory that may be held was not there. Not measured: chosen by judgement."""
+
+RATE_MEMORY_S = 60.0
+"""How far back tokens count in the rate that the broker is told. Not measured: taken from Prism's KVPR, which is over a
+window of that length."""
+
+
+class Elasticity:
+    """See the module. One per scheduler whose pool has segments."""
+
+    def __init__(
+        self,
+        scheduler: SchedulerView,
+        side: SchedulerSide,
+        manager: LayerKVManager,
+        controller: Controller,
+        share: Share,
+        *,
+        num_ranks: int,
+        idle_after_s: float,
+    ) -> None:
+        assert side.sizes is not None
+        assert manager.segments is not None
+        plan = side.sizes.plan
+        self._scheduler = scheduler
+        self._ledger = side.ledger
+        self._metrics = side.metrics
+        self._manager = manager
+        self._controller = controller
+        self._share = share
+        self._queue: SegmentQueue = manager.segments
+        self._layout = plan.layout
+        self._table = SegmentTable(self._layout.num_segments, num_ranks=num_ranks, num_mapped=plan.num_mapped)
+        self._idle_after_s = idle_after_s
+        self._limit = -1
+        self._busy_s = self._looked_s = self._asked_s = time.monotonic()
+        self._asked: tuple[int, int, int] | None = None
+        self._grows_from_s = -math.inf
+        self._num_tokens = 0
+        self._token_rate = 0.0
+        self.vacating: Mapping[str, int] = {}
+        """Requests with blocks in segments that leave, and how many."""
+        self.is_under_way = False
+        """Whether segments come or go: nothing that was decided stands."""
+
+    @property
+    def pool_blocks(self) -> int:
+        """Pool blocks in service, those in use in segments that leave included, the null block left out."""
+        num_blocks: int = self._scheduler.kv_cache_manager.block_pool.num_gpu_blocks
+        return num_blocks - 1
+
+    @property
+    def num_held(self) -> int:
+        """Segments whose memory nobody else can have."""
+        return self._table.num_held
+
+    # Each step -----------------------------------------------------------------------------------------------
+
+    def before_step(self, now_s: float) -> None:
+        """Before anything is decided: what the pool is in this step. Nothing waits for the broker."""
+        s = self._scheduler
+        has_requests = bool(s.requests)
+        if has_requests:
+            self._busy_s = now_s
+        limit = self._share.limit()
+        if limit == self._limit and not self.is_under_way and now_s - self._looked_s < LOOK_EVERY_S:
+            if has_requests and not self._lacks_blocks(limit):
+                return
+            if not has_requests and now_s - self._busy_s < self._idle_after_s:
+                time.sleep(IDLE_WAIT_S)
+                return
+        self._looked_s, self._limit = now_s, limit
+        view = self._view(limit, now_s)
+        self._carry_out(resize(view), now_s, is_idle=view.is_idle)
+
+    def note_tokens(self, num_tokens: int) -> None:
+        """A step has been scheduled that computes so many."""
+        self._num_tokens += num_tokens
+
+    def take_moves(self) -> SegmentMoves:
+        """What the workers do with the step that is planned now."""
+        return self._table.take_moves()
+
+    def answered(self, answers: Iterable[SegmentAnswer]) -> None:
+        """Ranks have mapped or unmapped segments; what all of them have is in service, or not held any more."""
+        for segment, rank, has_failed in answers:
+            before = self._table.state(segment)
+            state = self._table.answer(segment, rank, has_failed=has_failed)
+            if (before, state) == (SegmentState.ARRIVING, SegmentState.RELEASING):  # all have answered, and one in vain
+                if time.monotonic() >= self._grows_from_s:
+                    logger.warning("memory for a segment of the KV pool was not there; trying again in a while")
+                self._grows_from_s = time.monotonic() + RETRY_S
+                self._share.could_not_get(1)
+            if state is SegmentState.MAPPED:
+                self._queue.restore(segment)
+            elif state is SegmentState.UNMAPPED:
+                may_hold = self._share.try_hold(self._table.num_held)
+                assert may_hold, "less may always be held"
+
+    def has_work(self) -> bool:
+        """Whether the engine must go on stepping without requests: until it holds one segment and has said so."""
+        if self.is_under_way:
+            return True
+        if self._scheduler._pause_state is not PauseState.UNPAUSED:
+            return False
+        return self._table.num_held > 1 or self._asked != (1, 1, 0)
+
+    def close(self) -> None:
+        """The engine ends."""
+        self._share.close()
+
+    def check(self) -> None:
+        """Assert that the books agree (tests call it after every step)."""
+        self._table.check()
+        self._queue.check()
+        out_of_service = {
+            segment
+            for segment in range(self._layout.num_segments)
+            if self._table.state(segment) is not SegmentState.MAPPED
+        }
+        assert out_of_service == self._queue.blocks._withheld.keys()
+        for state in (SegmentState.UNMAPPED, SegmentState.ARRIVING, SegmentState.RELEASING):
+            assert all(self._queue.is_empty(segment) for segment in self._table.all_in(state))
+
+    # What is there -------------------------------------------------------------------------------------------
+
+    def _lacks_blocks(self, limit: int) -> bool:
+        """Whether more blocks would be of use, and may be had."""
+        s, controller = self._scheduler, self._controller
+        waits = controller.waiting or controller.num_parked or s._inflight_prefills
+        if not waits and self._queue.num_free_blocks >= 2 * len(s.running):
+            return False
+        return self._table.num_held < min(limit, self._layout.num_segments)
+
+    def _view(self, limit: int, now_s: float) -> PoolView:
+        s, queue, table = self._scheduler, self._queue, self._table
+        num_used = queue.blocks.num_used
+        free, kept = queue.num_free_blocks, s._inflight_prefill_reserved_blocks() if s._inflight_prefills else 0
+        return PoolView(
+            segment_blocks=self._layout.segment_blocks,
+            ceiling=self._layout.num_segments,
+            limit=limit,
+            in_service=[(each, num_used(each)) for each in table.all_in(SegmentState.MAPPED) if each],
+            leaving=[(each, num_used(each)) for each in table.all_in(SegmentState.LEAVING)],
+            num_arriving=len(table.all_in(SegmentState.ARRIVING)),
+            num_releasing=len(table.all_in(SegmentState.RELEASING)),
+            used_blocks=self.pool_blocks + 1 - free,
+            free_blocks=free,
+            kept_blocks=kept,
+            wanted_blocks=self._wanted_blocks(),
+            parkable_blocks=self._parkable_blocks(),
+            idle_s=0.0 if s.requests else now_s - self._busy_s,
+            idle_after_s=self._idle_after_s,
+        )
+
+    def _wanted_blocks(self) -> int:
+        """Blocks that requests will need beside those they have; no more are counted than there can be."""
+        controller, most = self._controller, self._layout.num_segments * self._layout.segment_blocks
+        tokens = controller.shape.block_tokens
+        wanted = -(-len(self._scheduler.running) * GROWTH_TOKENS // tokens)
+        for line in (controller.waiting, controller.parked):
+            for view in line.views:
+                if wanted >= most:
+                    return most
+                wanted += view.num_blocks
+        for request_id in self._ledger.layered_ids:
+            wanted += -(-self._scheduler.requests[request_id].num_tokens // tokens)
+        return min(wanted, most)
+
+    def _parkable_blocks(self) -> int:
+        """Blocks of running requests that could be parked: no more than host memory has room for."""
+        tracked, blocks_of = self._controller.tracked, self._manager.req_to_blocks
+        layered_ids = self._ledger.layered_ids
+        num_blocks = sum(
+            len(blocks_of[request.request_id])
+            for request in self._scheduler.running
+            if not request.is_prefill_chunk
+            and (its := tracked.get(request.request_id)) is not None
+            and its.can_layer
+            and request.request_id not in layered_ids
+        )
+        return min(num_blocks, self._ledger.host.num_free)
+
+    # What is done --------------------------------------------------------------------------------------------
+
+    def _carry_out(self, decided: Resize, now_s: float, *, is_idle: bool) -> None:
+        table, queue = self._table, self._queue
+        table.leave(decided.leave)
+        for segment in decided.leave:
+            queue.withhold(segment)
+        table.stay(decided.stay)
+        for segment in decided.stay:
+            queue.restore(segment)
+        empty = [segment for segment in table.all_in(SegmentState.LEAVING) if queue.is_empty(segment)]
+        for segment in empty:
+            queue.forget(segment)
+        table.release(empty)
+        if decided.arrive and now_s >= self._grows_from_s:
+            self._grow(decided.arrive)
+        self.vacating = self._blocks_in(set(decided.vacate)) if decided.vacate else {}
+        self.is_under_way = self._is_moving()
+        self._ask(decided, now_s, at_once=is_idle)
+
+    def _grow(self, num_segments: int) -> None:
+        held = self._table.num_held
+        num_new = min(num_segments, self._layout.num_segments - held)
+        if num_new > 0 and self._share.try_hold(held + num_new):
+            self._table.limit = held + num_new
+            self._table.arrive(num_new)
+
+    def _blocks_in(self, segments: set[int]) -> Mapping[str, int]:
+        """How many blocks running requests have there."""
+        found: dict[str, int] = {}
+        size, blocks_of = self._layout.segment_blocks, self._manager.req_to_blocks
+        for request in self._scheduler.running:
+            num_blocks = sum(block.block_id // size in segments for block in blocks_of[request.request_id])
+            if num_blocks:
+                found[request.request_id] = num_blocks
+        return found
+
+    def _is_moving(self) -> bool:
+        under_way = (SegmentState.ARRIVING, SegmentState.LEAVING, SegmentState.RELEASING)
+        return any(self._table.all_in(state) for state in under_way)
+
+    def _ask(self, decided: Resize, now_s: float, *, at_once: bool) -> None:
+        """Tell the broker: of more at once, of less at intervals, and before the engine falls silent."""
+        asks = decided.need, decided.like, decided.can_leave
+        is_more = self._asked is None or decided.need > self._asked[0]
+        if not (is_more or at_once or now_s - self._asked_s >= LOOK_EVERY_S):
+            return
+        if (seconds := now_s - self._asked_s) > 0:
+            share = 1 - math.exp(-seconds / RATE_MEMORY_S)
+            self._token_rate += (self._num_tokens / seconds - self._token_rate) * share
+            self._num_tokens = 0
+        self._asked_s, self._asked = now_s, asks
+        slo = self._controller.policy.classes[self._controller.policy.default_class]
+        self._share.ask(
+            need=decided.need,
+            like=decided.like,
+            can_leave=decided.can_leave,
+            token_rate=self._token_rate,
+            tpot_s=slo.tpot_s if slo.tpot_s < math.inf else 1.0,
+        )
+
+
+def elasticity_for(
+    scheduler: SchedulerView, side: SchedulerSide, manager: LayerKVManager, controller: Controller
+) -> Elasticity | None:
+    """What makes this engine's pool grow and shrink; None where it does neither. Waits for a broker if there is one.
+
+    Raises:
+        BrokerError: the broker does not answer, or has not this engine's floor to give.
+    """
+    sizes, config = side.sizes, side.config
+    if sizes is None:
+        return None
+    num_ranks = scheduler.vllm_config.parallel_config.tensor_parallel_size
+    share: Share = OwnShare(sizes.plan.layout.num_segments)
+    if config.broker is not None:
+        share = BrokerShare(  # all ranks' memory is one machine's
+            Path(config.broker),
+            title=scheduler.vllm_config.model_config.served_model_name or scheduler.vllm_config.model_config.model,
+            segment_bytes=sizes.segment_bytes * num_ranks,
+            zone_bytes=sizes.zone_bytes * num_ranks,
+            floor=sizes.floor,
+            ceiling=sizes.plan.layout.num_segments,
+            held=sizes.plan.num_mapped,
+            token_bytes=max(sizes.geometry.block_bytes // sizes.geometry.block_tokens, 1) * num_ranks,
+            weight=config.weight,
+        )
+    return Elasticity(
+        scheduler, side, manager, controller, share, num_ranks=num_ranks, idle_after_s=config.idle_after_s
+    )

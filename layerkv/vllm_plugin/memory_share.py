@@ -1,0 +1,133 @@
+"""How many segments this engine may hold, and whom it asks: a broker, or nobody."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import uuid
+from pathlib import Path
+from typing import Protocol
+
+from layerkv.broker.client import BrokerClient, Introduction
+from layerkv.broker.messages import Terms
+
+START_TIMEOUT_S = 60.0
+"""How long an engine that starts waits for its floor. Not measured: chosen by judgement: others that must give memory
+up park first, and a broker that is started with it may come a little later."""
+
+
+class Share(Protocol):
+    """What the engine asks before it takes memory, in whole segments. Nothing here waits for anybody."""
+
+    def limit(self) -> int:
+        """Segments that may be held."""
+        ...
+
+    def try_hold(self, num_segments: int) -> bool:
+        """Say how many are held: before more are taken, and after some were given back. Whether that may be."""
+        ...
+
+    def ask(self, *, need: int, like: int, can_leave: int, token_rate: float, tpot_s: float) -> None:
+        """Say what would be of use, see :class:`layerkv.scheduler.elastic.Resize`, and how fast tokens are made."""
+        ...
+
+    def could_not_get(self, num_segments: int) -> None:
+        """Memory that may be held was not there."""
+        ...
+
+    def close(self) -> None:
+        """The engine ends."""
+        ...
+
+
+class OwnShare:
+    """An engine alone: it may grow to its ceiling whenever it needs to."""
+
+    def __init__(self, ceiling: int) -> None:
+        self._ceiling = ceiling
+
+    def limit(self) -> int:
+        return self._ceiling
+
+    def try_hold(self, num_segments: int) -> bool:
+        return num_segments <= self._ceiling
+
+    def ask(self, *, need: int, like: int, can_leave: int, token_rate: float, tpot_s: float) -> None:
+        """Nobody listens."""
+
+    def could_not_get(self, num_segments: int) -> None:
+        """Nobody listens."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class BrokerShare:
+    """What a broker allows. Beside the segments the engine always holds the lane zone, counted in whole segments too.
+
+    Raises:
+        BrokerError: the broker does not answer, has refused this engine, or has not its floor to give within
+            ``timeout_s``.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        title: str,
+        segment_bytes: int,
+        zone_bytes: int,
+        floor: int,
+        ceiling: int,
+        held: int,
+        token_bytes: int,
+        weight: float,
+        timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        self._segment_bytes = segment_bytes
+        self._zone_segments = -(-zone_bytes // segment_bytes)
+        terms = Terms(segment_bytes=segment_bytes, floor=self._bytes(floor), ceiling=self._bytes(ceiling))
+        introduction = Introduction(
+            engine=uuid.uuid4().hex,
+            title=title,
+            pids=_pids(),
+            token_bytes=token_bytes,
+            terms={"device": terms},
+            weight=weight,
+        )
+        self._client = BrokerClient(path, introduction)
+        try:
+            self._client.wait_for(self._bytes(floor), timeout_s)
+            self._client.try_hold(self._bytes(held))
+        except BaseException:
+            self._client.close()
+            raise
+
+    def limit(self) -> int:
+        return self._client.limit() // self._segment_bytes - self._zone_segments
+
+    def try_hold(self, num_segments: int) -> bool:
+        return self._client.try_hold(self._bytes(num_segments))
+
+    def ask(self, *, need: int, like: int, can_leave: int, token_rate: float, tpot_s: float) -> None:
+        self._client.ask(
+            need=self._bytes(need),
+            like=self._bytes(like),
+            can_leave=can_leave * self._segment_bytes,
+            token_rate=token_rate,
+            tpot_s=tpot_s,
+        )
+
+    def could_not_get(self, num_segments: int) -> None:
+        self._client.could_not_get(num_segments * self._segment_bytes)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _bytes(self, num_segments: int) -> int:
+        return (num_segments + self._zone_segments) * self._segment_bytes
+
+
+def _pids() -> tuple[int, ...]:
+    """This process and its workers': the memory is theirs until all of them have ended."""
+    return (os.getpid(), *(child.pid for child in multiprocessing.active_children() if child.pid is not None))

@@ -1,0 +1,62 @@
+"""What workers tell the scheduler of segments that move; failed copies go along, since vLLM has one place for both.
+
+vLLM takes it at the end of every step, those without tokens too, and puts what all ranks say together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
+
+from layerkv.vllm_plugin.failed_copies import FailedCopies
+
+
+class SegmentAnswer(NamedTuple):
+    """A rank has done its part of a segment's move, or could not map it and has nothing of it mapped."""
+
+    segment: int
+    rank: int
+    has_failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentAnswers(KVConnectorWorkerMetadata):
+    """Of one worker or of all, each answer once.
+
+    Attributes:
+        answers: Of moves that have ended since the last report, in the order in which they ended on each rank.
+        failed_copies: What else there is to tell.
+    """
+
+    answers: tuple[SegmentAnswer, ...] = ()
+    failed_copies: FailedCopies = field(default_factory=FailedCopies)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> SegmentAnswers:
+        """Of both, whichever kind the other is."""
+        if isinstance(other, FailedCopies):
+            return SegmentAnswers(self.answers, self.failed_copies.with_those_of(other))
+        assert isinstance(other, SegmentAnswers)
+        failed = self.failed_copies.with_those_of(other.failed_copies)
+        return SegmentAnswers(self.answers + other.answers, failed)
+
+    def __bool__(self) -> bool:
+        return bool(self.answers or self.failed_copies)
+
+
+def worker_report(
+    failed: FailedCopies | None, answers: Iterable[SegmentAnswer]
+) -> FailedCopies | SegmentAnswers | None:
+    """What a worker says at the end of a step; None if there is nothing to say."""
+    if told := tuple(answers):
+        return SegmentAnswers(told, failed or FailedCopies())
+    return failed
+
+
+def failed_copies_in(report: KVConnectorWorkerMetadata | None) -> FailedCopies | None:
+    """Those that the workers have told of; None if they have not."""
+    if isinstance(report, SegmentAnswers):
+        return report.failed_copies or None
+    return report if isinstance(report, FailedCopies) else None

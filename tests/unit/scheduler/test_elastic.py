@@ -1,0 +1,131 @@
+"""Which segments come and go before a step, and who leaves those that go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from layerkv.scheduler.elastic import MOST_LEAVING, PoolView, Resize, resize
+from layerkv.scheduler.policy import decide
+from layerkv.scheduler.reasons import Reason
+from tests.fakes.snapshots import changed, cost, parked, resident, snapshot
+
+BUSY = PoolView(
+    segment_blocks=10,
+    ceiling=40,
+    limit=20,
+    in_service=[(segment, 5) for segment in range(1, 10)],
+    leaving=(),
+    num_arriving=0,
+    num_releasing=0,
+    used_blocks=50,
+    free_blocks=50,
+    kept_blocks=0,
+    wanted_blocks=0,
+    parkable_blocks=0,
+    idle_s=0.0,
+    idle_after_s=2.0,
+)
+
+
+def resized(**changes: Any) -> Resize:
+    return resize(BUSY._replace(**changes))
+
+
+def test_with_blocks_for_all_nothing_moves_whatever_the_limit() -> None:
+    for limit in (10, 20, 40):
+        decided = resized(limit=limit)
+        assert (decided.arrive, decided.leave, decided.stay, decided.vacate) == (0, (), (), ())
+        assert (decided.need, decided.like) == (5, 10), "what is there is of use for caches"
+
+
+@pytest.mark.parametrize(
+    ("changes", "arrive"),
+    [
+        ({"wanted_blocks": 51}, 1),
+        ({"wanted_blocks": 75}, 3),
+        ({"wanted_blocks": 75, "num_arriving": 2}, 1),
+        ({"wanted_blocks": 30, "kept_blocks": 30}, 1),
+        ({"wanted_blocks": 900}, 10),
+        ({"wanted_blocks": 900, "limit": 10}, 0),
+        ({"wanted_blocks": 900, "num_releasing": 8}, 2),
+    ],
+)
+def test_it_grows_by_what_those_who_wait_lack_and_as_the_limit_allows(changes: dict[str, int], arrive: int) -> None:
+    assert resized(**changes).arrive == arrive
+
+
+def test_the_emptiest_leave_first_a_few_in_a_step_and_then_nothing_arrives() -> None:
+    used = [0, 9, 3, 0, 8]
+    segments = list(enumerate(used, start=1))
+    decided = resized(in_service=segments, limit=3, used_blocks=30, free_blocks=30, wanted_blocks=500)
+    assert decided.leave == (4, 1, 3), "of equally empty ones the highest"
+    assert decided.vacate == (3,)
+    assert decided.arrive == 0
+    many = [(segment, 0) for segment in range(1, 30)]
+    assert len(resized(in_service=many, limit=1).leave) == MOST_LEAVING
+
+
+def test_blocks_that_prompts_under_way_count_on_do_not_leave() -> None:
+    assert len(resized(limit=5, kept_blocks=41).leave) == 1
+    assert resized(limit=5, kept_blocks=46).leave == ()
+    assert len(resized(limit=5, kept_blocks=0, free_blocks=0).leave) == 5, "who decodes is parked for want of blocks"
+
+
+def test_what_leaves_stays_if_it_may_the_fullest_first() -> None:
+    leaving = [(10, 2), (11, 7), (12, 4)]
+    decided = resized(leaving=leaving, limit=12)
+    assert decided.stay == (11, 12)
+    assert decided.vacate == (10,)
+    assert resized(leaving=leaving, limit=10).stay == ()
+
+
+def test_an_engine_that_nobody_uses_keeps_one_segment() -> None:
+    empty = {"in_service": [(segment, 0) for segment in range(1, 4)], "used_blocks": 1, "free_blocks": 39}
+    assert resized(**empty, idle_s=1.9).leave == ()
+    decided = resized(**empty, idle_s=2.0)
+    assert len(decided.leave) == 3
+    assert (decided.need, decided.like, decided.can_leave) == (1, 1, 0)
+
+
+def test_what_is_asked_for_is_no_more_than_there_is_and_can_leave_is_of_that() -> None:
+    decided = resized(wanted_blocks=10_000, parkable_blocks=45)
+    assert (decided.need, decided.can_leave) == (40, 4)
+    assert resized(parkable_blocks=10_000).can_leave == 4
+
+
+# Who leaves -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["slo", "fluid"])
+def test_who_has_blocks_in_memory_that_leaves_is_parked(policy: str) -> None:
+    s = snapshot(
+        policy=policy, cost=cost(), resident=[resident("a", 10), resident("b", 10)], num_resident=2, vacating={"a": 4}
+    )
+    decision = decide(s)
+    assert decision.park == ("a",)
+    assert decision.reasons["a"] is Reason.SEGMENT_LEAVES
+    assert decide(changed(s, vacating={})).park == ()
+
+
+def test_without_room_in_host_memory_they_go_on_where_they_are() -> None:
+    s = snapshot(resident=[resident("a", 10), resident("b", 10)], num_resident=2, vacating={"a": 4, "b": 4})
+    decision = decide(changed(s, free_host_blocks=10))
+    assert len(decision.park) == 1
+    assert decision.recompute == ()
+    assert decide(changed(s, free_host_blocks=9)).park == ()
+
+
+def test_while_they_leave_nobody_comes_in_by_that_door() -> None:
+    s = snapshot(resident=[resident("a", 10)], num_resident=1, vacating={"a": 4}, parked=[parked("p", 5)])
+    assert decide(s).fetch == ()
+    assert decide(changed(s, vacating={})).fetch == ("p",)
+
+
+def test_of_a_pool_that_has_shrunk_the_last_leaves_too_when_it_needs_more() -> None:
+    both = {"resident": [resident("a", 10), resident("b", 10)], "num_resident": 2, "growth_blocks": 2, "free_blocks": 0}
+    assert decide(snapshot(**both, vacating={"a": 10})).park == ("a",), "the other is the last one"
+    shrunk = snapshot(**both, vacating={"a": 10}, blocks_in_service=20)
+    assert sorted(decide(shrunk).park) == ["a", "b"], "none of the first one's blocks come free"
+    assert len(decide(changed(shrunk, vacating={"a": 2})).park) == 1, "what others can have of it suffices"

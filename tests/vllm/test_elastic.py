@@ -1,0 +1,218 @@
+"""A pool that grows and shrinks under vLLM's real scheduler: nothing is lost, and nobody uses memory that is not there.
+
+The worker's KV is checked (:mod:`tests.vllm.hand_engine`), and so is every block that it touches.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerkv.scheduler.reasons import Reason
+from tests.vllm.engines_in_turn import prompt
+from tests.vllm.hand_engine import HandEngine
+
+pytestmark = pytest.mark.vllm
+
+BLOCK_BYTES = 6 * 2 * 16 * 2 * 64 * 4
+FLOOR, CEILING = 4, 12  # segments of 5 or 6 blocks
+WAYS = pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
+
+
+class FakeShare:
+    """What a broker would allow, by hand; and what it was told."""
+
+    def __init__(self, limit: int, held: int) -> None:
+        self.allowed, self.held = limit, held
+        self.asked: list[dict[str, Any]] = []
+        self.failed = 0
+
+    def limit(self) -> int:
+        return self.allowed
+
+    def try_hold(self, num_segments: int) -> bool:
+        if num_segments > max(self.held, self.allowed):
+            return False
+        self.held = num_segments
+        return True
+
+    def ask(self, **asked: Any) -> None:
+        self.asked.append(asked)
+
+    def could_not_get(self, num_segments: int) -> None:
+        self.failed += num_segments
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class ElasticEngine(HandEngine):
+    """A hand engine whose pool has segments, and a share that the test changes. Books are checked after every step."""
+
+    def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch, *, extra: Any = None, **engine: Any) -> None:
+        from layerkv.vllm_plugin import elastic_setup
+
+        small = partial(elastic_setup.layout_for_blocks, most_segments=CEILING)
+        monkeypatch.setattr(elastic_setup, "layout_for_blocks", small)
+        sizes = {"kv_floor": f"{36 * BLOCK_BYTES}B", "kv_ceiling": f"{84 * BLOCK_BYTES}B", "zone_tokens": 256}
+        super().__init__(model, extra_config={**sizes, **(extra or {})}, **engine)
+        self.elastic: Any = self.scheduler._elastic
+        self.table, self.queue = self.elastic._table, self.elastic._queue
+        self._num_cheaper = 0
+        self.share = FakeShare(self.table._states.__len__(), self.table.num_held)
+        self.elastic._share = self.share
+        monkeypatch.setattr("layerkv.vllm_plugin.elasticity.time.sleep", lambda _: None)
+
+    @property
+    def lost(self) -> int:
+        """Requests that gave their KV up though nobody decided that it is cheaper to compute it again."""
+        return self.ledger.counters.recomputes - self._num_cheaper
+
+    def _decide(self, *args: Any, **kwargs: Any) -> Any:
+        snapshot, decision = super()._decide(*args, **kwargs)
+        reasons = [decision.reasons[request_id] for request_id in decision.recompute]
+        self._num_cheaper += reasons.count(Reason.RECOMPUTE_CHEAPER)
+        return snapshot, decision
+
+    def process(self) -> dict[str, list[int]]:
+        delivered = super().process()
+        self.elastic.check()
+        assert self.share.held == self.table.num_held
+        num_mapped = int(self.worker.mapped[: self.ledger.geometry.pool_blocks].sum())
+        assert num_mapped <= self.table.num_held * self.queue.layout.segment_blocks
+        return delivered
+
+    def idle(self, seconds: float = 3.0) -> None:
+        """Nobody comes; the engine steps as long as it asks for that."""
+        until_s = self._now_s + seconds
+        while self._now_s < until_s and self.scheduler.has_requests():
+            self.step()
+
+
+@pytest.fixture
+def engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> ElasticEngine:
+    return ElasticEngine(tiny_model, monkeypatch)
+
+
+def test_it_starts_at_its_floor_and_grows_for_who_waits(engine: ElasticEngine) -> None:
+    num_floor = engine.table.num_held
+    assert num_floor < engine.queue.layout.num_segments
+    for i in range(8):
+        engine.add(f"r{i}", prompt(120, seed=i), 40)
+    for _ in range(30):
+        engine.step()
+    assert engine.table.num_held > num_floor
+    engine.run()
+    assert engine.lost == 0
+
+
+@WAYS
+def test_a_lowered_limit_parks_who_is_in_the_way_and_loses_nothing(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    engine = ElasticEngine(tiny_model, monkeypatch, ahead=ahead)
+    for i in range(8):
+        engine.add(f"r{i}", prompt(100, seed=i), 60)
+    for _ in range(40):
+        engine.step()
+    assert engine.table.num_held > FLOOR
+    parks = engine.ledger.counters.parks
+    engine.share.allowed = 3
+    for _ in range(40):
+        engine.step()
+    assert engine.table.num_held == 3
+    assert engine.ledger.counters.parks > parks
+    engine.share.allowed = engine.queue.layout.num_segments
+    engine.run()
+    assert engine.lost == 0
+
+
+@WAYS
+def test_idle_it_gives_back_all_but_one_segment_says_so_and_falls_silent(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    engine = ElasticEngine(tiny_model, monkeypatch, ahead=ahead)
+    for i in range(4):
+        engine.add(f"r{i}", prompt(120, seed=i), 20)
+    while engine.scheduler.requests:
+        engine.step()
+    engine.drain()
+    engine.idle(1.5)
+    assert engine.table.num_held > 1, "it waits to be idle"
+    engine.idle()
+    assert not engine.scheduler.has_requests()
+    assert engine.share.held == 1
+    asked = engine.share.asked[-1]
+    assert (asked["need"], asked["like"], asked["can_leave"]) == (1, 1, 0)
+    engine.add("next", prompt(200, seed=9), 8)
+    while engine.scheduler.requests:
+        engine.step()
+    assert engine.share.held > 1, "the next request grows it again"
+    assert engine.lost == 0
+
+
+def test_memory_that_is_not_there_is_told_once_and_tried_again_later(engine: ElasticEngine) -> None:
+    engine.worker.fail_maps = True
+    for i in range(8):
+        engine.add(f"r{i}", prompt(120, seed=i), 100)
+    num_floor = engine.table.num_held
+    while not engine.share.failed:
+        engine.step()
+    num_failed = engine.share.failed
+    assert num_failed <= CEILING
+    engine.worker.fail_maps = False
+    for _ in range(20):
+        engine.step()
+    assert engine.share.held == num_floor, "all ranks have given it back, and for a while nobody asks"
+    assert engine.share.failed == num_failed
+    for _ in range(120):
+        engine.step()
+    assert engine.table.num_held > num_floor
+    engine.run()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"ahead": True},
+        {"enable_prefix_caching": False},
+        {"host_blocks": 30},
+        {"ahead": True, "fetch_steps": 3, "host_blocks": 60},
+    ],
+    ids=lambda how: "-".join(how) or "plain",
+)
+def test_random_targets_under_random_requests(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], seed: int
+) -> None:
+    chance = random.Random(seed)
+    engine = ElasticEngine(tiny_model, monkeypatch, **how)
+    num_segments, num_held = engine.queue.layout.num_segments, set[int]()
+    shared = prompt(70, seed=99)
+    for i in range(700):
+        if len(engine.scheduler.requests) < 9 and chance.random() < 0.3:
+            begin = shared if chance.random() < 0.4 else []
+            tokens = begin + prompt(chance.randint(1, 130), seed=1000 * seed + i)
+            engine.add(f"r{i}", tokens, chance.randint(1, 50))
+        if engine.scheduler.requests and chance.random() < 0.02:
+            engine.abort(chance.choice(sorted(engine.scheduler.requests)))
+        if chance.random() < 0.2:
+            engine.share.allowed = chance.randint(1, num_segments)
+        if chance.random() < 0.01:
+            engine.idle()
+        engine.worker.answer_steps = chance.randint(1, 4)
+        engine.worker.fail_maps = chance.random() < 0.05
+        engine.step()
+        num_held.add(engine.table.num_held)
+    engine.worker.fail_maps = False
+    engine.share.allowed = num_segments
+    engine.run(3000)
+    assert len(num_held) > num_segments // 2
+    assert engine.ledger.counters.parks > 20
+    if how.get("host_blocks", 200) >= 200:
+        assert engine.lost == 0, "host memory had room for all"

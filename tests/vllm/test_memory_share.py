@@ -1,0 +1,93 @@
+"""An engine's segments under a real broker: whole segments, the zone beside them, and a start that waits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from layerkv.broker.server import Broker
+from layerkv.errors import BrokerError
+
+pytestmark = pytest.mark.vllm
+
+SEGMENT = 100
+WAIT_S = 60.0
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Path]:
+    """One that divides 20 segments."""
+    path, is_over = tmp_path / "broker.sock", threading.Event()
+    its = Broker(path, 20 * SEGMENT)
+    thread = threading.Thread(target=its.run, args=(is_over.is_set,))
+    thread.start()
+    yield path
+    is_over.set()
+    thread.join()
+    its.close()
+
+
+def share(path: Path, *, floor: int = 4, timeout_s: float = WAIT_S) -> Any:
+    """The lane zone takes a segment and a half, which is two."""
+    from layerkv.vllm_plugin.memory_share import BrokerShare
+
+    return BrokerShare(
+        path,
+        title="a model",
+        segment_bytes=SEGMENT,
+        zone_bytes=150,
+        floor=floor,
+        ceiling=30,
+        held=1,
+        token_bytes=1,
+        weight=1.0,
+        timeout_s=timeout_s,
+    )
+
+
+def wait_until(is_so: Callable[[], object]) -> None:
+    waiting = threading.Event()
+    for _ in range(int(WAIT_S / 0.01)):
+        if is_so():
+            return
+        waiting.wait(0.01)
+    raise AssertionError
+
+
+def ask(of: Any, need: int) -> None:
+    of.ask(need=need, like=need, can_leave=0, token_rate=1.0, tpot_s=0.05)
+
+
+def test_it_starts_with_its_floor_and_may_hold_what_it_needs(broker: Path) -> None:
+    engine = share(broker)
+    assert engine.limit() >= 4
+    ask(engine, 30)
+    wait_until(lambda: engine.limit() == 18)  # 20, and 2 of them are the zone
+    assert engine.try_hold(18)
+    assert not engine.try_hold(19)
+    engine.close()
+
+
+def test_of_two_one_gives_what_the_other_needs(broker: Path) -> None:
+    first = share(broker)
+    ask(first, 16)
+    wait_until(lambda: first.limit() >= 16)
+    assert first.try_hold(16)
+    ask(first, 1)
+    assert first.try_hold(1)
+    second = share(broker)
+    ask(second, 12)
+    wait_until(lambda: second.limit() >= 12)
+    first.close()
+    second.close()
+
+
+def test_without_a_broker_or_its_floor_it_does_not_start(broker: Path, tmp_path: Path) -> None:
+    with pytest.raises(BrokerError, match=r"nowhere\.sock does not answer \(start `layerkv broker`\)"):
+        share(tmp_path / "nowhere.sock", timeout_s=0.2)
+    with pytest.raises(BrokerError, match="a floor of 2700 bytes"):
+        share(broker, floor=25)
