@@ -177,9 +177,9 @@ class VirtualEngine(ABC):
         while self.to_come or self.num_under_way:
             assert self.step < max_steps, f"still {self.num_under_way} requests under way after {max_steps} steps"
             self.advance()
-        return self.finished()
+        return self.whole_outcome()
 
-    def finished(self) -> SimOutcome:
+    def whole_outcome(self) -> SimOutcome:
         """What the whole load came to, its requests in order of arrival."""
         self.outcomes.sort(key=lambda outcome: outcome.arrival_s)
         return self.outcome()

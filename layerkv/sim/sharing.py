@@ -217,4 +217,4 @@ class SharedDevice:
             alone = member.is_idle or len(self._members) == 1
             engine.horizon_s = math.inf if alone else engine.now_s + SETTLE_EVERY_S
             engine.advance()
-        return {member.name: member.engine.finished() for member in self._members}
+        return {member.name: member.engine.whole_outcome() for member in self._members}

@@ -82,7 +82,7 @@ def run_arm(
     return SharingRun(
         arm,
         seed,
-        {member.name: member.engine.finished() for member in members},
+        {member.name: member.engine.whole_outcome() for member in members},
         {member.name: member.peak_bytes or member.held_bytes for member in members},
         time.perf_counter() - begun_s,
     )

@@ -22,6 +22,6 @@ def test_results_from_before_a_new_key_of_cases_stay_comparable(name: str) -> No
 
 def test_a_load_that_ends_otherwise_is_another_load() -> None:
     case = load_case(BENCHMARKS / "cases" / "stop_strings.yaml")
-    (point,) = case.points
+    point = case.points[0]
     others = [replace(point, ends=ends) for ends in (None, Ends(("x",), 0.2), Ends(("ay",), 0.2), Ends(("x",), 0.3))]
     assert len({load_digest(replace(case, points=(other,))) for other in (point, *others)}) == 5
