@@ -262,7 +262,9 @@ def _result(bursts: Bursts, runs: Mapping[str, Runs]) -> SharingResult:
         engines=bursts.num_engines,
         burst_requests=bursts.burst_requests,
         capacity_bytes=CAPACITY_BYTES,
-        **by_arm,
+        static_stock=by_arm["static_stock"],
+        static=by_arm["static"],
+        shared=by_arm["shared"],
         ratios=_ratios(runs, by_arm, seeds),
         tokens_equal=all(of_arm == of_arms[0] for of_arms in digests for of_arm in of_arms),
         priorities=allowed_here(),
@@ -299,7 +301,8 @@ def _ratios(
 
 
 def _print(result: SharingResult, console: Console) -> None:
-    title = f"{result.engines} engines, {format_bytes(result.capacity_bytes)} of KV memory, bursts of {result.burst_requests}"
+    size = format_bytes(result.capacity_bytes)
+    title = f"{result.engines} engines, {size} of KV memory, bursts of {result.burst_requests}"
     table = Table("", "engine", "fluid", "TTFT mean", "second token p99", "longest pause p99", "tok/s", title=title)
     for arm in ARMS:
         of_arm: dict[str, Figures] = getattr(result, arm)
