@@ -186,6 +186,17 @@ def _parser() -> argparse.ArgumentParser:
     overhead.add_argument("--rounds", type=int, default=3, metavar="N", help="how often (%(default)s)")
     overhead.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     overhead.set_defaults(run=_overhead)
+    sharing = benchmarks.add_parser(
+        "sharing",
+        help="engines that share their KV memory, beside engines with a part each",
+        description="Bursts that come to one of several engines after the other, on real servers: stock vLLM and "
+        "layerkv with a part of the KV memory each, and layerkv with a broker that gives it to who needs it.",
+    )
+    sharing.add_argument("--engines", type=int, default=2, metavar="N", help="how many (%(default)s)")
+    sharing.add_argument("--burst", type=int, default=12, metavar="N", help="requests of a burst (%(default)s)")
+    sharing.add_argument("--seeds", type=int, default=3, metavar="N", help="how often (%(default)s)")
+    sharing.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    sharing.set_defaults(run=_sharing)
     fidelity = benchmarks.add_parser(
         "fidelity",
         help="the same load on the real CPU engine and in the simulator",
@@ -402,6 +413,17 @@ def _overhead(arguments: argparse.Namespace) -> int | None:
     from layerkv.bench.overhead import run_overhead
 
     return run_overhead(arguments.json, rounds=arguments.rounds, only=arguments.only, model=arguments.model)
+
+
+def _sharing(arguments: argparse.Namespace) -> int:
+    from layerkv.bench.sharing import run_sharing
+
+    return run_sharing(
+        arguments.json,
+        num_engines=arguments.engines,
+        burst_requests=arguments.burst,
+        num_seeds=arguments.seeds,
+    )
 
 
 def _fail(reason: object, *, status: int) -> int:

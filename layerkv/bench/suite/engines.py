@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,12 @@ def serve_command(
     folder: Path,
     cache_server: CacheServer | None = None,
     extra: Sequence[str] = (),
+    connector_options: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """The command line that serves `model` as this engine; its policy file is written to `folder`.
 
-    The engine `lmcache` needs a `cache_server`, and runs in that one's environment.
+    The engine `lmcache` needs a `cache_server`, and runs in that one's environment. `connector_options` are further
+    ones of layerkv's.
     """
     settings = case.settings
     options = [
@@ -89,16 +91,20 @@ def serve_command(
         options.append("--enforce-eager")  # compiling a model of this size takes longer than the load
     if engine == "stock-watermark":
         options += ["--watermark", str(WATERMARK)]
-    connector = _connector(case, engine, folder) if cache_server is None else lmcache_connector(cache_server)
+    connector = (
+        _connector(case, engine, folder, connector_options or {})
+        if cache_server is None
+        else lmcache_connector(cache_server)
+    )
     if connector is not None:
         options += ["--kv-transfer-config", json.dumps(connector)]
     command = vllm_command() if cache_server is None else vllm_command(str(cache_server.lmcache.python))
     return [*command, *options, *settings.options, *extra]
 
 
-def _connector(case: Case, engine: str, folder: Path) -> dict[str, Any] | None:
+def _connector(case: Case, engine: str, folder: Path, more: Mapping[str, Any]) -> dict[str, Any] | None:
     if is_layerkv(engine):
-        return layerkv_connector(**_layerkv_options(case.settings, _policy_path(case, engine, folder)))
+        return layerkv_connector(**_layerkv_options(case.settings, _policy_path(case, engine, folder)), **more)
     if engine == "vllm-cpu-offload":
         return offload_connector(case.settings.host_memory_bytes, on_cpu=is_cpu_build())
     return None

@@ -148,6 +148,7 @@ class Generator:
         )
         gc.collect()
         gc.freeze()  # a collection over all prompts takes as long as a token
+        time.sleep(max(0.0, self._plan.not_before_s - time.monotonic()))
         self._start_s = time.monotonic()
 
         def tick() -> None:

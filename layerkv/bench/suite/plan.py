@@ -25,7 +25,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     `warm_up` are sent one after the other before the start and are not recorded. `kv_memory_bytes` and `block_bytes`
     turn the server's shares and blocks into bytes (None where the size of a block is not known, as of a model that is
     not ours); `tells_host_memory` says whether it has metrics of the latter. `priorities` is how the load generator is
-    to run.
+    to run. The load does not begin before `not_before_s`, by the machine's monotonic clock.
     """
 
     url: str
@@ -38,6 +38,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     block_bytes: int | None
     tells_host_memory: bool = True
     priorities: Priorities = "none"
+    not_before_s: float = 0.0
 
 
 def plan_requests(case: Case, point: Point, seed: int) -> list[PlannedRequest]:
