@@ -139,8 +139,9 @@ def _check(failure: EngineFailure | None, arm: str, engine: int) -> None:
 @contextlib.contextmanager
 def _broker(folder: Path) -> Iterator[Path]:
     socket = folder / "broker.sock"
-    command = [sys.executable, "-m", "layerkv.cli", "broker", "--socket", str(socket)]
-    command += ["--capacity", str(CAPACITY_BYTES)]
+    program = "import sys; from layerkv.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "broker", "--socket", str(socket), "--capacity"]
+    command.append(f"{CAPACITY_BYTES >> 20}MiB")
     with (folder / "broker.log").open("ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
     try:
