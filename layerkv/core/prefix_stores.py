@@ -39,7 +39,7 @@ class PrefixStores:
         if not self._pool_blocks:
             return False
         self._num_idle_steps += 1
-        return self._num_idle_steps >= SETTLE_IDLE_STEPS
+        return self._num_idle_steps >= max(SETTLE_IDLE_STEPS, len(self._pool_blocks))  # a step for each is time enough
 
     def read(self, pool_blocks: Iterable[int]) -> bool:
         """Whether they read any of these."""

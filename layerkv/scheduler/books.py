@@ -102,6 +102,7 @@ class RequestBooks:
         can_pause: bool = True,
     ) -> None:
         """A request has come in and waits."""
+        self.catch_up()  # of one before it with the same id
         prompt_blocks = -(-num_tokens // self.shape.block_tokens)
         self.come_blocks += prompt_blocks
         tracked = self.tracked[request_id] = TrackedRequest(

@@ -67,7 +67,8 @@ def standing(snapshot: Snapshot, decision: Decision, every_steps: int) -> Standi
     if not reasons.isdisjoint(_WAITS_FOR_TOKENS) or (engine.resuming and Reason.LINK_BUSY in reasons):
         return None  # the next step has more of what they wait for
     num_steps = every_steps - engine.step % every_steps
-    if num_steps == every_steps and not decision.store_ahead and spare_blocks >= load.num_resident:
+    looks_far = snapshot.policy == "fluid"  # others act on what is due within ``every_steps`` only
+    if looks_far and num_steps == every_steps and not decision.store_ahead and spare_blocks >= load.num_resident:
         # nobody needs two blocks in so many steps
         most = min(LOOK_S // snapshot.token_s if snapshot.token_s > 0 else 0, snapshot.shape.block_tokens)
         num_steps = max(int(most) // every_steps * every_steps, every_steps)

@@ -6,14 +6,16 @@ does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 MOST_STEPS = 32
 """So many steps are noted together at most: readers' figures are that much behind. Not measured: chosen by judgement.
 """
 MOST_DIFFERENCE_S = 0.05
-"""Steps that differ by more are not noted together: between their tokens, which are taken to come equally far apart, a
-reader's wait would be lost. Not measured: chosen by judgement, half of the shortest wait that is told."""
+"""Steps that differ by more are not noted together, nor is a token that would be taken to come so much sooner or later
+than it did, all being equally far apart: a reader's wait would be lost. Not measured: chosen by judgement, half of the
+shortest wait that is told."""
 LONGEST_RUN_S = 1.6
 """Nor are steps that take longer together: readers' figures would be that much behind. Not measured: chosen by
 judgement."""
@@ -26,6 +28,10 @@ class SteadySteps:
         self.request_ids: set[str] = set()
         self._first_s = self._last_s = 0.0
         self._shortest_s = self._longest_s = 0.0  # from step to step, the one before the first included
+        self._least_every_s, self._most_every_s = (
+            0.0,
+            math.inf,
+        )  # between which no token so far is taken to be elsewhere
         self._num_steps = 0
         self._num_left = 0
 
@@ -38,17 +44,23 @@ class SteadySteps:
         step_s = at_s - self._last_s
         if not self._num_steps:
             self.request_ids, self._first_s = set(request_ids), at_s
+            self._least_every_s, self._most_every_s = 0.0, math.inf
             self._shortest_s = self._longest_s = step_s
         else:
+            run_s = at_s - self._first_s
+            every_s, most_s = run_s / self._num_steps, MOST_DIFFERENCE_S / self._num_steps
             shortest_s, longest_s = min(self._shortest_s, step_s), max(self._longest_s, step_s)
             if (
                 self._num_steps >= MOST_STEPS
                 or longest_s - shortest_s > MOST_DIFFERENCE_S
-                or at_s - self._first_s > LONGEST_RUN_S
+                or not self._least_every_s <= every_s <= self._most_every_s
+                or run_s > LONGEST_RUN_S
                 or len(request_ids) != len(self.request_ids) + self._num_left
             ):
                 return False
             self._shortest_s, self._longest_s = shortest_s, longest_s
+            self._least_every_s = max(self._least_every_s, every_s - most_s)
+            self._most_every_s = min(self._most_every_s, every_s + most_s)
         self._last_s, self._num_left = at_s, 0
         self._num_steps += 1
         return True

@@ -55,6 +55,8 @@ class EngineReader:
         for request in s._inflight_prefills:
             if residency.get(request.request_id) is not Residency.FETCHING:
                 return False
+        if s.kv_holding_waiting and self._held_tokens():
+            return False  # a session's next turn, of which nothing has been computed
         free: int = s.kv_cache_manager.block_pool.get_num_free_blocks()
         if not s._inflight_prefills and controller.is_quiet(len(s.running), free, steps_ahead(s), now_s):
             return True

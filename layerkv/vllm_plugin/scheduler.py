@@ -147,6 +147,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             self._elastic.before_step(time.monotonic())
         if self._pause_state is PauseState.PAUSED_ALL:
             self._manager.stand_aside()
+            self._quiet_work.forget()
             with self._pausing.left_out():
                 output = super().schedule(throttle_prefills)
             self._recovery.scheduled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,11 +113,14 @@ def test_one_that_resumes_runs_by_the_next_step() -> None:
 def test_short_steps_are_looked_at_by_time(
     token_s: float, changes: dict[str, Any], does: dict[str, Any], num_steps: int
 ) -> None:
-    s = snapshot(**{**FULL, "free_blocks": 6, **changes}, token_s=token_s)
+    s = replace(snapshot(**{**FULL, "free_blocks": 6, **changes}, token_s=token_s), policy="fluid")
     assert s.shape.block_tokens == 16
     found = standing(s, Decision(**does), EVERY)
     assert found is not None
     assert found.until_step - s.engine.step == num_steps
+    by_mean = standing(replace(s, policy="slo"), Decision(**does), EVERY)
+    assert by_mean is not None
+    assert by_mean.until_step <= s.engine.step + EVERY, "its rules act on what is due before"
 
 
 def test_an_idle_engine_stands() -> None:

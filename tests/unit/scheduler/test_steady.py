@@ -44,6 +44,21 @@ def test_long_steps_are_noted_together_if_they_are_alike_and_not_for_long() -> N
     assert steady.take() == pytest.approx((1.0, num_steps, step_s))
 
 
+@pytest.mark.parametrize(("slow_s", "fast_s"), [(0.07, 0.025), (0.025, 0.07)])
+def test_no_token_is_noted_much_earlier_or_later_than_it_came(slow_s: float, fast_s: float) -> None:
+    """Each step is like the others, and in all they are not."""
+    steady, at_s = after_a_step_at(1.0 - slow_s), 1.0
+    came: list[float] = []
+    for step_s in [slow_s] * 10 + [fast_s] * 10:
+        if not steady.add({"a"}, at_s):
+            break
+        came.append(at_s)
+        at_s += step_s
+    first_s, num_tokens, every_s = steady.take() or (0.0, 0, 0.0)
+    assert num_tokens == len(came) > 10
+    assert max(abs(first_s + k * every_s - at) for k, at in enumerate(came)) <= MOST_DIFFERENCE_S * (1 + 1e-9)
+
+
 def after_a_step_at(at_s: float) -> SteadySteps:
     steady = SteadySteps()
     assert steady.add({"a", "b"}, at_s)
