@@ -29,8 +29,8 @@ Ray. Each device would be a Ray node of its own, with a resource of its name, an
 
 {commands}
 
-then `serve run MODULE:app`. Engines find their broker by its path: they run on its host, as its user. The floor holds the
-longest request: `max_model_len` says how long that is, and without it the model does.
+then `serve run MODULE:app`. Engines find their broker by its path: they run on its host, as its user. The floor
+holds the longest request: `max_model_len` says how long that is, and without it the model does.
 """
 
 import os
