@@ -11,6 +11,7 @@ from layerkv.place_ray import broker_socket, transfer_config
 from layerkv.sim.fleet_config import Fleet, FleetModel
 
 FIRST_PORT = 8000
+"""Of the servers, one after the other. vLLM's default."""
 
 _RUN = "@RUN@/"
 _BACKGROUND = '& PIDS="$PIDS $!"'
