@@ -142,10 +142,24 @@ def rates(points: Sequence[Point]) -> list[list[str]]:
     return table
 
 
+def overload(points: Sequence[Point]) -> list[list[str]]:
+    """The same three side by side at 2, 4 and 8 per second, in short: who is served, and what it costs."""
+    trio = ("stock", "layerkv", "oracle")
+    table = [["requests per second", "fluid requests", "longest pause, p99", "throughput, of stock's"]]
+    for point, engines in points:
+        if point in ("2", "4", "8"):
+            shares = [f"{median(_values(engines[name], 'fluid')) * 100:.0f} %" for name in trio]
+            pauses = [format_duration(median(_values(engines[name], "longest_pause_s.p99"))) for name in trio]
+            ratios = [_over_stock(engines, name, "output_tokens_per_s") for name in trio]
+            table.append([point, *map(" / ".join, (shares, pauses, ratios))])
+    return table
+
+
 _KINDS: Mapping[str, Callable[[Sequence[Point]], list[list[str]]]] = {
     "streams": streams,
     "classes": classes,
     "rates": rates,
+    "overload": overload,
 }
 
 

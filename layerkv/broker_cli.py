@@ -49,7 +49,8 @@ def run_broker(socket: Path | None, capacity: str, host_capacity: str | None, co
 
 def _size(text: str, flag: str) -> int:
     try:
-        num_bytes = parse_bytes(text)
+        # In a shell everything is text: digits alone are bytes, as a bare number is in a file.
+        num_bytes = parse_bytes(int(text) if text.isascii() and text.isdigit() else text)
     except ValueError as error:
         raise ConfigError(f"{flag}: {error}") from None
     if not num_bytes:

@@ -45,7 +45,7 @@ PolicyName: TypeAlias = Literal["fluid", "slo", "arrival"]
 """How decisions are made: by when each reader runs dry; by slack on the mean; or in order of arrival. The last two
 exist to compare with."""
 
-_LEAST_BARE_BYTES: Final = 1 << 20
+LEAST_BARE_BYTES: Final = 1 << 20
 """A number without a unit below this was meant in another unit than bytes."""
 
 
@@ -431,7 +431,7 @@ def _read_size(key: str, found: str | int | None) -> int | None:
         return None
     where = f"{EXTRA_CONFIG}.{key}"
     size = above_zero(parse_bytes, found, where=where, example="8GiB")
-    if isinstance(found, int) and size < _LEAST_BARE_BYTES:
+    if isinstance(found, int) and size < LEAST_BARE_BYTES:
         problem = (
             f"found {found}, which is {format_bytes(size)}, less than any block of KV takes; expected a size above "
             "zero such as 8GiB"

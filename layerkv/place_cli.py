@@ -1,4 +1,4 @@
-"""`layerkv place`: which models of a fleet stand on which devices, and a Ray Serve application of it."""
+"""`layerkv place`: which models of a fleet stand on which devices, and the commands that start them there."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from layerkv.core.placement import Placement, place
 from layerkv.errors import ConfigError
 from layerkv.place_ray import ray_application
+from layerkv.place_shell import shell_script
 from layerkv.sim.fleet_config import Fleet, load_fleet
 from layerkv.units import format_bytes
 
@@ -22,7 +23,7 @@ SCHEMA = 1
 def run_place(
     fleet_path: Path, *, json_path: Path | None = None, emit: str | None = None, console: Console | None = None
 ) -> int:
-    """Place a fleet, and print where everything stands, or with `emit` the application in place of that.
+    """Place a fleet, and print where everything stands, or with `emit` (`ray`, `shell`) a file that starts it so.
 
     Raises:
         ConfigError: the file is wrong, a model does not fit, or the output cannot be written.
@@ -39,8 +40,8 @@ def run_place(
             json_path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"--json: cannot write {json_path} ({error.strerror}); name another file") from None
-    if emit == "ray":
-        print(ray_application(fleet, placement), end="")
+    if emit is not None:
+        print({"ray": ray_application, "shell": shell_script}[emit](fleet, placement), end="")
     else:
         console.print(_table(fleet, placement))
     return 0
@@ -62,7 +63,7 @@ def placement_report(fleet: Fleet, placement: Placement) -> dict[str, Any]:
         "models": {
             tenant.name: {
                 "devices": list(placement.devices_of[tenant.name]),
-                "weight_bytes": tenant.weight_bytes,
+                "weights_and_activations_bytes": tenant.weight_bytes,
                 "kv_floor_bytes": tenant.floor_bytes,
                 "pressure": tenant.pressure,
                 "shares": tenant.shares,

@@ -1,6 +1,7 @@
-"""A placement as a Ray Serve LLM application: the text of a Python file. Ray is not needed to write it.
+"""A placement as a Ray Serve LLM application: the text of a Python file, to read. Ray is not needed to write it.
 
-Checked against Ray's documentation (2.5x) and by compiling it; it has not been run.
+A sketch: Ray Serve LLM chooses vLLM's executor `ray`, which layerkv refuses. Written after Ray's documentation (2.5x),
+compiled, never run.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ GPU_SHARE = 0.01
 
 _RUN = "@RUN@/"
 _HEAD = '''\
-"""Models that share devices, as `layerkv place --emit ray` placed them. A first draft: it has not been run.
+"""Models that share devices, as `layerkv place --emit ray` placed them.
 
-Each device is a Ray node of its own, with a resource of its name, and has a broker:
+A sketch to read, which cannot start today: in GPU mode Ray Serve LLM chooses vLLM's executor `ray`, and layerkv refuses
+that; on CUDA it refuses broker, kv_floor and kv_ceiling too. `layerkv place --emit shell` has the same engines without
+Ray. Each device would be a Ray node of its own, with a resource of its name, and a broker:
 
 {commands}
 
-then `serve run MODULE:app`. Engines find their broker by its path: they run on its host, as its user.
+then `serve run MODULE:app`. Engines find their broker by its path: they run on its host, as its user. The floor
+holds the longest request: `max_model_len` says how long that is, and without it the model does.
 """
 
 import os
@@ -66,28 +70,38 @@ def _commands(fleet: Fleet, placement: Placement) -> Iterator[str]:
         yield f"    CUDA_VISIBLE_DEVICES={number} ray start --address HEAD --num-gpus 1 --resources {resource}"
         if any(tenant.shares for tenant in placement.tenants_on[device.name]):
             capacity = f"{placement.shared_bytes[device.name]}B"
-            socket = f"$XDG_RUNTIME_DIR/layerkv/{_socket(device.name)}"
+            socket = f"$XDG_RUNTIME_DIR/layerkv/{broker_socket(device.name)}"
             yield f"    layerkv broker --socket {socket} --capacity {capacity}"
 
 
-def _socket(device: str) -> str:
+def broker_socket(device: str) -> str:
+    """Name of the socket of that device's broker."""
     return f"broker-{device}.sock"
 
 
-def _llm_config(model: FleetModel, tenant: Tenant, devices: tuple[str, ...], shared_bytes: int) -> dict[str, Any]:
-    engine: dict[str, Any] = {"tensor_parallel_size": tenant.ranks}
-    transfer: dict[str, Any] = {"kv_connector": CONNECTOR, "kv_role": "kv_both"}
+def transfer_config(
+    model: FleetModel, tenant: Tenant, devices: tuple[str, ...], shared_bytes: int, *, folder: str
+) -> dict[str, Any]:
+    """vLLM's ``kv_transfer_config`` of one replica, its device's broker in `folder`; no options where it shares
+    nothing."""
+    config: dict[str, Any] = {"kv_connector": CONNECTOR, "kv_role": "kv_both"}
     if tenant.shares:
-        options: dict[str, Any] = {
-            "broker": _RUN + _socket(devices[0]),
+        config["kv_connector_extra_config"] = {
+            "broker": folder + broker_socket(devices[0]),
             "kv_floor": f"{model.kv_floor_bytes}B",
             "kv_ceiling": f"{min(model.kv_ceiling_bytes or shared_bytes, shared_bytes)}B",
             "weight": model.weight,
         }
-        transfer["kv_connector_extra_config"] = options
-    else:
+    return config
+
+
+def _llm_config(model: FleetModel, tenant: Tenant, devices: tuple[str, ...], shared_bytes: int) -> dict[str, Any]:
+    engine: dict[str, Any] = {"tensor_parallel_size": tenant.ranks}
+    if model.max_model_len is not None:
+        engine["max_model_len"] = model.max_model_len
+    if not tenant.shares:
         engine["kv_cache_memory_bytes"] = tenant.rank_floor_bytes
-    engine["kv_transfer_config"] = transfer
+    engine["kv_transfer_config"] = transfer_config(model, tenant, devices, shared_bytes, folder=_RUN)
     return {
         "model_loading_config": {"model_id": tenant.name, "model_source": model.source},
         "engine_kwargs": engine,

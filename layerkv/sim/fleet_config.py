@@ -12,13 +12,15 @@ from typing import Annotated, Any, Final, TypeAlias
 import msgspec
 from msgspec import Meta
 
+from layerkv.config import LEAST_BARE_BYTES
 from layerkv.core.placement import Device, Tenant
 from layerkv.core.sharing import token_pressure
+from layerkv.policy_hints import SLOWEST_TPOT_S
 from layerkv.sim.config import read_size
 from layerkv.sim.presets import ACTIVATION_BYTES, DEVICES, MODELS
 from layerkv.sim.workload_config import load_document
 from layerkv.strict_yaml import above_zero, did_you_mean, join_path, read_keys, show, wrong
-from layerkv.units import parse_seconds
+from layerkv.units import format_bytes, format_seconds, parse_seconds
 
 DEFAULT_UTILIZATION: Final = 0.9
 """Share of a device's memory that may be used. Derived: vLLM's ``--gpu-memory-utilization``."""
@@ -35,6 +37,7 @@ class FleetModel:
         kv_floor_bytes: KV memory that each gets whenever it needs that much, over all ranks,
         kv_ceiling_bytes: and the most that it uses; None is all that there is.
         weight: Beside other models.
+        max_model_len: Tokens of the longest request; None is what the model says of itself.
     """
 
     name: str
@@ -43,6 +46,7 @@ class FleetModel:
     kv_floor_bytes: int
     kv_ceiling_bytes: int | None
     weight: float
+    max_model_len: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,9 @@ _Source: TypeAlias = Annotated[
 _Size: TypeAlias = Annotated[str | int | None, Meta(description="a size above zero such as 8GiB", examples=["8GiB"])]
 _NeededSize: TypeAlias = Annotated[str | int, Meta(description="a size above zero such as 2GiB", examples=["2GiB"])]
 _Count: TypeAlias = Annotated[int, Meta(ge=1, le=10_000, description="a whole number, 1 or more", examples=[1])]
+_Length: TypeAlias = Annotated[
+    Annotated[int, Meta(ge=1)] | None, Meta(description="tokens of the longest request, 1 or more", examples=[8192])
+]
 _Use: TypeAlias = Annotated[float, Meta(gt=0, le=1, description="a number above 0 and not above 1", examples=[0.9])]
 _Rate: TypeAlias = Annotated[
     float, Meta(ge=0, le=1e9, description="tokens per second, of prompts and outputs, all replicas", examples=[500])
@@ -104,6 +111,7 @@ class _ModelKeys(msgspec.Struct, frozen=True):
     replicas: _Count = 1
     kv_ceiling: _Size = None
     weight: _Weight = 1.0
+    max_model_len: _Length = None
 
 
 def load_fleet(path: str | Path) -> Fleet:
@@ -125,7 +133,7 @@ def load_fleet(path: str | Path) -> Fleet:
 
 def _devices(raw: Any, *, where: str) -> list[Device]:
     keys = read_keys(raw, _DeviceKeys, where=where)
-    given = read_size(keys.memory, where=f"{where}.memory")
+    given = _read_memory(keys.memory, where=f"{where}.memory")
     if (keys.preset is None) == (given is None):
         found = "neither preset nor memory" if given is None else "both preset and memory"
         raise wrong(where, f"found {found}; expected one of them", "set preset to H100, or memory to 80GiB, say")
@@ -141,7 +149,7 @@ def _devices(raw: Any, *, where: str) -> list[Device]:
 
 def _model(name: str, raw: Any, *, where: str) -> FleetModel:
     keys = read_keys(raw, _ModelKeys, where=where)
-    weights = read_size(keys.weights, where=f"{where}.weights")
+    weights = _read_memory(keys.weights, where=f"{where}.weights")
     token_bytes = read_size(keys.kv_bytes_per_token, where=f"{where}.kv_bytes_per_token")
     if keys.preset is not None:
         if keys.preset not in MODELS:
@@ -155,14 +163,23 @@ def _model(name: str, raw: Any, *, where: str) -> FleetModel:
             raise wrong(f"{where}.{key}", f"found nothing; expected {key} where there is no preset", f"set {key}")
     assert weights is not None
     assert token_bytes is not None
-    floor = read_size(keys.kv_floor, where=f"{where}.kv_floor")
+    floor = _read_memory(keys.kv_floor, where=f"{where}.kv_floor")
     assert floor is not None
-    ceiling = read_size(keys.kv_ceiling, where=f"{where}.kv_ceiling")
+    ceiling = _read_memory(keys.kv_ceiling, where=f"{where}.kv_ceiling")
     if ceiling is not None and ceiling < floor:
         problem = f"found {show(keys.kv_ceiling)}; expected at least kv_floor, {show(keys.kv_floor)}"
         raise wrong(f"{where}.kv_ceiling", problem, "set a larger kv_ceiling, or a smaller kv_floor")
+    if keys.max_model_len is not None and floor < keys.max_model_len * token_bytes:
+        problem = (
+            f"found {show(keys.kv_floor)}; expected at least {format_bytes(keys.max_model_len * token_bytes)}, which a "
+            f"request of max_model_len ({keys.max_model_len}) tokens takes"
+        )
+        raise wrong(f"{where}.kv_floor", problem, "set a larger kv_floor, or a smaller max_model_len")
     tpot_s = above_zero(parse_seconds, keys.tpot, where=f"{where}.tpot", example="100ms")
-    activations = read_size(keys.activations, where=f"{where}.activations") or 0
+    if tpot_s > SLOWEST_TPOT_S:
+        problem = f"found {show(keys.tpot)}; expected at most {format_seconds(SLOWEST_TPOT_S)} for a token"
+        raise wrong(f"{where}.tpot", problem, "set it to 100ms, say")
+    activations = _read_memory(keys.activations, where=f"{where}.activations") or 0
     tenants = tuple(
         Tenant(
             name if keys.replicas == 1 else f"{name}-{i}",
@@ -176,4 +193,12 @@ def _model(name: str, raw: Any, *, where: str) -> FleetModel:
         )
         for i in range(keys.replicas)
     )
-    return FleetModel(name, keys.source or name, tenants, floor, ceiling, keys.weight)
+    return FleetModel(name, keys.source or name, tenants, floor, ceiling, keys.weight, keys.max_model_len)
+
+
+def _read_memory(value: str | int | None, *, where: str) -> int | None:
+    num_bytes = read_size(value, where=where)
+    if isinstance(value, int) and value < LEAST_BARE_BYTES:
+        problem = f"found {value}, which is {format_bytes(value)}; expected a size such as 8GiB"
+        raise wrong(where, problem, f"set {value}GiB, if that is meant")
+    return num_bytes

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +74,14 @@ def test_a_placement_is_printed_and_written(tmp_path: Path, capsys: pytest.Captu
         ({"models__a__preset": "llama"}, "$.models.a.preset: found 'llama'; expected one of"),
         ({"models__a__kv_floor": None}, "$.models.a.kv_floor: found nothing; expected a size"),
         ({"models__a__kv_ceiling": "1MiB"}, "$.models.a.kv_ceiling: found '1MiB'; expected at least kv_floor, '1GiB'"),
+        ({"models__a__kv_floor": 4}, "$.models.a.kv_floor: found 4, which is 4B; expected a size such as 8GiB"),
+        ({"devices__0__memory": 80}, "$.devices[0].memory: found 80, which is 80B; expected a size such as 8GiB"),
+        (
+            {"models__a__max_model_len": 8193},
+            "$.models.a.kv_floor: found '1GiB'; expected at least 1GiB, which a request of max_model_len (8193) tokens",
+        ),
+        ({"models__a__max_model_len": 0}, "$.models.a.max_model_len: found 0; expected tokens of the longest request"),
+        ({"models__a__tpot": 50}, "$.models.a.tpot: found 50; expected at most 10s for a token"),
         ({"models__a__tpot": "0s"}, "$.models.a.tpot: found '0s'; expected more than zero"),
         ({"devices": [{"memory": "9GiB"}, {"memory": "9GiB"}]}, "$.devices: found two devices named gpu"),
     ],
@@ -102,6 +112,8 @@ def test_the_ray_application_is_python_that_names_each_models_broker(
         assert engine["kv_transfer_config"]["kv_connector"] == "LayerKVConnector"
         assert [device for bundle in bundles for device in bundle if device not in ("CPU", "GPU")] == model["devices"]
         assert len(bundles) == engine["tensor_parallel_size"]
+        name = config["model_loading_config"]["model_id"]
+        assert engine.get("max_model_len") == {"chat-0": 16384, "chat-1": 16384, "documents": 32768}.get(name)
         options = engine["kv_transfer_config"].get("kv_connector_extra_config")
         if not model["shares"]:
             assert options is None
@@ -118,6 +130,52 @@ def test_the_ray_application_is_python_that_names_each_models_broker(
             bundle["GPU"] for c in configs for bundle in c["placement_group_config"]["bundles"] if device in bundle
         ]
         assert sum(asked) <= 1
+
+
+def test_the_shell_script_starts_brokers_then_servers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Run it with a broker that only makes its socket, and a server that only takes down its arguments."""
+    out = tmp_path / "placement.json"
+    assert main(["place", str(EXAMPLE), "--emit", "shell", "--json", str(out)]) == 0
+    placement = json.loads(out.read_text())
+    script = tmp_path / "fleet.sh"
+    script.write_text(capsys.readouterr().out)
+    take_down = f"#!{sys.executable}\nimport json, os, socket, sys\nwho = sys.argv[0].rsplit('/', 1)[1]\n"
+    take_down += "if who == 'layerkv':\n    socket.socket(socket.AF_UNIX).bind(sys.argv[3])\n"
+    take_down += "devices = os.environ.get('CUDA_VISIBLE_DEVICES')\n"
+    take_down += f"with open({str(tmp_path / 'taken')!r}, 'a') as f:\n"
+    take_down += "    f.write(json.dumps([who, devices, *sys.argv[1:]]) + '\\n')\n"
+    for name in ("layerkv", "serve"):
+        (tmp_path / name).write_text(take_down)
+        (tmp_path / name).chmod(0o755)
+    run = tmp_path / "a folder" / "layerkv"
+    run.mkdir(parents=True)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SERVE": "serve"}
+    environment["XDG_RUNTIME_DIR"] = str(run.parent)
+    subprocess.run(["/bin/sh", str(script)], check=True, env=environment, timeout=60)
+    taken = [json.loads(line) for line in (tmp_path / "taken").read_text().splitlines()]
+    brokers = {line[4]: line[6] for line in taken if line[0] == "layerkv"}
+    assert brokers == {
+        str(run / f"broker-{name}.sock"): str(device["shared_bytes"]) for name, device in placement["devices"].items()
+    }
+    numbers = {name: str(number) for number, name in enumerate(placement["devices"])}
+    servers = {line[line.index("--served-model-name") + 1]: line for line in taken if line[0] == "serve"}
+    assert servers.keys() == placement["models"].keys()
+    assert len({line[line.index("--port") + 1] for line in servers.values()}) == len(servers)
+    for name, line in servers.items():
+        model = placement["models"][name]
+        assert line[1] == ",".join(numbers[device] for device in model["devices"])
+        options = json.loads(line[line.index("--kv-transfer-config") + 1]).get("kv_connector_extra_config")
+        if model["shares"]:
+            assert options["broker"] in brokers
+            assert parse_bytes(options["kv_floor"]) == model["kv_floor_bytes"]
+        else:
+            assert options is None
+            ranks = int(line[line.index("--tensor-parallel-size") + 1])
+            assert int(line[line.index("--kv-cache-memory-bytes") + 1]) * ranks == model["kv_floor_bytes"]
+    documents = servers["documents"]
+    assert documents[documents.index("--max-model-len") + 1] == "32768"
 
 
 def run_with_a_made_up_ray(text: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:

@@ -52,9 +52,21 @@ def test_it_serves_on_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
         assert process.wait(60) == 0
 
 
+def test_a_plain_number_is_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "broker.sock"
+    program = [sys.executable, "-c", "import sys; from layerkv.cli import main; sys.exit(main(sys.argv[1:]))"]
+    arguments = ["broker", "--socket", str(path), "--capacity", "4294967296", "--host-capacity", "1073741824"]
+    with subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"broker at {path}: 4GiB of device memory and 1GiB of host memory\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
 @pytest.mark.parametrize(("flag", "others"), [("--capacity", []), ("--host-capacity", ["--capacity", "1GiB"])])
 def test_a_wrong_size_is_named(flag: str, others: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["broker", *others, flag, "4 gigs"]) == 2
     assert f"{flag}: found '4 gigs' with the unknown unit" in capsys.readouterr().err
-    assert main(["broker", *others, flag, "0GiB"]) == 2
-    assert f"{flag}: found '0GiB'; expected more than nothing" in capsys.readouterr().err
+    for nothing in ("0GiB", "0"):
+        assert main(["broker", *others, flag, nothing]) == 2
+        assert f"{flag}: found '{nothing}'; expected more than nothing" in capsys.readouterr().err
