@@ -192,7 +192,7 @@ def test_a_pause_ends_though_somebody_is_in_the_way(
 
 
 def test_between_two_turns_a_session_keeps_its_segments_and_the_engine_sleeps(engine: ElasticEngine) -> None:
-    engine.add("session", prompt(150), 4, is_session=True)
+    engine.add("session", prompt(150, seed=0), 4, is_session=True)
     while len(engine.tokens["session"]) < 4:
         engine.step()
     engine.idle(1.5)
@@ -235,7 +235,7 @@ def looks(engine: ElasticEngine, name: str, num_steps: int) -> int:
 
 def test_who_waits_but_not_for_blocks_costs_no_look_in_each_step(engine: ElasticEngine) -> None:
     engine.held = {"waits"}
-    engine.add("waits", prompt(20), 5)
+    engine.add("waits", prompt(20, seed=0), 5)
     engine.add("runs", prompt(20, seed=1), 60)
     for _ in range(5):
         engine.step()
