@@ -218,6 +218,20 @@ def test_idle_engines_that_step_together_do_not_wait(tiny_model: Path, monkeypat
     assert not any(engine.slept)
 
 
+def test_steps_with_tokens_do_not_wait_for_a_move(engine: ElasticEngine) -> None:
+    engine.add("runs", prompt(20, seed=0), 40)
+    for _ in range(5):
+        engine.step()
+    engine.worker.answer_steps = 4
+    engine.share.allowed = FLOOR - 2
+    num_under_way = 0
+    for _ in range(8):
+        engine.step()  # it looks at what workers are told
+        num_under_way += engine.table.is_moving
+    assert num_under_way > 1
+    engine.run()
+
+
 def looks(engine: ElasticEngine, name: str, num_steps: int) -> int:
     """How often so many steps do that."""
     its, num_looks = getattr(engine.elastic, name), 0
