@@ -139,6 +139,11 @@ class SegmentTable:
         """Segments whose memory nobody else can have."""
         return len(self._states) - len(self._in[SegmentState.UNMAPPED])
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether ranks have something to do, or will have with the next plan."""
+        return bool(self._in[SegmentState.ARRIVING] or self._in[SegmentState.RELEASING])
+
     def arrive(self, num_segments: int) -> list[int]:
         """Begin to map up to so many segments, the lowest first: as many as there are and as the limit allows.
 

@@ -24,7 +24,8 @@ class Wish:
         held: Has memory now, what is coming or leaving included.
         need: Requests need it: those that run, wait or are parked.
         like: Would be of use: caches, and what it has mapped.
-        can_leave: Of what is needed and held, what could be given up without losing anything (parked).
+        can_leave: Of what is needed and held, what could be given up without losing anything: free, or of requests that
+            could be parked.
         weight: Its share among others, see :func:`token_pressure`.
     """
 
@@ -54,12 +55,13 @@ def token_pressure(token_rate: float, token_bytes: int, tpot_s: float, weight: f
 def divide(wishes: Mapping[str, Wish], capacity: int) -> dict[str, int]:
     """What each engine should have, in whole segments, together at most ``capacity``.
 
-    First what cannot leave, then floors as far as they are needed, then needs, then likes. Within each a segment at a
-    time goes to whoever has got least by weight; one whose next segment does not fit gets no more.
+    First floors as far as they are needed, then what cannot leave, then needs, then likes. Within each a segment at a
+    time goes to whoever has got least by weight; one whose next segment does not fit gets no more. So an engine may get
+    less than what cannot leave, where others' floors need it: it gives that back as its requests end.
     """
     got = dict.fromkeys(wishes, 0)
     left = capacity
-    for wanted in (_stuck, _entitled, _needed, _liked):
+    for wanted in (_entitled, _stuck, _needed, _liked):
         goals = {engine: wanted(wish) for engine, wish in wishes.items()}
         line = [(got[engine] / wish.weight, engine) for engine, wish in wishes.items() if got[engine] < goals[engine]]
         heapq.heapify(line)
@@ -75,12 +77,12 @@ def divide(wishes: Mapping[str, Wish], capacity: int) -> dict[str, int]:
     return got
 
 
-def _stuck(wish: Wish) -> int:
-    return wish.whole(min(wish.held, wish.need) - wish.can_leave)
-
-
 def _entitled(wish: Wish) -> int:
     return wish.whole(min(wish.floor, wish.need))
+
+
+def _stuck(wish: Wish) -> int:
+    return wish.whole(min(wish.held, wish.need) - wish.can_leave)
 
 
 def _needed(wish: Wish) -> int:

@@ -91,7 +91,7 @@ class Draft:
 
     def __post_init__(self) -> None:
         s = self.now.s
-        self.pool = s.engine.free_blocks - s.engine.reserved_blocks - s.load.growth_blocks
+        self.pool = s.engine.free_blocks - s.engine.reserved_blocks - s.engine.owed_blocks - s.load.growth_blocks
         self.zone = s.engine.free_zone_blocks
         self.host = s.engine.free_host_blocks
         self.slots = s.engine.free_slots

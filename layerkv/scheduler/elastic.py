@@ -82,7 +82,9 @@ class Resize(NamedTuple):
         vacate: Segments that leave and have blocks in use: whose they are should be parked.
         need: Segments that requests need, those that wait and are parked included.
         like: Segments that are of use: besides those needed, what is there, for caches.
-        can_leave: Of those needed and held, what could be given up without losing anything.
+        can_leave: Of those needed and held, what could be given up without losing anything: free blocks, and those of
+            requests that could be parked.
+        owed_blocks: Blocks in service that should be given back and cannot be yet: nobody new may count on them.
     """
 
     arrive: int = 0
@@ -92,18 +94,21 @@ class Resize(NamedTuple):
     need: int = 1
     like: int = 1
     can_leave: int = 0
+    owed_blocks: int = 0
 
 
 def resize(pool: PoolView) -> Resize:
     """Choose what comes and goes before one step."""
     target = 1 if pool.is_idle else max(min(pool.limit, pool.ceiling), 1)
-    leave = _leavers(pool, pool.num_staying - target)
+    excess = max(pool.num_staying - target, 0)
+    leave = _leavers(pool, excess)
     stay = () if leave else _stayers(pool, target - pool.num_staying)
     wanted = _segments(pool.used_blocks + pool.kept_blocks + pool.wanted_blocks, pool.segment_blocks)
     need = max(min(wanted, pool.ceiling), 1)
     leaving = [*(segment for segment, _ in pool.leaving if segment not in stay), *leave]
     num_used = dict((*pool.in_service, *pool.leaving))
     staying = pool.num_staying - len(leave) + len(stay)
+    stuck = max(_segments(pool.used_blocks - pool.parkable_blocks, pool.segment_blocks), 1)
     return Resize(
         arrive=0 if leave or pool.is_idle else _newcomers(pool, target - pool.num_held, len(stay)),
         leave=leave,
@@ -111,22 +116,22 @@ def resize(pool: PoolView) -> Resize:
         vacate=tuple(segment for segment in leaving if num_used[segment]),
         need=need,
         like=max(need, 1 if pool.is_idle else staying),
-        can_leave=max(min(pool.parkable_blocks // pool.segment_blocks, need - 1), 0),
+        can_leave=max(min(pool.num_held, need) - stuck, 0),
+        owed_blocks=(excess - len(leave)) * pool.segment_blocks,
     )
 
 
 def _leavers(pool: PoolView, excess: int) -> tuple[int, ...]:
-    """The emptiest segments, and no free blocks that prompts under way count on: those end within a few steps."""
-    if excess <= 0:
-        return ()
+    """The emptiest segments, and no free blocks that prompts under way count on: a fuller one has fewer of them."""
     chosen: list[int] = []
     spare = pool.free_blocks - pool.kept_blocks
     for segment, num_used in sorted(pool.in_service, key=lambda entry: (entry[1], -entry[0])):
         if len(chosen) >= min(excess, MOST_LEAVING):
             break
-        spare -= pool.segment_blocks - num_used
-        if spare < 0 and pool.kept_blocks:
-            break
+        num_free = pool.segment_blocks - num_used
+        if num_free > spare and pool.kept_blocks:
+            continue
+        spare -= num_free
         chosen.append(segment)
     return tuple(chosen)
 

@@ -97,6 +97,7 @@ class EngineState(NamedTuple):
         blocks_in_service: Pool blocks that are there, the null block left out; None where that never changes (it is
             the shape's).
         vacating: Requests with blocks in memory that the pool gives back, and how many: they do not come free.
+        owed_blocks: Of the free blocks, those that the pool gives back as soon as prompts under way have ended.
     """
 
     step: int
@@ -117,6 +118,7 @@ class EngineState(NamedTuple):
     freeing_zone_blocks: int = 0
     blocks_in_service: int | None = None
     vacating: Mapping[str, int] = {}
+    owed_blocks: int = 0
 
     @property
     def frees_are_deferred(self) -> bool:

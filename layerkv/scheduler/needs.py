@@ -35,6 +35,11 @@ def outgrows_pool(s: Snapshot, w: WaitingRequest) -> bool:
     return layered_blocks(w) > s.shape.pool_blocks
 
 
+def fills_pool(s: Snapshot, r: ResidentRequest) -> bool:
+    """Whether it could never be fetched with a block more, and may come to need one."""
+    return r.num_blocks >= s.shape.pool_blocks and r.num_blocks * s.shape.block_tokens < s.shape.longest_tokens
+
+
 def can_ever_layer(s: Snapshot, w: WaitingRequest) -> bool:
     """Whether an empty zone and empty host memory would take it."""
     num_blocks = layered_blocks(w)

@@ -70,6 +70,9 @@ class Member:
     def wish(self, now_s: float, *, is_weighted: bool = True) -> Wish:
         """What it reports to a broker. Idle, it keeps one segment."""
         engine, block_bytes = self.engine, self.engine.geometry.block_bytes
+        need = max(engine.num_needed(), 1)
+        stuck = max(self._segments(engine.num_used - engine.num_that_could_leave()), 1)
+        can_leave = min(self._segments(engine.num_in_service), self._segments(need)) - stuck
         rate = self._token_rate(now_s)
         token_bytes = block_bytes // engine.geometry.block_tokens
         return Wish(
@@ -77,8 +80,8 @@ class Member:
             floor=self.floor_bytes,
             ceiling=self.ceiling_bytes,
             held=self.held_bytes,
-            need=max(engine.num_needed(), 1) * block_bytes,
-            can_leave=engine.num_that_could_leave() * block_bytes,
+            need=need * block_bytes,
+            can_leave=max(can_leave, 0) * self.segment_bytes,
             weight=token_pressure(rate, token_bytes, self.tpot_s, self.weight) if is_weighted else self.weight,
         )
 

@@ -112,6 +112,7 @@ _SURFACES: tuple[Surface, ...] = (
         "vllm.v1.core.sched.scheduler", "Scheduler._preempt_request", ("request", "timestamp", "drop_stale_output")
     ),
     Surface("vllm.v1.core.sched.scheduler", "Scheduler._inflight_prefill_reserved_blocks"),
+    Surface("vllm.v1.core.sched.scheduler", "Scheduler.get_num_unfinished_requests"),
     Surface("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", ("request_ids", "finished_status")),
     Surface("vllm.v1.core.sched.scheduler", "Scheduler._handle_blocked_waiting_request", ("request",)),
     Surface("vllm.v1.core.kv_cache_manager", "KVCacheManager.evict_blocks", ("block_ids",)),

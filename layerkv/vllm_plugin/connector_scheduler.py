@@ -192,7 +192,7 @@ class SchedulerSide:
             self.ledger.pass_idle_step()
             if self._checks_books:
                 self._check_books()
-            if moves:
+            if self.elastic is not None and self.elastic.is_moving:  # without, workers take the step for one to wait in
                 self.last_plan = StepPlan(num_tokens=output.total_num_scheduled_tokens, moves=moves)
             return self.last_plan
         state = output.kv_connector_block_state

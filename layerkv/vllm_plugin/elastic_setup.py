@@ -31,11 +31,13 @@ class ElasticSizes:
         plan: Its segments, and how many have memory when the engine starts: with a broker the first one only, because
             nobody has been asked by then.
         floor: Segments that the engine gets back whenever it needs them.
+        is_alone: Whether no broker says how much it may hold: it takes what it needs, to its ceiling.
     """
 
     geometry: KVGeometry
     plan: SegmentPlan
     floor: int
+    is_alone: bool
 
     @property
     def floor_blocks(self) -> int:
@@ -44,8 +46,13 @@ class ElasticSizes:
 
     @property
     def geometry_at_floor(self) -> KVGeometry:
-        """The division with the pool at its floor: what must fit limits of memory, since more is others' to give."""
+        """The division with the pool at its floor."""
         return replace(self.geometry, pool_blocks=self.floor_blocks)
+
+    @property
+    def geometry_to_fit(self) -> KVGeometry:
+        """The division that must fit limits of memory: with a broker that at the floor, since more is its to give."""
+        return self.geometry if self.is_alone else self.geometry_at_floor
 
     @property
     def segment_bytes(self) -> int:
@@ -98,8 +105,10 @@ def elastic_sizes(vllm_config: VllmConfig, config: EngineConfig, request: Geomet
         request: As for an engine that is not elastic.
 
     Raises:
-        ConfigError: the ceiling is below the floor, or the floor below the longest request.
+        ConfigError: the ceiling is below the floor, or the floor below the longest request; or as
+            :func:`require_elastic`, which not every way of starting vLLM asks before.
     """
+    require_elastic(vllm_config, config)
     ceiling_bytes = _ceiling_bytes(vllm_config, config)
     request = _aligned(request, ceiling_bytes)
     longest = -(-request.longest_tokens // request.block_tokens) + 1  # vLLM keeps one block as its null block
@@ -126,7 +135,8 @@ def elastic_sizes(vllm_config: VllmConfig, config: EngineConfig, request: Geomet
             f"{_rounded_up(zone_bytes + floor * layout.segment_blocks * at_floor.block_bytes)} or more"
         )
     geometry = replace(at_floor, pool_blocks=layout.num_segments * layout.segment_blocks)
-    return ElasticSizes(geometry, SegmentPlan(layout, floor if config.broker is None else 1), floor)
+    is_alone = config.broker is None
+    return ElasticSizes(geometry, SegmentPlan(layout, floor if is_alone else 1), floor, is_alone)
 
 
 @contextmanager

@@ -75,14 +75,18 @@ class Elasticity:
         self._idle_after_s = idle_after_s
         self._limit = -1
         self._busy_s = self._looked_s = self._asked_s = time.monotonic()
+        self._looked_at = -1  # the version of residencies then
         self._asked: tuple[int, int, int] | None = None
+        self._is_told_idle = False
+        # Idle engines that step together do not wait: others would wait for them.
+        self._idle_wait_s = IDLE_WAIT_S if scheduler.vllm_config.parallel_config.data_parallel_size == 1 else 0.0
         self._grows_from_s = -math.inf
         self._num_tokens = 0
         self._token_rate = 0.0
         self.vacating: Mapping[str, int] = {}
-        """Requests with blocks in segments that leave, and how many."""
-        self.is_under_way = False
-        """Whether segments come or go: nothing that was decided stands."""
+        """Running requests with blocks in segments that leave, and how many."""
+        self.owed_blocks = 0
+        """Free blocks that are given back as soon as prompts under way have ended."""
 
     @property
     def pool_blocks(self) -> int:
@@ -95,22 +99,32 @@ class Elasticity:
         """Segments whose memory nobody else can have."""
         return self._table.num_held
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether workers map or unmap segments, or will with the next plan."""
+        return self._table.is_moving
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether segments come or go, or somebody is in the way: nothing that was decided stands."""
+        return self._table.is_moving or bool(self.vacating)
+
     # Each step -----------------------------------------------------------------------------------------------
 
     def before_step(self, now_s: float) -> None:
         """Before anything is decided: what the pool is in this step. Nothing waits for the broker."""
-        s = self._scheduler
-        has_requests = bool(s.requests)
-        if has_requests:
+        is_busy = self._is_busy()
+        if is_busy:
             self._busy_s = now_s
-        limit = self._share.limit()
-        if limit == self._limit and not self.is_under_way and now_s - self._looked_s < LOOK_EVERY_S:
-            if has_requests and not self._lacks_blocks(limit):
+        limit, moves = self._share.limit(), self._ledger.residency.version
+        is_fresh = limit == self._limit and now_s - self._looked_s < LOOK_EVERY_S
+        if is_fresh and not (self._table.is_moving or self._can_release()):
+            if is_busy and (moves == self._looked_at or not (self.vacating or self._lacks_blocks(limit))):
                 return
-            if not has_requests and now_s - self._busy_s < self._idle_after_s:
-                time.sleep(IDLE_WAIT_S)
+            if not is_busy and now_s - self._busy_s < self._idle_after_s:
+                time.sleep(self._idle_wait_s)
                 return
-        self._looked_s, self._limit = now_s, limit
+        self._looked_s, self._looked_at, self._limit = now_s, moves, limit
         view = self._view(limit, now_s)
         self._carry_out(resize(view), now_s, is_idle=view.is_idle)
 
@@ -139,12 +153,14 @@ class Elasticity:
                 assert may_hold, "less may always be held"
 
     def has_work(self) -> bool:
-        """Whether the engine must go on stepping without requests: until it holds one segment and has said so."""
-        if self.is_under_way:
+        """Whether the engine must go on stepping without requests: until it holds no more than one segment, and those
+        that sessions between two turns have blocks in, and has said so. A paused one only ends what workers have begun:
+        whoever waits for it to be still would wait for ever for blocks that nobody gives up."""
+        if self._table.is_moving:
             return True
         if self._scheduler._pause_state is not PauseState.UNPAUSED:
             return False
-        return self._table.num_held > 1 or self._asked != (1, 1, 0)
+        return len(self._table.all_in(SegmentState.MAPPED)) > 1 or self._can_release() or not self._is_told_idle
 
     def close(self) -> None:
         """The engine ends."""
@@ -164,6 +180,15 @@ class Elasticity:
             assert all(self._queue.is_empty(segment) for segment in self._table.all_in(state))
 
     # What is there -------------------------------------------------------------------------------------------
+
+    def _is_busy(self) -> bool:
+        """Whether it has requests, but for sessions between two turns; a paused engine is not idle."""
+        s = self._scheduler
+        return s._pause_state is not PauseState.UNPAUSED or s.get_num_unfinished_requests() > 0
+
+    def _can_release(self) -> bool:
+        """Whether a segment that leaves has become empty."""
+        return any(map(self._queue.is_empty, self._table.all_in(SegmentState.LEAVING)))
 
     def _lacks_blocks(self, limit: int) -> bool:
         """Whether more blocks would be of use, and may be had."""
@@ -190,7 +215,7 @@ class Elasticity:
             kept_blocks=kept,
             wanted_blocks=self._wanted_blocks(),
             parkable_blocks=self._parkable_blocks(),
-            idle_s=0.0 if s.requests else now_s - self._busy_s,
+            idle_s=now_s - self._busy_s,
             idle_after_s=self._idle_after_s,
         )
 
@@ -239,7 +264,7 @@ class Elasticity:
         if decided.arrive and now_s >= self._grows_from_s:
             self._grow(decided.arrive)
         self.vacating = self._blocks_in(set(decided.vacate)) if decided.vacate else {}
-        self.is_under_way = self._is_moving()
+        self.owed_blocks = decided.owed_blocks
         self._ask(decided, now_s, at_once=is_idle)
 
     def _grow(self, num_segments: int) -> None:
@@ -259,10 +284,6 @@ class Elasticity:
                 found[request.request_id] = num_blocks
         return found
 
-    def _is_moving(self) -> bool:
-        under_way = (SegmentState.ARRIVING, SegmentState.LEAVING, SegmentState.RELEASING)
-        return any(self._table.all_in(state) for state in under_way)
-
     def _ask(self, decided: Resize, now_s: float, *, at_once: bool) -> None:
         """Tell the broker: of more at once, of less at intervals, and before the engine falls silent."""
         asks = decided.need, decided.like, decided.can_leave
@@ -273,6 +294,7 @@ class Elasticity:
             share = 1 - math.exp(-seconds / RATE_MEMORY_S)
             self._token_rate += (self._num_tokens / seconds - self._token_rate) * share
             self._num_tokens = 0
+        self._is_told_idle = at_once or (self._is_told_idle and asks == self._asked)
         self._asked_s, self._asked = now_s, asks
         slo = self._controller.policy.classes[self._controller.policy.default_class]
         self._share.ask(

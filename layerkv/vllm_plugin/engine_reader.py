@@ -92,6 +92,7 @@ class EngineReader:
             freeing_zone_blocks=freeing_zone,
             blocks_in_service=self._side.pool_blocks,
             vacating={} if self._side.elastic is None else self._side.elastic.vacating,
+            owed_blocks=0 if self._side.elastic is None else self._side.elastic.owed_blocks,
         )
 
     def work(self, output: SchedulerOutput, plan: StepPlan | None) -> StepWork:

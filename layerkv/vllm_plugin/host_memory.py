@@ -25,6 +25,7 @@ _DEFAULT_SHARE_OF_REST = 0.5
 judgement."""
 _DEFAULT_FACTOR = 4
 """Host memory is so many times the KV memory. Not measured: chosen by judgement."""
+_KV_MEMORY = "--kv-cache-memory-bytes (on a CPU also VLLM_CPU_KVCACHE_SPACE)"
 _WHERE = "kv_connector_extra_config.host_memory"
 
 
@@ -51,6 +52,7 @@ class MemoryPlan:
         workers: Workers of each (tensor parallelism).
         kv_bytes: KV cache of a worker, if that is in the same memory.
         held_bytes: What else a worker has.
+        kv_setting: What the size of the KV cache comes from.
     """
 
     limit: MemoryLimit
@@ -58,6 +60,7 @@ class MemoryPlan:
     workers: int = 1
     kv_bytes: int = 0
     held_bytes: int = 0
+    kv_setting: str = _KV_MEMORY
 
     @property
     def rest_bytes(self) -> int:
@@ -98,7 +101,7 @@ class MemoryPlan:
         if self.rest_bytes > 0:
             advice.append(f"set host_memory to less than {format_bytes(self.rest_bytes)}")
         if self.kv_bytes:
-            advice.append("set --kv-cache-memory-bytes (on a CPU also VLLM_CPU_KVCACHE_SPACE) to less")
+            advice.append(f"set {self.kv_setting} to less")
         return "".join(parts) + limit + "; " + (", or ".join(advice) or "run it where there is more memory")
 
 
@@ -110,7 +113,12 @@ def require_host_memory(vllm_config: VllmConfig, config: EngineConfig, limit: Me
     """
     if config.host_memory_bytes is not None:
         kv_bytes = vllm_config.cache_config.kv_cache_memory_bytes or 0
-        _plan(vllm_config, limit or memory_limit(), kv_bytes=kv_bytes, held_bytes=0).require(config.host_memory_bytes)
+        if config.broker is not None:
+            kv_bytes = config.kv_floor_bytes or 0
+        elif config.kv_ceiling_bytes is not None:
+            kv_bytes = config.kv_ceiling_bytes
+        plan = _plan(vllm_config, config, limit or memory_limit(), kv_bytes=kv_bytes, held_bytes=0)
+        plan.require(config.host_memory_bytes)
 
 
 def host_blocks_per_worker(
@@ -122,7 +130,7 @@ def host_blocks_per_worker(
         ConfigError: it is more than this process may use, or less than one block.
     """
     kv_bytes = geometry.physical_bytes
-    plan = _plan(vllm_config, memory.limit, kv_bytes=kv_bytes, held_bytes=memory.held_bytes)
+    plan = _plan(vllm_config, config, memory.limit, kv_bytes=kv_bytes, held_bytes=memory.held_bytes)
     if config.host_memory_bytes is not None:
         plan.require(config.host_memory_bytes)
     total = plan.default_bytes(kv_bytes) if config.host_memory_bytes is None else config.host_memory_bytes
@@ -138,12 +146,20 @@ def host_blocks_per_worker(
     )
 
 
-def _plan(vllm_config: VllmConfig, limit: MemoryLimit, *, kv_bytes: int, held_bytes: int) -> MemoryPlan:
+def _plan(
+    vllm_config: VllmConfig, config: EngineConfig, limit: MemoryLimit, *, kv_bytes: int, held_bytes: int
+) -> MemoryPlan:
     parallel = vllm_config.parallel_config
+    kv_setting = _KV_MEMORY
+    if config.broker is not None and config.kv_floor_bytes is not None:
+        kv_setting = "kv_floor"
+    elif config.broker is None and config.kv_ceiling_bytes is not None:
+        kv_setting = "kv_ceiling"
     return MemoryPlan(
         limit,
         engines=max(parallel.data_parallel_size_local, 1),
         workers=parallel.tensor_parallel_size,
         kv_bytes=kv_bytes if vllm_config.device_config.device_type == "cpu" else 0,
         held_bytes=held_bytes,
+        kv_setting=kv_setting,
     )

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Protocol
 
+from vllm.logger import init_logger
+
 from layerkv.broker.client import BrokerClient, Introduction
 from layerkv.broker.messages import Terms
+
+logger = init_logger(f"vllm.{__name__}")
 
 START_TIMEOUT_S = 60.0
 """How long an engine that starts waits for its floor. Not measured: chosen by judgement: others that must give memory
 up park first, and a broker that is started with it may come a little later."""
+
+WANTS_FOR_S = 1.0
+"""So long an engine needs more than it may hold, and has no broker to ask, before it says so. Not measured: chosen by
+judgement: long beside a broker that is started anew."""
 
 
 class Share(Protocol):
@@ -95,6 +104,9 @@ class BrokerShare:
             terms={"device": terms},
             weight=weight,
         )
+        self._path = path
+        self._wants_since_s: float | None = None
+        self._has_told = False
         self._client = BrokerClient(path, introduction)
         try:
             self._client.wait_for(self._bytes(floor), timeout_s)
@@ -117,12 +129,33 @@ class BrokerShare:
             token_rate=token_rate,
             tpot_s=tpot_s,
         )
+        self._tell_if_alone(need)
 
     def could_not_get(self, num_segments: int) -> None:
         self._client.could_not_get(num_segments * self._segment_bytes)
 
     def close(self) -> None:
         self._client.close()
+
+    def _tell_if_alone(self, need: int) -> None:
+        """Once for each time that the broker is away, if requests want memory that only it could give."""
+        if self._client.is_connected:
+            self._has_told = False
+        if self._client.is_connected or need <= self.limit():
+            self._wants_since_s = None
+            return
+        now_s = time.monotonic()
+        if self._wants_since_s is None:
+            self._wants_since_s = now_s
+        elif not self._has_told and now_s - self._wants_since_s >= WANTS_FOR_S:
+            self._has_told = True
+            logger.warning(
+                "requests need %d segments of the KV pool, this engine may hold %d, and the memory broker at %s is "
+                "away: they share what there is until `layerkv broker` runs again",
+                need,
+                self.limit(),
+                self._path,
+            )
 
     def _bytes(self, num_segments: int) -> int:
         return (num_segments + self._zone_segments) * self._segment_bytes

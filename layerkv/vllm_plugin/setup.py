@@ -113,7 +113,7 @@ def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVC
         elastic = elastic_sizes(vllm_config, config, request)
         assert elastic.plan == spec.segments, "scheduler and workers divide the pool alike"
         assert elastic.geometry.total_blocks == kv_cache_config.num_blocks, "vLLM was given the ceiling"
-        host_blocks = host_blocks_per_worker(vllm_config, config, elastic.geometry_at_floor, spec.memory)
+        host_blocks = host_blocks_per_worker(vllm_config, config, elastic.geometry_to_fit, spec.memory)
         return Setup(elastic.geometry, host_blocks, elastic)
     geometry = geometry_for_blocks(request, kv_cache_config.num_blocks)
     require_room_for_one(vllm_config, config, geometry, spec.memory)

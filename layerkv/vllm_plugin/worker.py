@@ -83,14 +83,14 @@ class LayerKVWorkerMixin(_VLLMWorker):
         return geometry.virtual_bytes
 
     def _elastic_virtual_bytes(self) -> int:
-        """Of the ceiling, which no memory stands for yet: what there must be is the floor."""
+        """Of the ceiling, which no memory stands for yet: for vLLM, what there must be is the floor."""
         sizes = self._elastic_sizes()
         with told_kv_bytes(self.vllm_config, sizes.floor_bytes):
             super().determine_available_memory()  # type: ignore[misc]
         assert self._layerkv_specs is not None
         memory = next(iter(self._layerkv_specs.values())).memory
         assert memory is not None
-        host_blocks_per_worker(self.vllm_config, self._layerkv, sizes.geometry_at_floor, memory)
+        host_blocks_per_worker(self.vllm_config, self._layerkv, sizes.geometry_to_fit, memory)
         return sizes.geometry.virtual_bytes
 
     def _elastic_sizes(self) -> ElasticSizes:

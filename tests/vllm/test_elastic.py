@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
+from layerkv.core.segments import SegmentState
 from layerkv.scheduler.reasons import Reason
 from tests.vllm.engines_in_turn import prompt
-from tests.vllm.hand_engine import HandEngine
+from tests.vllm.hand_engine import HandEngine, Step
 
 pytestmark = pytest.mark.vllm
 
@@ -65,7 +66,8 @@ class ElasticEngine(HandEngine):
         self._num_cheaper = 0
         self.share = FakeShare(self.table._states.__len__(), self.table.num_held)
         self.elastic._share = self.share
-        monkeypatch.setattr("layerkv.vllm_plugin.elasticity.time.sleep", lambda _: None)
+        self.slept: list[float] = []
+        monkeypatch.setattr("layerkv.vllm_plugin.elasticity.time.sleep", self.slept.append)
 
     @property
     def lost(self) -> int:
@@ -77,6 +79,13 @@ class ElasticEngine(HandEngine):
         reasons = [decision.reasons[request_id] for request_id in decision.recompute]
         self._num_cheaper += reasons.count(Reason.RECOMPUTE_CHEAPER)
         return snapshot, decision
+
+    def schedule(self) -> Step:
+        step = super().schedule()
+        if self.table.is_moving:
+            told = step.scheduled.kv_connector_metadata.plan.num_tokens
+            assert told == step.scheduled.total_num_scheduled_tokens, "a step with tokens waits for nothing"
+        return step
 
     def process(self) -> dict[str, list[int]]:
         delivered = super().process()
@@ -153,6 +162,113 @@ def test_idle_it_gives_back_all_but_one_segment_says_so_and_falls_silent(
         engine.step()
     assert engine.share.held > 1, "the next request grows it again"
     assert engine.lost == 0
+
+
+@WAYS
+def test_a_pause_ends_though_somebody_is_in_the_way(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    from vllm.v1.core.sched.interface import PauseState
+
+    engine = ElasticEngine(tiny_model, monkeypatch, ahead=ahead)
+    for i in range(8):
+        engine.add(f"r{i}", prompt(100, seed=i), 60)
+    for _ in range(20):
+        engine.step()
+    engine.share.allowed = 3
+    engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    for _ in range(20):
+        engine.step()
+    engine.drain()
+    assert any(not engine.queue.is_empty(each) for each in engine.table.all_in(SegmentState.LEAVING))
+    assert not engine.scheduler.has_requests()
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    for _ in range(40):
+        engine.step()
+    assert engine.table.num_held == 3
+    engine.share.allowed = engine.queue.layout.num_segments
+    engine.run()
+    assert engine.lost == 0
+
+
+def test_between_two_turns_a_session_keeps_its_segments_and_the_engine_sleeps(engine: ElasticEngine) -> None:
+    engine.add("session", prompt(150, seed=0), 4, is_session=True)
+    while len(engine.tokens["session"]) < 4:
+        engine.step()
+    engine.idle(1.5)
+    assert engine.scheduler.has_requests()
+    assert len(engine.slept) > 50, "it waits to be idle"
+    engine.idle()
+    assert not engine.scheduler.has_requests()
+    its = engine.table.all_in(SegmentState.LEAVING)
+    assert its
+    assert not any(map(engine.queue.is_empty, its))
+    assert engine.table.num_held == 1 + len(its)
+    assert engine.share.asked[-1]["need"] >= len(its)
+    engine.abort("session")
+    engine.idle()
+    assert not engine.scheduler.has_requests()
+    assert engine.share.held == 1
+
+
+def test_idle_engines_that_step_together_do_not_wait(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ElasticEngine(tiny_model, monkeypatch, data_parallel_size=2)
+    engine.idle(1.0)
+    assert engine.slept
+    assert not any(engine.slept)
+
+
+def test_steps_with_tokens_do_not_wait_for_a_move(engine: ElasticEngine) -> None:
+    engine.add("runs", prompt(20, seed=0), 40)
+    for _ in range(5):
+        engine.step()
+    engine.worker.answer_steps = 4
+    engine.share.allowed = FLOOR - 2
+    num_under_way = 0
+    for _ in range(8):
+        engine.step()  # it looks at what workers are told
+        num_under_way += engine.table.is_moving
+    assert num_under_way > 1
+    engine.run()
+
+
+def looks(engine: ElasticEngine, name: str, num_steps: int) -> int:
+    """How often so many steps do that."""
+    its, num_looks = getattr(engine.elastic, name), 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal num_looks
+        num_looks += 1
+        return its(*args)
+
+    setattr(engine.elastic, name, counted)
+    for _ in range(num_steps):
+        engine.step()
+    return num_looks
+
+
+def test_who_waits_but_not_for_blocks_costs_no_look_in_each_step(engine: ElasticEngine) -> None:
+    engine.held = {"waits"}
+    engine.add("waits", prompt(20, seed=0), 5)
+    engine.add("runs", prompt(20, seed=1), 60)
+    for _ in range(5):
+        engine.step()
+    assert engine.table.num_held < engine.share.limit()
+    assert looks(engine, "_view", 50) <= 10
+
+
+def test_who_cannot_be_parked_is_not_looked_for_in_each_step(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ElasticEngine(tiny_model, monkeypatch, host_blocks=2)
+    for i in range(5):
+        engine.add(f"r{i}", prompt(33, seed=i), 40)
+    engine.step()
+    engine.share.allowed = 1
+    for _ in range(4):
+        engine.step()
+    assert looks(engine, "_blocks_in", 8) <= 3
+    assert engine.elastic.vacating
+    engine.share.allowed = engine.queue.layout.num_segments
+    engine.run()
 
 
 def test_memory_that_is_not_there_is_told_once_and_tried_again_later(engine: ElasticEngine) -> None:

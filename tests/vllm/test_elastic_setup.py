@@ -73,6 +73,12 @@ def test_with_a_broker_it_begins_with_one_segment_and_has_its_floor_all_the_same
     assert of.floor == sizes(SMALL, kv_floor="4MiB", kv_ceiling="10MiB").floor > 1
 
 
+def test_what_must_fit_the_machine_is_the_ceiling_and_with_a_broker_the_floor() -> None:
+    assert sizes(SMALL, kv_floor="4MiB", kv_ceiling="10MiB").geometry_to_fit.physical_bytes > 9 << 20
+    shared = sizes(SMALL, kv_floor="4MiB", kv_ceiling="10MiB", broker="broker.sock")
+    assert shared.geometry_to_fit.physical_bytes < 5 << 20
+
+
 def test_vllms_own_size_is_a_ceiling() -> None:
     of = sizes(SMALL, {"kv_cache_memory_bytes": 10 << 20}, kv_floor="4MiB")
     assert of == sizes(SMALL, kv_floor="4MiB", kv_ceiling="10MiB")
@@ -113,11 +119,13 @@ def test_the_size_that_an_error_names_is_enough() -> None:
 def test_what_cannot_be_combined_is_refused_by_name(
     config: dict[str, Any], extra: dict[str, Any], message: str
 ) -> None:
-    from layerkv.vllm_plugin.elastic_setup import require_elastic
+    from layerkv.vllm_plugin.elastic_setup import elastic_sizes, require_elastic
 
     settings = EngineConfig.from_extra_config({"kv_ceiling": "10MiB", **extra})
     with pytest.raises(ConfigError, match=message):
         require_elastic(vllm_config(**config), settings)
+    with pytest.raises(ConfigError, match=message):  # where start-up did not pass there
+        elastic_sizes(vllm_config(**config), settings, SMALL)
     require_elastic(vllm_config(**config), EngineConfig.from_extra_config(extra))
 
 

@@ -56,6 +56,14 @@ def test_kv_memory_of_a_cpu_counts_before_anything_is_started(
 
 
 @pytest.mark.usefixtures("group")
+def test_what_an_engine_may_grow_to_counts_and_with_a_broker_what_it_gets_back(small_engine: dict[str, Any]) -> None:
+    message = r"found 1GiB beside 9GiB of KV memory, together 10GiB, but .* has 8GiB of memory; set kv_ceiling to less$"
+    with pytest.raises(ConfigError, match=message):
+        config_of(small_engine, host_memory="1GiB", kv_ceiling="9GiB")
+    config_of(small_engine, host_memory="1GiB", kv_ceiling="9GiB", kv_floor="1GiB", broker="broker.sock")
+
+
+@pytest.mark.usefixtures("group")
 def test_each_engine_of_a_machine_takes_host_memory_of_its_own(small_engine: dict[str, Any]) -> None:
     from layerkv.vllm_plugin.host_memory import require_host_memory
     from layerkv.vllm_plugin.setup import engine_config

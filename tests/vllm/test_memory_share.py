@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -84,6 +85,35 @@ def test_of_two_one_gives_what_the_other_needs(broker: Path) -> None:
     wait_until(lambda: second.limit() >= 12)
     first.close()
     second.close()
+
+
+def test_needs_that_only_a_broker_could_meet_that_is_away_are_told_once(
+    broker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layerkv.vllm_plugin import memory_share
+
+    engine, told, now_s = share(broker), list[tuple[Any, ...]](), 0.0
+    engine.close()
+    engine._client = SimpleNamespace(is_connected=True, limit=lambda: 3 * SEGMENT, ask=lambda **_: None)
+    monkeypatch.setattr(memory_share, "logger", SimpleNamespace(warning=lambda *message: told.append(message)))
+    monkeypatch.setattr(memory_share, "time", SimpleNamespace(monotonic=lambda: now_s))
+    for now_s, is_connected, need, num_told in [
+        (0.0, True, 9, 0),
+        (5.0, False, 9, 0),
+        (5.9, False, 9, 0),
+        (6.0, False, 1, 0),
+        (7.0, False, 9, 0),  # from here
+        (8.1, False, 9, 1),
+        (9.0, False, 1, 1),
+        (10.0, False, 9, 1),
+        (12.0, False, 9, 1),  # of one absence once
+        (13.0, True, 9, 1),
+        (14.0, False, 9, 1),
+        (15.1, False, 9, 2),
+    ]:
+        engine._client.is_connected = is_connected
+        ask(engine, need)
+        assert len(told) == num_told, now_s
 
 
 def test_without_a_broker_or_its_floor_it_does_not_start(broker: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from layerkv.scheduler.draft import Draft
 from layerkv.scheduler.lines import Claim
-from layerkv.scheduler.needs import pool_blocks
+from layerkv.scheduler.needs import fills_pool, pool_blocks
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import ResidentRequest
@@ -42,7 +42,7 @@ def _who_can_wait(now: Outlook, draft: Draft, claim: Claim) -> Sequence[Resident
         has_laxity = r.deadline_s - s.now_s > stay_s + now.fetch_s(r.num_blocks)
         is_lost = r.deadline_s < s.now_s and r.weight < claim.weight
         may_wait = r.rank >= claim.rank and r.steps_resident >= now.limits.min_resident_steps
-        has_room = draft.blocks_to_store(r) <= host and r.num_blocks < s.shape.pool_blocks
+        has_room = draft.blocks_to_store(r) <= host and not fills_pool(s, r)
         if (has_laxity or is_lost) and may_wait and has_room:
             chosen.append(r)
             missing -= r.num_blocks

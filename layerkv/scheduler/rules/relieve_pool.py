@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from layerkv.scheduler.draft import Draft
+from layerkv.scheduler.needs import fills_pool
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import ResidentRequest
@@ -43,7 +44,7 @@ def _leavers(now: Outlook, draft: Draft) -> Iterator[tuple[ResidentRequest, Reas
     for r in now.victims:
         if r in draft.vacated:
             continue
-        if r.num_blocks >= s.shape.pool_blocks:  # with its next block it could never be fetched
+        if fills_pool(s, r):
             if not s.engine.is_paused:
                 yield r, Reason.LONGER_THAN_POOL
         elif not s.engine.is_paused and not r.cannot_recompute and recompute_is_cheaper(s, r, draft.blocks_to_store(r)):

@@ -27,9 +27,10 @@ def test_whoever_makes_more_tokens_in_less_time_gets_more() -> None:
     assert got == {"slow": 10, "fast": 40}
 
 
-def test_what_cannot_be_parked_stays_where_it_is() -> None:
+def test_what_cannot_leave_stays_where_it_is_but_for_floors() -> None:
     full = Wish(1, floor=2, ceiling=20, held=15, need=15, can_leave=3)
-    assert divide({"full": full, "asks": wish(need=15, floor=10)}, 20) == {"full": 12, "asks": 8}
+    assert divide({"full": full, "asks": wish(need=15, floor=5)}, 20) == {"full": 12, "asks": 8}
+    assert divide({"full": full, "asks": wish(need=15, floor=10)}, 20) == {"full": 10, "asks": 10}
 
 
 def test_what_is_no_whole_segment_is_no_use() -> None:

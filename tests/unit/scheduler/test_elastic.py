@@ -9,7 +9,7 @@ import pytest
 from layerkv.scheduler.elastic import MOST_LEAVING, PoolView, Resize, resize
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
-from tests.fakes.snapshots import changed, cost, parked, resident, snapshot
+from tests.fakes.snapshots import admitted, changed, cost, parked, prompt, resident, snapshot
 
 BUSY = PoolView(
     segment_blocks=10,
@@ -73,6 +73,12 @@ def test_blocks_that_prompts_under_way_count_on_do_not_leave() -> None:
     assert len(resized(limit=5, kept_blocks=0, free_blocks=0).leave) == 5, "who decodes is parked for want of blocks"
 
 
+def test_a_fuller_segment_leaves_where_an_emptier_one_must_stay_and_the_rest_is_owed() -> None:
+    decided = resized(in_service=[(1, 0), (2, 8), (3, 9)], limit=1, used_blocks=18, free_blocks=22, kept_blocks=18)
+    assert decided.leave == (2, 3), "with 4 blocks to spare, 2 and 1 leave"
+    assert decided.owed_blocks == 10
+
+
 def test_what_leaves_stays_if_it_may_the_fullest_first() -> None:
     leaving = [(10, 2), (11, 7), (12, 4)]
     decided = resized(leaving=leaving, limit=12)
@@ -89,10 +95,23 @@ def test_an_engine_that_nobody_uses_keeps_one_segment() -> None:
     assert (decided.need, decided.like, decided.can_leave) == (1, 1, 0)
 
 
-def test_what_is_asked_for_is_no_more_than_there_is_and_can_leave_is_of_that() -> None:
-    decided = resized(wanted_blocks=10_000, parkable_blocks=45)
-    assert (decided.need, decided.can_leave) == (40, 4)
-    assert resized(parkable_blocks=10_000).can_leave == 4
+@pytest.mark.parametrize(
+    ("wanted", "parkable", "need", "can_leave"),
+    [
+        (10_000, 0, 40, 5),  # half of what it holds is free, whoever waits for it
+        (10_000, 20, 40, 7),
+        (10_000, 21, 40, 7),  # nobody can have a part of a segment
+        (10_000, 50, 40, 9),
+        (0, 0, 5, 0),
+        (0, 50, 5, 4),
+        (0, 10_000, 5, 4),
+    ],
+)
+def test_free_blocks_and_those_of_who_can_be_parked_can_leave(
+    wanted: int, parkable: int, need: int, can_leave: int
+) -> None:
+    decided = resized(wanted_blocks=wanted, parkable_blocks=parkable)
+    assert (decided.need, decided.can_leave) == (need, can_leave)
 
 
 # Who leaves -----------------------------------------------------------------------------------------------------------
@@ -121,6 +140,15 @@ def test_while_they_leave_nobody_comes_in_by_that_door() -> None:
     s = snapshot(resident=[resident("a", 10)], num_resident=1, vacating={"a": 4}, parked=[parked("p", 5)])
     assert decide(s).fetch == ()
     assert decide(changed(s, vacating={})).fetch == ("p",)
+
+
+def test_nobody_new_counts_on_blocks_that_are_owed() -> None:
+    s = snapshot(cost=cost(), waiting=[prompt("p", 10)], parked=[parked("q", 10)], free_blocks=25)
+    assert decide(s).fetch == ("q",)
+    assert admitted(decide(s)) == [("p", False)]
+    owed = decide(changed(s, owed_blocks=20))
+    assert owed.fetch == ()
+    assert ("p", False) not in admitted(owed)
 
 
 def test_of_a_pool_that_has_shrunk_the_last_leaves_too_when_it_needs_more() -> None:

@@ -10,7 +10,7 @@ from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import LayeredRequest, PrefixHit, StoreAhead
-from tests.fakes.snapshots import HOST, NOW_S, ZONE, admitted, changed, cost, parked, prompt, resident, snapshot
+from tests.fakes.snapshots import BLOCK, HOST, NOW_S, ZONE, admitted, changed, cost, parked, prompt, resident, snapshot
 
 MOST = PolicyLimits().max_overtakes
 
@@ -147,6 +147,14 @@ def test_who_fills_the_pool_is_not_parked_for_it_could_never_be_fetched() -> Non
     assert (decide(paused).park, decide(paused).recompute) == ((), ())
 
 
+def test_who_fills_the_floor_and_needs_no_more_is_parked_from_a_pool_above_it() -> None:
+    residents = [resident("large", 109, num_blocks=40), resident("x", 100)]
+    above = {"pool_blocks": 40, "blocks_in_service": 60, "free_blocks": 0, "growth_blocks": 1}
+    s = snapshot(**above, num_resident=2, resident=residents)
+    assert decide(s).reasons == {"large": Reason.LONGER_THAN_POOL}
+    assert decide(changed(s, longest_tokens=40 * BLOCK)).reasons == {"large": Reason.POOL_SHORT}
+
+
 def test_a_step_that_parks_for_want_of_blocks_lets_nobody_into_the_pool() -> None:
     s = snapshot(
         free_blocks=1,
@@ -220,6 +228,8 @@ def test_room_is_not_made_by_one_who_fills_the_pool() -> None:
     fills = [resident("patient", 105.0, num_blocks=40), resident("other", 100.02)]
     assert decide(snapshot(**{**ROOMY, "resident": fills, "pool_blocks": 41})).park == ("patient",)
     assert decide(snapshot(**{**ROOMY, "resident": fills, "pool_blocks": 40})).park == ()
+    longest = {"pool_blocks": 40, "longest_tokens": 40 * BLOCK}
+    assert decide(snapshot(**{**ROOMY, "resident": fills, **longest})).park == ("patient",), "it needs no more"
 
 
 def test_room_is_made_by_one_who_is_late_anyway_and_weighs_less() -> None:
