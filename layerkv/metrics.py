@@ -84,6 +84,12 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("layerkv_host_blocks_cached", "gauge", "Host blocks that cache prefixes, and give way to requests."),
     MetricSpec("layerkv_host_blocks", "gauge", "Host blocks in all."),
     MetricSpec("layerkv_pool_blocks", "gauge", "Pool blocks in all."),
+    MetricSpec(
+        "layerkv_kv_bytes",
+        "gauge",
+        "Memory of a pool that grows and shrinks, of each worker: held, needed by requests, and what may be held.",
+        "amount",
+    ),
     MetricSpec("layerkv_zone_blocks_used", "gauge", "Lane-zone blocks in use."),
     MetricSpec("layerkv_zone_blocks", "gauge", "Lane-zone blocks in all."),
     MetricSpec("layerkv_admission_wait_seconds", "histogram", "Arrival to first compute.", None, _SECONDS),

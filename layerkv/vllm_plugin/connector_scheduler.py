@@ -258,4 +258,7 @@ class SchedulerSide:
         gauges["layerkv_pool_blocks", None] = self.pool_blocks
         gauges["layerkv_zone_blocks_used", None] = ledger.zone.num_taken
         gauges["layerkv_zone_blocks", None] = self.geometry.zone_blocks
+        if self.elastic is not None and self.sizes is not None:
+            for amount, num_segments in self.elastic.amounts.items():
+                gauges["layerkv_kv_bytes", amount] = num_segments * self.sizes.segment_bytes
         return gauges

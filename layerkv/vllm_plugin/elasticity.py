@@ -100,6 +100,12 @@ class Elasticity:
         return self._table.num_held
 
     @property
+    def amounts(self) -> Mapping[str, int]:
+        """Segments by what they are said to be: held, needed, and the limit of what may be held."""
+        need = 0 if self._asked is None else self._asked[0]
+        return {"held": self._table.num_held, "need": need, "limit": max(self._limit, 0)}
+
+    @property
     def is_moving(self) -> bool:
         """Whether workers map or unmap segments, or will with the next plan."""
         return self._table.is_moving

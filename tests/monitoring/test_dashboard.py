@@ -10,7 +10,7 @@ import pytest
 from tests.monitoring import shipped
 
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
-ROWS = ["First tokens", "Tokens", "KV memory by tier", "Transfers", "Decisions"]
+ROWS = ["First tokens", "Tokens", "KV memory by tier", "Transfers", "Decisions", "Memory that grows and shrinks"]
 COLUMNS = 24
 
 
