@@ -371,6 +371,9 @@ def turns(forks: Forks, small_engine: dict[str, Any], tmp_path_factory: pytest.T
 @pytest.mark.parametrize("name", WORKING)
 def test_an_engine_with_options_that_work_parks_and_gives_stocks_tokens(turns: Turns, name: str) -> None:
     stock, layerkv = turns[f"{name} stock"], turns[f"{name} layerkv"]
+    if name == "quantized" and "avx512f" not in Path("/proc/cpuinfo").read_text():
+        assert stock.failure is not None
+        pytest.skip("stock vLLM's CPU build has FP8 KV with AVX-512 only")
     assert (stock.failure, layerkv.failure) == (None, None)
     assert layerkv.connector_active
     assert layerkv.parks > 0
