@@ -30,10 +30,10 @@ from layerkv.bench.machine import Machine, measured_here, source_commit
 from layerkv.bench.priorities import Priorities, allowed_here
 from layerkv.bench.records import EngineFailure, LoadRun, read_json, ttft_s, write_json
 from layerkv.bench.sharing_load import CAPACITY_BYTES, Bursts, engine_case, planned
-from layerkv.bench.suite.counters import counted
-from layerkv.bench.suite.engines import SERVED_NAME, is_layerkv, serve_command
+from layerkv.bench.suite.engines import SERVED_NAME, serve_command
 from layerkv.bench.suite.figures import engine_figures
 from layerkv.bench.suite.generator import GeneratorRun
+from layerkv.bench.suite.load_run import load_run
 from layerkv.bench.suite.plan import LoadPlan, warm_up_requests
 from layerkv.bench.suite.result import Figures, Spread
 from layerkv.bench.suite.run import GENERATOR, QUIET_ENV, SAMPLE_INTERVAL_S, TINY_MODEL_ENV
@@ -84,10 +84,10 @@ class SharingResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def run_sharing(json_path: Path | None, *, num_engines: int, burst_requests: int, num_seeds: int) -> int:
-    """Measure, print a table, and write JSON if asked to. Returns the command's exit status.
+    """Measure, print a table, and write JSON if asked to. Returns the command's exit status: 1 if tokens differ.
 
     Raises:
-        LayerKVError: an engine failed.
+        LayerKVError: an engine or a request failed.
     """
     console, bursts = Console(), Bursts(num_engines, burst_requests)
     runs: dict[str, dict[int, dict[int, LoadRun]]] = {arm: {} for arm in ARMS}
@@ -101,14 +101,14 @@ def run_sharing(json_path: Path | None, *, num_engines: int, burst_requests: int
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         write_json(result, json_path)
-    return 0
+    return 0 if result.tokens_equal else 1
 
 
 def run_arm(arm: str, bursts: Bursts, seed: int, folder: Path) -> dict[int, LoadRun]:
     """One load through all engines at once; by engine.
 
     Raises:
-        LayerKVError: an engine failed; the message has the last lines of its log.
+        LayerKVError: an engine failed, the message has the last lines of its log; or a request did.
     """
     priorities = allowed_here()
     with ExitStack() as stack:
@@ -157,7 +157,6 @@ def _broker(folder: Path) -> Iterator[Path]:
 
 def _server(arm: str, bursts: Bursts, engine: int, socket: Path | None, folder: Path) -> Server:
     own_bytes = CAPACITY_BYTES // bursts.num_engines
-    name = "stock" if arm == "static_stock" else "layerkv"
     own_folder = folder / f"{arm}-{engine}"
     own_folder.mkdir(exist_ok=True)
     options: dict[str, object] = {}
@@ -168,7 +167,7 @@ def _server(arm: str, bursts: Bursts, engine: int, socket: Path | None, folder: 
     port = free_port()
     command = serve_command(
         engine_case(own_bytes),
-        name,
+        _kind(arm),
         model=str(make_tiny_model(engine_case(own_bytes).settings.model, folder / "models")),
         port=port,
         kv_memory=own_bytes,
@@ -219,28 +218,23 @@ def _load(
     if run.start_s > not_before_s + 0.1:
         raise LayerKVError(f"{arm}: the load of engine {engine} began {run.start_s - not_before_s:.1f} s late")
     cpu_after, peak_rss_bytes = server.observe()
-    counters = counted(
-        "layerkv" if is_layerkv(arm) else "stock",
-        run.before,
-        run.after,
-        cpu_before=cpu_before,
-        cpu_after=cpu_after,
-        times_before=None,
-        times_after=None,
+    if lost := [request for request in run.requests if request.error is not None]:
+        raise LayerKVError(f"{arm}: engine {engine}: {lost[0].request_id} failed: {lost[0].error}")
+    return load_run(
+        run,
+        engine=_kind(arm),
+        name=arm,
+        point=f"{engine}",
+        seed=seed,
+        cpu=(cpu_before, cpu_after),
+        times=(None, None),
         peak_rss_bytes=peak_rss_bytes,
         block_bytes=block_bytes,
     )
-    probe_s = run.wall_s if run.longest_probe is None else run.longest_probe.took_s
-    return LoadRun(
-        engine=arm,
-        point=f"{engine}",
-        seed=seed,
-        requests=run.requests,
-        samples=run.samples,
-        counters=counters,
-        wall_s=run.wall_s,
-        longest_probe_s=probe_s,
-    )
+
+
+def _kind(arm: str) -> str:
+    return "stock" if arm == "static_stock" else "layerkv"
 
 
 def _result(bursts: Bursts, runs: Mapping[str, Runs]) -> SharingResult:

@@ -7,7 +7,7 @@ no more. An observer says :class:`Watch` as often as it likes, takes no part, an
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -173,10 +173,12 @@ FromEngine: TypeAlias = Hello | State | Failed | Bye | Watch
 FromBroker: TypeAlias = Limit | Bye
 ToObserver: TypeAlias = Roster | Bye
 
+Said = TypeVar("Said")
+
 _ENCODER = msgspec.msgpack.Encoder()
 _FROM_ENGINE = msgspec.msgpack.Decoder(FromEngine)
-_FROM_BROKER = msgspec.msgpack.Decoder(FromBroker)
-_TO_OBSERVER = msgspec.msgpack.Decoder(ToObserver)
+_FROM_BROKER: msgspec.msgpack.Decoder[FromBroker] = msgspec.msgpack.Decoder(FromBroker)
+_TO_OBSERVER: msgspec.msgpack.Decoder[ToObserver] = msgspec.msgpack.Decoder(ToObserver)
 
 
 class _AnyHello(msgspec.Struct):
@@ -211,11 +213,7 @@ def from_broker(packet: bytes) -> FromBroker:
     Raises:
         BrokerError: no message.
     """
-    try:
-        message: FromBroker = _FROM_BROKER.decode(packet)
-    except msgspec.DecodeError as error:
-        raise BrokerError(f"not a message: {error}") from None
-    return message
+    return _decoded(_FROM_BROKER, packet)
 
 
 def to_observer(packet: bytes) -> ToObserver:
@@ -224,11 +222,14 @@ def to_observer(packet: bytes) -> ToObserver:
     Raises:
         BrokerError: no message.
     """
+    return _decoded(_TO_OBSERVER, packet)
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[Said], packet: bytes) -> Said:
     try:
-        message: ToObserver = _TO_OBSERVER.decode(packet)
+        return decoder.decode(packet)
     except msgspec.DecodeError as error:
         raise BrokerError(f"not a message: {error}") from None
-    return message
 
 
 def _other_version(packet: bytes) -> str:

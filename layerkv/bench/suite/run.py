@@ -25,7 +25,6 @@ from layerkv.bench.load import PlannedRequest
 from layerkv.bench.priorities import allowed_here
 from layerkv.bench.records import PROBE_LIMIT_S, EngineFailure, LoadRun, Progress, read_json, write_json
 from layerkv.bench.suite.case import ENGINE_NAMES, Case, Point, load_case, load_suite
-from layerkv.bench.suite.counters import counted
 from layerkv.bench.suite.engines import (
     KEEPERS,
     SERVED_NAME,
@@ -37,6 +36,7 @@ from layerkv.bench.suite.generator import GeneratorRun
 from layerkv.bench.suite.health_probe import Probe
 from layerkv.bench.suite.kept import forget, keep
 from layerkv.bench.suite.lmcache_peer import Lmcache, lmcache_env, running_cache_server
+from layerkv.bench.suite.load_run import load_run, longest_probe
 from layerkv.bench.suite.outcome import Outcome, case_result
 from layerkv.bench.suite.plan import LoadPlan, plan_requests, warm_up_requests
 from layerkv.bench.suite.report import write_report
@@ -411,31 +411,18 @@ class _CaseRun:
                 reason=f"had no answer: the load generator {failure.reason}", log_tail=failure.log_tail
             )
         cpu_before, times_before = started[0]
-        counters = counted(
-            engine,
-            run.before,
-            run.after,
-            cpu_before=cpu_before,
-            cpu_after=cpu_after,
-            times_before=times_before,
-            times_after=times_after,
+        load = load_run(
+            run,
+            engine=engine,
+            name=engine,
+            point=point.name,
+            seed=seed,
+            cpu=(cpu_before, cpu_after),
+            times=(times_before, times_after),
             peak_rss_bytes=peak_rss_bytes,
             block_bytes=self._block_bytes(),
         )
-        probe = run.longest_probe
-        if probe is None:  # not once in the whole load
-            probe = Probe(0.0, run.wall_s)
-        load = LoadRun(
-            engine=engine,
-            point=point.name,
-            seed=seed,
-            requests=run.requests,
-            samples=run.samples,
-            counters=counters,
-            wall_s=run.wall_s,
-            longest_probe_s=probe.took_s,
-        )
-        return load, probe
+        return load, longest_probe(run)
 
     def _times_path(self) -> Path:
         return self._folder.resolve() / "scheduler-times"
