@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import http.client
-import re
+import math
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from layerkv.errors import ConfigError, LayerKVError
-
-_LINE = re.compile(r"^(?P<name>layerkv_\w*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)(?: -?\d+)?$")
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-_ESCAPED = re.compile(r"\\(.)")
+from layerkv.metrics_text import labels_in, samples
 
 MOST_BYTES = 16 << 20
 """Of an answer. Not measured: chosen by judgement: a hundred times what a server with many engines says."""
@@ -85,7 +81,10 @@ def read_server(url: str, timeout_s: float) -> dict[Engine, Figures]:
 def read_figures(text: str) -> dict[Engine, Figures]:
     """All engines of which a text in Prometheus' format tells something of layerkv's."""
     engines: dict[Engine, Figures] = {}
-    for name, labels, value in _samples(text):
+    for name, labels_text, value in samples(text, ("layerkv_",)):
+        if not math.isfinite(value):
+            continue
+        labels = labels_in(labels_text)
         figures = engines.setdefault((labels.get("model_name", ""), labels.get("engine", "0")), Figures())
         if name == "layerkv_requests":
             figures.requests[labels.get("residency", "")] = int(value)
@@ -100,21 +99,3 @@ def read_figures(text: str) -> dict[Engine, Figures]:
         elif name == "layerkv_tokens_late_total":
             figures.num_late += value
     return engines
-
-
-def _samples(text: str) -> Iterator[tuple[str, Mapping[str, str], float]]:
-    for line in text.splitlines():
-        if line.startswith("layerkv_") and (match := _LINE.match(line)):
-            try:
-                value = float(match["value"])
-            except ValueError:
-                continue
-            if abs(value) < float("inf"):  # neither infinite nor no number
-                yield match["name"], _labels(match["labels"] or ""), value
-
-
-def _labels(text: str) -> dict[str, str]:
-    def plain(match: re.Match[str]) -> str:
-        return "\n" if match[1] == "n" else match[1]
-
-    return {name: _ESCAPED.sub(plain, value) for name, value in _LABEL.findall(text)}

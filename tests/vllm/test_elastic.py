@@ -24,6 +24,9 @@ FLOOR, CEILING = 4, 12  # segments of 5 or 6 blocks
 WAYS = pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 
 
+KV_BYTES = "layerkv_kv_bytes"
+
+
 class FakeShare:
     """What a broker would allow, by hand; and what it was told."""
 
@@ -115,6 +118,10 @@ def test_it_starts_at_its_floor_and_grows_for_who_waits(engine: ElasticEngine) -
     for _ in range(30):
         engine.step()
     assert engine.table.num_held > num_floor
+    side = engine.scheduler._side
+    told = {key[1]: value / side.sizes.segment_bytes for key, value in side._gauges().items() if key[0] == KV_BYTES}
+    needed = engine.share.asked[-1]["need"]
+    assert told == {"held": engine.table.num_held, "need": needed, "limit": engine.share.allowed}
     engine.run()
     assert engine.lost == 0
 
