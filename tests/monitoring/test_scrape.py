@@ -1,4 +1,6 @@
-"""A real Prometheus scrapes a real server with layerkv that parks under load: rules and dashboard find their data."""
+"""A real Prometheus scrapes a real server with layerkv that parks under load: rules and dashboard find their data.
+
+Its pool grows and shrinks, so that the metrics of such engines are there too."""
 
 from __future__ import annotations
 
@@ -18,7 +20,17 @@ import yaml
 from layerkv.bench.tiny_model import make_tiny_model
 from tests.monitoring import shipped
 from tests.vllm.engines_in_turn import prompt
-from tests.vllm.server.served import POLL_LIMIT_S, POLL_S, STOP_LIMIT_S, Samples, Server, body, free_port
+from tests.vllm.server.served import (
+    BLOCK_BYTES,
+    KV_BLOCKS,
+    POLL_LIMIT_S,
+    POLL_S,
+    STOP_LIMIT_S,
+    Samples,
+    Server,
+    body,
+    free_port,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -124,7 +136,8 @@ def monitored(prometheus_binary: str, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("monitored")
     policy_path = folder / "slo.yaml"
     policy_path.write_text(POLICY)
-    server = Server(make_tiny_model("test", folder / "models"), folder / "server.log", policy=policy_path)
+    sizes = {"kv_floor": f"{KV_BLOCKS // 2 * BLOCK_BYTES}B", "kv_ceiling": f"{KV_BLOCKS * BLOCK_BYTES}B"}
+    server = Server(make_tiny_model("test", folder / "models"), folder / "server.log", policy=policy_path, **sizes)
     try:
         prometheus = Prometheus(prometheus_binary, f"127.0.0.1:{server.client.base_url.port}", folder)
         try:
