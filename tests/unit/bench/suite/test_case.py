@@ -14,6 +14,7 @@ CASES = Path(__file__).parents[4] / "benchmarks" / "cases"
 NAMES = (
     "context_sweep",
     "rate_sweep",
+    "overload",
     "burst",
     "long_behind_short",
     "two_classes",
