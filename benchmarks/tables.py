@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/ anew from the result files that they name: `python benchmarks/tables.py`.
 
-A table stands between `<!-- table: KIND FILE... -->` and `<!-- /table -->`. Files are names in benchmarks/results/: one
-result of the suite, or the results of a demo by seed. Cells are medians over seeds; in brackets the least and the most,
+A table stands between `<!-- table: KIND FILE... -->` and `<!-- /table -->`. Files are names in benchmarks/results/:
+results of the suite, or those of a demo by seed. Cells are medians over seeds; in brackets the least and the most,
 where they differ in print.
 """
 
@@ -41,10 +41,10 @@ def render(page: str, results: Path = ROOT / "benchmarks" / "results") -> str:
 
 
 def _points(files: Sequence[Figures]) -> list[Point]:
-    """A suite's points; or a demo's only one, its values those of all files."""
+    """The points of a suite's files, one file's after the other's; or a demo's only one, its values those of all."""
     first = files[0]
     if "points" in first:
-        return [(point["name"], point["engines"]) for point in first["points"]]
+        return [(point["name"], point["engines"]) for file in files for point in file["points"]]
     return [("", {name: _joined([file["engines"][name] for file in files]) for name in first["engines"]})]
 
 
@@ -142,24 +142,10 @@ def rates(points: Sequence[Point]) -> list[list[str]]:
     return table
 
 
-def overload(points: Sequence[Point]) -> list[list[str]]:
-    """The same three side by side at 2, 4 and 8 per second, in short: who is served, and what it costs."""
-    trio = ("stock", "layerkv", "oracle")
-    table = [["requests per second", "fluid requests", "longest pause, p99", "throughput, of stock's"]]
-    for point, engines in points:
-        if point in ("2", "4", "8"):
-            shares = [f"{median(_values(engines[name], 'fluid')) * 100:.0f} %" for name in trio]
-            pauses = [format_duration(median(_values(engines[name], "longest_pause_s.p99"))) for name in trio]
-            ratios = [_over_stock(engines, name, "output_tokens_per_s") for name in trio]
-            table.append([point, *map(" / ".join, (shares, pauses, ratios))])
-    return table
-
-
 _KINDS: Mapping[str, Callable[[Sequence[Point]], list[list[str]]]] = {
     "streams": streams,
     "classes": classes,
     "rates": rates,
-    "overload": overload,
 }
 
 

@@ -21,9 +21,17 @@ def test_pages_have_the_figures_of_their_files(page: Path):
 
 
 def test_a_table_is_of_all_seeds():
-    page = "<!-- table: streams 2026-11-29-demo-seed0-2.json 2026-11-29-demo-seed1.json -->\nold\n<!-- /table -->\nnext"
+    page = (
+        "<!-- table: streams 2026-11-29-demo-seed0-4.json 2026-11-29-demo-seed1-4.json -->\nold\n<!-- /table -->\nnext"
+    )
     rendered = tables.render(page)
     assert "old" not in rendered
     assert rendered.endswith("<!-- /table -->\nnext")
     stock = next(line for line in rendered.splitlines() if line.startswith("| stock "))
-    assert "(8.14 s - 9.11 s)" in stock
+    assert "(9.17 s - 10.9 s)" in stock
+
+
+def test_files_of_the_suite_follow_each_other():
+    page = "<!-- table: rates 2026-11-29-suite-rate_sweep-4.json 2026-11-29-suite-overload.json -->\n<!-- /table -->"
+    rates = [line.split("|")[1].strip() for line in tables.render(page).splitlines() if line.startswith("| ")]
+    assert rates[2:] == ["1", "2", "3", "4", "8", "12", "24"]
