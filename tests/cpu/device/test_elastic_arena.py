@@ -127,6 +127,7 @@ def test_what_is_unmapped_is_free_and_what_comes_back_is_zero(kind: str) -> None
     kit = make_kit(kind)
     arena, page_bytes = kit.arena, kit.arena.geometry.page_bytes
     address = arena.tensor().data_ptr()
+    assert not arena.tensor().any(), "old bytes of somebody else"
     kv = pieces(arena)
     kv[:] = 7
     arena.tensor()[-page_bytes:] = 5
@@ -151,6 +152,22 @@ def test_segments_without_memory_take_none_at_first(kind: str) -> None:
     assert not kv[:, 5].any()
     kv[:, 5] = 1
     assert kit.held_bytes() <= 4 * 3 * 2 * page_bytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_one_engine_gave_back_another_takes_and_sees_nothing_of_it(kind: str) -> None:
+    one = make_kit(kind)
+    other = make_kit(kind, num_mapped=2)
+    secret = pieces(one.arena)
+    secret[:] = 7
+    for segment in (1, 2, 3):
+        assert ended(one.arena.unmap([segment]))
+        new = 2 + segment % 2  # the other's first two are its own, and what comes goes again
+        map_now(other.arena, new)
+        assert not pieces(other.arena)[:, new].any()
+        pieces(other.arena)[:, new] = 9
+        assert (secret[:, 0] == 7).all()
+        assert ended(other.arena.unmap([new]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -312,6 +329,11 @@ def test_a_full_device_says_so_and_keeps_nothing() -> None:
     assert not kit.bindings.handles
     assert kit.held_bytes() == before
     map_now(kit.arena, 2)
+
+
+def test_an_engine_for_which_the_device_has_no_room_says_what_it_wanted() -> None:
+    with pytest.raises(MemoryError, match=r"zone and 4 segments .* take 26MiB, .* \(cuMemCreate: CUDA_ERROR_OUT_OF_M"):
+        make_kit("cuda", cuMemCreate=3)
 
 
 def test_a_mapping_that_the_driver_refuses_is_undone() -> None:
