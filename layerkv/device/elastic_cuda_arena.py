@@ -81,8 +81,9 @@ class ElasticCudaArena:
             mapping = CudaMapping(address, size)
             self._tensor = as_tensor(mapping)
             self._blocks = self._tensor.view(geometry.num_layers, geometry.total_blocks, geometry.page_bytes)
-            self._blocks[:, : num_mapped * layout.segment_blocks].zero_()
-            self._blocks[:, geometry.pool_blocks :].zero_()
+            for layer in self._blocks:
+                layer[: num_mapped * layout.segment_blocks].zero_()
+                layer[geometry.pool_blocks :].zero_()
             weakref.finalize(mapping, release, driver, undo.pop_all()).atexit = False
         self._cuda, self._stream = cuda, cuda.Stream()
         self._unprepared: set[int] = set()
@@ -113,7 +114,7 @@ class ElasticCudaArena:
             raise
         for segment in segments:
             blocks = self.layout.blocks(segment)
-            for layer in self._blocks:  # a piece at a time: each is one stretch, which the device clears fastest
+            for layer in self._blocks:  # each piece is one stretch, which the device clears by itself
                 layer[blocks.start : blocks.stop].zero_()
 
     def unmap(self, segments: Sequence[int], *, after: Sequence[Event] = ()) -> Event:
