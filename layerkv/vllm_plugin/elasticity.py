@@ -78,7 +78,7 @@ class Elasticity:
         self._looked_at = -1  # the version of residencies then
         self._asked: tuple[int, int, int] | None = None
         self._is_told_idle = False
-        self._is_told_paused = False
+        self._is_told_resting = False
         # Idle engines that step together do not wait: others would wait for them.
         self._idle_wait_s = IDLE_WAIT_S if scheduler.vllm_config.parallel_config.data_parallel_size == 1 else 0.0
         self._grows_from_s = -math.inf
@@ -125,8 +125,10 @@ class Elasticity:
             self._busy_s = now_s
         limit, moves = self._share.limit(), self._ledger.residency.version
         is_fresh = limit == self._limit and now_s - self._looked_s < LOOK_EVERY_S
-        if is_paused := self._is_paused():
-            is_fresh = is_fresh and self._is_told_paused
+        is_resting = self._is_paused() and not self._scheduler.get_num_unfinished_requests()
+        self._is_told_resting = self._is_told_resting and is_resting
+        if is_resting and not self._is_told_resting:
+            is_fresh = False
         if is_fresh and not (self._table.is_moving or self._can_release()):
             if is_busy and (moves == self._looked_at or not (self.vacating or self._lacks_blocks(limit))):
                 return
@@ -136,10 +138,10 @@ class Elasticity:
         self._looked_s, self._looked_at, self._limit = now_s, moves, limit
         view = self._view(limit, now_s)
         decided = resize(view)
-        if is_paused:  # nobody is parked or let in until it goes on
+        if is_resting:  # nobody is parked or let in until it goes on
             decided = decided._replace(arrive=0, need=view.num_held, like=view.num_held, can_leave=0)
-        self._carry_out(decided, now_s, is_last_word=view.is_idle or is_paused)
-        self._is_told_paused = is_paused and not self._table.is_moving
+        self._carry_out(decided, now_s, is_last_word=view.is_idle or is_resting)
+        self._is_told_resting = is_resting and not self._table.is_moving
 
     def note_tokens(self, num_tokens: int) -> None:
         """A step has been scheduled that computes so many."""
@@ -173,7 +175,7 @@ class Elasticity:
         if self._table.is_moving:
             return True
         if self._is_paused():
-            return not self._is_told_paused
+            return not self._is_told_resting
         return len(self._table.all_in(SegmentState.MAPPED)) > 1 or self._can_release() or not self._is_told_idle
 
     def all_ended(self) -> None:

@@ -232,6 +232,24 @@ def test_a_paused_engine_gives_back_what_nobody_uses_and_says_that_the_rest_stay
     assert engine.lost == 0
 
 
+def test_a_pause_that_waits_for_requests_lets_them_have_what_they_need(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.core.sched.interface import PauseState
+
+    engine = ElasticEngine(tiny_model, monkeypatch)
+    engine.share.allowed = 1
+    for i in range(3):
+        engine.add(f"r{i}", prompt(60, seed=i), 100)
+    for _ in range(30):
+        engine.step()
+    assert engine.table.num_held == 1
+    engine.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    engine.share.allowed = engine.queue.layout.num_segments
+    engine.run()
+    assert engine.lost == 0
+
+
 def test_nobody_who_waits_grows_a_paused_engine(engine: ElasticEngine) -> None:
     from vllm.v1.core.sched.interface import PauseState
 
