@@ -246,6 +246,12 @@ def test_a_pause_that_waits_for_requests_lets_them_have_what_they_need(
     assert engine.table.num_held == 1
     engine.scheduler.set_pause_state(PauseState.PAUSED_NEW)
     engine.share.allowed = engine.queue.layout.num_segments
+    for _ in range(1000):
+        if not engine.scheduler.get_num_unfinished_requests():
+            break
+        engine.step()
+    assert not engine.scheduler.get_num_unfinished_requests()
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
     engine.run()
     assert engine.lost == 0
 
