@@ -24,9 +24,9 @@ measured: chosen by judgement."""
 _NEXT_TO_NOTHING = 1e-9
 """Of a device's memory. Derived: vLLM wants a share above 0, and this is less than a KiB of any device."""
 
-LEAST_BLOCKS = 2
-"""Blocks that have memory from the start on. Derived: vLLM's null block, and one that a request can use: vLLM's warm-up
-on CUDA computes one at least."""
+LEAST_CUDA_BLOCKS = 2
+"""Blocks that have memory from the start on, on CUDA. Derived: vLLM's null block, and one for a request: its warm-up
+computes one at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class ElasticSizes:
     Attributes:
         geometry: Of the address range: the pool at its ceiling, and the zone.
         plan: Its segments, and how many have memory when the engine starts: with a broker the first one only, because
-            nobody has been asked by then (or as many as have two blocks, which vLLM's warm-up on CUDA uses).
+            nobody has been asked by then.
         floor: Segments that the engine gets back whenever it needs them.
         is_alone: Whether no broker says how much it may hold: it takes what it needs, to its ceiling.
     """
@@ -161,7 +161,8 @@ def elastic_sizes(vllm_config: VllmConfig, config: EngineConfig, request: Geomet
         )
     geometry = replace(at_floor, pool_blocks=layout.num_segments * layout.segment_blocks)
     is_alone = config.broker is None
-    num_mapped = floor if is_alone else layout.num_segments_for(LEAST_BLOCKS)
+    least_blocks = LEAST_CUDA_BLOCKS if vllm_config.device_config.device_type == "cuda" else 1
+    num_mapped = floor if is_alone else layout.num_segments_for(least_blocks)
     return ElasticSizes(geometry, SegmentPlan(layout, num_mapped), floor, is_alone)
 
 

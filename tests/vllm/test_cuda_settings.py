@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from layerkv.core.transfer import BlockRun, StepPlan
 from layerkv.errors import IncompatibleVLLMError
@@ -119,7 +120,7 @@ def test_what_cuda_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "layerkv[cuda]" in bindings.instead
 
 
-def elastic_worker(monkeypatch: pytest.MonkeyPatch, **others: Any) -> Any:
+def elastic_worker(**others: Any) -> Any:
     """A worker of an engine that may grow to 1 GiB beside a broker; nothing of vLLM's has been made."""
     from layerkv.config import EngineConfig
     from layerkv.vllm_plugin.gpu_worker import LayerKVGPUWorker
@@ -143,7 +144,7 @@ def test_an_elastic_engine_starts_beside_one_that_has_most_of_the_device(
 
     snapshot: Any = SimpleNamespace(total_memory=80 << 30, free_memory=1 << 30, device_="cuda:0")
     monkeypatch.setattr(Worker, "init_device", lambda self: request_memory(snapshot, self.cache_config))
-    worker = elastic_worker(monkeypatch, **others)
+    worker = elastic_worker(**others)
     if starts:
         worker.init_device()
     else:
@@ -159,7 +160,8 @@ def test_vllms_warm_up_touches_no_segment_that_has_no_memory(num_mapped: int, mo
 
     from layerkv.core.segments import SegmentLayout, SegmentPlan
 
-    worker, touched = elastic_worker(monkeypatch), list[int]()
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    worker, touched = elastic_worker(), list[int]()
     worker.model_runner = warmed_up_runner(num_blocks=60)
     plan = SegmentPlan(SegmentLayout(segment_blocks=5, num_segments=10), num_mapped)
     monkeypatch.setattr(type(worker), "_elastic_sizes", lambda self: SimpleNamespace(plan=plan))
@@ -167,14 +169,13 @@ def test_vllms_warm_up_touches_no_segment_that_has_no_memory(num_mapped: int, mo
     worker.compile_or_warm_up_model()
     assert 0 < max(touched) < 5 * num_mapped
     assert worker.model_runner.kv_cache_config.num_blocks == 60
-    worker._layerkv = elastic_worker(monkeypatch, kv_ceiling=None, broker=None)._layerkv
+    worker._layerkv = elastic_worker(kv_ceiling=None, broker=None)._layerkv
     worker.compile_or_warm_up_model()
     assert max(touched) >= 15, "or this test sees nothing"
 
 
 def warmed_up_runner(num_blocks: int) -> Any:
     """What vLLM's warm-up asks of a model runner."""
-    import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)

@@ -156,12 +156,17 @@ def test_who_asks_for_it_may_try_it_on_cuda() -> None:
     require_elastic(vllm_config("cuda", ranks=2), settings)
 
 
-def test_where_a_block_fills_a_segment_two_have_memory_from_the_start_on() -> None:
-    """vLLM's null block, and one for vLLM's warm-up."""
+@pytest.mark.parametrize(("device", "num_mapped"), [("cpu", 1), ("cuda", 2)])
+def test_where_a_block_fills_a_segment_vllms_warm_up_has_one_beside_the_null_block(
+    device: str, num_mapped: int
+) -> None:
+    from layerkv.vllm_plugin.elastic_setup import elastic_sizes
+
     large = replace(SMALL, page_bytes=2 << 20, alignment_bytes=2 << 20)
-    of = sizes(large, kv_ceiling="1GiB", broker="broker.sock")
+    extra = {"kv_ceiling": "1GiB", "broker": "broker.sock", "allow_untested_elastic_cuda": True}
+    of = elastic_sizes(vllm_config(device), EngineConfig.from_extra_config(extra), large)
     assert of.plan.layout.segment_blocks == 1
-    assert of.plan.num_mapped == 2
+    assert of.plan.num_mapped == num_mapped
 
 
 def test_vllm_is_told_another_size_only_while_it_looks() -> None:
