@@ -386,13 +386,16 @@ def test_engines_are_killed_at_any_moment_and_nothing_is_held_twice_or_lost(path
                 if all_held > capacity / 2:
                     num_waves_of_much += 1
                     break
-            for slot in rng.sample(sorted(living), min(12, len(living))):
+            holders = [slot for slot in sorted(living) if num_held(slot)]
+            others = [slot for slot in sorted(living) if slot not in holders]
+            chosen = [*rng.sample(holders, min(6, len(holders))), *rng.sample(others, min(6, len(others)))]
+            for slot in chosen:
                 kill_one_of(slot)
                 num_outlived += slot in living and num_held(slot) > 0
         step_until(broker, lambda: not ledger.limits)
         assert ledger.committed == 0
         assert num_waves_of_much > total // 100, "they did use it"
-        assert num_outlived > total // 50, "one process held what another had taken"
+        assert num_outlived >= total // 100, "one process held what another had taken"
     finally:
         for pid in (pid for pids in living.values() for pid in pids):
             os.kill(pid, 9)
