@@ -118,7 +118,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `max_model_len` may exceed the pool. `kv_floor_bytes` and `kv_ceiling_bytes` are the least and the most KV memory of
     each worker: between them the pool grows and shrinks. Without requests for `idle_after_s` the engine gives back all
     that it can do without. `broker` is the socket of a memory broker that says how much it may hold beside others, and
-    `weight` its share among them.
+    `weight` its share among them. `allow_untested_elastic_cuda` lets it do so on CUDA too, where no GPU has run it yet.
     """
 
     policy_path: str | None = None
@@ -137,6 +137,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     idle_after_s: float = 2.0
     broker: str | None = None
     weight: float = 1.0
+    allow_untested_elastic_cuda: bool = False
 
     @property
     def is_elastic(self) -> bool:
@@ -172,6 +173,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             idle_after_s=above_zero(parse_seconds, keys.idle_after, where=f"{EXTRA_CONFIG}.idle_after", example="2s"),
             broker=keys.broker,
             weight=keys.weight,
+            allow_untested_elastic_cuda=keys.allow_untested_elastic_cuda,
         )
 
     def read_policy(self) -> SloPolicy:
@@ -413,6 +415,7 @@ class _EngineKeys(msgspec.Struct, frozen=True):
     idle_after: _Duration = "2s"
     broker: _BrokerPath = None
     weight: _Weight = 1.0
+    allow_untested_elastic_cuda: _Switch = False
     compare: _ComparedEngine = None
 
 

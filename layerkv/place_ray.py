@@ -24,8 +24,9 @@ _HEAD = '''\
 """Models that share devices, as `layerkv place --emit ray` placed them.
 
 A sketch to read, which cannot start today: in GPU mode Ray Serve LLM chooses vLLM's executor `ray`, and layerkv refuses
-that; on CUDA it refuses broker, kv_floor and kv_ceiling too. `layerkv place --emit shell` has the same engines without
-Ray. Each device would be a Ray node of its own, with a resource of its name, and a broker:
+that; on CUDA it also refuses broker, kv_floor and kv_ceiling, unless allow_untested_elastic_cuda is set. `layerkv place
+--emit shell` has the same engines without Ray. Each device would be a Ray node of its own, with a resource of its name,
+and a broker:
 
 {commands}
 

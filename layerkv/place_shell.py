@@ -18,8 +18,9 @@ _BACKGROUND = '& PIDS="$PIDS $!"'
 _HEAD = """\
 #!/bin/sh
 # What `layerkv place --emit shell` placed: a broker for each device that models share, and a server for each replica.
-# On CUDA layerkv refuses broker, kv_floor and kv_ceiling until memory grows there: today this starts on vLLM's CPU
-# build, with SERVE='python -m vllm.entrypoints.openai.api_server --model'.
+# On CUDA layerkv refuses broker, kv_floor and kv_ceiling, which have never run on a GPU, unless
+# allow_untested_elastic_cuda is set beside them. On vLLM's CPU build this starts, with
+# SERVE='python -m vllm.entrypoints.openai.api_server --model'.
 set -e
 SERVE=${SERVE:-vllm serve}
 # Where a broker is by default. An environment variable means nothing inside JSON: the shell has to put it there.

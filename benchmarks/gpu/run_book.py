@@ -92,17 +92,23 @@ def _ignore(progress: object) -> None:
 def ordering(context: Context) -> dict[str, Any]:
     """Every scenario of the ordering tests over the device's real streams, and aliasing of its memory."""
     from tests.cpu.device.scenarios import SCENARIOS
-    from tests.fakes.torch_model import device_server
+    from tests.cpu.device.segment_scenarios import SEGMENT_SCENARIOS
+    from tests.fakes.torch_model import device_server, segment_device_server
 
     wrong: dict[str, int] = {}
     num_checked = 0
+    kinds = (
+        (device_server, SCENARIOS),
+        (segment_device_server, SEGMENT_SCENARIOS),
+    )  # in a fixed pool, and in one that moves
     for shape in ((3, 1, 0), (5, 2, 0), (6, 2, 2)):
-        for scenario in SCENARIOS:
-            server = device_server(context.device, *shape, 18)
-            scenario(server)
-            num_checked += server.model.num_checked
-            if found := server.model.num_wrong:
-                wrong[f"{scenario.__name__} {shape}"] = found
+        for make_server, scenarios in kinds:
+            for scenario in scenarios:
+                server = make_server(context.device, *shape, 18)
+                scenario(server)
+                num_checked += server.model.num_checked
+                if found := server.model.num_wrong:
+                    wrong[f"{scenario.__name__} {shape}"] = found
     return {"ok": not wrong, "tokens_checked": num_checked, "wrong": wrong}
 
 
@@ -167,6 +173,22 @@ def exact_bfloat16(context: Context) -> dict[str, Any]:
     reference = context.run("bf16-stock", {**common, "kv_cache_memory_bytes": 256 << 20}, load)
     settings = {"always layered, bf16": {"compare": {"mode": "layered"}, "zone_tokens": 640}}
     return _compare_tokens(context, common, load, reference, settings, 256 << 20)
+
+
+def exact_elastic(context: Context) -> dict[str, Any]:
+    """Tokens in a pool that grows for requests and gives all but a segment back between them, float32."""
+    load = LoadSpec(
+        num_requests=context.size.exact_requests,
+        rate_per_s=4.0,
+        prompt_tokens=(20, 300),
+        output_tokens=(20, 90),
+        vocab_size=context.exact_shape.vocab_size,
+    )
+    common = _exact_args(context, "float32", max_model_len=400)
+    reference = context.run("elastic-stock", {**common, "kv_cache_memory_bytes": 512 << 20}, load)
+    most = 4 * context.size.exact_kv_tokens * context.exact_shape.kv_bytes_per_token
+    extra = {"zone_tokens": 320, "idle_after": "20ms", "kv_ceiling": f"{most}B", "allow_untested_elastic_cuda": True}
+    return _compare_tokens(context, common, load, reference, {"elastic": extra}, most)
 
 
 def long_context(context: Context) -> dict[str, Any]:
@@ -418,6 +440,7 @@ STEPS: tuple[Step, ...] = (
     kernels,
     exact,
     exact_bfloat16,
+    exact_elastic,
     long_context,
     transfer,
     kernel_or_copy_engine,

@@ -28,6 +28,7 @@ from layerkv.device.cuda_arena import (
 from layerkv.device.cuda_driver import CudaDriver
 from layerkv.device.cuda_engine import CudaEvent
 from layerkv.device.segment_thread import SegmentThread
+from layerkv.units import format_bytes
 
 
 class ElasticCudaArena:
@@ -63,17 +64,26 @@ class ElasticCudaArena:
         with ExitStack() as undo:
             address = driver.reserve(size)
             undo.callback(driver.free, address, size)
-            map_zone(address, geometry, driver, undo)
             self._pieces = _Pieces(address, geometry, layout, driver)
             undo.callback(self._pieces.give_all_back)
-            for segment in range(num_mapped):
-                self._pieces.prepare(segment)
-                self._pieces.map(segment)
+            try:
+                map_zone(address, geometry, driver, undo)
+                for segment in range(num_mapped):
+                    self._pieces.prepare(segment)
+                    self._pieces.map(segment)
+            except MemoryError as error:
+                wanted = num_mapped * layout.segment_blocks * geometry.block_bytes
+                wanted += geometry.num_lanes * geometry.lane_bytes
+                raise MemoryError(
+                    f"the lane zone and {num_mapped} segments of the KV pool take {format_bytes(wanted)}, for which "
+                    f"the device has no room ({error}); set kv_floor to less, or end what else uses the device"
+                ) from error
             mapping = CudaMapping(address, size)
             self._tensor = as_tensor(mapping)
             self._blocks = self._tensor.view(geometry.num_layers, geometry.total_blocks, geometry.page_bytes)
-            self._blocks[:, : num_mapped * layout.segment_blocks].zero_()
-            self._blocks[:, geometry.pool_blocks :].zero_()
+            for layer in self._blocks:
+                layer[: num_mapped * layout.segment_blocks].zero_()
+                layer[geometry.pool_blocks :].zero_()
             weakref.finalize(mapping, release, driver, undo.pop_all()).atexit = False
         self._cuda, self._stream = cuda, cuda.Stream()
         self._unprepared: set[int] = set()
@@ -104,7 +114,8 @@ class ElasticCudaArena:
             raise
         for segment in segments:
             blocks = self.layout.blocks(segment)
-            self._blocks[:, blocks.start : blocks.stop].zero_()
+            for layer in self._blocks:  # each piece is one stretch, which the device clears by itself
+                layer[blocks.start : blocks.stop].zero_()
 
     def unmap(self, segments: Sequence[int], *, after: Sequence[Event] = ()) -> Event:
         for event in after:

@@ -21,6 +21,13 @@ LEAST_HUGE_SEGMENTS = 16
 """With fewer segments of huge pages in a pool, it has smaller ones of small pages, which come and go more slowly. Not
 measured: chosen by judgement."""
 
+_NEXT_TO_NOTHING = 1e-9
+"""Of a device's memory. Derived: vLLM wants a share above 0, and this is less than a KiB of any device."""
+
+LEAST_CUDA_BLOCKS = 2
+"""Blocks that have memory from the start on, on CUDA. Derived: vLLM's null block, and one for a request: its warm-up
+computes one at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class ElasticSizes:
@@ -79,10 +86,7 @@ def require_elastic(vllm_config: VllmConfig, config: EngineConfig) -> None:
     if not config.is_elastic:
         return
     without = f"or leave kv_floor, kv_ceiling and broker out of {EXTRA_CONFIG}"
-    if (device := vllm_config.device_config.device_type) != "cpu":
-        raise ConfigError(
-            f"kv_ceiling: found on device type {device!r}, where KV memory cannot grow yet; run it on a CPU, {without}"
-        )
+    _require_device(vllm_config, config, without)
     if config.long_contexts:
         raise ConfigError(
             "long_contexts: found true beside a pool that grows and shrinks, which a request that is longer than the "
@@ -94,6 +98,27 @@ def require_elastic(vllm_config: VllmConfig, config: EngineConfig) -> None:
             f"leave it out, {without}"
         )
     _ceiling_bytes(vllm_config, config)
+
+
+def _require_device(vllm_config: VllmConfig, config: EngineConfig, without: str) -> None:
+    device = vllm_config.device_config.device_type
+    if device == "cpu":
+        return
+    if device == "cuda" and not config.allow_untested_elastic_cuda:
+        raise ConfigError(
+            "kv_ceiling: found on device type 'cuda', where a pool that grows and shrinks has never run on a GPU; to "
+            f"try it, set allow_untested_elastic_cuda to true in {EXTRA_CONFIG}; else run it on a CPU, {without}"
+        )
+    if device != "cuda":
+        raise ConfigError(
+            f"kv_ceiling: found on device type {device!r}, where KV memory cannot grow; run it on a CPU, {without}"
+        )
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if config.broker is not None and ranks > 1:
+        raise ConfigError(
+            f"broker: found beside a tensor-parallel size of {ranks} on CUDA, where each rank has a device of its own, "
+            "and a broker divides one; set --tensor-parallel-size to 1, or leave out broker"
+        )
 
 
 def elastic_sizes(vllm_config: VllmConfig, config: EngineConfig, request: GeometryRequest) -> ElasticSizes:
@@ -136,19 +161,42 @@ def elastic_sizes(vllm_config: VllmConfig, config: EngineConfig, request: Geomet
         )
     geometry = replace(at_floor, pool_blocks=layout.num_segments * layout.segment_blocks)
     is_alone = config.broker is None
-    return ElasticSizes(geometry, SegmentPlan(layout, floor if is_alone else 1), floor, is_alone)
+    least_blocks = LEAST_CUDA_BLOCKS if vllm_config.device_config.device_type == "cuda" else 1
+    num_mapped = floor if is_alone else layout.num_segments_for(least_blocks)
+    return ElasticSizes(geometry, SegmentPlan(layout, num_mapped), floor, is_alone)
 
 
 @contextmanager
 def told_kv_bytes(vllm_config: Any, num_bytes: int) -> Iterator[None]:
     """What vLLM takes the KV cache's size to be while it looks for memory: engines must start beside each other."""
-    cache_config = vllm_config.cache_config
-    found = cache_config.kv_cache_memory_bytes
-    cache_config.kv_cache_memory_bytes = num_bytes
+    with _told(vllm_config.cache_config, "kv_cache_memory_bytes", num_bytes):
+        yield
+
+
+@contextmanager
+def told_to_use_what_is_free(vllm_config: Any) -> Iterator[None]:
+    """vLLM's CUDA worker asks for a share of the device before it looks, and refuses to start beside others that leave
+    less, whatever size of the KV cache it is told: here it asks for next to nothing."""
+    with _told(vllm_config.cache_config, "gpu_memory_utilization", _NEXT_TO_NOTHING):
+        yield
+
+
+@contextmanager
+def told_num_blocks(model_runner: Any, num_blocks: int) -> Iterator[None]:
+    """How many blocks vLLM's warm-up takes to be there: it computes requests of its own, whose blocks it numbers from 1
+    on, and a kernel that touches a segment without memory ends the process."""
+    with _told(model_runner.kv_cache_config, "num_blocks", num_blocks):
+        yield
+
+
+@contextmanager
+def _told(where: Any, name: str, value: object) -> Iterator[None]:
+    found = getattr(where, name)
+    setattr(where, name, value)
     try:
         yield
     finally:
-        cache_config.kv_cache_memory_bytes = found
+        setattr(where, name, found)
 
 
 def _ceiling_bytes(vllm_config: VllmConfig, config: EngineConfig) -> int:

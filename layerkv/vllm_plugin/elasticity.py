@@ -78,6 +78,7 @@ class Elasticity:
         self._looked_at = -1  # the version of residencies then
         self._asked: tuple[int, int, int] | None = None
         self._is_told_idle = False
+        self._is_told_resting = False
         # Idle engines that step together do not wait: others would wait for them.
         self._idle_wait_s = IDLE_WAIT_S if scheduler.vllm_config.parallel_config.data_parallel_size == 1 else 0.0
         self._grows_from_s = -math.inf
@@ -124,6 +125,10 @@ class Elasticity:
             self._busy_s = now_s
         limit, moves = self._share.limit(), self._ledger.residency.version
         is_fresh = limit == self._limit and now_s - self._looked_s < LOOK_EVERY_S
+        is_resting = self._is_paused() and not self._scheduler.get_num_unfinished_requests()
+        self._is_told_resting = self._is_told_resting and is_resting
+        if is_resting and not self._is_told_resting:
+            is_fresh = False
         if is_fresh and not (self._table.is_moving or self._can_release()):
             if is_busy and (moves == self._looked_at or not (self.vacating or self._lacks_blocks(limit))):
                 return
@@ -132,7 +137,11 @@ class Elasticity:
                 return
         self._looked_s, self._looked_at, self._limit = now_s, moves, limit
         view = self._view(limit, now_s)
-        self._carry_out(resize(view), now_s, is_idle=view.is_idle)
+        decided = resize(view)
+        if is_resting:  # nobody is parked or let in until it goes on
+            decided = decided._replace(arrive=0, need=view.num_held, like=view.num_held, can_leave=0)
+        self._carry_out(decided, now_s, is_last_word=view.is_idle or is_resting)
+        self._is_told_resting = is_resting and not self._table.is_moving
 
     def note_tokens(self, num_tokens: int) -> None:
         """A step has been scheduled that computes so many."""
@@ -160,13 +169,18 @@ class Elasticity:
 
     def has_work(self) -> bool:
         """Whether the engine must go on stepping without requests: until it holds no more than one segment, and those
-        that sessions between two turns have blocks in, and has said so. A paused one only ends what workers have begun:
-        whoever waits for it to be still would wait for ever for blocks that nobody gives up."""
+        that sessions between two turns have blocks in, and has said so. A paused one gives back what it holds above its
+        limit and nobody uses, and says that it keeps the rest: it cannot be woken, and whoever waits for it to be still
+        would wait for ever for blocks that nobody gives up."""
         if self._table.is_moving:
             return True
-        if self._scheduler._pause_state is not PauseState.UNPAUSED:
-            return False
+        if self._is_paused():
+            return not self._is_told_resting
         return len(self._table.all_in(SegmentState.MAPPED)) > 1 or self._can_release() or not self._is_told_idle
+
+    def all_ended(self) -> None:
+        """All requests were ended at once, as the engine's end begins: it gives back at once what it can do without."""
+        self._busy_s = -math.inf
 
     def close(self) -> None:
         """The engine ends."""
@@ -189,8 +203,10 @@ class Elasticity:
 
     def _is_busy(self) -> bool:
         """Whether it has requests, but for sessions between two turns; a paused engine is not idle."""
-        s = self._scheduler
-        return s._pause_state is not PauseState.UNPAUSED or s.get_num_unfinished_requests() > 0
+        return self._is_paused() or self._scheduler.get_num_unfinished_requests() > 0
+
+    def _is_paused(self) -> bool:
+        return self._scheduler._pause_state is not PauseState.UNPAUSED
 
     def _can_release(self) -> bool:
         """Whether a segment that leaves has become empty."""
@@ -255,7 +271,7 @@ class Elasticity:
 
     # What is done --------------------------------------------------------------------------------------------
 
-    def _carry_out(self, decided: Resize, now_s: float, *, is_idle: bool) -> None:
+    def _carry_out(self, decided: Resize, now_s: float, *, is_last_word: bool) -> None:
         table, queue = self._table, self._queue
         table.leave(decided.leave)
         for segment in decided.leave:
@@ -271,7 +287,7 @@ class Elasticity:
             self._grow(decided.arrive)
         self.vacating = self._blocks_in(set(decided.vacate)) if decided.vacate else {}
         self.owed_blocks = decided.owed_blocks
-        self._ask(decided, now_s, at_once=is_idle)
+        self._ask(decided, now_s, at_once=is_last_word)
 
     def _grow(self, num_segments: int) -> None:
         held = self._table.num_held

@@ -280,6 +280,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             return super().finish_requests(request_ids, finished_status)
         with self._arrivals.ending(everybody=request_ids is None):
             ended: list[Request] = super().finish_requests(request_ids, finished_status)
+        if request_ids is None and self._elastic is not None:
+            self._elastic.all_ended()
         return ended
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:  # noqa: FBT001, FBT002

@@ -148,6 +148,11 @@ class Telling:
             config.policy_path or "built in",
             ", ".join(self._controller.policy.classes),
         )
+        if sizes is not None and s.vllm_config.device_config.device_type == "cuda":
+            logger.warning(
+                "a KV pool that grows and shrinks has never run on a GPU (allow_untested_elastic_cuda): compare its "
+                "answers with those of an engine without kv_ceiling, kv_floor and broker before you rely on them"
+            )
         if experimental := experimental_keys(config, self._controller.policy):
             logger.warning(
                 "experimental without long_contexts, its speed was never measured: %s (docs/configuration.md)",

@@ -12,7 +12,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import sin
-from typing import Protocol
+from statistics import mean
+from typing import Any, Protocol
 
 from layerkv.core.free_blocks import FreeBlocks
 from layerkv.core.segments import SegmentLayout
@@ -48,6 +49,38 @@ class LeastRecentlyUsed:
             self._blocks.move_to_end(block, last=False)
 
 
+class ChurnedPool(Protocol):
+    """A prefix-cached pool under a load. What a block is, and what tells it, are the pool's."""
+
+    num_blocks: int
+
+    @property
+    def num_used(self) -> int: ...
+    def find(self, hashes: Sequence[int]) -> list[Any]:
+        """The blocks that cache the longest known beginning."""
+        ...
+
+    def touch(self, blocks: Sequence[Any]) -> None:
+        """A request begins with these, which are cached."""
+        ...
+
+    def take(self, num_blocks: int) -> list[Any]:
+        """Blocks for one request."""
+        ...
+
+    def name(self, blocks: Sequence[Any], hashes: Sequence[int]) -> None:
+        """All of a request's blocks but the last are whole, and found by these from now on."""
+        ...
+
+    def give_back(self, blocks: Sequence[Any]) -> None:
+        """A request has ended."""
+        ...
+
+    def is_used(self, block_id: int) -> bool:
+        """Whether a request has it."""
+        ...
+
+
 class PrefixPool:
     """vLLM's block pool in short: blocks in use are counted, whole ones are known by what they cache."""
 
@@ -56,11 +89,11 @@ class PrefixPool:
         self.free = free
         self.num_users = [1] * num_blocks
         self.num_used = num_blocks
-        self.block_of: dict[object, int] = {}
-        self.hash_of: dict[int, object] = {}
+        self.block_of: dict[int, int] = {}
+        self.hash_of: dict[int, int] = {}
         self.give_back(list(range(num_blocks - 1, 0, -1)))  # block 0 is the null block
 
-    def find(self, hashes: Sequence[object]) -> list[int]:
+    def find(self, hashes: Sequence[int]) -> list[int]:
         found: list[int] = []
         for block_hash in hashes:
             if (block := self.block_of.get(block_hash)) is None:
@@ -79,11 +112,12 @@ class PrefixPool:
         taken = self.free.take(num_blocks)
         for block in taken:
             self.num_users[block] = 1
-            self.block_of.pop(self.hash_of.pop(block, None), None)
+            if (block_hash := self.hash_of.pop(block, None)) is not None:
+                del self.block_of[block_hash]
         self.num_used += num_blocks
         return taken
 
-    def name(self, blocks: Sequence[int], hashes: Sequence[object]) -> None:
+    def name(self, blocks: Sequence[int], hashes: Sequence[int]) -> None:
         for block, block_hash in zip(blocks, hashes, strict=False):
             if block_hash not in self.block_of:
                 self.block_of[block_hash] = block
@@ -96,6 +130,9 @@ class PrefixPool:
         self.num_used -= len(freed)
         self.free.put_loose([block for block in freed if block not in self.hash_of])
         self.free.put_cached([block for block in freed if block in self.hash_of])
+
+    def is_used(self, block_id: int) -> bool:
+        return self.num_users[block_id] > 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +162,7 @@ LONG = Load(num_contexts=12, begin=(300, 900), ask=(1, 6), answer=(5, 25), turns
 
 @dataclass
 class Context:
-    hashes: list[object]
+    hashes: list[int]
     turns_left: int
     is_busy: bool = False
 
@@ -137,26 +174,30 @@ class Figures:
     Attributes:
         hit: Of the prompt blocks, those that were cached.
         returnable: Of the free memory, what is in segments of which no block is in use: the mean of all samples.
+        in_the_way: To give half of the pool back, who has blocks in the emptiest segments must leave them: so many of
+            those blocks of all that are in use, the mean of all samples.
         num_samples: Times at which the share in use passed the one that was asked for.
     """
 
     hit: float
     returnable: float
+    in_the_way: float
     num_samples: int
 
 
-def churn(
-    load: Load, *, segment_blocks: int, packs: bool, seed: int, steps: int, num_blocks: int = 8192, at: float = 0.3
-) -> Figures:
+def prefix_pool(num_blocks: int, layout: SegmentLayout, *, packs: bool) -> PrefixPool:
+    """One whose free blocks are packed, or in vLLM's order."""
+    return PrefixPool(num_blocks, FreeBlocks(layout) if packs else LeastRecentlyUsed())
+
+
+def churn(load: Load, pool: ChurnedPool, layout: SegmentLayout, *, seed: int, steps: int, at: float = 0.3) -> Figures:
     """Serve a load for so many steps, a block of every answer in each."""
-    rng = random.Random(seed)
-    layout = SegmentLayout(segment_blocks, num_blocks // segment_blocks)
-    pool = PrefixPool(num_blocks, FreeBlocks(layout) if packs else LeastRecentlyUsed())
+    rng, num_blocks = random.Random(seed), pool.num_blocks
     ids = iter(range(1 << 60))
     contexts = [new_context(load, rng, ids) for _ in range(load.num_contexts)]
-    running: list[tuple[int, int, Context, list[int], list[object]]] = []
+    running: list[tuple[int, int, Context, list[Any], list[int]]] = []
     num_prompt = num_hit = 0
-    shares: list[float] = []
+    samples: list[list[int]] = []  # blocks in use, by segment
     was_above = False
     for step in range(steps):
         while running and running[0][0] <= step:
@@ -186,17 +227,26 @@ def churn(
             heapq.heappush(running, (step + answer, next(ids), context, blocks, hashes))
         is_above = pool.num_used > at * num_blocks
         if was_above and not is_above and step > steps // 10:
-            shares.append(returnable_share(pool, layout))
+            samples.append([sum(map(pool.is_used, layout.blocks(segment))) for segment in range(layout.num_segments)])
         was_above = is_above
-    return Figures(num_hit / num_prompt, sum(shares) / len(shares), len(shares))
+    return Figures(
+        num_hit / num_prompt,
+        mean(returnable_share(sample, layout) for sample in samples),
+        mean(share_in_the_way(sample) for sample in samples),
+        len(samples),
+    )
 
 
 def new_context(load: Load, rng: random.Random, ids: Iterator[int]) -> Context:
-    hashes: list[object] = [next(ids) for _ in range(rng.randint(*load.begin))]
-    return Context(hashes, rng.randint(*load.turns))
+    return Context([next(ids) for _ in range(rng.randint(*load.begin))], rng.randint(*load.turns))
 
 
-def returnable_share(pool: PrefixPool, layout: SegmentLayout) -> float:
+def returnable_share(num_used: Sequence[int], layout: SegmentLayout) -> float:
     """Of the free blocks, those in segments of which no block is in use."""
-    empty = sum(not any(pool.num_users[block] for block in layout.blocks(s)) for s in range(layout.num_segments))
-    return empty * layout.segment_blocks / (pool.num_blocks - pool.num_used)
+    num_free = layout.num_segments * layout.segment_blocks - sum(num_used)
+    return num_used.count(0) * layout.segment_blocks / num_free
+
+
+def share_in_the_way(num_used: Sequence[int]) -> float:
+    """Of the blocks in use, those in the emptier half of all segments; the first, with the null block, stays."""
+    return sum(sorted(num_used[1:])[: len(num_used) // 2]) / sum(num_used)

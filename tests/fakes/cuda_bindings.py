@@ -22,6 +22,8 @@ from layerkv.device.cuda_arena import CudaMapping
 from layerkv.device.cuda_driver import _BATCH_COPY
 
 UNIT = 2 << 20
+OLD_BYTES = 0x5A
+"""What device memory is full of when somebody gets it: the driver promises nothing."""
 
 
 class CUresult(IntEnum):
@@ -122,7 +124,7 @@ class FakeBindings:
         if self._is_refused("cuMemCreate") or size % UNIT or size == 0:
             return OUT_OF_MEMORY, None
         fd = os.memfd_create("fake-device")
-        os.ftruncate(fd, size)
+        assert os.pwrite(fd, bytes([OLD_BYTES]) * size, 0) == size
         self.handles[fd] = size
         return SUCCESS, fd
 

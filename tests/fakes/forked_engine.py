@@ -62,11 +62,14 @@ def connect(path: Path) -> socket.socket:
     return connection
 
 
-def greedy_engine(path: Path, engine: str, held: mmap, slot: int) -> None:
-    """Asks for ever other amounts, takes what it may at once, and writes down what it holds before it does."""
+def greedy_engine(path: Path, engine: str, held: mmap, slot: int, *workers: int) -> None:
+    """Asks for ever other amounts, takes what it may at once, and writes down what it holds before it does.
+
+    `workers` are other processes that use the same memory.
+    """
     rng = random.Random(slot)
     connection = connect(path)
-    connection.send(encode(hello(engine)))
+    connection.send(encode(hello(engine, os.getpid(), *workers)))
     revision = limit = holds = 0
     need = 100
     while True:

@@ -382,6 +382,7 @@ def test_every_key_of_the_flag_is_read(write: WriteFile) -> None:
             "idle_after": "500ms",
             "broker": "broker.sock",
             "weight": 2,
+            "allow_untested_elastic_cuda": True,
             "compare": {"mode": "layered"},
             "on_unsupported": "passthrough",
         }
@@ -396,6 +397,7 @@ def test_every_key_of_the_flag_is_read(write: WriteFile) -> None:
         idle_after_s=0.5,
         broker="broker.sock",
         weight=2,
+        allow_untested_elastic_cuda=True,
         mode="layered",
         on_unsupported="passthrough",
     )
@@ -437,14 +439,15 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
             {"lane": 1},
             ".lane: found an unknown key; expected one of policy, host_memory, lanes, retained_layers, zone_tokens, "
             "mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts, kv_floor, kv_ceiling, "
-            "idle_after, broker, weight, compare; did you mean "
+            "idle_after, broker, weight, allow_untested_elastic_cuda, compare; did you mean "
             "lanes?",
         ),
         (
             {"host-memory": 1},
             "['host-memory']: found an unknown key; expected one of policy, host_memory, lanes, "
             "retained_layers, zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, "
-            "long_contexts, kv_floor, kv_ceiling, idle_after, broker, weight, compare; did you mean host_memory?",
+            "long_contexts, kv_floor, kv_ceiling, idle_after, broker, weight, allow_untested_elastic_cuda, compare; "
+            "did you mean host_memory?",
         ),
         ({"lanes": 0}, ".lanes: found 0; expected a whole number of lanes, 1 or more; set lanes to 1, say"),
         (
@@ -526,7 +529,7 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
             "slo.yaml",
             ": found 'slo.yaml'; expected a mapping with the keys policy, host_memory, lanes, retained_layers, "
             "zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts, "
-            "kv_floor, kv_ceiling, idle_after, broker, weight, compare",
+            "kv_floor, kv_ceiling, idle_after, broker, weight, allow_untested_elastic_cuda, compare",
         ),
     ],
 )

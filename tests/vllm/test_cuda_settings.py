@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from layerkv.core.transfer import BlockRun, StepPlan
 from layerkv.errors import IncompatibleVLLMError
@@ -117,6 +118,99 @@ def test_what_cuda_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(support, "find_spec", lambda name: None if name == "cuda" else find_spec(name))
     [bindings] = support._cuda_problems(config)
     assert "layerkv[cuda]" in bindings.instead
+
+
+def elastic_worker(**others: Any) -> Any:
+    """A worker of an engine that may grow to 1 GiB beside a broker; nothing of vLLM's has been made."""
+    from layerkv.config import EngineConfig
+    from layerkv.vllm_plugin.gpu_worker import LayerKVGPUWorker
+
+    extra = {"kv_ceiling": "1GiB", "broker": "broker.sock", "allow_untested_elastic_cuda": True, **others}
+    worker = object.__new__(LayerKVGPUWorker)
+    worker._layerkv = EngineConfig.from_extra_config(extra)
+    worker._layerkv_specs = {"layer": object()}
+    worker.cache_config = SimpleNamespace(gpu_memory_utilization=0.92, kv_cache_memory_bytes=None)
+    worker.vllm_config = SimpleNamespace(cache_config=worker.cache_config)
+    return worker
+
+
+@pytest.mark.parametrize(("others", "starts"), [({}, True), ({"on_unsupported": "passthrough"}, False)])
+def test_an_elastic_engine_starts_beside_one_that_has_most_of_the_device(
+    others: dict[str, Any], starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By vLLM's own check, which looks at the share of the device whatever size the KV cache is told to have."""
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.utils import request_memory
+
+    snapshot: Any = SimpleNamespace(total_memory=80 << 30, free_memory=1 << 30, device_="cuda:0")
+    monkeypatch.setattr(Worker, "init_device", lambda self: request_memory(snapshot, self.cache_config))
+    worker = elastic_worker(**others)
+    if starts:
+        worker.init_device()
+    else:
+        with pytest.raises(ValueError, match="GPU memory utilization"):
+            worker.init_device()
+    assert worker.cache_config.gpu_memory_utilization == 0.92
+
+
+@pytest.mark.parametrize("num_mapped", [1, 3])
+def test_vllms_warm_up_touches_no_segment_that_has_no_memory(num_mapped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own steps for Model Runner V2, which number their blocks from 1 on; without a word they touch others."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from layerkv.core.segments import SegmentLayout, SegmentPlan
+
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: None)
+    worker, touched = elastic_worker(), list[int]()
+    worker.model_runner = warmed_up_runner(num_blocks=60)
+    plan = SegmentPlan(SegmentLayout(segment_blocks=5, num_segments=10), num_mapped)
+    monkeypatch.setattr(type(worker), "_elastic_sizes", lambda self: SimpleNamespace(plan=plan))
+    monkeypatch.setattr(Worker, "compile_or_warm_up_model", lambda self: warm_up(self.model_runner, touched))
+    worker.compile_or_warm_up_model()
+    assert 0 < max(touched) < 5 * num_mapped
+    assert worker.model_runner.kv_cache_config.num_blocks == 60
+    worker._layerkv = elastic_worker(kv_ceiling=None, broker=None)._layerkv
+    worker.compile_or_warm_up_model()
+    assert max(touched) >= 15, "or this test sees nothing"
+
+
+def warmed_up_runner(num_blocks: int) -> Any:
+    """What vLLM's warm-up asks of a model runner."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float32)
+    groups = [SimpleNamespace(kv_cache_spec=spec)]
+    return SimpleNamespace(
+        is_pooling_model=False,
+        is_encoder_decoder=False,
+        is_last_pp_rank=True,
+        max_num_reqs=40,
+        max_model_len=512,
+        num_speculative_steps=0,
+        decode_query_len=1,
+        adaptive_verification=None,
+        rejection_sampler=None,
+        kv_block_zeroer=None,
+        model_state=object(),
+        kv_connector=SimpleNamespace(set_disabled=lambda is_disabled: None),
+        kv_cache_config=SimpleNamespace(num_blocks=num_blocks, kv_cache_groups=groups),
+        scheduler_config=SimpleNamespace(max_num_seqs=40, max_num_batched_tokens=512),
+        model_config=SimpleNamespace(get_vocab_size=lambda: 128),
+        vllm_config=SimpleNamespace(num_lookahead_tokens=0, is_mm_encoder_only=False),
+    )
+
+
+def warm_up(runner: Any, touched: list[int]) -> None:
+    """vLLM's two warm-ups; every block that they compute is noted."""
+    from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup, warmup_kernels
+
+    def execute(output: Any) -> None:
+        new = [request.block_ids for request in output.scheduled_new_reqs]
+        more = [ids for ids in output.scheduled_cached_reqs.new_block_ids if ids is not None]
+        touched.extend(block for groups in (*new, *more) for ids in groups for block in ids)
+
+    run_mixed_prefill_decode_warmup(runner, execute, lambda grammar: None, 500)
+    warmup_kernels(runner, execute, lambda grammar: None)
 
 
 NO_CPU_WORKER = """

@@ -198,6 +198,101 @@ def test_a_pause_ends_though_somebody_is_in_the_way(
     assert engine.lost == 0
 
 
+@WAYS
+def test_a_paused_engine_gives_back_what_nobody_uses_and_says_that_the_rest_stays(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """Once at rest it cannot be woken: a broker that counted on it would wait for ever."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    engine = ElasticEngine(tiny_model, monkeypatch, ahead=ahead)
+    for i in range(6):
+        engine.add(f"r{i}", prompt(100, seed=i), 20 if i else 120)
+    while len(engine.scheduler.requests) > 1:
+        engine.step()
+    num_used = 1 + sum(not engine.queue.is_empty(each) for each in range(1, engine.queue.layout.num_segments))
+    assert engine.table.num_held > num_used
+    engine.share.allowed = 1
+    engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    for _ in range(100):
+        if not engine.scheduler.has_requests():
+            break
+        engine.step()
+    engine.drain()
+    assert not engine.scheduler.has_requests()
+    assert engine.table.num_held <= num_used + 1, "a step in flight may have taken a block"
+    asked = engine.share.asked[-1]
+    assert (asked["need"], asked["like"], asked["can_leave"]) == (engine.table.num_held, engine.table.num_held, 0)
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.share.allowed = engine.queue.layout.num_segments
+    for _ in range(10):
+        engine.step()
+    assert engine.share.asked[-1]["can_leave"] > 0, "it goes on, and can park"
+    engine.run()
+    assert engine.lost == 0
+
+
+def test_a_pause_that_waits_for_requests_lets_them_have_what_they_need(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.core.sched.interface import PauseState
+
+    engine = ElasticEngine(tiny_model, monkeypatch)
+    engine.share.allowed = 1
+    for i in range(3):
+        engine.add(f"r{i}", prompt(60, seed=i), 100)
+    for _ in range(30):
+        engine.step()
+    assert engine.table.num_held == 1
+    engine.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    engine.share.allowed = engine.queue.layout.num_segments
+    for _ in range(1000):
+        if not engine.scheduler.get_num_unfinished_requests():
+            break
+        engine.step()
+    assert not engine.scheduler.get_num_unfinished_requests()
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.run()
+    assert engine.lost == 0
+
+
+def test_nobody_who_waits_grows_a_paused_engine(engine: ElasticEngine) -> None:
+    from vllm.v1.core.sched.interface import PauseState
+
+    engine.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    num_held = engine.table.num_held
+    for i in range(8):
+        engine.add(f"r{i}", prompt(120, seed=i), 20)
+    for _ in range(20):
+        engine.step()
+    assert engine.table.num_held == num_held
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.run()
+
+
+@WAYS
+def test_when_all_are_ended_at_once_it_does_not_wait_to_be_idle(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """As vLLM ends an engine: what keeps it stepping keeps whoever waits for its process."""
+    from vllm.v1.request import RequestStatus
+
+    engine = ElasticEngine(tiny_model, monkeypatch, ahead=ahead)
+    for i in range(6):
+        engine.add(f"r{i}", prompt(120, seed=i), 60)
+    for _ in range(20):
+        engine.step()
+    assert engine.table.num_held > 1
+    engine.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+    num_slept, begun_s = len(engine.slept), engine._now_s
+    engine.idle()
+    assert not engine.scheduler.has_requests()
+    assert engine._now_s - begun_s < engine.elastic._idle_after_s / 4
+    assert len(engine.slept) == num_slept
+    engine.drain()
+    assert engine.share.held == 1
+
+
 def test_between_two_turns_a_session_keeps_its_segments_and_the_engine_sleeps(engine: ElasticEngine) -> None:
     engine.add("session", prompt(150, seed=0), 4, is_session=True)
     while len(engine.tokens["session"]) < 4:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,9 +36,13 @@ SMALL = GeometryRequest(
 )
 
 
-def vllm_config(device: str = "cpu", **cache: Any) -> Any:
+def vllm_config(device: str = "cpu", ranks: int = 1, **cache: Any) -> Any:
     cache_config = SimpleNamespace(**{"kv_cache_memory_bytes": None, "num_gpu_blocks_override": None, **cache})
-    return SimpleNamespace(cache_config=cache_config, device_config=SimpleNamespace(device_type=device))
+    return SimpleNamespace(
+        cache_config=cache_config,
+        device_config=SimpleNamespace(device_type=device),
+        parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
+    )
 
 
 def sizes(request: GeometryRequest, cache: dict[str, Any] | None = None, **extra: Any) -> Any:
@@ -112,7 +117,21 @@ def test_the_size_that_an_error_names_is_enough() -> None:
     ("config", "extra", "message"),
     [
         ({}, {"long_contexts": True}, r"long_contexts: found true"),
-        ({"device": "cuda"}, {}, r"kv_ceiling: found on device type 'cuda'"),
+        (
+            {"device": "cuda"},
+            {},
+            r"kv_ceiling: found on device type 'cuda', .* never run on a GPU; .* allow_untested_elastic_cuda to true",
+        ),
+        (
+            {"device": "xpu"},
+            {"allow_untested_elastic_cuda": True},
+            r"kv_ceiling: found on device type 'xpu', where KV memory cannot grow",
+        ),
+        (
+            {"device": "cuda", "ranks": 2},
+            {"allow_untested_elastic_cuda": True, "broker": "broker.sock"},
+            r"broker: found beside a tensor-parallel size of 2 on CUDA",
+        ),
         ({"num_gpu_blocks_override": 50}, {}, r"num_gpu_blocks_override: found 50"),
     ],
 )
@@ -126,7 +145,28 @@ def test_what_cannot_be_combined_is_refused_by_name(
         require_elastic(vllm_config(**config), settings)
     with pytest.raises(ConfigError, match=message):  # where start-up did not pass there
         elastic_sizes(vllm_config(**config), settings, SMALL)
-    require_elastic(vllm_config(**config), EngineConfig.from_extra_config(extra))
+    without = {key: value for key, value in extra.items() if key != "broker"}
+    require_elastic(vllm_config(**config), EngineConfig.from_extra_config(without))
+
+
+def test_who_asks_for_it_may_try_it_on_cuda() -> None:
+    from layerkv.vllm_plugin.elastic_setup import require_elastic
+
+    settings = EngineConfig.from_extra_config({"kv_ceiling": "10MiB", "allow_untested_elastic_cuda": True})
+    require_elastic(vllm_config("cuda", ranks=2), settings)
+
+
+@pytest.mark.parametrize(("device", "num_mapped"), [("cpu", 1), ("cuda", 2)])
+def test_where_a_block_fills_a_segment_vllms_warm_up_has_one_beside_the_null_block(
+    device: str, num_mapped: int
+) -> None:
+    from layerkv.vllm_plugin.elastic_setup import elastic_sizes
+
+    large = replace(SMALL, page_bytes=2 << 20, alignment_bytes=2 << 20)
+    extra = {"kv_ceiling": "1GiB", "broker": "broker.sock", "allow_untested_elastic_cuda": True}
+    of = elastic_sizes(vllm_config(device), EngineConfig.from_extra_config(extra), large)
+    assert of.plan.layout.segment_blocks == 1
+    assert of.plan.num_mapped == num_mapped
 
 
 def test_vllm_is_told_another_size_only_while_it_looks() -> None:

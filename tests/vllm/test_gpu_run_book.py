@@ -18,14 +18,18 @@ def test_steps_run_one_after_the_other_and_a_failed_one_stops_nothing(tmp_path: 
     book_path = tmp_path / "gpu.json"
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--out", str(tmp_path), "--json", str(book_path)]
     done = subprocess.run(
-        [*command, "--steps", "ordering,kernels,long_context,sanitizer"], capture_output=True, text=True, timeout=400
+        [*command, "--steps", "ordering,kernels,exact_elastic,long_context,sanitizer"],
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     steps = json.loads(book_path.read_text())["steps"]
-    assert list(steps) == ["ordering", "kernels", "long_context", "sanitizer"]
+    assert list(steps) == ["ordering", "kernels", "exact_elastic", "long_context", "sanitizer"]
     assert all(step["ok"] for step in steps.values())
     assert steps["ordering"]["tokens_checked"] > 1000
     assert steps["ordering"]["wrong"] == {}
+    assert steps["exact_elastic"]["settings"]["elastic"]["differing_requests"] == []
     assert steps["long_context"]["context_over_kv_memory"] >= 4
     [setting] = steps["long_context"]["settings"].values()
     assert setting["differing_requests"] == []

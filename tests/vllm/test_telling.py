@@ -99,3 +99,14 @@ def test_what_is_experimental_is_said_once_at_start(
         if named is None
         else [f"experimental without long_contexts, its speed was never measured: {named} (docs/configuration.md)"]
     )
+
+
+def test_a_pool_that_grows_on_cuda_is_warned_about_at_start(tiny_model: Path, warnings: list[str]) -> None:
+    size = 60 * 6 * 2 * 16 * 2 * 64 * 4
+    engine = HandEngine(tiny_model, extra_config={"kv_ceiling": f"{size}B", "allow_untested_elastic_cuda": True})
+    assert warnings == [], "the CPU's is tested"
+    device_config = engine.scheduler.vllm_config.device_config
+    device_config.device_type = "cuda"
+    engine.scheduler._telling.capacity()
+    [warning] = warnings
+    assert "never run on a GPU (allow_untested_elastic_cuda)" in warning

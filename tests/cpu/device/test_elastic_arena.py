@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import signal
 import subprocess
@@ -61,24 +62,40 @@ class Kit:
 
 
 KINDS = ("small pages", "huge pages", "guards", "cuda")
+if os.environ.get("LAYERKV_NULL_GPU"):  # CUDA's libraries are stubs whose device memory is memory of this process
+    KINDS += ("null gpu",)
 
 
 def make_kit(kind: str, *, num_segments: int = 4, num_mapped: int = 4, **refusals: int) -> Kit:
     """An arena of that kind; the CUDA one over a driver whose device memory is memory of this process."""
-    if kind != "cuda":
+    if kind not in ("cuda", "null gpu"):
         page_bytes = HUGE if kind == "huge pages" else SMALL
         arena = make_arena(page_bytes, num_segments=num_segments, num_mapped=num_mapped, guards=kind == "guards")
         return Kit(arena, CopyEvent, partial(resident_bytes, arena))
-    cuda, bindings = FakeCuda(0), FakeBindings(refusals=refusals)
+    cuda, bindings = FakeCuda(0), None
+    if kind == "null gpu":
+        torch.cuda.synchronize()
+        driver = CudaDriver(torch.cuda.current_device())
+    else:
+        bindings = FakeBindings(refusals=refusals)
+        driver = CudaDriver(0, bindings)
     elastic = ElasticCudaArena(
         geometry_of(MIB, num_segments),
         SegmentLayout(2, num_segments),
-        CudaDriver(0, bindings),
+        driver,
         num_mapped=num_mapped,
         as_tensor=over_own_memory,
         cuda=cuda,
     )
-    return Kit(elastic, partial(CudaGate, cuda), lambda: bindings.mapped_bytes, bindings)
+    return Kit(elastic, partial(CudaGate, cuda), partial(device_bytes, bindings), bindings)
+
+
+def device_bytes(bindings: FakeBindings | None) -> int:
+    """Device memory that is not free, as its driver counts it."""
+    if bindings is not None:
+        return bindings.mapped_bytes
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)
 
 
 def pieces(arena: ElasticArena) -> torch.Tensor:
@@ -127,6 +144,7 @@ def test_what_is_unmapped_is_free_and_what_comes_back_is_zero(kind: str) -> None
     kit = make_kit(kind)
     arena, page_bytes = kit.arena, kit.arena.geometry.page_bytes
     address = arena.tensor().data_ptr()
+    assert not arena.tensor().any(), "old bytes of somebody else"
     kv = pieces(arena)
     kv[:] = 7
     arena.tensor()[-page_bytes:] = 5
@@ -143,14 +161,31 @@ def test_what_is_unmapped_is_free_and_what_comes_back_is_zero(kind: str) -> None
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_segments_without_memory_take_none_at_first(kind: str) -> None:
+    before = device_bytes(None) if kind == "null gpu" else 0
     kit = make_kit(kind, num_segments=8, num_mapped=2)
     page_bytes = kit.arena.geometry.page_bytes
-    assert kit.held_bytes() <= 3 * 3 * 2 * page_bytes, "two segments and the zone, which is mapped three times"
+    assert kit.held_bytes() - before <= 3 * 3 * 2 * page_bytes, "two segments and the zone, which is mapped three times"
     map_now(kit.arena, 5)
     kv = pieces(kit.arena)
     assert not kv[:, 5].any()
     kv[:, 5] = 1
-    assert kit.held_bytes() <= 4 * 3 * 2 * page_bytes
+    assert kit.held_bytes() - before <= 4 * 3 * 2 * page_bytes
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_one_engine_gave_back_another_takes_and_sees_nothing_of_it(kind: str) -> None:
+    one = make_kit(kind)
+    other = make_kit(kind, num_mapped=2)
+    secret = pieces(one.arena)
+    secret[:] = 7
+    for segment in (1, 2, 3):
+        assert ended(one.arena.unmap([segment]))
+        new = 2 + segment % 2  # the other's first two are its own, and what comes goes again
+        map_now(other.arena, new)
+        assert not pieces(other.arena)[:, new].any()
+        pieces(other.arena)[:, new] = 9
+        assert (secret[:, 0] == 7).all()
+        assert ended(other.arena.unmap([new]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -194,7 +229,7 @@ def test_what_was_prepared_and_is_not_wanted_any_more_is_given_back(kind: str) -
     assert not pieces(kit.arena)[:, 3].any()
 
 
-@pytest.mark.parametrize("kind", ["small pages", "cuda"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("huge pages", "guards")])
 def test_hundreds_of_moves_leave_every_byte_where_it_belongs(kind: str) -> None:
     kit, rng = make_kit(kind, num_segments=6, num_mapped=6), random.Random(0)
     kv = pieces(kit.arena)
@@ -312,6 +347,11 @@ def test_a_full_device_says_so_and_keeps_nothing() -> None:
     assert not kit.bindings.handles
     assert kit.held_bytes() == before
     map_now(kit.arena, 2)
+
+
+def test_an_engine_for_which_the_device_has_no_room_says_what_it_wanted() -> None:
+    with pytest.raises(MemoryError, match=r"zone and 4 segments .* take 26MiB, .* \(cuMemCreate: CUDA_ERROR_OUT_OF_M"):
+        make_kit("cuda", cuMemCreate=3)
 
 
 def test_a_mapping_that_the_driver_refuses_is_undone() -> None:

@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import pytest
 
-from tests.fakes.block_churn import CHAT, LONG, Load, churn
+from layerkv.core.segments import SegmentLayout
+from tests.fakes.block_churn import CHAT, LONG, Load, churn, prefix_pool
 
 SEEDS = (0, 1)
+NUM_BLOCKS = 8192
 
 
 def both_ways(load: Load, segment_blocks: int) -> tuple[float, float, float]:
     """Share of the free memory in empty segments at 30 % in use, in vLLM's order and packed, and hit rate lost."""
+    layout = SegmentLayout(segment_blocks, NUM_BLOCKS // segment_blocks)
     runs = [
-        [churn(load, segment_blocks=segment_blocks, packs=packs, seed=seed, steps=2000) for seed in SEEDS]
+        [churn(load, prefix_pool(NUM_BLOCKS, layout, packs=packs), layout, seed=seed, steps=2000) for seed in SEEDS]
         for packs in (False, True)
     ]
     assert all(run.num_samples >= 10 for way in runs for run in way)
