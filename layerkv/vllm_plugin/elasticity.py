@@ -59,6 +59,7 @@ class Elasticity:
         *,
         num_ranks: int,
         idle_after_s: float,
+        waits: bool = False,
     ) -> None:
         assert side.sizes is not None
         assert manager.segments is not None
@@ -73,6 +74,7 @@ class Elasticity:
         self._layout = plan.layout
         self._table = SegmentTable(self._layout.num_segments, num_ranks=num_ranks, num_mapped=plan.num_mapped)
         self._idle_after_s = idle_after_s
+        self._waits = waits  # who is in the way goes on there: nothing to decide about it
         self._limit = -1
         self._busy_s = self._looked_s = self._asked_s = time.monotonic()
         self._looked_at = -1  # the version of residencies then
@@ -113,7 +115,7 @@ class Elasticity:
     @property
     def is_under_way(self) -> bool:
         """Whether segments come or go, or somebody is in the way: nothing that was decided stands."""
-        return self._table.is_moving or bool(self.vacating)
+        return self._table.is_moving or (bool(self.vacating) and not self._waits)
 
     # Each step -----------------------------------------------------------------------------------------------
 
@@ -338,5 +340,12 @@ def elasticity_for(
             weight=config.weight,
         )
     return Elasticity(
-        scheduler, side, manager, controller, share, num_ranks=num_ranks, idle_after_s=config.idle_after_s
+        scheduler,
+        side,
+        manager,
+        controller,
+        share,
+        num_ranks=num_ranks,
+        idle_after_s=config.idle_after_s,
+        waits=config.give == "wait",
     )
