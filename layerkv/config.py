@@ -113,17 +113,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Everything that the flag's `kv_connector_extra_config` says, checked; `None` means "layerkv chooses".
 
     `mode` is `auto` (layered when it helps), `resident` (never layered) or, to compare with, `layered` (every prompt
-    that can be: `compare: {mode: layered}`). `give` says what becomes of requests in memory that is given back;
-    all but `park` is to compare with as well (`compare: {give: wait}`). `on_unsupported` says whether something layerkv cannot serve ends start-up
-    or runs as stock vLLM. `cost_profile` is a file that `layerkv profile` wrote; without one, costs are learned from
-    the first steps. `retained_layers` many layers keep memory of their own in the lane zone: streamed decode does not
-    load them (experimental without `long_contexts`). `decision_log` is a file that decisions are appended to, for
-    `layerkv explain`. `host_prefix_cache` keeps the KV of finished requests in host memory that nobody else needs, for
-    prompts that begin alike. `long_contexts` serves requests longer than the KV pool: they decode in the lane zone, and
-    `max_model_len` may exceed the pool. `kv_floor_bytes` and `kv_ceiling_bytes` are the least and the most KV memory of
-    each worker: between them the pool grows and shrinks. Without requests for `idle_after_s` the engine gives back all
-    that it can do without. `broker` is the socket of a memory broker that says how much it may hold beside others, and
-    `weight` its share among them.
+    that can be: `compare: {mode: layered}`). `give` says what becomes of requests in memory that is given back; all but
+    `park` exists to compare with as well (`compare: {give: wait}`). `on_unsupported` says whether something layerkv
+    cannot serve ends start-up or runs as stock vLLM. `cost_profile` is a file that `layerkv profile` wrote; without
+    one, costs are learned from the first steps. `retained_layers` many layers keep memory of their own in the lane
+    zone: streamed decode does not load them (experimental without `long_contexts`). `decision_log` is a file that
+    decisions are appended to, for `layerkv explain`. `host_prefix_cache` keeps the KV of finished requests in host
+    memory that nobody else needs, for prompts that begin alike. `long_contexts` serves requests longer than the KV
+    pool: they decode in the lane zone, and `max_model_len` may exceed the pool. `kv_floor_bytes` and `kv_ceiling_bytes`
+    are the least and the most KV memory of each worker: between them the pool grows and shrinks. Without requests for
+    `idle_after_s` the engine gives back all that it can do without. `broker` is the socket of a memory broker that says
+    how much it may hold beside others, and `weight` its share among them.
     """
 
     policy_path: str | None = None

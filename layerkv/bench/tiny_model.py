@@ -68,6 +68,8 @@ SHAPES = MappingProxyType(
             max_position_tokens=16384,
         ),
         "test": ModelShape(num_layers=6, hidden_size=128, mlp_size=256, num_heads=4),
+        # Bound by reading its weights, as a GPU is: a step of many decodes takes hardly longer than one of a few.
+        "flat": ModelShape(num_layers=6, hidden_size=256, mlp_size=8192, num_heads=4),
         # For GPUs, which map memory in units of 2 MiB: 32 blocks of 16 tokens in each layer.
         "wide": ModelShape(num_layers=6, hidden_size=512, mlp_size=512, num_heads=8, num_kv_heads=8),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,8 @@ class Elasticity:
         self._queue: SegmentQueue = manager.segments
         self._layout = plan.layout
         self._table = SegmentTable(self._layout.num_segments, num_ranks=num_ranks, num_mapped=plan.num_mapped)
+        self.choose: Callable[[PoolView], Resize] = resize
+        """What comes and goes before a step; measurements put something else in its place."""
         self._idle_after_s = idle_after_s
         self._waits = waits  # who is in the way goes on there: nothing to decide about it
         self._limit = -1
@@ -134,7 +136,7 @@ class Elasticity:
                 return
         self._looked_s, self._looked_at, self._limit = now_s, moves, limit
         view = self._view(limit, now_s)
-        self._carry_out(resize(view), now_s, is_idle=view.is_idle)
+        self._carry_out(self.choose(view), now_s, is_idle=view.is_idle)
 
     def note_tokens(self, num_tokens: int) -> None:
         """A step has been scheduled that computes so many."""

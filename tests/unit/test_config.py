@@ -513,7 +513,8 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
         ),
         (
             {"mode": "resident", "compare": {"mode": "layered"}},
-            ".compare.mode: found 'layered' beside mode: resident; expected one of them; leave compare.mode or mode out",
+            ".compare.mode: found 'layered' beside mode: resident; expected one of them; leave compare.mode or mode "
+            "out",
         ),
         (
             {"on_unsupported": None},
