@@ -69,10 +69,10 @@ def demo_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> N
             ["bench", "overhead", "--json", "o.json", "--only", "slots", "--model", "test", "--rounds", "1"],
             (Path("o.json"), 1, "slots", "test"),
         ),
-        (["bench", "sharing"], (None, 2, 12, 3, [])),
+        (["bench", "sharing", "--burst", "8", "--seeds", "1"], (None, 2, 8, 1, [])),
         (
-            "bench sharing --json s.json --engines 3 --burst 8 --seeds 1 --only give --only idle,resize".split(),
-            (Path("s.json"), 3, 8, 1, ["give", "idle,resize"]),
+            ["bench", "sharing", "--json", "s.json", "--engines", "3", "--only", "give", "--only", "idle,resize"],
+            (Path("s.json"), 3, 12, 3, ["give", "idle,resize"]),
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The engines of `layerkv bench sharing` that are no servers, with a load of a few requests: what is counted adds up."""
+"""The engines of `layerkv bench sharing` that are no servers, with a few requests: what is counted adds up."""
 
 from __future__ import annotations
 

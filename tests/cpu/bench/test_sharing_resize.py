@@ -19,7 +19,7 @@ def test_every_second_segment_moves_in_each_round() -> None:
     found = measure_arena(rounds=2, num_segments=6)
     assert (found.moves, found.move_bytes) == (2, 3 * 48 * MIB)
     assert 0 < found.shrink.p50 <= found.shrink.p99
-    assert 0 < found.first_touch.p50
+    assert found.first_touch.p50 > 0
     assert (found.p50, found.p99) == (found.shrink.p50, found.shrink.p99)
 
 
