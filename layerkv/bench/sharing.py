@@ -18,7 +18,8 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -26,6 +27,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from layerkv.bench.load import PlannedRequest
 from layerkv.bench.machine import Machine, measured_here, source_commit
 from layerkv.bench.priorities import Priorities, allowed_here
 from layerkv.bench.records import LoadRun, write_json
@@ -178,14 +180,14 @@ def _measure(
                 split("static", "layerkv", BURSTS, bursts.num_engines),
                 shared("shared", BURSTS, bursts.num_engines),
             ]
-            runs = _run_ways(ways, BURSTS, bursts, seeds, folder, console)
-            set_bursts(result, runs)
+            num_engines = bursts.num_engines
+            set_bursts(result, _run_ways(ways, BURSTS, num_engines, partial(planned, bursts), seeds, folder, console))
         case "give":
             ways = [
                 split("nothing", "layerkv", GIVE, 2),
                 *(shared(name, GIVE, 2, compare={"give": name}) for name in GIVES[1:]),
             ]
-            set_give(result, _run_ways(ways, GIVE, None, seeds, folder, console))
+            set_give(result, _run_ways(ways, GIVE, 2, give_planned, seeds, folder, console))
         case "idle":
             set_idle(result, _run_idle(seeds, folder, console))
         case "constant":
@@ -199,24 +201,23 @@ def _measure(
 def _run_ways(
     ways: Sequence[Way],
     setting: Setting,
-    bursts: Bursts | None,
+    num_engines: int,
+    load: Callable[[int, int], list[PlannedRequest]],
     seeds: Sequence[int],
     folder: Path,
     console: Console,
 ) -> dict[str, Runs]:
-    """The same loads through each way, seed by seed; every second seed has the order turned around."""
-    num_engines = 2 if bursts is None else bursts.num_engines
+    """The same loads through each way, seed by seed; every second seed has the order turned around.
+
+    `load` says what an engine gets with a seed.
+    """
     runs: dict[str, dict[int, dict[int, LoadRun]]] = {way.name: {} for way in ways}
     console.print(f"  starting {len(ways) * num_engines} servers", highlight=False)
     with started(ways, setting, num_engines, folder) as groups:
         for seed in seeds:
             for way in ways if seed % 2 == 0 else ways[::-1]:
                 console.print(f"  seed {seed}: {way.name}", highlight=False)
-                loads = [
-                    give_planned(engine, seed) if bursts is None else planned(bursts, engine, seed)
-                    for engine in range(num_engines)
-                ]
-                loaded = groups[way.name].run(loads, seed)
+                loaded = groups[way.name].run([load(engine, seed) for engine in range(num_engines)], seed)
                 runs[way.name][seed] = {engine: found.run for engine, found in loaded.items()}
     return dict(runs)
 
