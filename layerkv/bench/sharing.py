@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 import psutil
@@ -45,11 +46,14 @@ from layerkv.bench.sharing_figures import (
     give_ratios,
     have_equal_tokens,
     idle_figures,
+    last_token_s,
     sharing_ratios,
 )
 from layerkv.bench.sharing_load import (
     BURSTS,
+    DONOR,
     GIVE,
+    TAKEN_AT,
     Bursts,
     Setting,
     give_planned,
@@ -70,12 +74,15 @@ GIVES = ("nothing", "wait", "recompute", "park")
 LOOK_EVERY_S = 0.05
 LOOK_LIMIT_S = 1.0
 
+Load: TypeAlias = Callable[[int, int], list[PlannedRequest]]
+"""What an engine gets with a seed."""
+
 
 class SharingResult(msgspec.Struct, kw_only=True):
     """The command's JSON; what belongs to a part that was not run is null.
 
     `static_stock`, `static` and `shared` are the figures of each engine, as those of `layerkv bench run`; `give` those
-    of each way to give. `idle_freed_fraction` and `first_token_after_idle_over_static` are the medians of two figures
+    of each way to give, with bursts at `give_bursts_at_s`. `idle_freed_fraction` and `first_token_after_idle_over_static` are the medians of two figures
     of `idle`, `step_over_median_while_resizing` is that of `resizing_steps`. `tokens_equal`: every request was answered
     the same tokens, whatever way the engines had their memory; null where no part compares that.
     """
@@ -92,6 +99,7 @@ class SharingResult(msgspec.Struct, kw_only=True):
     give: dict[str, GiveFigures] | None = None
     give_ratios: GiveRatios | None = None
     give_capacity_bytes: int = GIVE.capacity_bytes
+    give_bursts_at_s: list[float] | None = None
     idle_freed_fraction: float | None = None
     first_token_after_idle_over_static: float | None = None
     idle: IdleFigures | None = None
@@ -181,13 +189,15 @@ def _measure(
                 shared("shared", BURSTS, bursts.num_engines),
             ]
             num_engines = bursts.num_engines
-            set_bursts(result, _run_ways(ways, BURSTS, num_engines, partial(planned, bursts), seeds, folder, console))
+            load = partial(planned, bursts)
+            set_bursts(result, _run_ways(ways, BURSTS, num_engines, lambda _: load, seeds, folder, console))
         case "give":
             ways = [
                 split("nothing", "layerkv", GIVE, 2),
                 *(shared(name, GIVE, 2, compare={"give": name}) for name in GIVES[1:]),
             ]
-            set_give(result, _run_ways(ways, GIVE, 2, give_planned, seeds, folder, console))
+            prepare = partial(_prepare_give, result, console)
+            set_give(result, _run_ways(ways, GIVE, 2, prepare, seeds, folder, console))
         case "idle":
             set_idle(result, _run_idle(seeds, folder, console))
         case "constant":
@@ -202,24 +212,34 @@ def _run_ways(
     ways: Sequence[Way],
     setting: Setting,
     num_engines: int,
-    load: Callable[[int, int], list[PlannedRequest]],
+    prepare: Callable[[Mapping[str, Group]], Load],
     seeds: Sequence[int],
     folder: Path,
     console: Console,
 ) -> dict[str, Runs]:
     """The same loads through each way, seed by seed; every second seed has the order turned around.
 
-    `load` says what an engine gets with a seed.
+    `prepare` makes the loads, and may look at the servers before.
     """
     runs: dict[str, dict[int, dict[int, LoadRun]]] = {way.name: {} for way in ways}
     console.print(f"  starting {len(ways) * num_engines} servers", highlight=False)
     with started(ways, setting, num_engines, folder) as groups:
+        load = prepare(groups)
         for seed in seeds:
             for way in ways if seed % 2 == 0 else ways[::-1]:
                 console.print(f"  seed {seed}: {way.name}", highlight=False)
                 loaded = groups[way.name].run([load(engine, seed) for engine in range(num_engines)], seed)
                 runs[way.name][seed] = {engine: found.run for engine, found in loaded.items()}
     return dict(runs)
+
+
+def _prepare_give(result: SharingResult, console: Console, groups: Mapping[str, Group]) -> Load:
+    """How long the donor takes alone says when the bursts come, whatever machine this is."""
+    console.print("  how long the donor takes alone", highlight=False)
+    alone = groups["nothing"].run([give_planned((), DONOR, seed=-1)], seed=-1)[DONOR].run
+    alone_s = last_token_s(alone.requests)
+    result.give_bursts_at_s = [share * alone_s for share in TAKEN_AT]
+    return partial(give_planned, result.give_bursts_at_s)
 
 
 def _run_idle(seeds: Sequence[int], folder: Path, console: Console) -> list[IdleSeen]:

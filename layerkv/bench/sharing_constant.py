@@ -45,7 +45,7 @@ def measure_constant_load(rounds: int, folder: Path) -> ConstantLoad:
     """
     part = constant_part()
     kv_bytes = part.kv_bytes(MODEL)
-    connectors = {
+    connectors: dict[str, dict[str, object]] = {
         "static": {"host_memory": HOST_MEMORY},
         "elastic": {"host_memory": HOST_MEMORY, "kv_floor": kv_bytes, "kv_ceiling": kv_bytes},
     }

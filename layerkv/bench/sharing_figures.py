@@ -221,10 +221,10 @@ def idle_figures(by_seed: Sequence[IdleSeen]) -> IdleFigures:
     for seen in by_seed:
         burst = [request for request in seen.elastic.requests if not _is_probe(request)]
         end_s = last_token_s(burst)
-        first_s = min(request.arrival_s for request in seen.elastic.requests if _is_probe(request))
-        if end_s + FREED_WITHIN_S > first_s:
+        probed_s = min(request.arrival_s for request in seen.elastic.requests if _is_probe(request))
+        if end_s + FREED_WITHIN_S > probed_s:
             raise LayerKVError(
-                f"the burst's last token came {end_s:.1f} s after its start; expected {first_s - FREED_WITHIN_S:g} s "
+                f"the burst's last token came {end_s:.1f} s after its start; expected {probed_s - FREED_WITHIN_S:g} s "
                 "at the latest: this machine is too slow, or too busy, for --only idle"
             )
         before.append(_last_by(seen.held, end_s))

@@ -6,7 +6,7 @@ memory gets the same requests at the same times.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -81,16 +81,16 @@ DONOR, TAKER = 0, 1
 DONOR_REQUESTS, DONOR_OUTPUT_TOKENS = 14, 420
 TAKER_REQUESTS, TAKER_OUTPUT_TOKENS = 12, 90
 GIVE_PROMPT_TOKENS = 64
-TAKEN_AT_S = (6.0, 14.0)
-"""When the bursts come: the donor, which begins at 0 s, has made a third of its tokens, and two thirds."""
+TAKEN_AT = (0.3, 0.7)
+"""When the bursts come, as shares of the time that the donor would take alone with half of the memory."""
 
 
-def give_planned(engine: int, seed: int) -> list[PlannedRequest]:
-    """What the donor is asked for, or the taker."""
+def give_planned(taken_at_s: Sequence[float], engine: int, seed: int) -> list[PlannedRequest]:
+    """What the donor is asked for, or the taker, to which a burst comes at each of these times."""
     rng = Random(f"give {seed}: {engine}")
     if engine == DONOR:
         return _requests(GIVE, rng, "donor", [0.0] * DONOR_REQUESTS, GIVE_PROMPT_TOKENS, DONOR_OUTPUT_TOKENS)
-    arrivals = [at_s for at_s in TAKEN_AT_S for _ in range(TAKER_REQUESTS)]
+    arrivals = [at_s for at_s in taken_at_s for _ in range(TAKER_REQUESTS)]
     return _requests(GIVE, rng, "taker", arrivals, GIVE_PROMPT_TOKENS, TAKER_OUTPUT_TOKENS)
 
 
@@ -161,7 +161,7 @@ def engine_case(setting: Setting, kv_bytes: int) -> Case:
 def _requests(
     setting: Setting, rng: Random, name: str, arrivals_s: Iterable[float], prompt_tokens: int, output_tokens: int
 ) -> list[PlannedRequest]:
-    ids = range(FIRST_ORDINARY_TOKEN_ID, SHAPES[setting.model].vocab_size)
+    ids = range(FIRST_ORDINARY_TOKEN_ID, SHAPES[setting.model].num_words)
     return [
         PlannedRequest(
             request_id=f"{name}-{index:03d}",

@@ -33,7 +33,7 @@ from layerkv.bench.tiny_model import make_tiny_model
 from layerkv.errors import LayerKVError
 
 BROKER = (sys.executable, "-c", "import sys; from layerkv.cli import main; sys.exit(main())", "broker")
-WARM_UP_S = 8.0
+WARM_UP_S = 6.0
 """From the start of load generators to that of their loads: they warm their servers up before."""
 MOST_LATE_S = 0.1
 """Loads of engines that share memory must begin together."""
@@ -94,7 +94,7 @@ class Group:
     broker: subprocess.Popen[bytes] | None = None
 
     def run(self, loads: Sequence[Sequence[PlannedRequest]], seed: int) -> dict[int, Loaded]:
-        """Each server gets its load, all at the same moment; by engine.
+        """Each server gets its load, all at the same moment; by engine. With fewer loads the last servers get none.
 
         Raises:
             LayerKVError: a server, the broker or a request failed, or a server hangs: the message has the last lines of

@@ -364,7 +364,8 @@ def test_random_targets_of_an_engine_to_compare_with(
     under_random_targets(engine, seed=0, num_steps=500)
     assert engine.vacated["park"] == 0
     assert (engine.vacated["recompute"] > 5) is (give == "recompute")
-    assert engine.lost == engine.vacated["recompute"]
+    if give == "recompute":  # who waits may find no block to go on with, and be preempted by vLLM itself
+        assert engine.lost == engine.vacated["recompute"]
 
 
 def under_random_targets(engine: ElasticEngine, seed: int, num_steps: int) -> set[int]:

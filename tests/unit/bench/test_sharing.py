@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -25,7 +26,6 @@ from layerkv.bench.sharing_load import (
     NUM_BURSTS,
     PERIOD_S,
     PROBES_AT_S,
-    TAKEN_AT_S,
     TAKER,
     TAKER_REQUESTS,
     WITHIN_S,
@@ -36,7 +36,7 @@ from layerkv.bench.sharing_load import (
     planned,
 )
 from layerkv.bench.sharing_resize import ArenaMove, resize_speed, resizing_steps
-from layerkv.bench.sharing_servers import shared, split
+from layerkv.bench.sharing_servers import Loaded, shared, split
 from layerkv.bench.sharing_steps import MOST_STEPS, Move, Swing, watch_move
 from layerkv.bench.suite.engines import serve_command
 from layerkv.errors import ConfigError, LayerKVError
@@ -66,15 +66,30 @@ def test_bursts_come_to_one_engine_after_the_other_and_are_the_same_for_every_wa
 
 
 def test_a_donor_is_full_of_decodes_before_bursts_come_to_the_other_engine() -> None:
-    donor, taker = give_planned(DONOR, 0), give_planned(TAKER, 0)
+    donor, taker = give_planned((2.0, 5.0), DONOR, 0), give_planned((2.0, 5.0), TAKER, 0)
     assert {request.arrival_s for request in donor} == {0.0}
-    assert [request.arrival_s for request in taker] == [at_s for at_s in TAKEN_AT_S for _ in range(TAKER_REQUESTS)]
+    assert [request.arrival_s for request in taker] == [at_s for at_s in (2.0, 5.0) for _ in range(TAKER_REQUESTS)]
     assert len(donor) == DONOR_REQUESTS
     wanted = sum(len(request.prompt) + request.output_tokens for request in donor) * GIVE.kv_bytes_per_token
     assert wanted > GIVE.capacity_bytes, "it is short of memory even alone"
     longest = max(len(request.prompt) + request.output_tokens for request in (*donor, *taker))
     assert longest < GIVE.max_model_len
-    assert give_planned(DONOR, 0) != give_planned(DONOR, 1)
+    assert donor == give_planned((), DONOR, 0), "it does not depend on the bursts"
+    assert donor != give_planned((), DONOR, 1)
+
+
+def test_bursts_come_by_the_time_that_the_donor_takes_alone_on_this_machine() -> None:
+    alone = made_load("nothing", DONOR, [made_request("donor-000", 0.0, [1.0, 30.0])])
+
+    def run(loads: list[Any], seed: int) -> dict[int, Loaded]:
+        assert len(loads) == 1
+        assert len(loads[DONOR]) == DONOR_REQUESTS
+        return {DONOR: Loaded(alone, start_s=100.0)}
+
+    result = made_result()
+    load = sharing._prepare_give(result, Console(quiet=True), {"nothing": SimpleNamespace(run=run)})  # type: ignore[dict-item]
+    assert result.give_bursts_at_s == pytest.approx([9.0, 21.0])
+    assert {request.arrival_s for request in load(TAKER, 0)} == set(result.give_bursts_at_s or ())
 
 
 def test_an_idle_engine_is_asked_for_one_request_at_a_time_after_a_burst_that_fits_it() -> None:
