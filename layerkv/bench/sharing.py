@@ -23,32 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
-import msgspec
 import psutil
 from rich.console import Console
-from rich.table import Table
 
 from layerkv.bench.load import PlannedRequest
-from layerkv.bench.machine import Machine, measured_here, source_commit
-from layerkv.bench.priorities import Priorities, allowed_here
+from layerkv.bench.machine import measured_here, source_commit
+from layerkv.bench.priorities import allowed_here
 from layerkv.bench.records import LoadRun, write_json
-from layerkv.bench.sharing_constant import ConstantLoad, measure_constant_load
-from layerkv.bench.sharing_figures import (
-    GiveFigures,
-    GiveRatios,
-    HeldSample,
-    IdleFigures,
-    IdleSeen,
-    Runs,
-    SharingRatios,
-    figures_of,
-    give_figures,
-    give_ratios,
-    have_equal_tokens,
-    idle_figures,
-    last_token_s,
-    sharing_ratios,
-)
+from layerkv.bench.sharing_constant import measure_constant_load
+from layerkv.bench.sharing_figures import HeldSample, IdleSeen, Runs, last_token_s
 from layerkv.bench.sharing_load import (
     BURSTS,
     DONOR,
@@ -60,61 +43,19 @@ from layerkv.bench.sharing_load import (
     idle_planned,
     planned,
 )
-from layerkv.bench.sharing_resize import ResizeSpeed, ResizingSteps, measure_arena, measure_steps
+from layerkv.bench.sharing_resize import measure_arena, measure_steps
+from layerkv.bench.sharing_result import GIVES, SharingResult, set_bursts, set_give, set_idle
 from layerkv.bench.sharing_servers import Group, Way, shared, split, started
-from layerkv.bench.suite.result import Figures
-from layerkv.bench.words import MISSING, format_duration, format_ratio
+from layerkv.bench.sharing_tables import print_part
 from layerkv.broker.watch import read_roster
 from layerkv.errors import BrokerError, ConfigError
-from layerkv.units import format_bytes
 
 PARTS = ("bursts", "give", "idle", "constant", "resize")
-WAYS = ("static_stock", "static", "shared")
-GIVES = ("nothing", "wait", "recompute", "park")
 LOOK_EVERY_S = 0.05
 LOOK_LIMIT_S = 1.0
 
 Load: TypeAlias = Callable[[int, int], list[PlannedRequest]]
 """What an engine gets with a seed."""
-
-
-class SharingResult(msgspec.Struct, kw_only=True):
-    """The command's JSON; what belongs to a part that was not run is null.
-
-    `static_stock`, `static` and `shared` are the figures of each engine, as those of `layerkv bench run`; `give` those
-    of each way to give, with bursts at `give_bursts_at_s`. `idle_freed_fraction` and `first_token_after_idle_over_static` are the medians of two figures
-    of `idle`, `step_over_median_while_resizing` is that of `resizing_steps`. `tokens_equal`: every request was answered
-    the same tokens, whatever way the engines had their memory; null where no part compares that.
-    """
-
-    schema: int = 1
-    parts: list[str]
-    engines: int
-    burst_requests: int
-    capacity_bytes: int = BURSTS.capacity_bytes
-    static_stock: dict[str, Figures] | None = None
-    static: dict[str, Figures] | None = None
-    shared: dict[str, Figures] | None = None
-    ratios: SharingRatios | None = None
-    give: dict[str, GiveFigures] | None = None
-    give_ratios: GiveRatios | None = None
-    give_capacity_bytes: int = GIVE.capacity_bytes
-    give_bursts_at_s: list[float] | None = None
-    idle_freed_fraction: float | None = None
-    first_token_after_idle_over_static: float | None = None
-    idle: IdleFigures | None = None
-    constant_load: ConstantLoad | None = None
-    resize_ms_per_gib: ResizeSpeed | None = None
-    step_over_median_while_resizing: float | None = None
-    resizing_steps: ResizingSteps | None = None
-    tokens_equal: bool | None = None
-    priorities: Priorities
-    seeds: list[int]
-    command: str
-    date: str
-    machine: Machine
-    versions: dict[str, str]
-    commit: str | None
 
 
 def run_sharing(
@@ -148,7 +89,7 @@ def run_sharing(
         with tempfile.TemporaryDirectory(prefix="layerkv-sharing-") as name:
             _measure(part, result, bursts, seeds, Path(name), console)
         result.parts.append(part)
-        _print(part, result, console)
+        print_part(part, result, console)
         if json_path is not None:
             write_json(result, json_path)
     return 1 if result.tokens_equal is False else 0
@@ -284,136 +225,3 @@ def _watched(group: Group, samples: list[HeldSample]) -> Iterator[None]:
     finally:
         is_over.set()
         watcher.join()
-
-
-# Results --------------------------------------------------------------------------------------------------------------
-
-
-def set_bursts(result: SharingResult, runs: Mapping[str, Runs]) -> None:
-    """Enter what the ways of `bursts` did."""
-    by_way = {way: figures_of(runs[way]) for way in WAYS}
-    result.static_stock, result.static, result.shared = (by_way[way] for way in WAYS)
-    result.ratios = sharing_ratios(runs, by_way)
-    _note_tokens(result, runs)
-
-
-def set_give(result: SharingResult, runs: Mapping[str, Runs]) -> None:
-    """Enter what the ways of `give` did."""
-    result.give = {way: give_figures(runs[way]) for way in GIVES}
-    result.give_ratios = give_ratios(result.give)
-    _note_tokens(result, runs)
-
-
-def set_idle(result: SharingResult, seen: Sequence[IdleSeen]) -> None:
-    """Enter what was seen of idle engines."""
-    result.idle = idle_figures(seen)
-    result.idle_freed_fraction = result.idle.freed_fraction.median
-    result.first_token_after_idle_over_static = result.idle.first_token_over_static.median
-    runs = {name: {seed: {0: getattr(of, name)} for seed, of in enumerate(seen)} for name in ("static", "elastic")}
-    _note_tokens(result, runs)
-
-
-def _note_tokens(result: SharingResult, runs: Mapping[str, Runs]) -> None:
-    result.tokens_equal = result.tokens_equal is not False and have_equal_tokens(runs)
-
-
-# Tables ---------------------------------------------------------------------------------------------------------------
-
-
-def _print(part: str, result: SharingResult, console: Console) -> None:
-    match part:
-        case "bursts":
-            _print_bursts(result, console)
-        case "give":
-            _print_give(result, console)
-        case _:
-            for line in lines(part, result):
-                console.print(line, highlight=False)
-    if part in ("bursts", "give", "idle"):
-        console.print(f"tokens equal: {result.tokens_equal}", highlight=False)
-
-
-def _print_bursts(result: SharingResult, console: Console) -> None:
-    size = format_bytes(result.capacity_bytes)
-    title = f"{result.engines} engines, {size} of KV memory, bursts of {result.burst_requests}"
-    table = Table("", "engine", "fluid", "TTFT mean", "second token p99", "longest pause p99", "tok/s", title=title)
-    for way in WAYS:
-        of_way: dict[str, Figures] = getattr(result, way)
-        for engine, figures in of_way.items():
-            table.add_row(
-                way,
-                engine,
-                _fluid(figures),
-                format_duration(figures.ttft_s.mean.median),
-                format_duration(figures.second_token_s.p99.median),
-                format_duration(figures.longest_pause_s.p99.median) if figures.longest_pause_s else MISSING,
-                f"{figures.output_tokens_per_s.median:.0f}",
-            )
-    console.print(table)
-    assert result.ratios is not None
-    _print_ratios(result.ratios, console)
-
-
-def _print_give(result: SharingResult, console: Console) -> None:
-    assert result.give is not None
-    assert result.give_ratios is not None
-    size = format_bytes(result.give_capacity_bytes)
-    title = f"A donor full of live decodes, and bursts beside it: {size} of KV memory"
-    headings = ("gives by", "longest gap p99", "max", "second token", "TTFT", "fluid", "donor's end", "recomputed")
-    table = Table(*headings, "parked", title=title)
-    for way, figures in result.give.items():
-        table.add_row(
-            way,
-            format_duration(figures.longest_gap_s.p99.median),
-            format_duration(figures.longest_gap_max_s.median),
-            format_duration(figures.taker.second_token_s.mean.median),
-            format_duration(figures.taker.ttft_s.mean.median),
-            _fluid(figures.taker),
-            format_duration(figures.donor_end_s.median),
-            f"{figures.recomputed.median:g}",
-            f"{figures.parked.median:g}",
-        )
-    console.print(table)
-    _print_ratios(result.give_ratios, console)
-    if not all(figures.donor_was_there for figures in result.give.values()):
-        console.print("the donor had ended before the last burst came: this says little", highlight=False)
-
-
-def _print_ratios(ratios: SharingRatios | GiveRatios, console: Console) -> None:
-    for name, ratio in msgspec.structs.asdict(ratios).items():
-        console.print(f"{name}: {MISSING if ratio is None else format_ratio(ratio.median)}", highlight=False)
-
-
-def lines(part: str, result: SharingResult) -> list[str]:
-    """What the parts without a table say."""
-    if part == "idle":
-        assert result.idle is not None
-        idle = result.idle
-        first = {name: format_duration(spread.median) for name, spread in idle.first_token_s.items()}
-        return [
-            f"given back within 2.5 s: {idle.freed_fraction.median:.1%} of "
-            f"{format_bytes(int(idle.held_bytes_before.median))} (MemAvailable rose by "
-            f"{idle.available_bytes_rise.median / (1 << 20):.0f} MiB)",
-            f"first token after idle: {first['elastic']}, static {first['static']}: "
-            f"{format_ratio(idle.first_token_over_static.median)}",
-        ]
-    if part == "constant":
-        assert result.constant_load is not None
-        constant = result.constant_load
-        return [
-            f"{constant.running} running: throughput {constant.throughput_ratio:.3f} of a static engine's, host time "
-            f"{constant.host_ms_per_step_added:+.3f} ms per step of {constant.step_ms['elastic']:.1f} ms"
-        ]
-    assert result.resize_ms_per_gib is not None
-    assert result.resizing_steps is not None
-    speed, steps = result.resize_ms_per_gib, result.resizing_steps
-    return [
-        f"a GiB goes in {speed.shrink.p50:.1f} ms (p99 {speed.shrink.p99:.1f}), and comes with its first touch in "
-        f"{speed.first_touch.p50:.1f} ms (p99 {speed.first_touch.p99:.1f})",
-        f"longest step of a move over the median: {steps.over_median:.2f} (growing {steps.growing:.2f}, shrinking "
-        f"{steps.shrinking:.2f}; of as many calm steps {steps.calm:.2f})",
-    ]
-
-
-def _fluid(figures: Figures) -> str:
-    return f"{figures.fluid.median:.0%}" if figures.fluid else MISSING

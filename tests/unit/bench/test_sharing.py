@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from layerkv.bench import sharing
+from layerkv.bench.machine import Machine
 from layerkv.bench.overhead import Round
 from layerkv.bench.overhead_engine import STAGES, Stretch
-from layerkv.bench.records import Counters, LoadRun, RequestRecord, read_json
-from layerkv.bench.sharing import SharingResult, chosen_parts, lines, run_sharing, set_bursts, set_give, set_idle
+from layerkv.bench.records import Counters, LoadRun, RequestRecord, read_json, write_json
+from layerkv.bench.sharing import chosen_parts, run_sharing
 from layerkv.bench.sharing_constant import OUTPUT_TOKENS, RUNNING, constant_load, constant_part
 from layerkv.bench.sharing_figures import HeldSample, IdleSeen, have_equal_tokens
 from layerkv.bench.sharing_load import (
@@ -36,8 +37,10 @@ from layerkv.bench.sharing_load import (
     planned,
 )
 from layerkv.bench.sharing_resize import ArenaMove, resize_speed, resizing_steps
+from layerkv.bench.sharing_result import GIVES, WAYS, SharingResult, set_bursts, set_give, set_idle
 from layerkv.bench.sharing_servers import Loaded, shared, split
 from layerkv.bench.sharing_steps import MOST_STEPS, Move, Swing, watch_move
+from layerkv.bench.sharing_tables import lines, print_part
 from layerkv.bench.suite.engines import serve_command
 from layerkv.errors import ConfigError, LayerKVError
 from layerkv.scheduler.elastic import MOST_LEAVING, PoolView
@@ -46,7 +49,7 @@ MIB = 1 << 20
 
 
 def made_result() -> SharingResult:
-    made_here = {"command": "", "date": "", "versions": {}, "commit": None, "machine": sharing.Machine.here()}
+    made_here = {"command": "", "date": "", "versions": {}, "commit": None, "machine": Machine.here()}
     return SharingResult(parts=[], engines=2, burst_requests=1, priorities="none", seeds=[0], **made_here)
 
 
@@ -192,7 +195,7 @@ def test_ratios_of_bursts_are_of_all_engines_together_within_a_seed(digest: str)
 
 
 def test_where_no_request_of_a_static_split_is_fluid_there_is_no_ratio() -> None:
-    late = {way: {0: {0: made_run(way, 0, ttft_s=5.0, second_s=0.1)}} for way in sharing.WAYS}
+    late = {way: {0: {0: made_run(way, 0, ttft_s=5.0, second_s=0.1)}} for way in WAYS}
     result = made_result()
     set_bursts(result, late)
     assert result.ratios is not None
@@ -238,19 +241,19 @@ def test_give_says_the_longest_gap_of_each_stream_the_donors_end_and_who_lost_kv
 
 
 def test_a_donor_that_had_ended_before_the_burst_is_told() -> None:
-    runs = {way: give_runs(0.1, 4.0) for way in sharing.GIVES}
+    runs = {way: give_runs(0.1, 4.0) for way in GIVES}
     result = made_result()
     set_give(result, runs)
     assert result.give is not None
     assert not result.give["park"].donor_was_there
     console = Console(record=True, width=200)
-    sharing._print("give", result, console)
+    print_part("give", result, console)
     assert "the donor had ended before the last burst came" in console.export_text()
 
 
 def test_tokens_of_one_part_that_differ_are_not_forgotten_for_those_of_the_next() -> None:
     result = made_result()
-    give = {way: give_runs(0.1, 9.0) for way in sharing.GIVES}
+    give = {way: give_runs(0.1, 9.0) for way in GIVES}
     give["wait"][0][TAKER].requests[0] = made_request("taker-0", 6.0, [6.5, 6.6, 6.7], "other")
     set_give(result, give)
     set_idle(result, [idle_seen()])
@@ -396,8 +399,8 @@ def test_steps_of_a_move_are_those_in_which_something_moves() -> None:
 
 def test_other_tools_find_the_keys_that_they_were_promised_and_null_for_what_was_not_run(tmp_path: Path) -> None:
     result = made_result()
-    set_give(result, {way: give_runs(0.1, 9.0) for way in sharing.GIVES})
-    sharing.write_json(result, tmp_path / "sharing.json")
+    set_give(result, {way: give_runs(0.1, 9.0) for way in GIVES})
+    write_json(result, tmp_path / "sharing.json")
     written = read_json(tmp_path / "sharing.json", dict)
     assert written["schema"] == 1
     for key in (
