@@ -28,12 +28,14 @@ class Setting:
         max_model_len: Tokens of the longest request.
         capacity_bytes: KV memory of all engines together.
         floor_bytes: Of that, what each gets back whenever it needs it, where they share it.
+        ceiling_bytes: Where they share it, what each may have at most; None: all but others' floors.
     """
 
     model: str
     max_model_len: int
     capacity_bytes: int
     floor_bytes: int
+    ceiling_bytes: int | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -74,8 +76,18 @@ def planned(bursts: Bursts, engine: int, seed: int) -> list[PlannedRequest]:
 
 # Give -----------------------------------------------------------------------------------------------------------------
 
-GIVE = Setting(model="flat", max_model_len=512, capacity_bytes=32 << 20, floor_bytes=4 << 20)
-"""Ten times 512 tokens, and two lane zones. The donor's requests want a third more than all of it."""
+SEGMENT_BYTES = 8 << 20
+"""512 tokens of the model: whole huge pages in each layer. So coarse, a segment has blocks of many requests, as those
+of large models have."""
+GIVE = Setting(
+    model="flat",
+    max_model_len=512,
+    capacity_bytes=12 * SEGMENT_BYTES,
+    floor_bytes=3 * SEGMENT_BYTES,
+    ceiling_bytes=20 * SEGMENT_BYTES,
+)
+"""Ten segments, and two lane zones of one each. The donor's requests want a third more than all of it. The ceiling says
+only that pools are large enough for huge pages."""
 DONOR, TAKER = 0, 1
 """The engines: one is full of live decodes, and bursts come to the other."""
 DONOR_REQUESTS, DONOR_OUTPUT_TOKENS = 14, 420

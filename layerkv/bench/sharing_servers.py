@@ -69,7 +69,7 @@ def split(name: str, engine: str, setting: Setting, num_engines: int) -> Way:
 
 def shared(name: str, setting: Setting, num_engines: int, **options: object) -> Way:
     """layerkv's engines with a floor each; a broker says who has the rest."""
-    ceiling_bytes = setting.capacity_bytes - (num_engines - 1) * setting.floor_bytes
+    ceiling_bytes = setting.ceiling_bytes or setting.capacity_bytes - (num_engines - 1) * setting.floor_bytes
     sizes = {"kv_floor": setting.floor_bytes, "kv_ceiling": ceiling_bytes}
     return Way(name, "layerkv", setting.floor_bytes, setting.capacity_bytes, {**sizes, **options})
 

@@ -76,8 +76,10 @@ SHAPES = MappingProxyType(
         ),
         "test": ModelShape(num_layers=6, hidden_size=128, mlp_size=256, num_heads=4),
         # A step reads a large output layer, however many decode, and a prompt's tokens do not need it: so batches pay,
-        # and a prompt token costs little beside a step, as on a GPU.
-        "flat": ModelShape(num_layers=6, hidden_size=256, mlp_size=1024, num_heads=4, vocab_size=1 << 18),
+        # and a prompt token costs little beside a step, as on a GPU. A huge page holds 512 tokens of a layer's KV.
+        "flat": ModelShape(
+            num_layers=4, hidden_size=256, mlp_size=1024, num_heads=8, num_kv_heads=8, vocab_size=1 << 18
+        ),
         # For GPUs, which map memory in units of 2 MiB: 32 blocks of 16 tokens in each layer.
         "wide": ModelShape(num_layers=6, hidden_size=512, mlp_size=512, num_heads=8, num_kv_heads=8),
     }

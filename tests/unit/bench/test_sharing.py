@@ -27,6 +27,7 @@ from layerkv.bench.sharing_load import (
     NUM_BURSTS,
     PERIOD_S,
     PROBES_AT_S,
+    SEGMENT_BYTES,
     TAKER,
     TAKER_REQUESTS,
     WITHIN_S,
@@ -75,6 +76,7 @@ def test_a_donor_is_full_of_decodes_before_bursts_come_to_the_other_engine() -> 
     assert len(donor) == DONOR_REQUESTS
     wanted = sum(len(request.prompt) + request.output_tokens for request in donor) * GIVE.kv_bytes_per_token
     assert wanted > GIVE.capacity_bytes, "it is short of memory even alone"
+    assert 512 * GIVE.kv_bytes_per_token == SEGMENT_BYTES
     longest = max(len(request.prompt) + request.output_tokens for request in (*donor, *taker))
     assert longest < GIVE.max_model_len
     assert donor == give_planned((), DONOR, 0), "it does not depend on the bursts"
@@ -113,6 +115,7 @@ def test_a_static_split_has_its_part_and_sharing_engines_have_a_floor_and_all_th
 
 def test_the_way_to_give_reaches_the_command_line_of_the_server(tmp_path: Path) -> None:
     way = shared("wait", GIVE, 2, compare={"give": "wait"})
+    assert way.options["kv_ceiling"] == GIVE.ceiling_bytes
     command = serve_command(
         engine_case(GIVE, way.kv_bytes),
         way.engine,
