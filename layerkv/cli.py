@@ -189,8 +189,16 @@ def _parser() -> argparse.ArgumentParser:
     sharing = benchmarks.add_parser(
         "sharing",
         help="engines that share their KV memory, beside engines with a part each",
-        description="Bursts that come to one of several engines after the other, on real servers: stock vLLM and "
-        "layerkv with a part of the KV memory each, and layerkv with a broker that gives it to who needs it.",
+        description="Engines that share their KV memory, on the CPU: bursts that come to one after the other, beside "
+        "stock vLLM and layerkv with a part each; an engine full of live decodes that gives memory, in four ways; an "
+        "idle one; what a step costs, and how fast memory comes and goes. Exit status 1: tokens differ.",
+    )
+    sharing.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PART,..",
+        help="these parts alone: bursts, give, idle, constant, resize; repeatable",
     )
     sharing.add_argument("--engines", type=int, default=2, metavar="N", help="how many (%(default)s)")
     sharing.add_argument("--burst", type=int, default=12, metavar="N", help="requests of a burst (%(default)s)")
@@ -423,6 +431,7 @@ def _sharing(arguments: argparse.Namespace) -> int:
         num_engines=arguments.engines,
         burst_requests=arguments.burst,
         num_seeds=arguments.seeds,
+        only=arguments.only,
     )
 
 

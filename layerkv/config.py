@@ -20,6 +20,7 @@ from layerkv.units import format_bytes, parse_bytes, parse_seconds
 __all__ = [
     "EXTRA_CONFIG",
     "EngineConfig",
+    "Give",
     "Mode",
     "OnUnsupported",
     "Overload",
@@ -38,6 +39,9 @@ __all__ = [
 EXTRA_CONFIG: Final = "kv_connector_extra_config"
 
 Mode: TypeAlias = Literal["auto", "resident", "layered"]
+Give: TypeAlias = Literal["park", "wait", "recompute"]
+"""What becomes of requests with blocks in memory that a pool gives back: they are parked; or they go on there until
+they leave by themselves; or their KV is given up and computed again. The last two exist to compare with."""
 OnUnsupported: TypeAlias = Literal["error", "passthrough"]
 Overload: TypeAlias = Literal["queue", "reject"]
 LengthPrediction: TypeAlias = Literal["quantile", "none"]
@@ -109,16 +113,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Everything that the flag's `kv_connector_extra_config` says, checked; `None` means "layerkv chooses".
 
     `mode` is `auto` (layered when it helps), `resident` (never layered) or, to compare with, `layered` (every prompt
-    that can be: `compare: {mode: layered}`). `on_unsupported` says whether something layerkv cannot serve ends start-up
-    or runs as stock vLLM. `cost_profile` is a file that `layerkv profile` wrote; without one, costs are learned from
-    the first steps. `retained_layers` many layers keep memory of their own in the lane zone: streamed decode does not
-    load them (experimental without `long_contexts`). `decision_log` is a file that decisions are appended to, for
-    `layerkv explain`. `host_prefix_cache` keeps the KV of finished requests in host memory that nobody else needs, for
-    prompts that begin alike. `long_contexts` serves requests longer than the KV pool: they decode in the lane zone, and
-    `max_model_len` may exceed the pool. `kv_floor_bytes` and `kv_ceiling_bytes` are the least and the most KV memory of
-    each worker: between them the pool grows and shrinks. Without requests for `idle_after_s` the engine gives back all
-    that it can do without. `broker` is the socket of a memory broker that says how much it may hold beside others, and
-    `weight` its share among them. `allow_untested_elastic_cuda` lets it do so on CUDA too, where no GPU has run it yet.
+    that can be: `compare: {mode: layered}`). `give` says what becomes of requests in memory that is given back; all but
+    `park` exists to compare with as well (`compare: {give: wait}`). `on_unsupported` says whether something layerkv
+    cannot serve ends start-up or runs as stock vLLM. `cost_profile` is a file that `layerkv profile` wrote; without
+    one, costs are learned from the first steps. `retained_layers` many layers keep memory of their own in the lane
+    zone: streamed decode does not load them (experimental without `long_contexts`). `decision_log` is a file that
+    decisions are appended to, for `layerkv explain`. `host_prefix_cache` keeps the KV of finished requests in host
+    memory that nobody else needs, for prompts that begin alike. `long_contexts` serves requests longer than the KV
+    pool: they decode in the lane zone, and `max_model_len` may exceed the pool. `kv_floor_bytes` and `kv_ceiling_bytes`
+    are the least and the most KV memory of each worker: between them the pool grows and shrinks. Without requests for
+    `idle_after_s` the engine gives back all that it can do without. `broker` is the socket of a memory broker that says
+    how much it may hold beside others, and `weight` its share among them.
+    `allow_untested_elastic_cuda` lets it do so on CUDA too, where no GPU has run it yet.
     """
 
     policy_path: str | None = None
@@ -138,6 +144,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     broker: str | None = None
     weight: float = 1.0
     allow_untested_elastic_cuda: bool = False
+    give: Give = "park"
 
     @property
     def is_elastic(self) -> bool:
@@ -153,9 +160,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """
         _refuse_moved_mode(extra_config)
         keys = read_keys(extra_config, _EngineKeys, where=EXTRA_CONFIG)
-        mode: Mode = keys.mode
-        if keys.compare is not None:
-            mode = _read_compared_mode(keys.compare, keys.mode, where=f"{EXTRA_CONFIG}.compare")
+        mode, give = _read_compared(keys.compare, keys.mode, where=f"{EXTRA_CONFIG}.compare")
         return cls(
             policy_path=keys.policy,
             host_memory_bytes=_read_size("host_memory", keys.host_memory),
@@ -174,6 +179,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             broker=keys.broker,
             weight=keys.weight,
             allow_untested_elastic_cuda=keys.allow_untested_elastic_cuda,
+            give=give,
         )
 
     def read_policy(self) -> SloPolicy:
@@ -333,7 +339,7 @@ _ComparedPolicy: TypeAlias = Annotated[
     Meta(description="a mapping with the keys policy, length_prediction", examples=[{"policy": "arrival"}]),
 ]
 _ComparedEngine: TypeAlias = Annotated[
-    dict[str, Any] | None, Meta(description="a mapping with the key mode", examples=[{"mode": "layered"}])
+    dict[str, Any] | None, Meta(description="a mapping with the keys mode, give", examples=[{"mode": "layered"}])
 ]
 _ProfilePath: TypeAlias = Annotated[
     str | None, Meta(description="the path of a file that `layerkv profile` wrote", examples=["profile.json"])
@@ -361,7 +367,8 @@ _ZoneTokens: TypeAlias = Annotated[
 _ServingMode: TypeAlias = Annotated[
     Literal["auto", "resident"], Meta(description="auto or resident", examples=["auto"])
 ]
-_ComparedMode: TypeAlias = Annotated[Literal["layered"], Meta(description="layered", examples=["layered"])]
+_ComparedMode: TypeAlias = Annotated[Literal["layered"] | None, Meta(description="layered", examples=["layered"])]
+_Give: TypeAlias = Annotated[Give, Meta(description=_choices(Give), examples=["wait"])]
 _OnUnsupported: TypeAlias = Annotated[OnUnsupported, Meta(description="error or passthrough", examples=["error"])]
 
 
@@ -423,10 +430,11 @@ class _ComparedEngineKeys(msgspec.Struct, frozen=True):
     """What stands under `compare` in the flag.
 
     `resident` is a plain mode: whoever wants parking and no layered prefill (and no zone) serves with it. `layered` has
-    no such use: `auto` runs a prompt layered wherever that helps.
+    no such use: `auto` runs a prompt layered wherever that helps. Nor has `give`: whoever is parked loses nothing.
     """
 
-    mode: _ComparedMode
+    mode: _ComparedMode = None
+    give: _Give = "park"
 
 
 def _read_size(key: str, found: str | int | None) -> int | None:
@@ -449,12 +457,14 @@ def _refuse_moved_mode(extra_config: object) -> None:
         raise wrong(f"{EXTRA_CONFIG}.mode", problem, 'set compare to {"mode": "layered"} instead')
 
 
-def _read_compared_mode(raw: object, mode: Mode, *, where: str) -> Mode:
-    compared = read_keys(raw, _ComparedEngineKeys, where=where).mode
+def _read_compared(raw: object, mode: Mode, *, where: str) -> tuple[Mode, Give]:
+    compared = read_keys({} if raw is None else raw, _ComparedEngineKeys, where=where)
+    if compared.mode is None:
+        return mode, compared.give
     if mode != "auto":
-        problem = f"found {show(compared)} beside mode: {mode}; expected one of them"
-        raise wrong(f"{where}.mode", problem, "leave compare or mode out")
-    return compared
+        problem = f"found {show(compared.mode)} beside mode: {mode}; expected one of them"
+        raise wrong(f"{where}.mode", problem, "leave compare.mode or mode out")
+    return compared.mode, compared.give
 
 
 def _refuse_moved_switches(raw: object, *, where: str) -> None:

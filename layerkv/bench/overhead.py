@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from statistics import median
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import msgspec
@@ -40,6 +41,10 @@ from layerkv.errors import LayerKVError
 from layerkv.figures import percentile
 
 ENGINES = ("stock", "layerkv")
+CONNECTORS: Mapping[str, Mapping[str, Any] | None] = MappingProxyType(
+    {"stock": None, "layerkv": {"host_memory": "1GiB"}}
+)
+"""By engine, the options of its connector; None where it has none. What is compared with comes first."""
 MODELS = ("demo", "test")
 
 CLOSED_OUTPUT_TOKENS = {1: 500, 8: 500, 32: 500, 128: 200, 256: 200}
@@ -66,6 +71,10 @@ class Part:
     bursts: Mapping[int, list[PlannedRequest]]
     turn_steps: int | None = None
 
+    def kv_bytes(self, shape_name: str) -> int:
+        """KV memory of each engine, with that model."""
+        return self.kv_blocks * BLOCK_TOKENS * SHAPES[shape_name].kv_bytes_per_token
+
 
 def parts(vocab_size: int) -> dict[str, Part]:
     """The three parts, for a model of that vocabulary."""
@@ -87,14 +96,14 @@ def parts(vocab_size: int) -> dict[str, Part]:
     ]
     queued = [request(i, SHORT_PROMPT_TOKENS, rng.randint(40, 100)) for i in range(SLOTS_REQUESTS)]
     return {
-        "closed_loop": Part(max(closed), _blocks_for_all(closed[max(closed)]), closed, TURN_STEPS),
+        "closed_loop": Part(max(closed), blocks_for_all(closed[max(closed)]), closed, TURN_STEPS),
         "saturated": Part(SATURATED_REQUESTS, SATURATED_BLOCKS, {SATURATED_REQUESTS: saturated}),
-        "slots": Part(NUM_SLOTS, _blocks_for_all(queued), {SLOTS_REQUESTS: queued}),
+        "slots": Part(NUM_SLOTS, blocks_for_all(queued), {SLOTS_REQUESTS: queued}),
     }
 
 
-def _blocks_for_all(requests: Sequence[PlannedRequest]) -> int:
-    """For each to its end, and a tenth and one prompt more: layerkv's zone comes out of it."""
+def blocks_for_all(requests: Sequence[PlannedRequest]) -> int:
+    """KV blocks for each request to its end, and a tenth and one prompt more: layerkv's zone comes out of it."""
     needed = sum(-(-(len(request.prompt) + request.output_tokens) // BLOCK_TOKENS) for request in requests)
     return needed + needed // 10 + LONG_PROMPT_TOKENS // BLOCK_TOKENS
 
@@ -174,17 +183,26 @@ def run_overhead(json_path: Path | None, *, rounds: int, only: str | None = None
     return 0
 
 
-def measure(part: Part, shape_name: str, rounds: int, folder: Path) -> dict[int, list[Round]]:
-    """The rounds of each burst; models and logs are in `folder`.
+def measure(
+    part: Part,
+    shape_name: str,
+    rounds: int,
+    folder: Path,
+    connectors: Mapping[str, Mapping[str, Any] | None] = CONNECTORS,
+) -> dict[int, list[Round]]:
+    """The rounds of each burst; models and logs are in `folder`. `connectors` has the engines, as `CONNECTORS` does.
 
     Raises:
         LayerKVError: an engine failed; the message has the last lines of its log.
     """
     rounds_of: dict[int, list[Round]] = {size: [] for size in part.bursts}
     for number in range(rounds):
-        order = ENGINES if number % 2 == 0 else ENGINES[::-1]
+        names = list(connectors)
+        order = names if number % 2 == 0 else names[::-1]
         with ExitStack() as stack:
-            engines = {name: stack.enter_context(_engine(part, shape_name, name, folder)) for name in order}
+            engines = {
+                name: stack.enter_context(_engine(part, shape_name, name, connectors[name], folder)) for name in order
+            }
             first = next(iter(part.bursts.values()))[0]
             in_turns(engines, [msgspec.structs.replace(first, prompt=first.prompt[::-1], output_tokens=8)], None)
             for size, requests in part.bursts.items():
@@ -207,17 +225,19 @@ def in_turns(
 
 
 @contextmanager
-def _engine(part: Part, shape_name: str, name: str, folder: Path) -> Iterator[Callable[[Turn], Stretch]]:
+def _engine(
+    part: Part, shape_name: str, name: str, connector: Mapping[str, Any] | None, folder: Path
+) -> Iterator[Callable[[Turn], Stretch]]:
     """Starts an engine, which is ready when its first turn is answered, and ends it."""
     longest = max(len(r.prompt) + r.output_tokens for requests in part.bursts.values() for r in requests)
     args = tiny_engine_args(
         make_tiny_model(shape_name, folder / "models"),
         max_model_len=longest,
         max_num_seqs=part.max_num_seqs,
-        kv_bytes=part.kv_blocks * BLOCK_TOKENS * SHAPES[shape_name].kv_bytes_per_token,
+        kv_bytes=part.kv_bytes(shape_name),
     )
-    if name == "layerkv":
-        args["kv_transfer_config"] = layerkv_connector(host_memory="1GiB")
+    if connector is not None:
+        args["kv_transfer_config"] = layerkv_connector(**connector)
     args_path, log_path = folder / f"{name}.args.json", folder / f"{name}.log"
     args_path.write_bytes(msgspec.json.encode(args))
     with log_path.open("wb") as log:
@@ -251,10 +271,10 @@ def _engine(part: Part, shape_name: str, name: str, folder: Path) -> Iterator[Ca
         end_child(process)
 
 
-def closed_loop(model: str, running: int, rounds: Sequence[Round]) -> ClosedLoop:
-    """The figures of a burst whose requests all run at once."""
-    step_ms = _medians(rounds, lambda stretch: stretch.wall_s / stretch.steps * 1e3)
-    return ClosedLoop(**_comparison(model, rounds), running=running, step_ms=step_ms)
+def closed_loop(model: str, running: int, rounds: Sequence[Round], engines: Sequence[str] = ENGINES) -> ClosedLoop:
+    """The figures of a burst whose requests all run at once; ratios are the second engine's over the first one's."""
+    step_ms = _medians(rounds, lambda stretch: stretch.wall_s / stretch.steps * 1e3, engines)
+    return ClosedLoop(**_comparison(model, rounds, engines), running=running, step_ms=step_ms)
 
 
 def overload(model: str, requests: Sequence[PlannedRequest], rounds: Sequence[Round]) -> Overload:
@@ -266,7 +286,7 @@ def overload(model: str, requests: Sequence[PlannedRequest], rounds: Sequence[Ro
         return _medians(rounds, lambda stretch: percentile(sorted(stretch.ttft_s[i] for i in request_ids), 0.99))
 
     return Overload(
-        **_comparison(model, rounds),
+        **_comparison(model, rounds, ENGINES),
         wall_s=_medians(rounds, lambda stretch: stretch.wall_s),
         steps=_medians(rounds, lambda stretch: stretch.steps),
         tokens_per_step=_medians(rounds, lambda stretch: stretch.scheduled_tokens / stretch.steps),
@@ -275,16 +295,16 @@ def overload(model: str, requests: Sequence[PlannedRequest], rounds: Sequence[Ro
     )
 
 
-def _comparison(model: str, rounds: Sequence[Round]) -> dict[str, Any]:
+def _comparison(model: str, rounds: Sequence[Round], engines: Sequence[str]) -> dict[str, Any]:
     def per_step_us(stage: str) -> dict[str, float]:
-        return _medians(rounds, lambda stretch: stretch.host_s[stage] / stretch.steps * 1e6)
+        return _medians(rounds, lambda stretch: stretch.host_s[stage] / stretch.steps * 1e6, engines)
 
     by_stage = {stage: per_step_us(stage) for stage in STAGES}
     # Turns of the same number computed the same tokens.
     ratios = [
         median(
             (ours.output_tokens / ours.wall_s) / (stock.output_tokens / stock.wall_s)
-            for stock, ours in zip(*(round_[name] for name in ENGINES), strict=False)
+            for stock, ours in zip(*(round_[name] for name in engines), strict=False)
         )
         for round_ in rounds
     ]
@@ -292,14 +312,16 @@ def _comparison(model: str, rounds: Sequence[Round]) -> dict[str, Any]:
         "model": model,
         "throughput_ratio": median(ratios),
         "throughput_ratio_by_round": ratios,
-        "cpu_ms": _medians(rounds, lambda stretch: stretch.cpu_s / stretch.steps * 1e3),
-        "host_us": {name: {stage: by_engine[name] for stage, by_engine in by_stage.items()} for name in ENGINES},
+        "cpu_ms": _medians(rounds, lambda stretch: stretch.cpu_s / stretch.steps * 1e3, engines),
+        "host_us": {name: {stage: by_engine[name] for stage, by_engine in by_stage.items()} for name in engines},
     }
 
 
-def _medians(rounds: Sequence[Round], of: Callable[[Stretch], float]) -> dict[str, float]:
+def _medians(
+    rounds: Sequence[Round], of: Callable[[Stretch], float], engines: Sequence[str] = ENGINES
+) -> dict[str, float]:
     """By engine, over the turns of all rounds."""
-    return {name: median(of(stretch) for round_ in rounds for stretch in round_[name]) for name in ENGINES}
+    return {name: median(of(stretch) for round_ in rounds for stretch in round_[name]) for name in engines}
 
 
 def _print(result: OverheadResult, console: Console) -> None:

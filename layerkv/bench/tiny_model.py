@@ -29,6 +29,8 @@ FLOAT32_BYTES = 4
 INITIALIZER_RANGE = 0.15
 # Part of the hash: raise it when the recipe below changes what it writes.
 RECIPE_VERSION = 1
+# Training a tokenizer for more takes longer than a benchmark, and nobody reads what these models say.
+MOST_WORDS = 512
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 
@@ -44,6 +46,11 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int = 64
     vocab_size: int = 512
     max_position_tokens: int = 8192
+
+    @property
+    def num_words(self) -> int:
+        """Token ids that the tokenizer has words for; the model may say others, which have none."""
+        return min(self.vocab_size, MOST_WORDS)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -68,6 +75,11 @@ SHAPES = MappingProxyType(
             max_position_tokens=16384,
         ),
         "test": ModelShape(num_layers=6, hidden_size=128, mlp_size=256, num_heads=4),
+        # A step reads a large output layer, however many decode, and a prompt's tokens do not need it: so batches pay,
+        # and a prompt token costs little beside a step, as on a GPU. A huge page holds 512 tokens of a layer's KV.
+        "flat": ModelShape(
+            num_layers=4, hidden_size=256, mlp_size=1024, num_heads=8, num_kv_heads=8, vocab_size=1 << 18
+        ),
         # For GPUs, which map memory in units of 2 MiB: 32 blocks of 16 tokens in each layer.
         "wide": ModelShape(num_layers=6, hidden_size=512, mlp_size=512, num_heads=8, num_kv_heads=8),
     }
@@ -141,14 +153,14 @@ def _write_tokenizer(shape: ModelShape, folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=shape.vocab_size,
+        vocab_size=shape.num_words,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_pseudo_words(4 * shape.vocab_size), trainer)
-    if tokenizer.get_vocab_size() != shape.vocab_size:
-        raise AssertionError(f"tokenizer has {tokenizer.get_vocab_size()} tokens, model {shape.vocab_size}")
+    tokenizer.train_from_iterator(_pseudo_words(4 * shape.num_words), trainer)
+    if tokenizer.get_vocab_size() != shape.num_words:
+        raise AssertionError(f"tokenizer has {tokenizer.get_vocab_size()} tokens; expected {shape.num_words}")
     bos, eos, pad = SPECIAL_TOKENS
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad, chat_template=CHAT_TEMPLATE

@@ -44,7 +44,7 @@ class Draft:
         is_closed: The room is left to drain for a prompt that was overtaken too often.
         zone_promised_for: What a request lacks that is next in the zone; None if nobody is.
         step_is_promised: A prompt that cannot be cut waits for a step of its own: it is next.
-        vacated: Residents that are parked because the pool gives memory back.
+        vacated: Residents that leave because the pool gives memory back.
         pool_closed_for: What a request of better rank lacks that waits for the pool,
         compute_closed_for: or for compute; None if none does.
         behind: Of who waits behind another, what that one lacks.
@@ -150,6 +150,8 @@ class Draft:
 
     def give_up_resident(self, r: ResidentRequest, reason: Reason) -> None:
         """It leaves the pool, and is computed again."""
+        if reason is Reason.SEGMENT_LEAVES:
+            self.vacated.append(r)
         self.pool += self.blocks_to_free(r)
         self._leave_pool(r)
         self._give_up(r.request_id, reason)

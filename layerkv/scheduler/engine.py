@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from layerkv.config import Mode
+from layerkv.config import Give, Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class EngineShape:
         longest_tokens: Most tokens of one request (``max_model_len``).
         long_contexts: Whether it may be longer than the pool.
         slots: Requests that a step may compute.
+        give: The engine's ``give`` option.
     """
 
     mode: Mode
@@ -41,6 +42,7 @@ class EngineShape:
     can_chunk: bool = True
     longest_tokens: int = sys.maxsize
     slots: int = sys.maxsize
+    give: Give = "park"
 
 
 class Running(NamedTuple):

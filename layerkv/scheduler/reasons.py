@@ -62,7 +62,7 @@ class Reason(StrEnum):
     POOL_SHORT = "pool_short"
     """Parked: running requests need more blocks than are free, and it can best afford to wait."""
     SEGMENT_LEAVES = "segment_leaves"
-    """Parked: some of its blocks are in memory that the pool gives back."""
+    """Parked (or, to compare with, its KV is given up): some of its blocks are in memory that the pool gives back."""
     MAKES_ROOM = "makes_room"
     """Parked: another is about to miss its objective for want of blocks, and it can afford to wait."""
     TURN_OVER = "turn_over"

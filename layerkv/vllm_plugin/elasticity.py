@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,7 @@ class Elasticity:
         *,
         num_ranks: int,
         idle_after_s: float,
+        waits: bool = False,
     ) -> None:
         assert side.sizes is not None
         assert manager.segments is not None
@@ -72,7 +73,10 @@ class Elasticity:
         self._queue: SegmentQueue = manager.segments
         self._layout = plan.layout
         self._table = SegmentTable(self._layout.num_segments, num_ranks=num_ranks, num_mapped=plan.num_mapped)
+        self.choose: Callable[[PoolView], Resize] = resize
+        """What comes and goes before a step; measurements put something else in its place."""
         self._idle_after_s = idle_after_s
+        self._waits = waits  # who is in the way goes on there: nothing to decide about it
         self._limit = -1
         self._busy_s = self._looked_s = self._asked_s = time.monotonic()
         self._looked_at = -1  # the version of residencies then
@@ -114,7 +118,7 @@ class Elasticity:
     @property
     def is_under_way(self) -> bool:
         """Whether segments come or go, or somebody is in the way: nothing that was decided stands."""
-        return self._table.is_moving or bool(self.vacating)
+        return self._table.is_moving or (bool(self.vacating) and not self._waits)
 
     # Each step -----------------------------------------------------------------------------------------------
 
@@ -137,7 +141,7 @@ class Elasticity:
                 return
         self._looked_s, self._looked_at, self._limit = now_s, moves, limit
         view = self._view(limit, now_s)
-        decided = resize(view)
+        decided = self.choose(view)
         if is_resting:  # nobody is parked or let in until it goes on
             decided = decided._replace(arrive=0, need=view.num_held, like=view.num_held, can_leave=0)
         self._carry_out(decided, now_s, is_last_word=view.is_idle or is_resting)
@@ -354,5 +358,12 @@ def elasticity_for(
             weight=config.weight,
         )
     return Elasticity(
-        scheduler, side, manager, controller, share, num_ranks=num_ranks, idle_after_s=config.idle_after_s
+        scheduler,
+        side,
+        manager,
+        controller,
+        share,
+        num_ranks=num_ranks,
+        idle_after_s=config.idle_after_s,
+        waits=config.give == "wait",
     )

@@ -223,6 +223,7 @@ def controller_for(scheduler: SchedulerView, side: SchedulerSide, policy: SloPol
         longest_tokens=scheduler.max_model_len,
         long_contexts=config.long_contexts,
         slots=scheduler.max_num_active_reqs,
+        give=config.give,
     )
     profile = (
         generic_profile(block_bytes // geometry.block_tokens)

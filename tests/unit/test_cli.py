@@ -28,12 +28,19 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     overhead.run_overhead = (  # type: ignore[attr-defined]
         lambda json, *, rounds, only, model: calls.append((json, rounds, only, model))
     )
+    sharing = ModuleType("layerkv.bench.sharing")
+    sharing.run_sharing = (  # type: ignore[attr-defined]
+        lambda json, *, num_engines, burst_requests, num_seeds, only: calls.append(
+            (json, num_engines, burst_requests, num_seeds, only)
+        )
+    )
     profile = ModuleType("layerkv.bench.profile")
     profile.run_profile = (  # type: ignore[attr-defined]
         lambda model, out, *, engine_args, quick: calls.append((model, out, engine_args, quick))
     )
     monkeypatch.setitem(sys.modules, "layerkv.bench.demo", demo)
     monkeypatch.setitem(sys.modules, "layerkv.bench.overhead", overhead)
+    monkeypatch.setitem(sys.modules, "layerkv.bench.sharing", sharing)
     monkeypatch.setitem(sys.modules, "layerkv.bench.profile", profile)
     return calls
 
@@ -62,6 +69,11 @@ def demo_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> N
             ["bench", "overhead", "--json", "o.json", "--only", "slots", "--model", "test", "--rounds", "1"],
             (Path("o.json"), 1, "slots", "test"),
         ),
+        (["bench", "sharing", "--burst", "8", "--seeds", "1"], (None, 2, 8, 1, [])),
+        (
+            ["bench", "sharing", "--json", "s.json", "--engines", "3", "--only", "give", "--only", "idle,resize"],
+            (Path("s.json"), 3, 12, 3, ["give", "idle,resize"]),
+        ),
     ],
 )
 def test_a_command_hands_its_options_over(
@@ -88,6 +100,7 @@ def test_the_commands_and_their_options_stay_as_they_are(capsys: pytest.CaptureF
         ("doctor",): ["--policy FILE"],
         ("profile",): ["--model MODEL", "--out FILE", "--engine-args JSON", "--quick"],
         ("bench", "overhead"): ["--json FILE", "--only", "--model", "--rounds N"],
+        ("bench", "sharing"): ["--only PART,..", "--engines N", "--burst N", "--seeds N", "--json FILE"],
         ("bench", "run"): ["--size", "--seeds N", "--engines A,B,..", "--trace FILE", "--lmcache-python PYTHON"],
     }
     for command, options in surface.items():

@@ -383,7 +383,7 @@ def test_every_key_of_the_flag_is_read(write: WriteFile) -> None:
             "broker": "broker.sock",
             "weight": 2,
             "allow_untested_elastic_cuda": True,
-            "compare": {"mode": "layered"},
+            "compare": {"mode": "layered", "give": "wait"},
             "on_unsupported": "passthrough",
         }
     )
@@ -399,6 +399,7 @@ def test_every_key_of_the_flag_is_read(write: WriteFile) -> None:
         weight=2,
         allow_untested_elastic_cuda=True,
         mode="layered",
+        give="wait",
         on_unsupported="passthrough",
     )
     assert config.read_policy() == load_policy(path)
@@ -501,21 +502,22 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
             ".compare.mode: found 'auto'; expected layered; set mode to \"layered\", say",
         ),
         (
-            {"compare": {}},
-            '.compare.mode: found nothing; expected layered; set mode to "layered", say',
+            {"compare": {"give": "lend"}},
+            ".compare.give: found 'lend'; expected park, wait or recompute; set give to \"wait\", say",
         ),
         (
             {"compare": {"policy": "arrival"}},
-            ".compare.policy: found an unknown key; expected one of mode",
+            ".compare.policy: found an unknown key; expected one of mode, give",
         ),
         (
             {"compare": "layered"},
-            ".compare: found 'layered'; expected a mapping with the key mode; set compare to "
+            ".compare: found 'layered'; expected a mapping with the keys mode, give; set compare to "
             '{"mode": "layered"}, say',
         ),
         (
             {"mode": "resident", "compare": {"mode": "layered"}},
-            ".compare.mode: found 'layered' beside mode: resident; expected one of them; leave compare or mode out",
+            ".compare.mode: found 'layered' beside mode: resident; expected one of them; leave compare.mode or mode "
+            "out",
         ),
         (
             {"on_unsupported": None},

@@ -39,15 +39,15 @@ def engine_figures(runs: Sequence[LoadRun], policy: SloPolicy) -> Figures:
         return Spread.of([count / span if span else 0.0 for count, span in zip(counts, spans, strict=True)])
 
     return Figures(
-        ttft_s=_over_seeds([_some(map(ttft_s, run.requests)) for run in runs]),
-        tpot_s=_over_seeds([_some(map(tpot_s, run.requests)) for run in runs]),
-        time_between_tokens_s=_over_seeds([[gap for r in run.requests for gap in r.gaps_s] for run in runs]),
-        second_token_s=_over_seeds([[gaps[0] for r in run.requests if (gaps := r.gaps_s)] for run in runs]),
-        end_to_end_s=_over_seeds([[r.token_times_s[-1] - r.arrival_s for r in _answered(run)] for run in runs]),
+        ttft_s=over_seeds([_some(map(ttft_s, run.requests)) for run in runs]),
+        tpot_s=over_seeds([_some(map(tpot_s, run.requests)) for run in runs]),
+        time_between_tokens_s=over_seeds([[gap for r in run.requests for gap in r.gaps_s] for run in runs]),
+        second_token_s=over_seeds([[gaps[0] for r in run.requests if (gaps := r.gaps_s)] for run in runs]),
+        end_to_end_s=over_seeds([[r.token_times_s[-1] - r.arrival_s for r in _answered(run)] for run in runs]),
         lag_s=_where_read([_some(reading.lag_s for reading in of) for of in readings]),
         longest_pause_s=_where_read([_some(reading.longest_pause_s for reading in of) for of in readings]),
         queue_s=_queue(runs),
-        arrival_error_s=_over_seeds(
+        arrival_error_s=over_seeds(
             [[r.sent_s - r.arrival_s for r in run.requests if r.sent_s is not None] for run in runs]
         ),
         output_tokens_per_s=per_second(sum(len(r.token_times_s) for r in run.requests) for run in runs),
@@ -186,7 +186,7 @@ def _on_time(run: LoadRun, readings: Sequence[Reading]) -> float | None:
 
 def _where_read(samples_by_seed: Sequence[Sequence[float]]) -> Distribution | None:
     """None where nobody had anything to read: a lag of 0 s would be the best of all."""
-    return _over_seeds(samples_by_seed) if any(samples_by_seed) else None
+    return over_seeds(samples_by_seed) if any(samples_by_seed) else None
 
 
 def _answered(run: LoadRun) -> list[RequestRecord]:
@@ -227,7 +227,8 @@ def _ratio(numerator: float, denominator: float) -> float | None:
     return numerator / denominator if denominator else None
 
 
-def _over_seeds(samples_by_seed: Sequence[Sequence[float]]) -> Distribution:
+def over_seeds(samples_by_seed: Sequence[Sequence[float]]) -> Distribution:
+    """Mean and percentiles of each seed's samples, each over seeds; those of 0 where no seed has a sample."""
     # A seed without a sample knows no latency; 0 s would be the best of all.
     each = [found for samples in samples_by_seed if (found := figures.distribution(samples)) is not None]
     names = ("mean", *(name for name, _ in figures.PERCENTILES))
@@ -239,7 +240,7 @@ def _queue(runs: Sequence[LoadRun]) -> Distribution:
         [r.first_scheduled_s - r.arrival_s for r in run.requests if r.first_scheduled_s is not None] for run in runs
     ]
     if any(told):
-        return _over_seeds(told)
+        return over_seeds(told)
     counters = [run.counters for run in runs]
     means = [c.queue_sum_s / c.queue_count if c.queue_count else 0.0 for c in counters]
     percentiles = {

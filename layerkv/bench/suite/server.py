@@ -62,6 +62,7 @@ class Server:
         self._log_path = log_path
         self._peak_rss_bytes = 0
         self._cpu = CpuTimes()
+        self._is_stopped = False
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
@@ -135,7 +136,12 @@ class Server:
         return self._cpu, rss_bytes
 
     def stop(self) -> None:
-        """Ends the server as an operator does, and by force if that takes too long or a second Ctrl-C comes."""
+        """Ends the server as an operator does, and by force if that takes too long or a second Ctrl-C comes.
+
+        Idempotent: the number of a process that is gone may be another's.
+        """
+        if self._is_stopped:
+            return
         try:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)  # killed at once, vLLM would leave shared memory behind
@@ -145,6 +151,7 @@ class Server:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            self._is_stopped = True
 
 
 def _open(url: str) -> contextlib.closing[Any]:

@@ -136,6 +136,41 @@ def test_without_room_in_host_memory_they_go_on_where_they_are() -> None:
     assert decide(changed(s, free_host_blocks=9)).park == ()
 
 
+@pytest.mark.parametrize("policy", ["slo", "fluid"])
+def test_to_compare_with_they_wait_or_give_their_kv_up(policy: str) -> None:
+    both = [resident("a", 10), resident("b", 10)]
+    s = snapshot(policy=policy, cost=cost(), resident=both, num_resident=2, vacating={"a": 4})
+    waiting = decide(changed(s, give="wait"))
+    assert (waiting.park, waiting.recompute) == ((), ())
+    recomputing = decide(changed(s, give="recompute"))
+    assert (recomputing.park, recomputing.recompute) == ((), ("a",))
+    assert recomputing.reasons["a"] is Reason.SEGMENT_LEAVES
+    without_host = changed(s, give="recompute", free_host_blocks=0)
+    assert decide(without_host).recompute == ("a",), "it needs no host memory"
+
+
+@pytest.mark.parametrize("give", ["park", "wait", "recompute"])
+def test_whom_a_recompute_would_end_is_parked_whatever_is_compared(give: str) -> None:
+    s = snapshot(
+        resident=[resident("a", 10, cannot_recompute=True), resident("b", 10)],
+        num_resident=2,
+        vacating={"a": 4, "b": 4},
+    )
+    decision = decide(changed(s, give=give))
+    assert "a" not in decision.recompute
+    assert ("a" in decision.park) is (give != "wait")
+    assert ("b" in decision.recompute) is (give == "recompute")
+    paused = decide(changed(s, give=give, is_paused=True))
+    assert paused.recompute == ()
+
+
+@pytest.mark.parametrize("give", ["park", "recompute"])
+def test_blocks_that_they_leave_relieve_a_pool_that_is_short(give: str) -> None:
+    both = {"resident": [resident("a", 10), resident("b", 10)], "num_resident": 2, "growth_blocks": 2, "free_blocks": 0}
+    decision = decide(changed(snapshot(**both, vacating={"a": 4}, blocks_in_service=20), give=give))
+    assert (*decision.park, *decision.recompute) == ("a",), "six of its blocks are in memory that stays"
+
+
 def test_while_they_leave_nobody_comes_in_by_that_door() -> None:
     s = snapshot(resident=[resident("a", 10)], num_resident=1, vacating={"a": 4}, parked=[parked("p", 5)])
     assert decide(s).fetch == ()
