@@ -21,6 +21,7 @@ import msgspec
 
 from layerkv.broker.messages import (
     MOST_BYTES,
+    UNDIVIDED,
     VERSION,
     Bye,
     Failed,
@@ -99,7 +100,7 @@ class BrokerClient:
         self._thread.start()
 
     def limit(self, resource: Resource = "device") -> int:
-        """Bytes that the engine may hold."""
+        """Bytes that the engine may hold; :data:`layerkv.broker.messages.UNDIVIDED` if that is its own business."""
         return self._sides[resource].limit
 
     def held(self, resource: Resource = "device") -> int:
@@ -251,7 +252,11 @@ class BrokerClient:
             for side in self._sides.values():
                 side.revision = 0  # the broker's may have begun anew
             terms = {
-                name: msgspec.structs.replace(side.terms, held=side.held, limit=side.limit)
+                name: msgspec.structs.replace(
+                    side.terms,
+                    held=side.held,
+                    limit=side.terms.ceiling if side.limit == UNDIVIDED else side.limit,
+                )
                 for name, side in self._sides.items()
             }
         return Hello(
