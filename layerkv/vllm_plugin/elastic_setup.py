@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 LEAST_HUGE_SEGMENTS = 16
-"""With fewer segments of huge pages in a pool, it has smaller ones of small pages, which come and go more slowly. Not
-measured: chosen by judgement."""
+"""With fewer segments of huge pages in a pool, or in host memory, it has smaller ones of small pages, which come and go
+more slowly. Not measured: chosen by judgement."""
 
 
 @dataclass(frozen=True, slots=True)
