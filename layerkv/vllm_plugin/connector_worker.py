@@ -71,7 +71,8 @@ class WorkerSide:
         self._segments = None
         if mechanism.elastic_arena is not None:
             self._segments = SegmentMover(mechanism.elastic_arena, self._engine.wait_host)
-        self._elastic_host, self._host_segments = mechanism.elastic_host, None
+        self._elastic_host = mechanism.elastic_host
+        self._host_segments = None
         if mechanism.elastic_host is not None:
             self._host_segments = SegmentReleaser(mechanism.elastic_host, self._engine.wait_host)
         self._rank = rank

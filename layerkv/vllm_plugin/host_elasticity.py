@@ -58,7 +58,7 @@ class HostElasticity:
         self._looked_s = -math.inf
         self._looked_at = -1  # the version of residencies then
         self._asked = HostResize(1, 1, 1, 0)
-        self._is_settled = False  # nobody uses the engine, it has given back what it does not keep, and has said so
+        self._is_done = True  # the last look found nothing that leaves, and nothing to give back
 
     @property
     def amounts(self) -> Mapping[str, int]:
@@ -74,21 +74,20 @@ class HostElasticity:
     @property
     def has_work(self) -> bool:
         """Whether an engine that nobody uses must go on stepping: until it has given back and said what it is to."""
-        return self._table.is_moving or not self._is_settled
+        return self._table.is_moving or not (self._was_idle and self._is_done)
 
     def before_step(self, now_s: float, *, is_idle: bool) -> None:
         """Before anything is decided: what host memory is in this step. Nothing waits for the broker."""
         limit, moves = self._share.limit(), self._ledger.residency.version
         is_fresh = (limit, is_idle) == (self._limit, self._was_idle) and now_s - self._looked_s < LOOK_EVERY_S
-        if is_fresh and not (self._can_release() or (moves != self._looked_at and self._is_short())):
+        if is_fresh and self._is_done and not (self._can_release() or (moves != self._looked_at and self._is_short())):
             return
         self._looked_s, self._looked_at, self._limit, self._was_idle = now_s, moves, limit, is_idle
         decided = resize_host(self._view(is_idle=is_idle))
-        is_done = self._shrink(decided.target, parks_stay=is_idle)
+        self._is_done = self._shrink(decided.target, parks_stay=is_idle)
         self._grow(decided.target)
         self._asked = decided
         self._share.ask(need=decided.need, like=decided.like, can_leave=decided.can_leave)
-        self._is_settled = is_idle and is_done
 
     def take_moves(self) -> SegmentMoves:
         """What the workers do with the step that is planned now."""
