@@ -242,6 +242,9 @@ class BrokerClient:
                             os.eventfd_read(self._bell)
                         elif events & selectors.EVENT_READ:
                             self._hear(connection)
+        except (BrokenPipeError, ConnectionResetError):
+            self._hear_last_words(connection)
+            raise
         finally:
             with self._changed:
                 self._failed[:0] = [message for message in unsent if isinstance(message, Failed)]
@@ -282,6 +285,13 @@ class BrokerClient:
                 raise BrokerError(message.reason)
             self._keep_to(message)
             self._changed.notify_all()
+
+    def _hear_last_words(self, connection: socket.socket) -> None:
+        """The broker has hung up, perhaps with a reason, which is said once: more than that it has gone."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                with contextlib.suppress(ConnectionResetError):  # said once; what came before can be read behind it
+                    self._hear(connection)
 
     def _keep_to(self, limit: Limit) -> None:
         self.is_connected, self._refusal = True, None

@@ -109,6 +109,37 @@ def test_host_memory_is_put_into_service_before_a_steps_copies_and_given_back_af
     worker.shutdown()
 
 
+def test_host_memory_is_not_given_back_under_a_store_that_has_not_begun() -> None:
+    from layerkv.vllm_plugin.connector_worker import WorkerSide
+
+    layout = SegmentLayout(segment_blocks=4, num_segments=3)
+    mechanism = make_mechanism("cpu", GEOMETRY, 12, PLAN, host_layout=layout)
+    worker, gate, submit = WorkerSide(GEOMETRY, LAYERS, mechanism), CopyEvent(), mechanism.engine.submit
+
+    def later(direction: Direction, *copies: Any, after: Sequence[Event] = (), **how: Any) -> Event:
+        return submit(direction, *copies, after=[*after, gate], **how)
+
+    def step(**plan: Any) -> list[Any]:
+        worker.begin_step(StepPlan(**plan))
+        worker.end_step()
+        worker.finished_fetches()
+        return worker.take_host_answers()
+
+    pool_of(mechanism)[:, 4:8] = 7
+    mechanism.engine.submit = later  # type: ignore[method-assign]
+    step(ahead=(BlockRun(4, 8, 2),), host_moves=SegmentMoves(maps=(1, 2)))
+    mechanism.engine.submit = submit  # type: ignore[method-assign]
+    assert step(host_moves=SegmentMoves(unmaps=(2,))) == []
+    assert not any(step() for _ in range(10))
+    gate.end()
+    while not (answers := step()):
+        pass
+    assert [tuple(answer) for answer in answers] == [(2, 0, False)]
+    addresses = [mechanism.host.address(layer, block) for layer in range(3) for block in range(8, 12)]
+    assert {ctypes.string_at(address, GEOMETRY.page_bytes) for address in addresses} == {bytes(GEOMETRY.page_bytes)}
+    worker.shutdown()
+
+
 def refuse(segments: Sequence[int]) -> Event:
     """In the place of an arena's `prepare_map`."""
     event = CopyEvent()
