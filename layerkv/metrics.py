@@ -83,6 +83,12 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("layerkv_host_blocks_used", "gauge", "Host blocks that requests hold."),
     MetricSpec("layerkv_host_blocks_cached", "gauge", "Host blocks that cache prefixes, and give way to requests."),
     MetricSpec("layerkv_host_blocks", "gauge", "Host blocks in all."),
+    MetricSpec(
+        "layerkv_host_bytes",
+        "gauge",
+        "Host memory that a broker divides, of each worker: held, needed by requests, and what may be held.",
+        "amount",
+    ),
     MetricSpec("layerkv_pool_blocks", "gauge", "Pool blocks in all."),
     MetricSpec(
         "layerkv_kv_bytes",

@@ -21,6 +21,7 @@ import msgspec
 
 from layerkv.broker.messages import (
     MOST_BYTES,
+    UNDIVIDED,
     VERSION,
     Bye,
     Failed,
@@ -99,7 +100,7 @@ class BrokerClient:
         self._thread.start()
 
     def limit(self, resource: Resource = "device") -> int:
-        """Bytes that the engine may hold."""
+        """Bytes that the engine may hold; :data:`layerkv.broker.messages.UNDIVIDED` if that is its own business."""
         return self._sides[resource].limit
 
     def held(self, resource: Resource = "device") -> int:
@@ -241,6 +242,9 @@ class BrokerClient:
                             os.eventfd_read(self._bell)
                         elif events & selectors.EVENT_READ:
                             self._hear(connection)
+        except (BrokenPipeError, ConnectionResetError):
+            self._hear_last_words(connection)
+            raise
         finally:
             with self._changed:
                 self._failed[:0] = [message for message in unsent if isinstance(message, Failed)]
@@ -251,7 +255,11 @@ class BrokerClient:
             for side in self._sides.values():
                 side.revision = 0  # the broker's may have begun anew
             terms = {
-                name: msgspec.structs.replace(side.terms, held=side.held, limit=side.limit)
+                name: msgspec.structs.replace(
+                    side.terms,
+                    held=side.held,
+                    limit=side.terms.ceiling if side.limit == UNDIVIDED else side.limit,
+                )
                 for name, side in self._sides.items()
             }
         return Hello(
@@ -277,6 +285,13 @@ class BrokerClient:
                 raise BrokerError(message.reason)
             self._keep_to(message)
             self._changed.notify_all()
+
+    def _hear_last_words(self, connection: socket.socket) -> None:
+        """The broker has hung up, perhaps with a reason, which is said once: more than that it has gone."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                with contextlib.suppress(ConnectionResetError):  # said once; what came before can be read behind it
+                    self._hear(connection)
 
     def _keep_to(self, limit: Limit) -> None:
         self.is_connected, self._refusal = True, None

@@ -14,11 +14,14 @@ from msgspec import Meta
 
 from layerkv.errors import BrokerError
 
-VERSION = 1
+VERSION = 2
 """Of this protocol. Both sides must have the same."""
 
 MOST_BYTES = 64 << 10
 """Length of the longest message. Not measured: chosen by judgement."""
+
+UNDIVIDED = 1 << 61
+"""As a limit: the broker does not divide that memory, and each engine has its own. Derived: above every size here."""
 
 Resource: TypeAlias = Literal["device", "host"]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 60)]
@@ -70,6 +73,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello", forbid_unkno
         title: Its name for people.
         pids: All processes that use the memory, the one that says this among them. It is free when all have ended.
         token_bytes: Device bytes of one token.
+        device: Of device memory.
+        host: Of host memory; None where it cannot come and go.
         weight: Beside other engines.
     """
 
@@ -93,11 +98,14 @@ class State(msgspec.Struct, frozen=True, kw_only=True, tag="state", forbid_unkno
 
 
 class Limit(msgspec.Struct, frozen=True, kw_only=True, tag="limit", forbid_unknown_fields=True):
-    """The broker says: hold so much and no more. Of two the one with the higher revision holds."""
+    """The broker says: hold so much and no more. Of two the one with the higher revision holds.
+
+    For a resource that the engine has named and the broker does not divide, it is :data:`UNDIVIDED`, once.
+    """
 
     resource: Resource
     revision: Annotated[int, Meta(ge=0)]
-    num_bytes: Bytes
+    num_bytes: Annotated[int, Meta(ge=0, le=UNDIVIDED)]
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True, tag="failed", forbid_unknown_fields=True):

@@ -19,6 +19,7 @@ from pathlib import Path
 from layerkv.broker.members import Member, Members
 from layerkv.broker.messages import (
     MOST_BYTES,
+    UNDIVIDED,
     Bye,
     Entry,
     Failed,
@@ -177,7 +178,10 @@ class Broker:
             raise BrokerError(f"an engine named {hello.engine} is connected already")
         for resource, ledger in self.ledgers.items():
             if terms := _terms(hello, resource):
-                ledger.check_join(hello.engine, _first_wish(terms), terms.limit)
+                try:
+                    ledger.check_join(hello.engine, _first_wish(terms), terms.limit)
+                except ValueError as error:
+                    raise BrokerError(f"{resource} memory: {error}") from None
         member = self._members.admit(hello)
         if before is not None:
             self._unwatch(before)
@@ -190,6 +194,8 @@ class Broker:
         for resource, ledger in self.ledgers.items():
             if limit := ledger.limit(hello.engine):
                 self._tell(hello.engine, resource, limit)
+        if hello.host is not None and "host" not in self.ledgers:
+            self._tell(hello.engine, "host", GivenLimit(revision=1, num_bytes=UNDIVIDED))
         self._log(f"{hello.engine} ({hello.title}): here with {len(hello.pids)} processes")
 
     def _join(self, hello: Hello) -> None:

@@ -2,7 +2,8 @@
 again.
 
 Whoever needs host blocks gets them: a cached prefix gives way, the least recently used first, so caching never costs a
-request its place. Ids only; contents are the workers'. Not thread-safe; one per scheduler.
+request its place. Where host memory comes and goes by segment, only blocks of segments *in service* are handed out.
+Ids only; contents are the workers'. Not thread-safe; one per scheduler.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import islice
 
 from layerkv.core.prefix_news import PrefixNews
 from layerkv.core.runs import RunAllocator
+from layerkv.core.segments import SegmentLayout
 from layerkv.errors import CapacityError
 
 
@@ -51,10 +53,21 @@ class HostTier:
     A cached block is known by the hash of its block and of all before it, as vLLM's prefix cache knows its own. It is
     *pinned* while a plan that writes or reads it is being made, and gives way to nobody meanwhile: two copies of one
     plan never have the same host block to write.
+
+    Of a segment that is withheld nothing is handed out, found or cached any more. What requests hold of it stays theirs
+    until they give it back; then it belongs to nobody, and is not free.
+
+    Args:
+        count: Host blocks at their most.
+        layout: How they are divided into segments, all of which are in service at first; None: they never leave.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, layout: SegmentLayout | None = None) -> None:
         self.count = count
+        self._layout = layout or SegmentLayout(segment_blocks=max(count, 1), num_segments=1)
+        assert layout is None or layout.num_segments * layout.segment_blocks == count
+        self._withheld: dict[int, set[int]] = {}  # segment out of service -> blocks of it that nobody has
+        self._num_withheld = 0
         self.news: PrefixNews | None = None
         """For who wants to know what is cached; None until somebody listens."""
         self._allocator = RunAllocator(0, count)
@@ -86,6 +99,16 @@ class HostTier:
         return self._allocator.num_free + len(self._evictable)
 
     @property
+    def num_loose(self) -> int:
+        """Of those, blocks that cache nothing."""
+        return self._allocator.num_free
+
+    @property
+    def num_in_service(self) -> int:
+        """Blocks of segments that are not withheld."""
+        return self.count - len(self._withheld) * self._layout.segment_blocks
+
+    @property
     def num_cached(self) -> int:
         """Blocks that cache prefixes."""
         return len(self._hash_of)
@@ -93,7 +116,7 @@ class HostTier:
     @property
     def num_held(self) -> int:
         """Blocks that requests hold, shared ones among them."""
-        return self.count - self.num_free - len(self._pinned) - len(self._retired)
+        return self.count - self.num_free - len(self._pinned) - len(self._retired) - self._num_withheld
 
     def take(self, num_blocks: int) -> list[int]:
         """Take blocks for a request, in runs as long as there are; cached prefixes give way.
@@ -131,7 +154,7 @@ class HostTier:
             ValueError: a block is out of range or already free.
         """
         blocks = list(blocks)
-        self._allocator.give_back([block for block in blocks if block not in self._sharers])
+        self._free([block for block in blocks if block not in self._sharers])
         for block in blocks:
             if block in self._sharers:
                 self._end_share(block)
@@ -140,7 +163,7 @@ class HostTier:
         """Blocks taken before cache a prefix from now on, each under its hash, and are pinned.
 
         One whose hash is known is given back; the one that is known is pinned. One that is shared is given back too: it
-        is cached, or was forgotten, and then is not to be trusted.
+        is cached, or was forgotten, and then is not to be trusted. So is one of a segment that is withheld.
         """
         twice: list[int] = []
         for block, block_hash in zip(blocks, hashes, strict=True):
@@ -151,12 +174,15 @@ class HostTier:
                 twice.append(block)
                 self.pin([known])
                 continue
+            if self._is_withheld(block):
+                twice.append(block)
+                continue
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
             self._pinned[block] = None
             if self.news is not None:
                 self.news.kept(block_hash)
-        self._allocator.give_back(twice)
+        self._free(twice)
 
     def known(self, hashes: Iterable[Hashable]) -> list[int | None]:
         """For each hash the block that is cached under it, or None."""
@@ -187,7 +213,7 @@ class HostTier:
         for block in reversed(self._pinned):
             self._evictable[block] = None
         self._pinned.clear()
-        self._allocator.give_back(self._retired)
+        self._free(self._retired)
         self._retired.clear()
 
     def forget_all(self) -> None:
@@ -202,7 +228,40 @@ class HostTier:
         """Whether no request holds ``block``."""
         if block in self._sharers:
             return False
-        return block in self._hash_of or block in self._retired or self._allocator.is_free(block)
+        return block in self._hash_of or block in self._retired or self._is_nobodys(block)
+
+    # Segments ------------------------------------------------------------------------------------------------
+
+    def withhold(self, segment: int) -> None:
+        """The segment goes out of service: the prefixes that it caches are forgotten."""
+        assert segment not in self._withheld, segment
+        blocks = self._layout.blocks(segment)
+        nobodys = self._withheld[segment] = set(self._allocator.take_out(blocks))
+        for block in blocks:
+            if block not in self._hash_of:
+                continue
+            self._unname(block)
+            if block in self._evictable:
+                del self._evictable[block]
+                nobodys.add(block)
+            elif block in self._pinned:
+                del self._pinned[block]
+                self._retired.append(block)
+        self._num_withheld += len(nobodys)
+
+    def restore(self, segment: int) -> None:
+        """A withheld segment is in service, again or for the first time."""
+        nobodys = self._withheld.pop(segment)
+        self._num_withheld -= len(nobodys)
+        self._allocator.give_back(nobodys)
+
+    def is_empty(self, segment: int) -> bool:
+        """Whether a withheld segment has only blocks that belong to nobody."""
+        return len(self._withheld[segment]) == self._layout.segment_blocks
+
+    def newest_in(self) -> dict[int, int]:
+        """For each segment that caches prefixes which could give way, how late the most recently used of them would."""
+        return {self._layout.segment_of(block): place for place, block in enumerate(self._evictable)}
 
     def check(self) -> None:
         """Assert that every block is in one state (tests call it after every operation)."""
@@ -214,6 +273,35 @@ class HostTier:
         assert not any(self._allocator.is_free(block) for block in (*self._hash_of, *self._retired, *self._sharers))
         assert not set(self._retired) & {*self._hash_of, *self._sharers}
         assert all(count > 0 for count in self._sharers.values())
+        assert self._num_withheld == sum(map(len, self._withheld.values()))
+        for segment, nobodys in self._withheld.items():
+            assert nobodys <= set(self._layout.blocks(segment))
+            assert not any(map(self._allocator.is_free, self._layout.blocks(segment)))
+            assert nobodys.isdisjoint((*self._hash_of, *self._retired, *self._sharers))
+            assert not any(block in self._hash_of for block in self._layout.blocks(segment))
+
+    def _free(self, blocks: Iterable[int]) -> None:
+        if not self._withheld:
+            self._allocator.give_back(blocks)
+            return
+        in_service = []
+        for block in blocks:
+            if (nobodys := self._withheld.get(self._layout.segment_of(block))) is None:
+                in_service.append(block)
+                continue
+            if block in nobodys:
+                raise ValueError(f"block {block} is given back twice")
+            nobodys.add(block)
+            self._num_withheld += 1
+        self._allocator.give_back(in_service)
+
+    def _is_withheld(self, block: int) -> bool:
+        return bool(self._withheld) and self._layout.segment_of(block) in self._withheld
+
+    def _is_nobodys(self, block: int) -> bool:
+        if self._is_withheld(block):
+            return block in self._withheld[self._layout.segment_of(block)]
+        return self._allocator.is_free(block)
 
     def _forget(self, blocks: Sequence[int]) -> None:
         for block in blocks:

@@ -12,6 +12,7 @@ from layerkv.core.host_tier import HostCopy, HostTier
 from layerkv.core.plan_draft import PlanDraft
 from layerkv.core.prefix_stores import PrefixStores
 from layerkv.core.residency import Residency, ResidencyTable
+from layerkv.core.segments import SegmentLayout
 from layerkv.core.zone import ZoneLedger
 
 
@@ -36,11 +37,11 @@ class LedgerBooks:
     keeps_copies = False
     """Whether a request that was fetched keeps the whole blocks of its copy: its next park stores only new ones."""
 
-    def __init__(self, geometry: KVGeometry, num_host_blocks: int) -> None:
+    def __init__(self, geometry: KVGeometry, num_host_blocks: int, host_layout: SegmentLayout | None = None) -> None:
         self.geometry = geometry
         self.residency = ResidencyTable()
         self.zone = ZoneLedger(geometry.pool_blocks, geometry.zone_blocks)
-        self.host = HostTier(num_host_blocks)
+        self.host = HostTier(num_host_blocks, host_layout)
         self._prefixes = HostPrefixes(self.host, geometry.block_tokens)
         self.counters = LedgerCounters()
         self._copies: dict[str, HostCopy] = {}
@@ -109,6 +110,26 @@ class LedgerBooks:
     def num_host_blocks_used(self) -> int:
         """Host blocks that requests hold; cached prefixes are not among them."""
         return self.host.num_held
+
+    @property
+    def num_copied_host_blocks(self) -> int:
+        """Of those, copies that residents keep, so that their next park is cheap: they can be given up."""
+        return sum(len(copy.blocks) - copy.num_shared for copy in self._copies.values() if copy.is_ahead)
+
+    def host_blocks_by_segment(self, layout: SegmentLayout) -> tuple[Counter[int], Counter[int]]:
+        """For each segment of host memory, blocks that requests cannot do without, and those of residents' copies."""
+        kept, copied = Counter[int](), Counter[int]()
+        for copy in (*self._copies.values(), *self._orphans.values()):
+            (copied if copy.is_ahead else kept).update(map(layout.segment_of, copy.blocks))
+        return kept, copied
+
+    def copies_in(self, segments: Set[int], layout: SegmentLayout) -> list[str]:
+        """Residents whose copy has a host block in any of these segments."""
+        return [
+            request_id
+            for request_id, copy in self._copies.items()
+            if copy.is_ahead and any(layout.segment_of(block) in segments for block in copy.blocks)
+        ]
 
     def check(self) -> None:
         """Assert that every block is accounted for exactly once.

@@ -52,6 +52,24 @@ class RunAllocator:
         for start, length in _as_runs(ids):
             self._insert(start, length)
 
+    def take_out(self, ids: range) -> list[int]:
+        """Take those of a stretch of ids that are free; which those were, ascending."""
+        taken: list[int] = []
+        kept: list[tuple[int, int]] = []
+        for start, length in self._runs:
+            first, end = max(start, ids.start), min(start + length, ids.stop)
+            if first >= end:
+                kept.append((start, length))
+                continue
+            taken += range(first, end)
+            if start < first:
+                kept.append((start, first - start))
+            if end < start + length:
+                kept.append((end, start + length - end))
+        self._runs = kept
+        self.num_free -= len(taken)
+        return taken
+
     def is_free(self, block: int) -> bool:
         """Whether ``block`` is not taken."""
         at = bisect_left(self._runs, (block + 1, 0)) - 1

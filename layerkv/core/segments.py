@@ -78,7 +78,7 @@ class SegmentState(Enum):
     """What a segment is for the pool and for whoever counts memory.
 
     UNMAPPED -> ARRIVING -> MAPPED -> LEAVING -> RELEASING -> UNMAPPED; a map that failed goes from ARRIVING to
-    RELEASING, and a segment that is wanted again from LEAVING to MAPPED.
+    RELEASING, and a segment that is wanted again from LEAVING to MAPPED. Host memory goes from UNMAPPED to MAPPED.
     """
 
     UNMAPPED = "unmapped"
@@ -106,7 +106,8 @@ class SegmentMoves:
 
 
 class SegmentTable:
-    """The states of all segments of one engine. Segment 0, which has vLLM's null block, never leaves. Not thread-safe.
+    """The states of all segments of one memory of an engine. Segment 0 never leaves: in the pool, it has vLLM's null
+    block. Not thread-safe.
 
     Invariants: a move is begun only when every rank has answered the one before, so an answer is never taken for
     another move's; :attr:`num_held` never grows beyond :attr:`limit`, and falls only when all ranks have unmapped.
@@ -125,6 +126,7 @@ class SegmentTable:
         self._answered: dict[int, set[int]] = {}  # segment under way -> ranks
         self._failed: set[int] = set()  # arriving segments that a rank could not map
         self._unplanned: dict[int, None] = {}  # arriving or releasing, and no rank knows yet
+        self._put: set[int] = set()  # mapped at once since the last plan
 
     def state(self, segment: int) -> SegmentState:
         """What the segment is now."""
@@ -156,6 +158,19 @@ class SegmentTable:
             self._begin(segment, SegmentState.ARRIVING)
         return begun
 
+    def put(self, num_segments: int) -> list[int]:
+        """As :meth:`arrive`, of memory that comes by the first touch: they are mapped at once, and nobody answers.
+
+        Returns:
+            Those that were put into service; the next plan names them, for ranks to know.
+        """
+        room = max(min(num_segments, self.limit - self.num_held), 0)
+        put = self.all_in(SegmentState.UNMAPPED)[:room]
+        for segment in put:
+            self._set(segment, SegmentState.MAPPED)
+        self._put.update(put)
+        return put
+
     def leave(self, segments: Iterable[int]) -> None:
         """Mapped segments go out of service."""
         for segment in segments:
@@ -175,10 +190,12 @@ class SegmentTable:
 
     def take_moves(self) -> SegmentMoves:
         """What was begun since the last plan. It must go into the next one: ranks act on nothing else."""
-        unplanned = sorted(self._unplanned)
+        unplanned = sorted((*self._unplanned, *(self._put - self._unplanned.keys())))
         self._unplanned.clear()
+        self._put.clear()
+        comes = SegmentState.ARRIVING, SegmentState.MAPPED, SegmentState.LEAVING
         return SegmentMoves(
-            tuple(segment for segment in unplanned if self._states[segment] is SegmentState.ARRIVING),
+            tuple(segment for segment in unplanned if self._states[segment] in comes),
             tuple(segment for segment in unplanned if self._states[segment] is SegmentState.RELEASING),
         )
 
@@ -216,6 +233,7 @@ class SegmentTable:
         assert under_way == self._answered.keys()
         assert self._unplanned.keys() <= under_way
         assert not any(self._answered[segment] for segment in self._unplanned)
+        assert not any(self._states[segment] is SegmentState.UNMAPPED for segment in self._put)
         assert all(len(ranks) < self.num_ranks for ranks in self._answered.values())
         assert self._failed <= set(self.all_in(SegmentState.ARRIVING))
         assert self._states[0] is SegmentState.MAPPED

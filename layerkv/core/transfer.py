@@ -39,6 +39,7 @@ class StepPlan(NamedTuple):
         fetches: Requests to load into pool blocks while the step runs.
         num_tokens: Tokens computed in this step; with 0 there is no forward pass to overlap with.
         moves: Segments to get memory for, and to give back that nothing in this step uses.
+        host_moves: Segments of host memory that are in service from now on, and to give back.
     """
 
     parks: tuple[BlockRun, ...] = ()
@@ -51,11 +52,13 @@ class StepPlan(NamedTuple):
     fetches: tuple[FetchPlan, ...] = ()
     num_tokens: int = 0
     moves: SegmentMoves = SegmentMoves()
+    host_moves: SegmentMoves = SegmentMoves()
 
     @property
     def has_copies(self) -> bool:
         """Whether workers have anything to do."""
-        return bool(self.parks or self.stores or self.hits or self.ahead or self.settle or self.fetches or self.moves)
+        copies = self.parks or self.stores or self.hits or self.ahead or self.settle or self.fetches
+        return bool(copies or self.moves or self.host_moves)
 
     @property
     def needs_layer_hooks(self) -> bool:

@@ -62,11 +62,25 @@ class Arena(Protocol):
         """The whole range as a flat int8 tensor ``[virtual_bytes]``."""
 
 
-class ElasticArena(Arena, Protocol):
-    """An arena whose pool has memory segment by segment. Addresses never change, and the zone always has memory.
+class SegmentMemory(Protocol):
+    """Memory that is given back to the machine segment by segment; addresses never change.
 
     Threads: one thread, the one that runs the model, calls these methods, between steps.
     """
+
+    def unmap(self, segments: Sequence[int], *, after: Sequence[Event] = ()) -> Event:
+        """Give their memory back to the machine, in the background, once all of ``after`` have ended.
+
+        Nothing may read or write them any more, but for what ``after`` stands for. Of one that could not be mapped,
+        what is left is given back, if anything is.
+
+        Returns:
+            An event that ends when the memory is free. It fails if something before it is lost, which may still write.
+        """
+
+
+class ElasticArena(Arena, SegmentMemory, Protocol):
+    """An arena whose pool has memory segment by segment. The zone always has memory."""
 
     def prepare_map(self, segments: Sequence[int]) -> Event:
         """Get memory for segments that have none, in the background; what is still being unmapped of them comes first.
@@ -83,16 +97,6 @@ class ElasticArena(Arena, Protocol):
             MemoryError: the device refused; none of them has memory, as if they had not been prepared.
         """
 
-    def unmap(self, segments: Sequence[int], *, after: Sequence[Event] = ()) -> Event:
-        """Give their memory back to the machine, in the background, once all of ``after`` have ended.
-
-        Nothing may read or write them any more, but for what ``after`` stands for. Of one that could not be mapped,
-        what is left is given back, if anything is.
-
-        Returns:
-            An event that ends when the memory is free. It fails if something before it is lost, which may still write.
-        """
-
 
 class HostMemory(Protocol):
     """Host blocks of one worker: bytes ``[num_layers, num_host_blocks, page_bytes]``."""
@@ -104,6 +108,16 @@ class HostMemory(Protocol):
 
     def wait_pinned(self, timeout_s: float) -> bool:
         """Block until the device copies from and to it by itself, or the time is up; whether it does."""
+
+
+class ElasticHostMemory(HostMemory, SegmentMemory, Protocol):
+    """Host blocks whose memory goes segment by segment. It comes by the first touch, which cannot fail."""
+
+    def put(self, segments: Sequence[int]) -> None:
+        """These are in service from now on: copies use them, and they count as held whether they are touched or not.
+
+        Only segments that were never in service, or whose :meth:`unmap` has ended. The first one always is.
+        """
 
 
 class TransferEngine(Protocol):

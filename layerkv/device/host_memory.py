@@ -12,13 +12,13 @@ import torch
 
 from layerkv.core.geometry import KVGeometry
 from layerkv.device import libc
+from layerkv.device.mmap_arena import PAGE_BYTES
 from layerkv.device.touch_ahead import TouchAhead
-
-_LAYER_ALIGNMENT_BYTES = 4096
 
 
 class MmapHostMemory:
-    """Bytes ``[num_layers, num_host_blocks, page_bytes]``, zero at first; each layer begins at a page of the kernel.
+    """Bytes ``[num_layers, num_host_blocks, page_bytes]``, zero at first; each layer begins at a page of the kernel,
+    or at a multiple of ``alignment_bytes``.
 
     Layer outermost, so that consecutive host blocks of one layer are one stretch of memory.
 
@@ -26,13 +26,13 @@ class MmapHostMemory:
         MemoryError: the kernel refused address space.
     """
 
-    def __init__(self, geometry: KVGeometry, num_blocks: int) -> None:
+    def __init__(self, geometry: KVGeometry, num_blocks: int, alignment_bytes: int = PAGE_BYTES) -> None:
         self.num_blocks = num_blocks
         self._page_bytes = geometry.page_bytes
-        self.layer_bytes = -(-num_blocks * geometry.page_bytes // _LAYER_ALIGNMENT_BYTES) * _LAYER_ALIGNMENT_BYTES
+        self.layer_bytes = -(-num_blocks * geometry.page_bytes // alignment_bytes) * alignment_bytes
         """Bytes from one layer's block 0 to the next layer's."""
         size = max(geometry.num_layers * self.layer_bytes, 1)
-        self._address = libc.reserve(size)
+        self._address = libc.reserve(size, alignment_bytes)
         self._view = (ctypes.c_int8 * size).from_address(self._address)
         self._ahead = TouchAhead(geometry.num_layers, self.layer_bytes)
         self._before_unmap: list[Callable[[], Any]] = []
@@ -55,12 +55,16 @@ class MmapHostMemory:
 
         From the one thread that writes here: it writes what it finds.
         """
-        if (stretch := self._ahead.take()) is None:
+        if (stretch := self._ahead.take(self._may_touch)) is None:
             return False
         first = stretch.layer * self.layer_bytes + stretch.offset
         part = np.ctypeslib.as_array(self._view)[first : first + stretch.num_bytes]
         # Not MADV_POPULATE_WRITE: whoever maps memory in this process waits for that, and for no page fault.
         np.bitwise_or(part, 0, out=part)
+        return True
+
+    def _may_touch(self, offset: int, num_bytes: int) -> bool:
+        """Whether so many bytes of each layer, from there on, may have memory of the kernel."""
         return True
 
     def wait_pinned(self, timeout_s: float) -> bool:

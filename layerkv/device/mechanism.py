@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from layerkv.core.geometry import KVGeometry
-from layerkv.core.segments import SegmentPlan
-from layerkv.device.base import Arena, ElasticArena, HostMemory, TransferEngine
+from layerkv.core.segments import SegmentLayout, SegmentPlan
+from layerkv.device.base import Arena, ElasticArena, ElasticHostMemory, HostMemory, TransferEngine
 
 ALIGNMENT_BYTES = MappingProxyType({"cpu": 4 << 10, "cuda": 2 << 20})
 """What sizes of pool and lanes are multiples of: the granularity of mapping memory."""
@@ -17,13 +17,15 @@ ALIGNMENT_BYTES = MappingProxyType({"cpu": 4 << 10, "cuda": 2 << 20})
 class Mechanism:
     """KV memory, host blocks, and the engine that copies between them. Lives as long as its worker.
 
-    ``elastic_arena`` is the arena, where its pool grows and shrinks.
+    ``elastic_arena`` is the arena, where its pool grows and shrinks, and ``elastic_host`` the host blocks, where their
+    memory does.
     """
 
     arena: Arena
     host: HostMemory
     engine: TransferEngine
     elastic_arena: ElasticArena | None = None
+    elastic_host: ElasticHostMemory | None = None
 
     def wait_ready(self, timeout_s: float) -> bool:
         """Block until copies run at full speed, or the time is up; whether they do. Only measurements need it."""
@@ -36,6 +38,7 @@ def make_mechanism(
     num_host_blocks: int,
     segments: SegmentPlan | None = None,
     *,
+    host_layout: SegmentLayout | None = None,
     guards: bool = False,
 ) -> Mechanism:
     """Take the memory and start the engine, on the device that is current for this thread.
@@ -45,6 +48,8 @@ def make_mechanism(
         geometry: Aligned to that.
         num_host_blocks: Of this worker.
         segments: How the pool grows and shrinks; None: it does not.
+        host_layout: How host memory does, of which these are all blocks; None: it does not. It cannot on CUDA: the
+            driver has it pinned.
         guards: See :class:`layerkv.device.elastic_mmap_arena.ElasticMmapArena`. On CUDA, memory that is not mapped is
             guarded anyway.
 
@@ -52,6 +57,7 @@ def make_mechanism(
         MemoryError: device or host has not that much; nothing is left behind.
     """
     if device_type == "cuda":
+        assert host_layout is None, "host memory that is pinned stays"
         return _make_cuda(geometry, num_host_blocks, segments)
     from layerkv.device.cpu_engine import CPUTransferEngine
     from layerkv.device.host_memory import MmapHostMemory
@@ -65,8 +71,13 @@ def make_mechanism(
         from layerkv.device.elastic_mmap_arena import ElasticMmapArena
 
         arena = elastic = ElasticMmapArena(geometry, segments.layout, num_mapped=segments.num_mapped, guards=guards)
-    host = MmapHostMemory(geometry, num_host_blocks)
-    return Mechanism(arena, host, CPUTransferEngine(arena, host), elastic)
+    if host_layout is None:
+        host = MmapHostMemory(geometry, num_host_blocks)
+        return Mechanism(arena, host, CPUTransferEngine(arena, host), elastic)
+    from layerkv.device.elastic_host_memory import ElasticMmapHostMemory
+
+    host = elastic_host = ElasticMmapHostMemory(geometry, host_layout, guards=guards)
+    return Mechanism(arena, host, CPUTransferEngine(arena, host), elastic, elastic_host)
 
 
 def _make_cuda(geometry: KVGeometry, num_host_blocks: int, segments: SegmentPlan | None) -> Mechanism:

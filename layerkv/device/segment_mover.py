@@ -1,7 +1,7 @@
 """Carries out on one rank what plans say of segments, and tells what has ended: the scheduler counts on every rank.
 
-One per worker; the thread that runs the model calls it, once at the beginning of a step with moves and once at the end
-of every step. Rules, by the number they have in the docs:
+One per worker and memory (KV, host). The thread that runs the model calls it, once at the beginning of a step with
+moves and once at the end of every step. Rules, by the number they have in the docs:
 
 11. a segment has memory before any step uses it: a map is told when it is done, and nobody uses the segment before
     every rank has told so.
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from layerkv.device.base import ElasticArena, Event, of_same_kind
+from layerkv.device.base import ElasticArena, Event, SegmentMemory, of_same_kind
 from layerkv.errors import TransferError
 
 
@@ -33,19 +33,77 @@ class EndedMove(NamedTuple):
     error: MemoryError | None = None
 
 
-class SegmentMover:
-    """See the module.
+class SegmentReleaser:
+    """Of memory that comes by the first touch: it only goes.
 
     Args:
-        arena: Whose segments move.
+        memory: Whose segments go.
         wait_host: Blocks this thread until an event ends or so many seconds are over (a transfer engine's).
     """
 
-    def __init__(self, arena: ElasticArena, wait_host: Callable[[Event, float], bool]) -> None:
-        self._arena = arena
+    def __init__(self, memory: SegmentMemory, wait_host: Callable[[Event, float], bool]) -> None:
+        self._memory = memory
         self._wait_host = wait_host
-        self._arriving: dict[int, Event] = {}
         self._leaving: dict[int, Event] = {}
+
+    @property
+    def num_under_way(self) -> int:
+        """Moves that were begun and are not told yet."""
+        return len(self._leaving)
+
+    def begin_unmaps(self, segments: Sequence[int], after: Callable[[], Sequence[Event]]) -> None:
+        """Give these back when the copies of the step that says so are submitted.
+
+        Args:
+            segments: Nothing in that step uses them, but stores that it begins.
+            after: Tells what they come after (rule 12).
+        """
+        if not segments:
+            return
+        assert self._leaving.keys().isdisjoint(segments), f"segments {segments} leave already"
+        given_back = self._memory.unmap(segments, after=after())
+        self._leaving.update(dict.fromkeys(segments, given_back))
+
+    def take_ended(self, wait_s: float = 0.0) -> list[EndedMove]:
+        """Moves that have ended since the last call.
+
+        Args:
+            wait_s: Block that long for the oldest one: for steps without compute, which would only spin.
+
+        Raises:
+            LostCopyError: a copy of a segment that leaves has not ended: its memory is not given back.
+            TransferError: the device does not take a segment's memory back.
+        """
+        if not self.num_under_way:
+            return []
+        if wait_s > 0:
+            self._wait_host(self._oldest(), wait_s)
+        return self._take_ended()
+
+    def _oldest(self) -> Event:
+        return next(iter(self._leaving.values()))
+
+    def _take_ended(self) -> list[EndedMove]:
+        ended = []
+        for segment, given_back in _take_done(self._leaving):
+            if (error := given_back.error) is not None:
+                raise _not_given_back(segment, error) from error
+            ended.append(EndedMove(segment))
+        return ended
+
+
+class SegmentMover(SegmentReleaser):
+    """Of memory that is got and mapped as well; what is mapped has memory from the call on that tells so.
+
+    Args:
+        arena: Whose segments move.
+        wait_host: As of :class:`SegmentReleaser`.
+    """
+
+    def __init__(self, arena: ElasticArena, wait_host: Callable[[Event, float], bool]) -> None:
+        super().__init__(arena, wait_host)
+        self._arena = arena
+        self._arriving: dict[int, Event] = {}
 
     @property
     def num_under_way(self) -> int:
@@ -58,34 +116,11 @@ class SegmentMover:
             assert segment not in self._arriving, f"segment {segment} is on its way already"
             self._arriving[segment] = self._arena.prepare_map([segment])  # rule 13
 
-    def begin_unmaps(self, segments: Sequence[int], after: Callable[[], Sequence[Event]]) -> None:
-        """Give these back when the copies of the step that says so are submitted.
+    def _oldest(self) -> Event:
+        return next(iter((*self._arriving.values(), *self._leaving.values())))
 
-        Args:
-            segments: Nothing in that step uses them, but stores that it begins.
-            after: Tells what they come after (rule 12).
-        """
-        if not segments:
-            return
-        assert self._leaving.keys().isdisjoint(segments), f"segments {segments} leave already"
-        given_back = self._arena.unmap(segments, after=after())
-        self._leaving.update(dict.fromkeys(segments, given_back))
-
-    def take_ended(self, wait_s: float = 0.0) -> list[EndedMove]:
-        """Moves that have ended since the last call; those mapped have memory from now on.
-
-        Args:
-            wait_s: Block that long for the oldest one: for steps without compute, which would only spin.
-
-        Raises:
-            LostCopyError: a copy of a segment that leaves has not ended: its memory is not given back.
-            TransferError: the device does not take a segment's memory back.
-        """
-        if not self.num_under_way:
-            return []
-        if wait_s > 0:
-            self._wait_host(next(iter((*self._arriving.values(), *self._leaving.values()))), wait_s)
-        return [*self._take_mapped(), *self._take_given_back()]
+    def _take_ended(self) -> list[EndedMove]:
+        return [*self._take_mapped(), *super()._take_ended()]
 
     def _take_mapped(self) -> list[EndedMove]:
         ended = []
@@ -99,14 +134,6 @@ class SegmentMover:
             if error is not None and not isinstance(error, MemoryError):
                 raise _not_given_back(segment, error) from error
             ended.append(EndedMove(segment, error))
-        return ended
-
-    def _take_given_back(self) -> list[EndedMove]:
-        ended = []
-        for segment, given_back in _take_done(self._leaving):
-            if (error := given_back.error) is not None:
-                raise _not_given_back(segment, error) from error
-            ended.append(EndedMove(segment))
         return ended
 
 

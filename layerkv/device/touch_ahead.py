@@ -7,6 +7,7 @@ use: what is never used takes no memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 WINDOW_BYTES = 64 << 20
@@ -39,12 +40,14 @@ class TouchAhead:
         """The first ``layer_bytes`` of each layer have been stored to, or will be."""
         self._used_bytes = max(self._used_bytes, layer_bytes)
 
-    def take(self) -> Stretch | None:
-        """The next stretch to touch; None while the window is full."""
+    def take(self, may_touch: Callable[[int, int], bool] | None = None) -> Stretch | None:
+        """The next stretch to touch; None while the window is full, or ``may_touch(offset, num_bytes)`` says no."""
         layer, offset, num_bytes = self._next
         if layer == 0 and offset < (begun := self._used_bytes // STEP_BYTES * STEP_BYTES):  # stores were faster
             offset, num_bytes = begun, min(STEP_BYTES, self._layer_bytes - begun)
         if num_bytes <= 0 or offset >= self._used_bytes + self._window_bytes:
+            return None
+        if may_touch is not None and not may_touch(offset, num_bytes):
             return None
         following = (layer + 1, offset) if layer + 1 < self._num_layers else (0, offset + STEP_BYTES)
         self._next = Stretch(*following, min(STEP_BYTES, self._layer_bytes - following[1]))

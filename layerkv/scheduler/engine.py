@@ -23,7 +23,8 @@ class EngineShape:
         pool_blocks: Pool blocks that requests can always come to hold; of a pool that grows and shrinks, what the
             engine gets back whenever it needs that much.
         zone_blocks: Size of the lane zone.
-        host_blocks: Size of host memory.
+        host_blocks: Host blocks that requests can always come to hold; where a broker divides host memory, those that
+            the engine gets back whenever it needs them.
         can_chunk: Whether prompts may be computed in chunks; without, a prompt needs its whole length in one step.
         longest_tokens: Most tokens of one request (``max_model_len``).
         long_contexts: Whether it may be longer than the pool.
@@ -98,6 +99,7 @@ class EngineState(NamedTuple):
         moves: Changes with every arrival, move and departure.
         blocks_in_service: Pool blocks that are there, the null block left out; None where that never changes (it is
             the shape's).
+        host_blocks_in_service: Host blocks that are there; None where that never changes (it is the shape's).
         vacating: Requests with blocks in memory that the pool gives back, and how many: they do not come free.
         owed_blocks: Of the free blocks, those that the pool gives back as soon as prompts under way have ended.
     """
@@ -119,6 +121,7 @@ class EngineState(NamedTuple):
     moves: int = 0
     freeing_zone_blocks: int = 0
     blocks_in_service: int | None = None
+    host_blocks_in_service: int | None = None
     vacating: Mapping[str, int] = {}
     owed_blocks: int = 0
 

@@ -282,6 +282,12 @@ class Snapshot:
         return self.shape.pool_blocks if in_service is None else in_service
 
     @property
+    def host_blocks(self) -> int:
+        """Host blocks that are there now, in use or free."""
+        in_service = self.engine.host_blocks_in_service
+        return self.shape.host_blocks if in_service is None else in_service
+
+    @property
     def most_prefill_tokens(self) -> int:
         """Prompt tokens that the step has room for beside those who decode."""
         return max(self.engine.budget_tokens - self.load.decode_tokens, 0)

@@ -161,7 +161,7 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         """
         if (side := self.worker_side) is None:
             return None
-        return worker_report(side.take_failed_copies(), side.take_answers())
+        return worker_report(side.take_failed_copies(), side.take_answers(), side.take_host_answers())
 
     def shutdown(self) -> None:
         if self.worker_side is not None:
@@ -198,7 +198,7 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
                 self.scheduler_side.fetched(request_id)
             told = connector_output.kv_connector_worker_meta
             if self.scheduler_side.elastic is not None and isinstance(told, SegmentAnswers):
-                self.scheduler_side.elastic.answered(told.answers)
+                self.scheduler_side.elastic.answered(told.answers, told.host_answers)
 
     def has_pending_push_work(self) -> bool:
         """Fetches land in the engine's steps: it goes on stepping until they have, though it is paused. So do moves of

@@ -41,7 +41,7 @@ _COUNTED = {
 _LEAVES_KV = (Residency.RESIDENT, Residency.PARKED, Residency.FETCHING)
 """What a request of these leaves behind is kept as a cached prefix."""
 
-_NO_MOVES = SegmentMoves()
+_NO_MOVES = (SegmentMoves(), SegmentMoves())
 
 
 class SchedulerSide:
@@ -51,11 +51,13 @@ class SchedulerSide:
         self.config = config
         self.geometry = setup.geometry
         self.sizes = setup.elastic
+        self.host_sizes = setup.host
         self.elastic: Elasticity | None = None
         """What makes the pool grow and shrink; None where it does neither."""
         self._caches_prefixes = caches_prefixes
         self._num_local_blocks = 0  # of the request that vLLM looked up last
-        self.ledger = KVLedger(setup.geometry, setup.host_blocks)
+        host_layout = None if setup.host is None else setup.host.layout
+        self.ledger = KVLedger(setup.geometry, setup.host_blocks, host_layout)
         self.metrics = MetricSamples()
         self.last_plan: StepPlan | None = None
         self.events: HostPrefixEvents | None = None
@@ -187,13 +189,15 @@ class SchedulerSide:
     def plan(self, output: SchedulerOutput) -> StepPlan | None:
         """This step's copies; None if there are none."""
         self.last_plan = None
-        moves = _NO_MOVES if self.elastic is None else self.elastic.take_moves()
+        moves, host_moves = _NO_MOVES if self.elastic is None else self.elastic.take_moves()
         if self.ledger.is_idle:
             self.ledger.pass_idle_step()
             if self._checks_books:
                 self._check_books()
-            if self.elastic is not None and self.elastic.is_moving:  # without, workers take the step for one to wait in
-                self.last_plan = StepPlan(num_tokens=output.total_num_scheduled_tokens, moves=moves)
+            # While something moves, too: without a plan, workers take the step for one to wait in.
+            if self.elastic is not None and (self.elastic.is_moving or host_moves):
+                num_tokens = output.total_num_scheduled_tokens
+                self.last_plan = StepPlan(num_tokens=num_tokens, moves=moves, host_moves=host_moves)
             return self.last_plan
         state = output.kv_connector_block_state
         assert state is not None
@@ -205,8 +209,8 @@ class SchedulerSide:
                 num_scheduled=output.num_scheduled_tokens[request_id],
             )
         self.last_plan = self.ledger.take_plan(output.total_num_scheduled_tokens)
-        if moves:
-            self.last_plan = self.last_plan._replace(moves=moves)
+        if moves or host_moves:
+            self.last_plan = self.last_plan._replace(moves=moves, host_moves=host_moves)
         return self.last_plan
 
     def _check_books(self) -> None:
@@ -231,6 +235,7 @@ class SchedulerSide:
             ledger.zone.num_taken,
             ledger.host.num_held,
             ledger.host.num_cached,
+            ledger.host.num_in_service,
             self.pool_blocks,
         )
         if version == self._reported_version and not self.metrics.has_more_than(DECIDE_TIME):
@@ -254,11 +259,14 @@ class SchedulerSide:
         }
         gauges["layerkv_host_blocks_used", None] = ledger.num_host_blocks_used
         gauges["layerkv_host_blocks_cached", None] = ledger.host.num_cached
-        gauges["layerkv_host_blocks", None] = ledger.host.count
+        gauges["layerkv_host_blocks", None] = ledger.host.num_in_service
         gauges["layerkv_pool_blocks", None] = self.pool_blocks
         gauges["layerkv_zone_blocks_used", None] = ledger.zone.num_taken
         gauges["layerkv_zone_blocks", None] = self.geometry.zone_blocks
         if self.elastic is not None and self.sizes is not None:
             for amount, num_segments in self.elastic.amounts.items():
                 gauges["layerkv_kv_bytes", amount] = num_segments * self.sizes.segment_bytes
+        if self.elastic is not None and self.elastic.host is not None and self.host_sizes is not None:
+            for amount, num_segments in self.elastic.host.amounts.items():
+                gauges["layerkv_host_bytes", amount] = num_segments * self.host_sizes.segment_bytes
         return gauges

@@ -16,7 +16,7 @@ from layerkv.device.allocation import ArenaAllocation
 from layerkv.device.base import COPY_TIMEOUT_S, Direction
 from layerkv.device.lane_schedule import LaneSchedule, device_blocks, shared_link_unit
 from layerkv.device.mechanism import Mechanism, make_mechanism
-from layerkv.device.segment_mover import SegmentMover
+from layerkv.device.segment_mover import SegmentMover, SegmentReleaser
 from layerkv.device.store_watch import host_blocks
 from layerkv.errors import IncompatibleVLLMError, TransferError
 from layerkv.metrics import COPY_WAIT, MetricSamples, Payload
@@ -71,6 +71,10 @@ class WorkerSide:
         self._segments = None
         if mechanism.elastic_arena is not None:
             self._segments = SegmentMover(mechanism.elastic_arena, self._engine.wait_host)
+        self._elastic_host = mechanism.elastic_host
+        self._host_segments = None
+        if mechanism.elastic_host is not None:
+            self._host_segments = SegmentReleaser(mechanism.elastic_host, self._engine.wait_host)
         self._rank = rank
         self._is_idle_step = False
         self._raised_before: BaseException | None = None
@@ -110,12 +114,15 @@ class WorkerSide:
             return False
         self._raised_before = sys.exception()
         self._is_copying_step, self._is_at_rest, self._has_copied = True, False, True
-        if self._segments is None:
-            self._lanes.begin_step(plan)
-        else:
+        if self._segments is not None:
             self._segments.begin_maps(plan.moves.maps)
-            self._lanes.begin_step(plan)
+        if self._elastic_host is not None and plan.host_moves.maps:
+            self._elastic_host.put(plan.host_moves.maps)  # copies of this very step use them
+        self._lanes.begin_step(plan)
+        if self._segments is not None:
             self._segments.begin_unmaps(plan.moves.unmaps, self._lanes.before_unmap)
+        if self._host_segments is not None:
+            self._host_segments.begin_unmaps(plan.host_moves.unmaps, self._lanes.before_unmap)
         self._count(plan)
         return self._lanes.has_layer_work
 
@@ -189,6 +196,14 @@ class WorkerSide:
             answers.append(SegmentAnswer(segment, self._rank, error is not None))
         return answers
 
+    def take_host_answers(self) -> list[SegmentAnswer]:
+        """As :meth:`take_answers`, of host memory."""
+        if self._host_segments is None:
+            return []
+        waits = self._is_idle_step and not self._lanes.has_fetches
+        ended = self._host_segments.take_ended(IDLE_WAIT_S if waits else 0.0)
+        return [SegmentAnswer(segment, self._rank) for segment, _ in ended]
+
     def take_metrics(self) -> Payload | None:
         """Bytes and seconds since the last call; None if nothing was copied."""
         if not self._has_copied:
@@ -236,7 +251,14 @@ def make_worker_side(vllm_config: VllmConfig, setup: Setup, kv_cache_config: KVC
     return WorkerSide(
         geometry,
         layer_names,
-        make_mechanism(device_type, geometry, setup.host_blocks, setup.segments, guards=checks_books()),
+        make_mechanism(
+            device_type,
+            geometry,
+            setup.host_blocks,
+            setup.segments,
+            host_layout=None if setup.host is None else setup.host.layout,
+            guards=checks_books(),
+        ),
         hooks_always_run=device_type == "cpu",
         shares_link=vllm_config.parallel_config.tensor_parallel_size > 1,
         rank=vllm_config.parallel_config.rank,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from layerkv.config import EXTRA_CONFIG, EngineConfig
 from layerkv.core.geometry import GeometryRequest, KVGeometry, geometry_for_blocks, geometry_for_memory
 from layerkv.core.segments import SegmentLayout, SegmentPlan, layout_for_blocks
 from layerkv.device.libc import HUGE_PAGE_BYTES
+from layerkv.device.mechanism import ALIGNMENT_BYTES
 from layerkv.errors import ConfigError
 from layerkv.units import format_bytes
 
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 LEAST_HUGE_SEGMENTS = 16
-"""With fewer segments of huge pages in a pool, it has smaller ones of small pages, which come and go more slowly. Not
-measured: chosen by judgement."""
+"""With fewer segments of huge pages in a pool, or in host memory, it has smaller ones of small pages, which come and go
+more slowly. Not measured: chosen by judgement."""
 
 _NEXT_TO_NOTHING = 1e-9
 """Of a device's memory. Derived: vLLM wants a share above 0, and this is less than a KiB of any device."""
@@ -75,6 +77,51 @@ class ElasticSizes:
     def floor_bytes(self) -> int:
         """Of one worker with no more than its floor."""
         return self.geometry_at_floor.physical_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class HostSizes:
+    """How host memory comes and goes, the same in scheduler and workers.
+
+    Attributes:
+        layout: Of all host blocks of a worker, those of its ``host_memory``.
+        floor: Segments that the engine gets back whenever it needs them: they hold the longest request, so that there
+            is always somebody who can be parked. All of them where host memory is smaller.
+        segment_bytes: Of a segment in all layers of one worker.
+    """
+
+    layout: SegmentLayout
+    floor: int
+    segment_bytes: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Host blocks of a worker at the ceiling."""
+        return self.layout.num_segments * self.layout.segment_blocks
+
+    @property
+    def floor_blocks(self) -> int:
+        """Host blocks of the floor."""
+        return self.floor * self.layout.segment_blocks
+
+
+def host_sizes(geometry: KVGeometry, host_blocks: int, longest_tokens: int) -> HostSizes:
+    """Divide host memory into segments; what is less than one at its end is left out.
+
+    Args:
+        geometry: Of the worker.
+        host_blocks: Of the worker, 1 at least.
+        longest_tokens: Most tokens of one request.
+    """
+    page_bytes = geometry.page_bytes
+    granule_bytes = HUGE_PAGE_BYTES
+    if host_blocks * page_bytes < LEAST_HUGE_SEGMENTS * lcm(page_bytes, HUGE_PAGE_BYTES):
+        granule_bytes = ALIGNMENT_BYTES["cpu"]
+    layout = layout_for_blocks(host_blocks, page_bytes=page_bytes, granule_bytes=granule_bytes)
+    if layout.num_segments == 0:  # less than a page of the kernel in each layer
+        layout = SegmentLayout(host_blocks, 1)
+    floor = min(layout.num_segments_for(-(-longest_tokens // geometry.block_tokens)), layout.num_segments)
+    return HostSizes(layout, floor, layout.segment_blocks * geometry.block_bytes)
 
 
 def require_elastic(vllm_config: VllmConfig, config: EngineConfig) -> None:

@@ -18,13 +18,15 @@ from vllm.v1.core.sched.interface import PauseState
 
 from layerkv.core.segments import SegmentMoves, SegmentState, SegmentTable
 from layerkv.scheduler.elastic import GROWTH_TOKENS, PoolView, Resize, resize
-from layerkv.vllm_plugin.memory_share import BrokerShare, OwnShare, Share
+from layerkv.vllm_plugin.host_elasticity import HostElasticity
+from layerkv.vllm_plugin.memory_share import BrokerShare, HostTerms, OwnShare, Share
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
 from layerkv.vllm_plugin.segment_answers import SegmentAnswer
 from layerkv.vllm_plugin.segment_queue import SegmentQueue
 
 if TYPE_CHECKING:
     from layerkv.scheduler.controller import Controller
+    from layerkv.scheduler.desk import Desk
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
     from layerkv.vllm_plugin.spec import LayerKVManager
 
@@ -60,6 +62,7 @@ class Elasticity:
         num_ranks: int,
         idle_after_s: float,
         waits: bool = False,
+        host: HostElasticity | None = None,
     ) -> None:
         assert side.sizes is not None
         assert manager.segments is not None
@@ -70,6 +73,8 @@ class Elasticity:
         self._manager = manager
         self._controller = controller
         self._share = share
+        self.host = host
+        """What makes host memory grow and shrink; None where it does neither."""
         self._queue: SegmentQueue = manager.segments
         self._layout = plan.layout
         self._table = SegmentTable(self._layout.num_segments, num_ranks=num_ranks, num_mapped=plan.num_mapped)
@@ -113,7 +118,7 @@ class Elasticity:
     @property
     def is_moving(self) -> bool:
         """Whether workers map or unmap segments, or will with the next plan."""
-        return self._table.is_moving
+        return self._table.is_moving or (self.host is not None and self.host.is_moving)
 
     @property
     def is_under_way(self) -> bool:
@@ -127,6 +132,8 @@ class Elasticity:
         is_busy = self._is_busy()
         if is_busy:
             self._busy_s = now_s
+        if self.host is not None:  # first: who is to be parked needs room there
+            self.host.before_step(now_s, is_idle=now_s - self._busy_s >= self._idle_after_s)
         limit, moves = self._share.limit(), self._ledger.residency.version
         is_fresh = limit == self._limit and now_s - self._looked_s < LOOK_EVERY_S
         is_resting = self._is_paused() and not self._scheduler.get_num_unfinished_requests()
@@ -151,12 +158,14 @@ class Elasticity:
         """A step has been scheduled that computes so many."""
         self._num_tokens += num_tokens
 
-    def take_moves(self) -> SegmentMoves:
-        """What the workers do with the step that is planned now."""
-        return self._table.take_moves()
+    def take_moves(self) -> tuple[SegmentMoves, SegmentMoves]:
+        """What the workers do with the step that is planned now, to the pool and to host memory."""
+        return self._table.take_moves(), SegmentMoves() if self.host is None else self.host.take_moves()
 
-    def answered(self, answers: Iterable[SegmentAnswer]) -> None:
+    def answered(self, answers: Iterable[SegmentAnswer], host_answers: Iterable[SegmentAnswer] = ()) -> None:
         """Ranks have mapped or unmapped segments; what all of them have is in service, or not held any more."""
+        if self.host is not None:
+            self.host.answered(host_answers)
         for segment, rank, has_failed in answers:
             before = self._table.state(segment)
             state = self._table.answer(segment, rank, has_failed=has_failed)
@@ -176,10 +185,12 @@ class Elasticity:
         that sessions between two turns have blocks in, and has said so. A paused one gives back what it holds above its
         limit and nobody uses, and says that it keeps the rest: it cannot be woken, and whoever waits for it to be still
         would wait for ever for blocks that nobody gives up."""
-        if self._table.is_moving:
+        if self.is_moving:
             return True
         if self._is_paused():
             return not self._is_told_resting
+        if self.host is not None and self.host.has_work:
+            return True
         return len(self._table.all_in(SegmentState.MAPPED)) > 1 or self._can_release() or not self._is_told_idle
 
     def all_ended(self) -> None:
@@ -194,6 +205,8 @@ class Elasticity:
         """Assert that the books agree (tests call it after every step)."""
         self._table.check()
         self._queue.check()
+        if self.host is not None:
+            self.host.check()
         out_of_service = {
             segment
             for segment in range(self._layout.num_segments)
@@ -333,20 +346,21 @@ class Elasticity:
 
 
 def elasticity_for(
-    scheduler: SchedulerView, side: SchedulerSide, manager: LayerKVManager, controller: Controller
+    scheduler: SchedulerView, side: SchedulerSide, manager: LayerKVManager, controller: Controller, desk: Desk
 ) -> Elasticity | None:
-    """What makes this engine's pool grow and shrink; None where it does neither. Waits for a broker if there is one.
+    """What makes this engine's memory grow and shrink; None where it does neither. Waits for a broker if there is one.
 
     Raises:
-        BrokerError: the broker does not answer, or has not this engine's floor to give.
+        BrokerError: the broker does not answer, or has not this engine's floors to give.
     """
     sizes, config = side.sizes, side.config
     if sizes is None:
         return None
     num_ranks = scheduler.vllm_config.parallel_config.tensor_parallel_size
     share: Share = OwnShare(sizes.plan.layout.num_segments)
-    if config.broker is not None:
-        share = BrokerShare(  # all ranks' memory is one machine's
+    host: HostElasticity | None = None
+    if config.broker is not None and (host_sizes := side.host_sizes) is not None:
+        share = of_broker = BrokerShare(  # all ranks' memory is one machine's
             Path(config.broker),
             title=scheduler.vllm_config.model_config.served_model_name or scheduler.vllm_config.model_config.model,
             segment_bytes=sizes.segment_bytes * num_ranks,
@@ -356,7 +370,13 @@ def elasticity_for(
             held=sizes.plan.num_mapped,
             token_bytes=max(sizes.geometry.block_bytes // sizes.geometry.block_tokens, 1) * num_ranks,
             weight=config.weight,
+            host=HostTerms(
+                segment_bytes=host_sizes.segment_bytes * num_ranks,
+                floor=host_sizes.floor,
+                ceiling=host_sizes.layout.num_segments,
+            ),
         )
+        host = HostElasticity(scheduler, side, manager, controller, desk, of_broker.host, num_ranks=num_ranks)
     return Elasticity(
         scheduler,
         side,
@@ -366,4 +386,5 @@ def elasticity_for(
         num_ranks=num_ranks,
         idle_after_s=config.idle_after_s,
         waits=config.give == "wait",
+        host=host,
     )

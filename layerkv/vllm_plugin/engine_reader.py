@@ -91,6 +91,7 @@ class EngineReader:
             freeing_blocks=len(freeing) - freeing_zone,
             freeing_zone_blocks=freeing_zone,
             blocks_in_service=self._side.pool_blocks,
+            host_blocks_in_service=ledger.host.num_in_service,
             vacating={} if self._side.elastic is None else self._side.elastic.vacating,
             owed_blocks=0 if self._side.elastic is None else self._side.elastic.owed_blocks,
         )
@@ -218,7 +219,7 @@ def controller_for(scheduler: SchedulerView, side: SchedulerSide, policy: SloPol
         streamed_block_bytes=geometry.streamed_block_bytes,
         pool_blocks=(geometry.pool_blocks if side.sizes is None else side.sizes.floor_blocks) - 1,
         zone_blocks=geometry.zone_blocks,
-        host_blocks=side.ledger.host.count,
+        host_blocks=side.ledger.host.count if side.host_sizes is None else side.host_sizes.floor_blocks,
         can_chunk=scheduler.scheduler_config.enable_chunked_prefill,
         longest_tokens=scheduler.max_model_len,
         long_contexts=config.long_contexts,

@@ -1,4 +1,4 @@
-"""How many segments this engine may hold, and whom it asks: a broker, or nobody."""
+"""How many segments this engine may hold, of KV and of host memory, and whom it asks: a broker, or nobody."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import multiprocessing
 import os
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from vllm.logger import init_logger
 
 from layerkv.broker.client import BrokerClient, Introduction
-from layerkv.broker.messages import Terms
+from layerkv.broker.messages import UNDIVIDED, Resource, Terms
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -49,6 +50,22 @@ class Share(Protocol):
         ...
 
 
+class HostShare(Protocol):
+    """What the engine asks before it takes host memory, in whole segments. Nothing here waits for anybody."""
+
+    def limit(self) -> int | None:
+        """Segments that may be held; None: nobody divides host memory, and all of them may."""
+        ...
+
+    def try_hold(self, num_segments: int) -> bool:
+        """As of :class:`Share`."""
+        ...
+
+    def ask(self, *, need: int, like: int, can_leave: int) -> None:
+        """Say what would be of use, see :class:`layerkv.scheduler.elastic_host.HostResize`."""
+        ...
+
+
 class OwnShare:
     """An engine alone: it may grow to its ceiling whenever it needs to."""
 
@@ -71,11 +88,40 @@ class OwnShare:
         """Nothing to do."""
 
 
+class BrokerHostShare:
+    """What a broker allows of host memory, if it divides that."""
+
+    def __init__(self, client: BrokerClient, segment_bytes: int) -> None:
+        self._client, self._segment_bytes = client, segment_bytes
+
+    def limit(self) -> int | None:
+        num_bytes = self._client.limit("host")
+        return None if num_bytes == UNDIVIDED else num_bytes // self._segment_bytes
+
+    def try_hold(self, num_segments: int) -> bool:
+        return self._client.try_hold(num_segments * self._segment_bytes, "host")
+
+    def ask(self, *, need: int, like: int, can_leave: int) -> None:
+        size = self._segment_bytes
+        self._client.ask(need=need * size, like=like * size, can_leave=can_leave * size, resource="host")
+
+
+@dataclass(frozen=True, slots=True)
+class HostTerms:
+    """What an engine wants of host memory: segments of so many bytes, over all ranks."""
+
+    segment_bytes: int
+    floor: int
+    ceiling: int
+
+
 class BrokerShare:
     """What a broker allows. Beside the segments the engine always holds the lane zone, counted in whole segments too.
 
+    ``host`` is what it allows of host memory, of which the engine holds one segment from the start.
+
     Raises:
-        BrokerError: the broker does not answer, has refused this engine, or has not its floor to give within
+        BrokerError: the broker does not answer, has refused this engine, or has not its floors to give within
             ``timeout_s``.
     """
 
@@ -91,26 +137,37 @@ class BrokerShare:
         held: int,
         token_bytes: int,
         weight: float,
+        host: HostTerms,
         timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self._segment_bytes = segment_bytes
         self._zone_segments = -(-zone_bytes // segment_bytes)
-        terms = Terms(segment_bytes=segment_bytes, floor=self._bytes(floor), ceiling=self._bytes(ceiling))
+        terms: dict[Resource, Terms] = {
+            "device": Terms(segment_bytes=segment_bytes, floor=self._bytes(floor), ceiling=self._bytes(ceiling)),
+            "host": Terms(
+                segment_bytes=host.segment_bytes,
+                floor=host.floor * host.segment_bytes,
+                ceiling=host.ceiling * host.segment_bytes,
+            ),
+        }
         introduction = Introduction(
             engine=uuid.uuid4().hex,
             title=title,
             pids=_pids(),
             token_bytes=token_bytes,
-            terms={"device": terms},
+            terms=terms,
             weight=weight,
         )
         self._path = path
         self._wants_since_s: float | None = None
         self._has_told = False
         self._client = BrokerClient(path, introduction)
+        self.host = BrokerHostShare(self._client, host.segment_bytes)
         try:
             self._client.wait_for(self._bytes(floor), timeout_s)
             self._client.try_hold(self._bytes(held))
+            self._client.wait_for(terms["host"].floor, timeout_s, "host")
+            self.host.try_hold(1)
         except BaseException:
             self._client.close()
             raise

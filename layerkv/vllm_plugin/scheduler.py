@@ -114,7 +114,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self.kv_cache_manager.watermark_blocks = 0  # the policy's headroom takes its place
         self._telling = Telling(self, side, self._controller)
         self._telling.capacity()
-        self._elastic = side.elastic = elasticity_for(self, side, manager, self._controller)
+        self._elastic = side.elastic = elasticity_for(self, side, manager, self._controller, desk)
 
     def _require_keepable(self, policy: SloPolicy) -> None:
         """A policy comes into force only if this engine's front end can keep it.

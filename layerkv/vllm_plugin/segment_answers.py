@@ -6,7 +6,7 @@ vLLM takes it at the end of every step, those without tokens too, and puts what 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
@@ -28,30 +28,33 @@ class SegmentAnswers(KVConnectorWorkerMetadata):
 
     Attributes:
         answers: Of moves that have ended since the last report, in the order in which they ended on each rank.
+        host_answers: The same, of segments of host memory.
         failed_copies: What else there is to tell.
     """
 
     answers: tuple[SegmentAnswer, ...] = ()
+    host_answers: tuple[SegmentAnswer, ...] = ()
     failed_copies: FailedCopies = field(default_factory=FailedCopies)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> SegmentAnswers:
         """Of both, whichever kind the other is."""
         if isinstance(other, FailedCopies):
-            return SegmentAnswers(self.answers, self.failed_copies.with_those_of(other))
+            return replace(self, failed_copies=self.failed_copies.with_those_of(other))
         assert isinstance(other, SegmentAnswers)
         failed = self.failed_copies.with_those_of(other.failed_copies)
-        return SegmentAnswers(self.answers + other.answers, failed)
+        return SegmentAnswers(self.answers + other.answers, self.host_answers + other.host_answers, failed)
 
     def __bool__(self) -> bool:
-        return bool(self.answers or self.failed_copies)
+        return bool(self.answers or self.host_answers or self.failed_copies)
 
 
 def worker_report(
-    failed: FailedCopies | None, answers: Iterable[SegmentAnswer]
+    failed: FailedCopies | None, answers: Iterable[SegmentAnswer], host_answers: Iterable[SegmentAnswer] = ()
 ) -> FailedCopies | SegmentAnswers | None:
     """What a worker says at the end of a step; None if there is nothing to say."""
-    if told := tuple(answers):
-        return SegmentAnswers(told, failed or FailedCopies())
+    told, of_host = tuple(answers), tuple(host_answers)
+    if told or of_host:
+        return SegmentAnswers(told, of_host, failed or FailedCopies())
     return failed
 
 

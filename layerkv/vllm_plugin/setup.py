@@ -19,7 +19,7 @@ from layerkv.device.mechanism import ALIGNMENT_BYTES
 from layerkv.errors import ConfigError
 from layerkv.scheduler.decision_log import require_writable
 from layerkv.units import format_bytes
-from layerkv.vllm_plugin.elastic_setup import ElasticSizes, elastic_sizes, require_elastic
+from layerkv.vllm_plugin.elastic_setup import ElasticSizes, HostSizes, elastic_sizes, host_sizes, require_elastic
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
 from layerkv.vllm_plugin.spec import LayerKVSpec
 
@@ -86,11 +86,13 @@ class Setup:
         geometry: The division of KV memory; of a pool that grows, at its largest.
         host_blocks: Of each worker.
         elastic: How the pool grows and shrinks; None: it does not.
+        host: How host memory does, if a broker divides it; None: it does not.
     """
 
     geometry: KVGeometry
     host_blocks: int
     elastic: ElasticSizes | None = None
+    host: HostSizes | None = None
 
     @property
     def segments(self) -> SegmentPlan | None:
@@ -114,7 +116,10 @@ def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVC
         assert elastic.plan == spec.segments, "scheduler and workers divide the pool alike"
         assert elastic.geometry.total_blocks == kv_cache_config.num_blocks, "vLLM was given the ceiling"
         host_blocks = host_blocks_per_worker(vllm_config, config, elastic.geometry_to_fit, spec.memory)
-        return Setup(elastic.geometry, host_blocks, elastic)
+        if elastic.is_alone:
+            return Setup(elastic.geometry, host_blocks, elastic)
+        host = host_sizes(elastic.geometry, host_blocks, request.longest_tokens)
+        return Setup(elastic.geometry, host.num_blocks, elastic, host)
     geometry = geometry_for_blocks(request, kv_cache_config.num_blocks)
     require_room_for_one(vllm_config, config, geometry, spec.memory)
     return Setup(geometry, host_blocks_per_worker(vllm_config, config, geometry, spec.memory))

@@ -14,7 +14,7 @@ from mmap import mmap
 from pathlib import Path
 
 from layerkv.broker.client import BrokerClient, Introduction
-from layerkv.broker.messages import VERSION, Hello, Limit, State, Terms, Usage, encode, from_broker
+from layerkv.broker.messages import VERSION, Hello, Limit, Resource, State, Terms, Usage, encode, from_broker
 from layerkv.broker.server import Broker
 
 SEGMENT = 10
@@ -104,6 +104,24 @@ def talking_engine(path: Path, engine: str, held: mmap, slot: int) -> None:
             held[slot * SLOT.size : (slot + 1) * SLOT.size] = SLOT.pack(goal)
         if client.try_hold(goal):
             held[slot * SLOT.size : (slot + 1) * SLOT.size] = SLOT.pack(goal)
+        time.sleep(rng.random() * 0.02)
+
+
+def engine_of_two_memories(path: Path, engine: str, held: mmap, slot: int) -> None:
+    """As that one, of device and host memory; it writes both down, one after the other."""
+    rng = random.Random(f"{engine} {slot}")
+    terms = Terms(segment_bytes=SEGMENT, floor=SEGMENT, ceiling=1000)
+    resources: tuple[Resource, ...] = ("device", "host")
+    client = BrokerClient(path, Introduction(engine, "a model", (os.getpid(),), 1, dict.fromkeys(resources, terms)))
+    while True:
+        for place, resource in enumerate(resources):
+            need = SEGMENT * rng.randint(0, 40)
+            client.ask(need=need, like=need, can_leave=need, token_rate=1.0, resource=resource)
+            goal, before, at = min(need, client.limit(resource)), client.held(resource), (2 * slot + place) * SLOT.size
+            if goal < before:  # first given back, then said
+                held[at : at + SLOT.size] = SLOT.pack(goal)
+            if client.try_hold(goal, resource):
+                held[at : at + SLOT.size] = SLOT.pack(goal)
         time.sleep(rng.random() * 0.02)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.ledger import KVLedger
 from layerkv.core.residency import Residency
+from layerkv.core.segments import SegmentLayout
 from layerkv.core.transfer import BlockRun
 
 WAITING, RESIDENT, LAYERED, PARKED, FETCHING = Residency
@@ -16,9 +17,9 @@ POOL = 16
 ZONE = 10
 
 
-def make_ledger(num_host_blocks: int = 12) -> KVLedger:
+def make_ledger(num_host_blocks: int = 12, host_layout: SegmentLayout | None = None) -> KVLedger:
     geometry = KVGeometry(num_layers=3, page_bytes=64, block_tokens=TOKENS, pool_blocks=POOL, zone_blocks=ZONE, lanes=1)
-    return KVLedger(geometry, num_host_blocks)
+    return KVLedger(geometry, num_host_blocks, host_layout)
 
 
 def books(ledger: KVLedger) -> dict[str, Any]:

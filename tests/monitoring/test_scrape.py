@@ -1,14 +1,16 @@
 """A real Prometheus scrapes a real server with layerkv that parks under load: rules and dashboard find their data.
 
-Its pool grows and shrinks, so that the metrics of such engines are there too."""
+Its memory grows and shrinks, by a broker, so that the metrics of such engines are there too."""
 
 from __future__ import annotations
 
 import math
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pytest
 import yaml
 
 from layerkv.bench.tiny_model import make_tiny_model
+from layerkv.broker.server import Broker
 from tests.monitoring import shipped
 from tests.vllm.engines_in_turn import prompt
 from tests.vllm.server.served import (
@@ -137,20 +140,33 @@ def monitored(prometheus_binary: str, tmp_path_factory: pytest.TempPathFactory) 
     policy_path = folder / "slo.yaml"
     policy_path.write_text(POLICY)
     sizes = {"kv_floor": f"{KV_BLOCKS // 2 * BLOCK_BYTES}B", "kv_ceiling": f"{KV_BLOCKS * BLOCK_BYTES}B"}
-    server = Server(make_tiny_model("test", folder / "models"), folder / "server.log", policy=policy_path, **sizes)
-    try:
+    model = make_tiny_model("test", folder / "models")
+    with ExitStack() as stack:
+        broker = stack.enter_context(running_broker(folder / "broker.sock"))
+        server = Server(model, folder / "server.log", policy=policy_path, broker=str(broker), **sizes)
+        stack.callback(server.kill)
         prometheus = Prometheus(prometheus_binary, f"127.0.0.1:{server.client.base_url.port}", folder)
-        try:
-            for burst in range(NUM_BURSTS):
-                samples = press(server, first_seed=NUM_REQUESTS * burst)
-                # A series that appears with its first event gives a rate only after another: so one burst is scraped
-                # to its end before the next begins.
-                wait_until_scraped(prometheus, samples)
-            yield Monitored(server, prometheus, samples)
-        finally:
-            prometheus.kill()
+        stack.callback(prometheus.kill)
+        for burst in range(NUM_BURSTS):
+            samples = press(server, first_seed=NUM_REQUESTS * burst)
+            # A series that appears with its first event gives a rate only after another: so one burst is scraped to its
+            # end before the next begins.
+            wait_until_scraped(prometheus, samples)
+        yield Monitored(server, prometheus, samples)
+
+
+@contextmanager
+def running_broker(path: Path) -> Iterator[Path]:
+    """One that has more than the server needs, of both memories."""
+    broker, is_over = Broker(path, 1 << 30, 1 << 30), threading.Event()
+    thread = threading.Thread(target=broker.run, args=(is_over.is_set,))
+    thread.start()
+    try:
+        yield path
     finally:
-        server.kill()
+        is_over.set()
+        thread.join()
+        broker.close()
 
 
 def press(server: Server, first_seed: int) -> Samples:

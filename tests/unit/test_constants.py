@@ -27,7 +27,6 @@ FACTS = {
     "core/cost.py": {"SCHEMA"},
     "device/cuda_arena.py": {"GRANULARITY_BYTES"},
     "device/cuda_driver.py": {"_BATCH_SINCE", "_IN_STREAM_ORDER", "_PORTABLE_AND_MAPPED"},
-    "device/host_memory.py": {"_LAYER_ALIGNMENT_BYTES"},
     "device/libc.py": {
         "_MAP_FIXED",
         "_MAP_NORESERVE",

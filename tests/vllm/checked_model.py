@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from layerkv.core.geometry import KVGeometry
-from layerkv.core.segments import SegmentPlan
+from layerkv.core.segments import SegmentLayout, SegmentPlan
 from layerkv.core.transfer import BlockRun, StepPlan
 from layerkv.device.store_watch import host_blocks
 
@@ -79,6 +79,7 @@ class CheckedWorker:
         fetch_steps: int,
         gets_all_tokens: bool,
         segments: SegmentPlan | None = None,
+        host_layout: SegmentLayout | None = None,
     ) -> None:
         """``gets_all_tokens``: a request that was not in the last step has its tokens from the scheduler, as in vLLM's
         worker under asynchronous scheduling.
@@ -97,6 +98,12 @@ class CheckedWorker:
         self._segments = segments
         self.mapped = np.ones(geometry.total_blocks, bool)
         self._answers: list[tuple[int, int, bool]] = []  # (steps left, segment, could not be mapped)
+        self._host_layout = host_layout
+        self.host_put = np.ones(num_host_blocks, bool)
+        """Host blocks that may be used: of segments that this worker was told are in service."""
+        if host_layout is not None:
+            self.host_put[host_layout.segment_blocks :] = False
+        self._host_answers: list[tuple[int, int]] = []  # (steps left, segment)
         self.answer_steps = 1
         self.fail_maps = False
         if segments is not None:
@@ -115,6 +122,8 @@ class CheckedWorker:
         for segment in plan.moves.maps:
             if not self.fail_maps:
                 self._set_mapped(segment, is_mapped=True)
+        for segment in plan.host_moves.maps:
+            self._set_host_put(segment, is_put=True)
         if plan.settle:
             self.end_background_stores()
         self._background += plan.ahead
@@ -129,6 +138,9 @@ class CheckedWorker:
         for segment in plan.moves.unmaps:
             self.end_background_stores()
             self._set_mapped(segment, is_mapped=False)
+        for segment in plan.host_moves.unmaps:
+            self.end_background_stores()
+            self._set_host_put(segment, is_put=False)
         self.device[self._first_zone_block :] = POISON  # the lanes have held other layers since
         self._fetching = [(left - 1, *rest) for left, *rest in self._fetching]
         arrived = [fetch for fetch in self._fetching if fetch[0] <= 0]
@@ -141,7 +153,7 @@ class CheckedWorker:
         if fail_zone_hits and plan.zone_hits:  # a worker tells of all that its layers wanted to load
             unloaded = frozenset(host_blocks((*plan.loads, *plan.zone_hits)))
             received.kv_connector_worker_meta = FailedCopies(unloaded=unloaded)
-        if plan.moves or self._answers:
+        if plan.moves or self._answers or plan.host_moves or self._host_answers:
             assert received.kv_connector_worker_meta is None
             received.kv_connector_worker_meta = self._take_answers(plan)
         names = list(sampled)
@@ -159,6 +171,13 @@ class CheckedWorker:
         self.mapped[blocks] = is_mapped
         self.device[blocks] = POISON
 
+    def _set_host_put(self, segment: int, *, is_put: bool) -> None:
+        assert self._host_layout is not None
+        blocks = self._host_layout.blocks(segment)
+        assert not is_put or not self.host_put[blocks].any(), "put twice"
+        self.host_put[blocks] = is_put
+        self.host[blocks] = POISON
+
     def _take_answers(self, plan: StepPlan) -> Any:
         from layerkv.vllm_plugin.segment_answers import SegmentAnswer, SegmentAnswers
 
@@ -167,7 +186,11 @@ class CheckedWorker:
         self._answers = [(left - 1, segment, has_failed) for left, segment, has_failed in self._answers]
         ended = [SegmentAnswer(segment, 0, has_failed) for left, segment, has_failed in self._answers if left <= 0]
         self._answers = [entry for entry in self._answers if entry[0] > 0]
-        return SegmentAnswers(tuple(ended)) if ended else None
+        self._host_answers += [(self.answer_steps, segment) for segment in plan.host_moves.unmaps]
+        self._host_answers = [(left - 1, segment) for left, segment in self._host_answers]
+        of_host = [SegmentAnswer(segment, 0) for left, segment in self._host_answers if left <= 0]
+        self._host_answers = [entry for entry in self._host_answers if entry[0] > 0]
+        return SegmentAnswers(tuple(ended), tuple(of_host)) if ended or of_host else None
 
     def end_background_stores(self) -> None:
         """Those that were planned so far."""
@@ -215,6 +238,7 @@ class CheckedWorker:
     def _store(self, runs: Iterable[BlockRun]) -> None:
         for device, host, length in runs:
             assert self.mapped[device : device + length].all(), "memory is stored that is not there"
+            assert self.host_put[host : host + length].all(), "stored into host memory that is not there"
             self.host[host : host + length] = self.device[device : device + length]
 
     def _load(self, runs: Sequence[BlockRun], failed: set[int] | None) -> None:
@@ -222,6 +246,7 @@ class CheckedWorker:
             self.end_background_stores()
         for device, host, length in runs:
             assert self.mapped[device : device + length].all(), "loaded into memory that is not there"
+            assert self.host_put[host : host + length].all(), "host memory is loaded that is not there"
             self.device[device : device + length] = POISON if failed is not None else self.host[host : host + length]
             if failed is not None:
                 failed.update(range(device, device + length))

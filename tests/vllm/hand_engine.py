@@ -81,6 +81,7 @@ class HandEngine:
         self.scheduler.defer_block_free = ahead  # by hand: the CPU platform turns asynchronous scheduling off
         self.ledger = self.scheduler.connector.scheduler_side.ledger
         sizes = self.scheduler.connector.scheduler_side.sizes
+        host_sizes = self.scheduler.connector.scheduler_side.host_sizes
         assert sizes is not None or self.ledger.geometry.pool_blocks == pool_blocks + 1
         hash_fn = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_fn)
@@ -106,6 +107,7 @@ class HandEngine:
             fetch_steps=fetch_steps,
             gets_all_tokens=ahead,
             segments=None if sizes is None else sizes.plan,
+            host_layout=None if host_sizes is None else host_sizes.layout,
         )
 
     # What clients do -----------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ layer fail: stores and loads of layered prefill, parks, stores ahead, fetches an
 reset_while_fetching (as soon as a fetch is under way, once in each mix: pause at once and give all KV up),
 seed_every (each n-th request is sampled, with a seed of its own),
 pause_step (let what has begun come to its end before that step goes on),
-shake_pool (a pool that grows and shrinks may hold another number of segments every third step, drawn by this seed).
+shake_pool (a pool that grows and shrinks may hold another number of segments every third step, drawn by this seed),
+has_broker (a broker that has plenty of both memories runs where the engine looks for it; with shake_pool, host memory
+is shaken too).
 
 OUT: for each mix the tokens of each request, and what the books say after the mix: everything given back or not, and
 how often each move was made.
@@ -22,6 +24,7 @@ import itertools
 import json
 import random
 import sys
+import threading
 import traceback
 from collections import deque
 from pathlib import Path
@@ -35,6 +38,8 @@ def build(spec: dict[str, Any]) -> Any:
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor import Executor
 
+    if spec.get("has_broker"):
+        start_broker(Path(spec["engine_args"]["kv_transfer_config"]["kv_connector_extra_config"]["broker"]))
     config = EngineArgs(**spec["engine_args"]).create_engine_config()
     if spec.get("ahead"):
         from layerkv.vllm_plugin.our_classes import OUR_ASYNC_SCHEDULER
@@ -50,6 +55,14 @@ def build(spec: dict[str, Any]) -> Any:
     if spec.get("shake_pool") is not None:
         shake_pool(engine.engine_core.engine_core.scheduler, spec["shake_pool"])
     return engine
+
+
+def start_broker(path: Path) -> None:
+    """As long as this process runs."""
+    from layerkv.broker.server import Broker
+
+    broker = Broker(path, 1 << 40, 1 << 40)
+    threading.Thread(target=broker.run, args=(lambda: False,), daemon=True).start()
 
 
 class ShakenShare:
@@ -86,9 +99,12 @@ class ShakenShare:
 
 
 def shake_pool(scheduler: Any, seed: int) -> None:
-    sizes = scheduler.connector.scheduler_side.sizes
-    held = scheduler._elastic.num_held
+    side = scheduler.connector.scheduler_side
+    sizes, held = side.sizes, scheduler._elastic.num_held
     scheduler._elastic._share = ShakenShare(seed, sizes.floor, sizes.plan.layout.num_segments, held)
+    if scheduler._elastic.host is not None:
+        host = side.host_sizes
+        scheduler._elastic.host._share = ShakenShare(seed, 1, host.layout.num_segments, 1)
 
 
 def fail_copies(every: int) -> None:
@@ -253,6 +269,8 @@ def books(engine: Any, scheduler: Any) -> dict[str, Any]:
     if isinstance(share := getattr(getattr(scheduler, "_elastic", None), "_share", None), ShakenShare):
         scheduler._elastic.check()
         found["moves"]["segments_left"] = share.num_left
+        if scheduler._elastic.host is not None:
+            found["moves"]["host_segments_left"] = scheduler._elastic.host._share.num_left
     return found
 
 

@@ -176,3 +176,36 @@ def test_vllm_is_told_another_size_only_while_it_looks() -> None:
     with told_kv_bytes(config, 3):
         assert config.cache_config.kv_cache_memory_bytes == 3
     assert config.cache_config.kv_cache_memory_bytes == 7
+
+
+def host(request: GeometryRequest, host_bytes: int, longest_tokens: int | None = None) -> Any:
+    from layerkv.vllm_plugin.elastic_setup import host_sizes
+
+    geometry = sizes(request, kv_ceiling="16GiB", broker="broker.sock").geometry
+    return geometry, host_sizes(geometry, host_bytes // geometry.block_bytes, longest_tokens or request.longest_tokens)
+
+
+def test_host_memory_is_divided_into_segments_of_whole_huge_pages_and_its_floor_holds_the_longest_request() -> None:
+    geometry, of = host(BIG, 64 << 30)
+    piece_bytes = of.layout.segment_blocks * geometry.page_bytes
+    assert piece_bytes % (2 << 20) == 0
+    assert 256 < of.layout.num_segments <= 512
+    assert of.segment_bytes == piece_bytes * geometry.num_layers
+    assert (64 << 30) - of.segment_bytes < of.num_blocks * geometry.block_bytes <= 64 << 30
+    assert 0 <= of.floor_blocks - 8192 // 16 < of.layout.segment_blocks
+
+
+def test_small_host_memory_has_segments_of_small_pages_and_may_be_all_floor() -> None:
+    geometry, of = host(SMALL, 8 << 20)
+    assert of.layout.num_segments > 16
+    assert of.layout.segment_blocks * geometry.page_bytes % (4 << 10) == 0
+    assert of.floor < of.layout.num_segments
+    _, of = host(SMALL, 8 << 20, longest_tokens=1 << 20)
+    assert of.floor == of.layout.num_segments
+
+
+def test_host_memory_of_less_than_a_page_is_one_segment() -> None:
+    from dataclasses import replace
+
+    _, of = host(replace(SMALL, page_bytes=1536), 2 * 6 * 1536)
+    assert (of.layout.segment_blocks, of.layout.num_segments, of.floor) == (2, 1, 1)

@@ -46,6 +46,7 @@ class Setting:
     pause_step: int | None = None
     reset_while_fetching: bool = False
     shake_pool: int | None = None
+    has_broker: bool = False
     alone: bool = False
     must_move: tuple[str, ...] = ("parks", "fetches", "layered_admissions")
 
@@ -171,6 +172,8 @@ def spec_of(setting: Setting, model: Path, folder: Path) -> dict[str, Any]:
         policy_path = folder / f"{setting.name}.yaml"
         policy_path.write_text(setting.policy)
         extra["policy"] = str(policy_path)
+    if setting.has_broker:
+        extra["broker"] = str(folder / f"{setting.name}.sock")
     connector = {"kv_connector": "LayerKVConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     return {
         "engine_args": {**engine_args(model), **setting.engine, "kv_transfer_config": connector},
@@ -181,6 +184,7 @@ def spec_of(setting: Setting, model: Path, folder: Path) -> dict[str, Any]:
         "pause_step": setting.pause_step,
         "reset_while_fetching": setting.reset_while_fetching,
         "shake_pool": setting.shake_pool,
+        "has_broker": setting.has_broker,
     }
 
 

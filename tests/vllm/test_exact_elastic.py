@@ -1,5 +1,5 @@
 """As `test_exact.py`, while the pool grows and shrinks at random under real engines, with guards: an engine that reads
-or writes a segment without memory is killed."""
+or writes a segment without memory is killed. With a broker, host memory grows and shrinks at random too."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ def elastic(name: str, **how: object) -> Setting:
     return Setting(name, extra, env=env, must_move=must_move, shake_pool=len(name), **how)  # type: ignore[arg-type]
 
 
+def with_host(name: str, **how: object) -> Setting:
+    extra = {"host_memory": "12MiB", **how.pop("extra", {})}  # type: ignore[dict-item]
+    must_move = ("host_segments_left", *how.pop("must_move", ("parks", "fetches")))  # type: ignore[misc]
+    return elastic(name, extra=extra, must_move=must_move, has_broker=True, **how)
+
+
 SETTINGS = [
     elastic("elastic"),
     elastic("elastic-no-prefix-cache", engine={"enable_prefix_caching": False}),
@@ -34,6 +40,17 @@ SETTINGS = [
     elastic("elastic-3-slots", engine={"max_num_seqs": 3}, must_move=("parks",)),
     elastic(
         "elastic-tensor-parallel-2",
+        extra={"kv_floor": "2MiB", "kv_ceiling": "4608KiB"},
+        engine={"tensor_parallel_size": 2},
+        alone=True,
+    ),
+    with_host("host-and-pool"),
+    with_host("host-and-pool-ahead", ahead=True),
+    with_host("host-and-pool-no-prefix-cache", engine={"enable_prefix_caching": False}),
+    with_host("host-and-pool-failing-copies", fail_copies_every=61),
+    with_host("host-and-pool-ahead-failing-fetches", ahead=True, fail_every=3, must_move=("fetches", "recomputes")),
+    with_host(
+        "host-and-pool-tensor-parallel-2",
         extra={"kv_floor": "2MiB", "kv_ceiling": "4608KiB"},
         engine={"tensor_parallel_size": 2},
         alone=True,

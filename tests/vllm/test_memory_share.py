@@ -15,15 +15,15 @@ from layerkv.errors import BrokerError
 
 pytestmark = pytest.mark.vllm
 
-SEGMENT = 100
+SEGMENT, HOST_SEGMENT = 100, 30
 WAIT_S = 60.0
 
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[Path]:
-    """One that divides 20 segments."""
+    """One that divides 20 segments, and 10 of host memory."""
     path, is_over = tmp_path / "broker.sock", threading.Event()
-    its = Broker(path, 20 * SEGMENT)
+    its = Broker(path, 20 * SEGMENT, 10 * HOST_SEGMENT)
     thread = threading.Thread(target=its.run, args=(is_over.is_set,))
     thread.start()
     yield path
@@ -32,9 +32,9 @@ def broker(tmp_path: Path) -> Iterator[Path]:
     its.close()
 
 
-def share(path: Path, *, floor: int = 4, timeout_s: float = WAIT_S) -> Any:
+def share(path: Path, *, floor: int = 4, host_floor: int = 2, timeout_s: float = WAIT_S) -> Any:
     """The lane zone takes a segment and a half, which is two."""
-    from layerkv.vllm_plugin.memory_share import BrokerShare
+    from layerkv.vllm_plugin.memory_share import BrokerShare, HostTerms
 
     return BrokerShare(
         path,
@@ -46,6 +46,7 @@ def share(path: Path, *, floor: int = 4, timeout_s: float = WAIT_S) -> Any:
         held=1,
         token_bytes=1,
         weight=1.0,
+        host=HostTerms(HOST_SEGMENT, floor=host_floor, ceiling=12),
         timeout_s=timeout_s,
     )
 
@@ -71,6 +72,36 @@ def test_it_starts_with_its_floor_and_may_hold_what_it_needs(broker: Path) -> No
     assert engine.try_hold(18)
     assert not engine.try_hold(19)
     engine.close()
+
+
+def test_host_memory_is_divided_too_in_segments_of_its_own(broker: Path) -> None:
+    first, second = share(broker), share(broker)
+    assert first.host.limit() == 2
+    first.host.ask(need=12, like=12, can_leave=0)
+    wait_until(lambda: first.host.limit() == 8)  # the other one has its floor
+    assert first.host.try_hold(8)
+    assert not first.host.try_hold(9)
+    second.host.ask(need=5, like=5, can_leave=0)
+    first.host.ask(need=12, like=12, can_leave=8)
+    wait_until(lambda: first.host.limit() == 5)
+    assert first.host.try_hold(5)
+    wait_until(lambda: second.host.limit() == 5)
+    first.close()
+    second.close()
+
+
+def test_where_nobody_divides_host_memory_there_is_no_limit(tmp_path: Path) -> None:
+    path, is_over = tmp_path / "broker.sock", threading.Event()
+    its = Broker(path, 20 * SEGMENT)
+    thread = threading.Thread(target=its.run, args=(is_over.is_set,))
+    thread.start()
+    engine = share(path)
+    assert engine.host.limit() is None
+    assert engine.host.try_hold(12)
+    engine.close()
+    is_over.set()
+    thread.join()
+    its.close()
 
 
 def test_of_two_one_gives_what_the_other_needs(broker: Path) -> None:
@@ -119,5 +150,9 @@ def test_needs_that_only_a_broker_could_meet_that_is_away_are_told_once(
 def test_without_a_broker_or_its_floor_it_does_not_start(broker: Path, tmp_path: Path) -> None:
     with pytest.raises(BrokerError, match=r"nowhere\.sock does not answer \(start `layerkv broker`\)"):
         share(tmp_path / "nowhere.sock", timeout_s=0.2)
-    with pytest.raises(BrokerError, match="a floor of 2700 bytes"):
+    with pytest.raises(BrokerError, match="device memory: a floor of 2700 bytes"):
         share(broker, floor=25)
+    with pytest.raises(
+        BrokerError, match="host memory: a floor of 330 bytes, beside 0 of others, where 300 are shared"
+    ):
+        share(broker, host_floor=11)

@@ -78,6 +78,68 @@ def test_stores_that_a_step_begins_with_come_before_the_unmap_of_what_they_read(
     worker.shutdown()
 
 
+def test_host_memory_is_put_into_service_before_a_steps_copies_and_given_back_after_them() -> None:
+    from layerkv.vllm_plugin.connector_worker import WorkerSide
+
+    layout = SegmentLayout(segment_blocks=4, num_segments=3)
+    mechanism = make_mechanism("cpu", GEOMETRY, 12, PLAN, host_layout=layout, guards=True)
+    worker = WorkerSide(GEOMETRY, LAYERS, mechanism, rank=3)
+    host = mechanism.host
+
+    def first_bytes(block: int) -> set[bytes]:
+        return {ctypes.string_at(host.address(layer, block), 4) for layer in range(3)}
+
+    pool_of(mechanism)[:, 4:8] = 7
+    worker.begin_step(StepPlan(parks=(BlockRun(4, 8, 2),), host_moves=SegmentMoves(maps=(1, 2))))
+    worker.end_step()
+    assert worker.take_host_answers() == [], "nobody waits for that"
+    assert first_bytes(8) == {b"\x07" * 4}
+    plan = StepPlan(ahead=(BlockRun(6, 9, 1),), host_moves=SegmentMoves(unmaps=(2,)))
+    answers = []
+    while not answers:
+        worker.begin_step(plan)
+        worker.end_step()
+        worker.finished_fetches()
+        assert worker.take_answers() == []
+        answers, plan = worker.take_host_answers(), StepPlan()
+    assert [tuple(answer) for answer in answers] == [(2, 3, False)]
+    worker.begin_step(StepPlan(host_moves=SegmentMoves(maps=(2,))))
+    worker.end_step()
+    assert first_bytes(8) == first_bytes(9) == {bytes(4)}
+    worker.shutdown()
+
+
+def test_host_memory_is_not_given_back_under_a_store_that_has_not_begun() -> None:
+    from layerkv.vllm_plugin.connector_worker import WorkerSide
+
+    layout = SegmentLayout(segment_blocks=4, num_segments=3)
+    mechanism = make_mechanism("cpu", GEOMETRY, 12, PLAN, host_layout=layout)
+    worker, gate, submit = WorkerSide(GEOMETRY, LAYERS, mechanism), CopyEvent(), mechanism.engine.submit
+
+    def later(direction: Direction, *copies: Any, after: Sequence[Event] = (), **how: Any) -> Event:
+        return submit(direction, *copies, after=[*after, gate], **how)
+
+    def step(**plan: Any) -> list[Any]:
+        worker.begin_step(StepPlan(**plan))
+        worker.end_step()
+        worker.finished_fetches()
+        return worker.take_host_answers()
+
+    pool_of(mechanism)[:, 4:8] = 7
+    mechanism.engine.submit = later  # type: ignore[method-assign]
+    step(ahead=(BlockRun(4, 8, 2),), host_moves=SegmentMoves(maps=(1, 2)))
+    mechanism.engine.submit = submit  # type: ignore[method-assign]
+    assert step(host_moves=SegmentMoves(unmaps=(2,))) == []
+    assert not any(step() for _ in range(10))
+    gate.end()
+    while not (answers := step()):
+        pass
+    assert [tuple(answer) for answer in answers] == [(2, 0, False)]
+    addresses = [mechanism.host.address(layer, block) for layer in range(3) for block in range(8, 12)]
+    assert {ctypes.string_at(address, GEOMETRY.page_bytes) for address in addresses} == {bytes(GEOMETRY.page_bytes)}
+    worker.shutdown()
+
+
 def refuse(segments: Sequence[int]) -> Event:
     """In the place of an arena's `prepare_map`."""
     event = CopyEvent()
@@ -149,7 +211,7 @@ def test_answers_of_two_ranks_reach_the_table_together_with_failed_copies() -> N
     from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
     from layerkv.vllm_plugin.failed_copies import FailedCopies
-    from layerkv.vllm_plugin.segment_answers import SegmentAnswers, failed_copies_in, worker_report
+    from layerkv.vllm_plugin.segment_answers import SegmentAnswer, SegmentAnswers, failed_copies_in, worker_report
 
     def received(*reports: Any) -> Any:
         """What the scheduler sees of a step in which these ranks report so, each from a process of its own."""
@@ -189,6 +251,9 @@ def test_answers_of_two_ranks_reach_the_table_together_with_failed_copies() -> N
     assert failed_copies_in(meta) == FailedCopies(unstored=frozenset({5}))
     # whatever one has to tell, and whichever rank is asked first
     copies = FailedCopies(unloaded=frozenset({1}))
+    of_host = worker_report(None, [], [SegmentAnswer(1, rank) for rank in range(2)])
+    both = received(of_host, reports[1])
+    assert (len(both.answers), both.host_answers) == (2, (SegmentAnswer(1, 0), SegmentAnswer(1, 1)))
     for pair in ((copies, reports[1]), (reports[1], copies)):
         both = received(*pair)
         assert failed_copies_in(both) == FailedCopies(frozenset({5}), frozenset({1}))

@@ -10,7 +10,7 @@ from layerkv.scheduler.outlook import Outlook
 def give_way(now: Outlook, draft: Draft) -> None:
     """Drop residents' copies, the largest first, until the first prompt in line and a few parks find room."""
     s = now.s
-    wanted = max(s.shape.host_blocks // 8, wanted_by_prompt(now), s.load.growth_blocks)
+    wanted = max(s.host_blocks // 8, wanted_by_prompt(now), s.load.growth_blocks)
     if draft.host >= wanted:
         return
     for r in sorted(s.load.resident, key=lambda r: r.num_shared - r.num_stored):

@@ -24,7 +24,7 @@ def write_through(now: Outlook, draft: Draft) -> None:
         return
     block_s = max(seconds_per_byte(s.cost.profile.store) * s.shape.block_bytes, 1e-9)
     blocks = max(int(LINK_SHARE * now.limits.look_steps * now.step_s / block_s), 1)
-    room = draft.host - max(s.shape.host_blocks // 4, wanted_by_prompt(now))  # or it would give way in the next step
+    room = draft.host - max(s.host_blocks // 4, wanted_by_prompt(now))  # or it would give way in the next step
     for r in now.victims:
         if blocks <= 0 or room <= 0:
             return

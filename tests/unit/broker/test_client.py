@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from layerkv.broker import client, sockets
 from layerkv.broker.client import BrokerClient, Introduction
 from layerkv.broker.messages import (
     MOST_BYTES,
+    UNDIVIDED,
     Failed,
     FromEngine,
     Hello,
@@ -35,9 +36,9 @@ def path(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def running(path: Path, capacity: int = 100) -> Iterator[Broker]:
+def running(path: Path, capacity: int = 100, host_capacity: int | None = None) -> Iterator[Broker]:
     """A broker in a thread."""
-    broker, is_over = Broker(path, capacity), threading.Event()
+    broker, is_over = Broker(path, capacity, host_capacity), threading.Event()
     thread = threading.Thread(target=broker.run, args=(is_over.is_set,))
     thread.start()
     try:
@@ -118,13 +119,36 @@ def test_without_a_broker_an_engine_keeps_its_limit_says_so_once_and_comes_back(
         with_engine.__exit__(None, None, None)
 
 
+def test_host_memory_is_an_engines_own_until_a_broker_comes_that_divides_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "FIRST_RETRY_S", 0.01)
+    with ExitStack() as stack:
+        with running(path) as broker:
+            engine = stack.enter_context(connected(path))
+            engine.wait_for(20, WAIT_S, "host")
+            assert engine.limit("host") == UNDIVIDED
+            engine.ask(need=500, like=500, resource="host")
+            assert engine.try_hold(500, "host")
+            assert broker.ledgers.keys() == {"device"}
+        wait_until(lambda: not engine.is_connected)
+        with running(path, host_capacity=800) as broker:
+            wait_until(lambda: engine.limit("host") == 500)
+            wait_until(lambda: broker.ledgers["host"].committed == 500)
+            assert not engine.try_hold(510, "host")
+        wait_until(lambda: not engine.is_connected)
+        with running(path):
+            wait_until(lambda: engine.limit("host") == UNDIVIDED)
+            stack.close()
+
+
 def test_an_engine_learns_why_it_does_not_start(path: Path) -> None:
     with connected(path) as engine, pytest.raises(BrokerError, match="does not answer"):
         engine.wait_for(20, 0.05)
     with running(path):
         with (
             connected(path, floor=200) as engine,
-            pytest.raises(BrokerError, match="has refused this engine: a floor of 200"),
+            pytest.raises(BrokerError, match="has refused this engine: device memory: a floor of 200"),
         ):
             engine.wait_for(20, WAIT_S)
         with connected(path) as engine:

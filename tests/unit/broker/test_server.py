@@ -14,7 +14,19 @@ import msgspec
 import pytest
 
 from layerkv.broker import server
-from layerkv.broker.messages import MOST_BYTES, Bye, Failed, FromBroker, Limit, State, Terms, Usage, encode, from_broker
+from layerkv.broker.messages import (
+    MOST_BYTES,
+    UNDIVIDED,
+    Bye,
+    Failed,
+    FromBroker,
+    Limit,
+    State,
+    Terms,
+    Usage,
+    encode,
+    from_broker,
+)
 from layerkv.broker.server import Broker
 from layerkv.broker.watch import read_roster
 from layerkv.core.sharing_ledger import GivenLimit
@@ -23,6 +35,7 @@ from layerkv.runtime import start_ticks
 from tests.fakes.forked_engine import (
     SLOT,
     connect,
+    engine_of_two_memories,
     fork,
     forked,
     greedy_engine,
@@ -94,6 +107,29 @@ def test_an_engine_is_given_its_floor_and_then_what_it_needs(broker: Broker, pat
         assert {limit.resource: limit.num_bytes for limit in limits} == {"device": 80, "host": 50}
         connection.send(encode(Failed(resource="device", num_bytes=30)))
         assert heard(broker, connection) == Limit(resource="device", revision=4, num_bytes=70)
+
+
+def test_a_memory_that_the_broker_does_not_divide_is_each_engines_own(path: Path) -> None:
+    broker = Broker(path, 100)
+    terms = Terms(segment_bytes=10, floor=20, ceiling=1000)
+    with connect(path) as connection:
+        connection.send(encode(hello("a", device=terms, host=terms)))
+        limits = [heard(broker, connection) for _ in range(3)]
+        assert Limit(resource="host", revision=1, num_bytes=UNDIVIDED) in limits
+        usage = Usage(revision=1, held=0, need=900, like=900)
+        connection.send(encode(State(device=usage, host=usage)))
+        assert heard(broker, connection) == Limit(resource="device", revision=3, num_bytes=100), (
+            "and of the other nothing"
+        )
+    broker.close()
+
+
+def test_a_floor_that_does_not_fit_is_told_with_the_memory_that_it_is_of(broker: Broker) -> None:
+    fits = Terms(segment_bytes=10, floor=20, ceiling=1000)
+    assert "host memory: a floor of 60 bytes, beside 0 of others, where 50 are shared" in refusal(
+        broker, encode(hello("a", device=fits, host=Terms(segment_bytes=10, floor=60, ceiling=1000)))
+    )
+    assert not broker.ledgers["device"].limits
 
 
 def test_only_its_user_may_speak_to_it(broker: Broker, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,6 +434,38 @@ def test_engines_are_killed_at_any_moment_and_nothing_is_held_twice_or_lost(path
         assert num_outlived >= total // 100, "one process held what another had taken"
     finally:
         for pid in (pid for pids in living.values() for pid in pids):
+            os.kill(pid, 9)
+            os.waitpid(pid, 0)
+        broker.close()
+
+
+def test_engines_that_share_two_memories_are_killed_and_neither_is_held_twice_or_lost(path: Path) -> None:
+    rng, capacities, slots, total = random.Random(0), {"device": 700, "host": 400}, 6, 60
+    held = mmap(-1, 2 * slots * SLOT.size)
+    broker = Broker(path, capacities["device"], capacities["host"])
+    living: dict[int, int] = {}  # slot -> process
+    num_started, num_full = 0, dict.fromkeys(capacities, 0)
+    try:
+        while num_started < total or living:
+            for slot in set(range(slots)) - living.keys():
+                if num_started < total:
+                    living[slot] = fork(engine_of_two_memories, path, f"engine {num_started}", held, slot)
+                    num_started += 1
+            for _ in range(rng.randint(20, 60)):
+                broker.step(0.002)
+                for place, (resource, capacity) in enumerate(capacities.items()):
+                    broker.ledgers[resource].check()  # type: ignore[index]
+                    all_held = sum(SLOT.unpack_from(held, (2 * slot + place) * SLOT.size)[0] for slot in living)
+                    assert all_held <= capacity
+                    num_full[resource] += all_held > capacity / 2
+            for slot in rng.sample(sorted(living), min(2, len(living))):
+                os.kill(living[slot], 9)
+                os.waitpid(living.pop(slot), 0)
+                held[2 * slot * SLOT.size : 2 * (slot + 1) * SLOT.size] = bytes(2 * SLOT.size)
+        step_until(broker, lambda: not any(ledger.committed for ledger in broker.ledgers.values()))
+        assert min(num_full.values()) > 10, "they did use both"
+    finally:
+        for pid in living.values():
             os.kill(pid, 9)
             os.waitpid(pid, 0)
         broker.close()

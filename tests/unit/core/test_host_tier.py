@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from layerkv.core.host_tier import HostTier
+from layerkv.core.segments import SegmentLayout
 from layerkv.errors import CapacityError
 
 
@@ -160,12 +161,84 @@ def test_who_shares_a_block_and_leaves_its_copy_as_a_prefix_leaves_one_of_it() -
     tier.check()
 
 
+LAYOUT = SegmentLayout(segment_blocks=3, num_segments=4)
+
+
+def test_of_a_segment_out_of_service_nothing_is_handed_out_or_found() -> None:
+    tier = HostTier(12, LAYOUT)
+    tier.keep(tier.take(4), ["a", "b", "c", "d"])
+    tier.unpin()
+    tier.withhold(0)
+    assert (tier.num_in_service, tier.num_free, tier.num_cached, tier.num_loose) == (9, 9, 1, 8)
+    assert tier.find(["a"]) == []
+    assert tier.known(["d"]) == [3]
+    assert tier.is_empty(0)
+    assert sorted(tier.take(9)) == list(range(3, 12))
+    with pytest.raises(CapacityError):
+        tier.take(1)
+    tier.restore(0)
+    assert sorted(tier.take(3)) == [0, 1, 2]
+
+
+def test_what_requests_hold_of_it_stays_theirs_and_is_nobodys_afterwards() -> None:
+    tier = HostTier(12, LAYOUT)
+    mine = tier.take(5)
+    tier.withhold(0)
+    tier.withhold(1)
+    assert (tier.num_held, tier.num_free) == (5, 6)
+    tier.give_back(mine[:4])
+    tier.check()
+    assert (tier.is_empty(0), tier.is_empty(1)) == (True, False)
+    with pytest.raises(ValueError, match="block 3 is given back twice"):
+        tier.give_back([3])
+    tier.keep(mine[4:], ["a"])
+    assert tier.find(["a"]) == [], "new requests would begin with it, and it would never be empty"
+    assert tier.is_empty(1)
+    assert (tier.num_held, tier.num_free) == (0, 6)
+
+
+def test_what_a_plan_may_still_write_keeps_its_segment_until_the_plan_is_made() -> None:
+    tier = HostTier(12, LAYOUT)
+    tier.keep(tier.take(1), ["a"])
+    tier.withhold(0)
+    assert not tier.is_empty(0)
+    assert tier.num_held == 0
+    tier.check()
+    tier.unpin()
+    assert tier.is_empty(0)
+
+
+def test_a_shared_block_keeps_its_segment_until_the_last_sharer_has_left_and_nobody_new_finds_it() -> None:
+    tier = HostTier(12, LAYOUT)
+    blocks = tier.take(1)
+    tier.keep(blocks, ["a"])
+    tier.share(blocks)
+    tier.withhold(0)
+    assert tier.find(["a"]) == []
+    tier.give_back(blocks)
+    tier.unpin()
+    assert tier.is_empty(0)
+
+
+def test_segments_are_told_apart_by_what_they_cache() -> None:
+    tier = HostTier(12, LAYOUT)
+    for i in range(9):
+        tier.keep(tier.take(1), [f"h{i}"])
+        tier.unpin()
+    tier.pin(tier.find(["h1"]))
+    tier.unpin()
+    newest = tier.newest_in()
+    assert sorted(newest, key=newest.__getitem__) == [1, 2, 0]
+
+
 class AnyUse(RuleBasedStateMachine):
-    """Requests take and leave, prefixes are kept, found, read and forgotten, and somebody listens."""
+    """Requests take and leave, prefixes are kept, found, read and forgotten, and somebody listens; segments come and
+    go."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.tier = HostTier(12)
+        self.tier = HostTier(12, LAYOUT)
+        self.withheld: set[int] = set()
         self.held: list[list[int]] = []
         self.shared: list[list[int]] = []
         self.content: dict[int, str] = {}
@@ -183,6 +256,7 @@ class AnyUse(RuleBasedStateMachine):
         blocks = self.tier.take(num_blocks)
         assert len(set(blocks)) == num_blocks
         assert not {block for mine in (*self.held, *self.shared) for block in mine} & set(blocks)
+        assert not any(map(self.is_withheld, blocks))
         for block in blocks:
             self.content.pop(block, None)
         self.held.append(blocks)
@@ -195,6 +269,7 @@ class AnyUse(RuleBasedStateMachine):
     @rule(prefix=st.sampled_from("pq"), num_hashes=st.integers(1, 9))
     def share(self, prefix: str, num_hashes: int) -> None:
         found = self.tier.find([f"{prefix}{i}" for i in range(num_hashes)])
+        assert not any(map(self.is_withheld, found))
         free, counted = self.tier.num_free, self.tier.num_that_count_as_free(found)
         self.tier.share(found)
         assert self.tier.num_free == free - counted
@@ -214,7 +289,10 @@ class AnyUse(RuleBasedStateMachine):
     def keep(self, data: st.DataObject, prefix: str) -> None:
         blocks = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         hashes = [f"{prefix}{i}" for i in range(len(blocks))]
-        new = [block is None for block in self.tier.known(hashes)]
+        new = [
+            known is None and not self.is_withheld(block)
+            for block, known in zip(blocks, self.tier.known(hashes), strict=True)
+        ]
         self.tier.keep(blocks, hashes)
         self.content |= {b: h for b, h, is_new in zip(blocks, hashes, new, strict=True) if is_new}
 
@@ -225,6 +303,17 @@ class AnyUse(RuleBasedStateMachine):
         assert [self.content[block] for block in found] == hashes[: len(found)]
         if pins:
             self.tier.pin(found)
+
+    @rule(segment=st.integers(0, 3))
+    def move_a_segment(self, segment: int) -> None:
+        if segment in self.withheld:
+            self.tier.restore(segment)
+        else:
+            self.tier.withhold(segment)
+        self.withheld ^= {segment}
+
+    def is_withheld(self, block: int) -> bool:
+        return LAYOUT.segment_of(block) in self.withheld
 
     @rule()
     def unpin(self) -> None:
@@ -262,6 +351,10 @@ class AnyUse(RuleBasedStateMachine):
         shared = [block for blocks in self.shared for block in blocks]
         assert self.tier.num_held == sum(map(len, self.held)) + len(set(shared))
         assert all(self.tier.num_sharers(block) == shared.count(block) for block in range(12))
+        assert self.tier.num_in_service == 12 - 3 * len(self.withheld)
+        theirs = {block for mine in (*self.held, *self.shared) for block in mine}
+        for segment in self.withheld:
+            assert not (self.tier.is_empty(segment) and theirs.intersection(LAYOUT.blocks(segment)))
 
 
 TestAnyUse = AnyUse.TestCase

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from layerkv.core.residency import Residency
 from layerkv.core.runs import RunAllocator
+from layerkv.core.segments import SegmentLayout
 from layerkv.core.transfer import BlockRun, StepPlan
 from layerkv.errors import CapacityError
 from tests.fakes.tiny_ledger import (
@@ -52,7 +53,10 @@ class Lives(RuleBasedStateMachine):
 
     @initialize(num_host_blocks=st.sampled_from((16, 12, 9, 3, 0)), keeps_copies=st.booleans())
     def begin(self, num_host_blocks: int, keeps_copies: bool) -> None:
-        self.ledger = make_ledger(num_host_blocks)
+        self.layout = SegmentLayout(segment_blocks=3, num_segments=num_host_blocks // 3)
+        has_segments = num_host_blocks % 3 == 0 and num_host_blocks > 0
+        self.ledger = make_ledger(num_host_blocks, self.layout if has_segments else None)
+        self.withheld: set[int] = set()
         self.ledger.keeps_copies = keeps_copies
         self.pool = RunAllocator(1, POOL - 1)
         self.users: dict[int, int] = {}
@@ -226,9 +230,32 @@ class Lives(RuleBasedStateMachine):
     @rule(data=st.data())
     def drop_ahead(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(self.with_copies))
-        free, num_held = self.ledger.host.num_free, self.ledger.num_host_blocks_of(request_id)
+        free, blocks = self.ledger.host.num_free, self.ledger.host_blocks_of(request_id)
         self.ledger.drop_ahead(request_id)
-        assert self.ledger.host.num_free == free + num_held
+        assert self.ledger.host.num_free == free + sum(not self.is_withheld(block) for block in blocks)
+
+    @precondition(lambda self: self.layout.num_segments > 1 and self.ledger.host.count % 3 == 0)
+    @rule(data=st.data())
+    def move_a_host_segment(self, data: st.DataObject) -> None:
+        """Between steps. One that is empty loses its memory, behind all stores, and may come back."""
+        segment, host = data.draw(st.integers(0, self.layout.num_segments - 1)), self.ledger.host
+        if segment not in self.withheld:
+            self.withheld.add(segment)
+            host.withhold(segment)
+            for request_id in self.ledger.copies_in({segment}, self.layout) if data.draw(st.booleans()) else ():
+                self.ledger.drop_ahead(request_id)
+            return
+        if host.is_empty(segment):
+            self.carry_out(self.ledger.take_plan(0), [])
+            self.store(tuple(self.ahead))
+            self.ahead = []
+            for block in self.layout.blocks(segment):
+                self.host[block] = [("unmapped", block)] * TOKENS
+        self.withheld.remove(segment)
+        host.restore(segment)
+
+    def is_withheld(self, block: int) -> bool:
+        return self.layout.segment_of(block) in self.withheld
 
     @property
     def with_copies(self) -> list[str]:
@@ -320,6 +347,9 @@ class Lives(RuleBasedStateMachine):
         tables = [life.table for life in self.lives.values()] + list(self.leaving.values())
         in_zone = [block for table in tables for block in table if block >= POOL]
         assert len(in_zone) == len(set(in_zone)) == self.ledger.zone.num_taken
+        kept, copied = self.ledger.host_blocks_by_segment(self.layout)
+        assert kept.total() + copied.total() == self.ledger.num_host_blocks_used
+        assert copied.total() == self.ledger.num_copied_host_blocks
         being_read = [block for blocks in self.loading.values() for block in blocks]
         assert not any(self.ledger.host.is_free(block) for block in being_read)
 

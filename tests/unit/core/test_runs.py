@@ -81,6 +81,13 @@ class Runs(RuleBasedStateMachine):
         self.taken |= set(ids)
 
     @rule(data=st.data())
+    def take_out(self, data: st.DataObject) -> None:
+        first, end = sorted(data.draw(st.integers(self.ids.start - 1, self.ids.stop + 1)) for _ in range(2))
+        free = [block for block in self.ids if block not in self.taken and first <= block < end]
+        assert self.runs.take_out(range(first, end)) == free
+        self.taken |= set(free)
+
+    @rule(data=st.data())
     def give_back(self, data: st.DataObject) -> None:
         if self.taken:
             ids = data.draw(st.lists(st.sampled_from(sorted(self.taken)), unique=True))

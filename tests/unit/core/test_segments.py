@@ -97,6 +97,21 @@ def test_a_map_that_fails_on_one_rank_is_rolled_back_on_all_and_held_until_then(
     assert table.arrive(1) == [1]
 
 
+def test_memory_that_comes_by_the_first_touch_is_in_service_at_once_and_the_next_plan_says_so() -> None:
+    table = SegmentTable(4, num_ranks=2, num_mapped=1)
+    assert table.put(2) == [], "no more than the limit"
+    table.limit = 3
+    assert table.put(5) == [1, 2]
+    assert (table.all_in(MAPPED), table.num_held, table.is_moving) == ([0, 1, 2], 3, False)
+    table.leave([1, 2])
+    table.release([2])
+    assert table.take_moves() == SegmentMoves(maps=(1,), unmaps=(2,))
+    assert table.take_moves() == SegmentMoves()
+    assert [table.answer(2, rank) for rank in (0, 1)] == [RELEASING, UNMAPPED]
+    assert table.put(1) == [2]
+    assert table.take_moves() == SegmentMoves(maps=(2,))
+
+
 def test_what_breaks_the_order_of_moves_is_a_bug_of_ours() -> None:
     table = SegmentTable(3, num_ranks=2, num_mapped=2)
     with pytest.raises(AssertionError, match="null block"):
@@ -117,8 +132,10 @@ def test_what_breaks_the_order_of_moves_is_a_bug_of_ours() -> None:
 class Segments(RuleBasedStateMachine):
     """The table beside what each rank really has mapped; ranks do what plans say, late and in any order of ranks."""
 
-    @initialize(num_segments=st.integers(2, 9), num_ranks=st.integers(1, 3), data=st.data())
-    def begin(self, num_segments: int, num_ranks: int, data: st.DataObject) -> None:
+    @initialize(num_segments=st.integers(2, 9), num_ranks=st.integers(1, 3), is_put=st.booleans(), data=st.data())
+    def begin(self, num_segments: int, num_ranks: int, is_put: bool, data: st.DataObject) -> None:
+        self.is_put = is_put
+        """Whether memory comes by the first touch: ranks are told of it, and do not answer."""
         num_mapped = data.draw(st.integers(1, num_segments))
         self.table = SegmentTable(num_segments, num_ranks=num_ranks, num_mapped=num_mapped)
         self.mapped = [set(range(num_mapped)) for _ in range(num_ranks)]
@@ -131,7 +148,10 @@ class Segments(RuleBasedStateMachine):
 
     @rule(count=st.integers(0, 4))
     def arrive(self, count: int) -> None:
-        begun = self.table.arrive(count)
+        begun = self.table.put(count) if self.is_put else self.table.arrive(count)
+        for mapped in self.mapped if self.is_put else ():
+            assert mapped.isdisjoint(begun), "a rank still gives it back"
+            mapped.update(begun)
         assert not begun or self.table.num_held <= self.table.limit
         self.held += len(begun)
 
@@ -147,8 +167,9 @@ class Segments(RuleBasedStateMachine):
     @rule()
     def plan(self) -> None:
         moves = self.table.take_moves()
+        maps = () if self.is_put else moves.maps
         for orders in self.orders:
-            orders += [(segment, True) for segment in moves.maps] + [(segment, False) for segment in moves.unmaps]
+            orders += [(segment, True) for segment in maps] + [(segment, False) for segment in moves.unmaps]
 
     @precondition(lambda self: any(self.orders))
     @rule(data=st.data())
