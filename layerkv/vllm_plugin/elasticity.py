@@ -164,7 +164,7 @@ class Elasticity:
         whoever waits for it to be still would wait for ever for blocks that nobody gives up."""
         if self._table.is_moving:
             return True
-        if self._scheduler._pause_state is not PauseState.UNPAUSED:
+        if self._scheduler.pause_state is not PauseState.UNPAUSED:
             return False
         return len(self._table.all_in(SegmentState.MAPPED)) > 1 or self._can_release() or not self._is_told_idle
 
@@ -190,7 +190,7 @@ class Elasticity:
     def _is_busy(self) -> bool:
         """Whether it has requests, but for sessions between two turns; a paused engine is not idle."""
         s = self._scheduler
-        return s._pause_state is not PauseState.UNPAUSED or s.get_num_unfinished_requests() > 0
+        return s.pause_state is not PauseState.UNPAUSED or s.get_num_unfinished_requests() > 0
 
     def _can_release(self) -> bool:
         """Whether a segment that leaves has become empty."""
