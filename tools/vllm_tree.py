@@ -21,6 +21,7 @@ class VLLMTree:
         self.root = root
         self._wheel = zipfile.ZipFile(root) if root.is_file() else None
         self._modules: dict[str, Module | None] = {}
+        self._members: dict[str, dict[str, Found]] = {}
 
     @classmethod
     def installed(cls) -> VLLMTree:
@@ -83,16 +84,24 @@ class VLLMTree:
 
     def member(self, found: Found, name: str) -> Found | None:
         """Where a class, or one that it derives from, defines this method, field or attribute of instances."""
-        for base in self.bases(found):
+        key = f"{found.module.name}.{getattr(found.node, 'name', '')}"
+        if key not in self._members:
+            self._members[key] = self._members_of(found)
+        return self._members[key].get(name)
+
+    def _members_of(self, found: Found) -> dict[str, Found]:
+        bases = list(self.bases(found))
+        members: dict[str, Found] = {}
+        for base in bases:
             assert isinstance(base.node, ast.ClassDef)
             for node in base.node.body:
-                if name in names_defined(node):
-                    return Found(base.module, node)
-        for base in self.bases(found):
+                for name in names_defined(node):
+                    members.setdefault(name, Found(base.module, node))
+        for base in bases:
             for node in ast.walk(base.node):
-                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.attr == name:
-                    return Found(base.module, node)
-        return None
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    members.setdefault(node.attr, Found(base.module, node))
+        return members
 
 
 class Found:

@@ -199,9 +199,11 @@ class Reader:
                 if found is None:
                     continue
                 for node in each.node.body:
-                    is_method = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-                    if is_method and not node.name.startswith("__") and self._vllm.member(found, node.name):
+                    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name.startswith("__"):
+                        continue
+                    if (theirs := self._vllm.member(found, node.name)) is not None:
                         self.uses.members[base].add(node.name)
+                        self.pass_by_name(f"{base}.{node.name}", _parameters(node) & _parameters(theirs.node))
 
     def vllm_bases_of(self, each: _Class) -> list[str]:
         """Of a class of ours and of those of ours that it derives from."""
@@ -238,25 +240,24 @@ class Reader:
                 return f":{name}" if name in self.classes else None
         return None
 
+    def owner(self, of: str | None, name: str) -> str | None:
+        """Of which class of vLLM's this attribute is; None if it is ours, or of nobody known."""
+        if of is None or of.startswith(("*", "@:")) or name.startswith("__"):
+            return None
+        if not of.startswith(":"):
+            return of.removeprefix("@")
+        its = self.classes[of[1:]]
+        bases = () if name in self.own_of(its) else self.vllm_bases_of(its)
+        return next((base for base in bases if self._has(base, name)), bases[0] if bases else None)
+
     def attribute(self, of: str | None, name: str) -> str | None:
         """The type of an attribute; noted as a use if it is one of vLLM's."""
-        if of is None or of.startswith("*"):
-            return None
-        if of.startswith(":"):
-            its = self.classes[of[1:]]
-            own = self.own_of(its)
-            if name in own:
-                return own[name]
-            bases = self.vllm_bases_of(its)
-            if not bases or name.startswith("__"):
-                return None
-            of = next((b for b in bases if self._has(b, name)), bases[0])
-        path = of.removeprefix("@")
-        if name.startswith("__"):
-            return None
+        if (owner := self.owner(of, name)) is None:
+            is_ours = of is not None and of.startswith(":")
+            return self.own_of(self.classes[of[1:]]).get(name) if is_ours and of is not None else None
         if self._records:
-            self.uses.members[path].add(name)
-        return _type_of_attribute(path, name)
+            self.uses.members[owner].add(name)
+        return _type_of_attribute(owner, name)
 
     def _has(self, path: str, name: str) -> bool:
         found = None if self._vllm is None else self._vllm.find(path)
@@ -367,8 +368,7 @@ class _Scope:
                     return f"@{path}"
                 return f"@:{name}" if name in reader.classes else None
             case ast.Attribute(value=value, attr=attr):
-                of = self.type_of(value)
-                return None if of is not None and of.startswith("@:") else reader.attribute(of, attr)
+                return reader.attribute(self.type_of(value), attr)
             case ast.Call():
                 return self._call(node)
             case ast.Subscript(value=value, slice=inner):
@@ -458,12 +458,9 @@ class _Scope:
             if method in ("values", "copy"):
                 return of
             return _item(of) if method in ("get", "pop", "popleft", "setdefault") else None
-        if of is None or of.startswith("@:"):
-            return None
         reader.attribute(of, method)
-        path = of.removeprefix("@")
-        if not path.startswith(":"):
-            reader.pass_by_name(f"{path}.{method}", keywords)
+        if (owner := reader.owner(of, method)) is not None:
+            reader.pass_by_name(f"{owner}.{method}", keywords)
         return None
 
 
@@ -507,6 +504,13 @@ def _runtime_imports(tree: ast.Module) -> Iterator[str]:
         is_run = isinstance(node, ast.ImportFrom) and id(node) not in only_checked
         if is_run and (node.module or "").split(".")[0] == "vllm":
             yield from (f"{node.module}.{each.name}" for each in node.names)
+
+
+def _parameters(node: ast.AST) -> set[str]:
+    """Names of what a function takes, but for itself."""
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return set()
+    return {each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)} - {"self", "cls"}
 
 
 def uses_of_plugin(vllm: VLLMTree | None) -> Uses:
