@@ -182,7 +182,8 @@ class Reader:
                     name = each.target.id
                 elif isinstance(each, ast.FunctionDef) and ast.unparse(each.body[-1]) == "...":
                     name = each.name
-                if name is not None and any(self._has(base, name) for base in self.vllm_bases_of(found)):
+                is_theirs = found.name in MIXED_INTO or any(self._has(b, name or "") for b in self.vllm_bases_of(found))
+                if name is not None and is_theirs:
                     del found.own[name]
 
     def _note_imports(self, tree: ast.Module) -> None:
