@@ -295,13 +295,24 @@ class _Scope:
                 for target in targets:
                     self._bind(target, found, value)
             case ast.AnnAssign(target=target, annotation=annotation, value=value):
-                found = self.type_of(value) if value is not None else None
-                self._bind(target, self._reader.type_of_annotation(annotation) or found, None)
+                if value is not None:
+                    self.type_of(value)
+                self._bind(target, self._reader.type_of_annotation(annotation), None)
             case ast.For(target=target, iter=items) | ast.AsyncFor(target=target, iter=items):
                 self._loop(target, items)
                 self.statements([*node.body, *node.orelse])
             case ast.ImportFrom() | ast.Import():
                 pass
+            case ast.Assert(test=test):
+                self.type_of(test)
+                self._names.update(self._narrowed(test))
+            case ast.If(test=test, body=body, orelse=orelse):
+                self.type_of(test)
+                inner = self._inner(self._narrowed(test))
+                inner.statements(body)
+                names = {**inner._names, **{name: self._names.get(name) for name in self._narrowed(test)}}
+                self._names.update(names)  # what is bound inside goes on
+                self.statements(orelse)
             case _:
                 for each in ast.iter_child_nodes(node):
                     if isinstance(each, ast.expr):
@@ -334,7 +345,7 @@ class _Scope:
                 values = value.elts if isinstance(value, ast.Tuple) and len(value.elts) == len(parts) else None
                 for i, part in enumerate(parts):
                     self._bind(part, self.type_of(values[i]) if values else _item(found), values[i] if values else None)
-            case ast.Attribute(value=ast.Name(id=name), attr=attr) if self._names.get(name, "") == self._self():
+            case ast.Attribute(value=ast.Name(id=name), attr=attr) if self._is_self(name):
                 owner = self._of_class
                 assert owner is not None
                 own = self._reader.own_of(owner)
@@ -346,8 +357,8 @@ class _Scope:
             case _:
                 self.type_of(target)
 
-    def _self(self) -> str | None:
-        return None if self._of_class is None else f":{self._of_class.name}"
+    def _is_self(self, name: str) -> bool:
+        return self._of_class is not None and self._names.get(name) == f":{self._of_class.name}"
 
     def _loop(self, target: ast.expr, items: ast.expr) -> None:
         found = self.type_of(items)
@@ -384,7 +395,7 @@ class _Scope:
                 return next((found for found in [self.type_of(each) for each in values] if found), None)
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 self.type_of(test)
-                found, other = self.type_of(body), self.type_of(orelse)
+                found, other = self._inner(self._narrowed(test)).type_of(body), self.type_of(orelse)
                 return found or other
             case ast.Tuple(elts=parts) | ast.List(elts=parts) | ast.Set(elts=parts):
                 found = [self.type_of(each.value if isinstance(each, ast.Starred) else each) for each in parts]
@@ -411,6 +422,14 @@ class _Scope:
         for each in ast.iter_child_nodes(node):
             self.type_of(each)
         return None
+
+    def _narrowed(self, test: ast.expr) -> dict[str, str | None]:
+        """What a name is where this holds."""
+        match test:
+            case ast.Call(func=ast.Name(id="isinstance"), args=[ast.Name(id=name), kind]):
+                found = self.type_of(kind)
+                return {name: found.removeprefix("@") if found is not None and found[:1] == "@" else None}
+        return {}
 
     def _inner(self, names: dict[str, str | None]) -> _Scope:
         inner = _Scope(self._reader, {**self._names, **names}, None)

@@ -245,7 +245,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         """
         self._paused = pause_state
         if self._is_active and pause_state is PauseState.PAUSED_NEW:
-            logger.info("setting pause state to %s: nobody new starts, parked requests come back", pause_state.name)
+            logger.info("setting pause state to PAUSED_NEW: nobody new starts, parked requests come back")
             if super().pause_state is PauseState.UNPAUSED:
                 return
             pause_state = PauseState.UNPAUSED
