@@ -60,9 +60,10 @@ class VLLMTree:
 
     def _find_in(self, module: Module, names: list[str]) -> Found | None:
         name, rest = names[0], names[1:]
-        node = module.defined.get(name)
+        node, home = module.defined.get(name), module.imported.get(name)
+        if home is not None and not isinstance(node, ast.ClassDef | ast.FunctionDef):
+            node = None  # imported under a condition, and set to something else under another
         if node is None:
-            home = module.imported.get(name)
             if home is None and "__getattr__" in module.defined:  # names that are imported when they are asked for
                 home = module.lazy.get(name)
             return None if home is None else self.find(".".join([home, *rest]))
