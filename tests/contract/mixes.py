@@ -69,6 +69,8 @@ class Mix(HandEngine):
         super().__init__(model, extra_config={"cost_profile": str(costs), **setting.extra}, **setting.engine)
         self.counts = {"drained": 0, "paused": 0, "came_back": 0, "grown": 0}
         self.ledger.residency.listener = self._moved
+        elastic = self.scheduler._elastic
+        self._held_first = 0 if elastic is None else elastic.num_held
 
     def _moved(self, name: str, old: str, new: str) -> None:
         self.counts["came_back"] += (old, new) == ("parked", "layered")
@@ -78,7 +80,7 @@ class Mix(HandEngine):
         self.counts["paused"] += len(self.scheduler._controller.paused)
         if (elastic := self.scheduler._elastic) is not None:
             elastic.check()
-            self.counts["grown"] = max(self.counts["grown"], elastic.num_held)
+            self.counts["grown"] = max(self.counts["grown"], elastic.num_held - self._held_first)
         return step
 
     def drain_paused(self) -> None:
