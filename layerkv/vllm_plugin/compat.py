@@ -27,7 +27,7 @@ SUPPORTED_VLLM: tuple[str, ...] = ("0.31", "0.32", "0.33")
 NOT_IN_ALL: dict[str, str] = {
     "vllm.v1.metrics.cache_hit_source.CacheHitSource": "0.32",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.get_external_cache_hit_sources": "0.32",
-    "vllm.outputs.RequestError": "0.33",
+    "vllm.outputs.RequestError": "0.32",
     "vllm.v1.engine.EngineCoreOutput.error": "0.33",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.supports_sleep_mode": "0.33",
 }
@@ -141,12 +141,15 @@ def require_compatible(*, allow_untested: bool = False) -> str | None:
 def error_of_output(message: str, *, can_retry: bool) -> dict[str, Any]:
     """What the output that ends a refused request says beside that it ends: the error that its client gets.
 
-    HTTP 503 if the same request may be served later, else 400. Nothing before vLLM 0.33, which answers 500.
+    HTTP 503 if the same request may be served later, else 400. Nothing before vLLM 0.33, where it is 500: 0.32 has such
+    errors, but not in its outputs.
     """
-    try:
-        from vllm.outputs import RequestError
-    except ImportError:
+    from vllm.v1.engine import EngineCoreOutput
+
+    if not hasattr(EngineCoreOutput, "error"):
         return {}
+    from vllm.outputs import RequestError
+
     code = "service_unavailable" if can_retry else "validation_error"
     return {"error": RequestError(code=code, message=message, retryable=can_retry)}
 

@@ -17,6 +17,7 @@ from tests.vllm.engines_in_turn import prompt
 from tests.vllm.hand_engine import HandEngine
 
 BLOCK_BYTES = 6 * 2 * 16 * 2 * 64 * 4
+FAILING_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ SETTINGS: dict[str, Setting] = {
     "one lane": Setting({"parks": 1, "layered": 1}, {"pool_blocks": 30, "ahead": True}, {"lanes": 1}),
     "layers of their own": Setting({"parks": 1, "layered": 1}, {"pool_blocks": 30}, {"retained_layers": 2}),
     "all layered": Setting({"layered": 1}, {"pool_blocks": 60}, {"compare": {"mode": "layered"}}),
-    "no zone": Setting({"parks": 1}, {"pool_blocks": 30}, {"mode": "resident"}),
     "longer than the pool": Setting(
         {"layered": 1, "came_back": 1}, {"pool_blocks": 8}, {"long_contexts": True}, num_requests=5, longest=190
     ),
@@ -70,12 +70,15 @@ class Mix(HandEngine):
         self.counts = {"drained": 0, "paused": 0, "came_back": 0, "grown": 0}
         self.ledger.residency.listener = self._moved
         elastic = self.scheduler._elastic
+        self._fails, self._num_steps = setting.fails, 0
         self._held_first = 0 if elastic is None else elastic.num_held
 
     def _moved(self, name: str, old: str, new: str) -> None:
         self.counts["came_back"] += (old, new) == ("parked", "layered")
 
     def schedule(self) -> Any:
+        self._num_steps += 1
+        self.fail_fetches = self._fails and self._num_steps % 3 == 0 and self._num_steps < FAILING_STEPS
         step = super().schedule()
         self.counts["paused"] += len(self.scheduler._controller.paused)
         if (elastic := self.scheduler._elastic) is not None:
@@ -116,15 +119,10 @@ def run_mix(model: Path, setting: Setting, seed: int) -> dict[str, int]:
         engine.add(f"r{index}", [*begins, *body], max_tokens=choose.randrange(2, setting.most_tokens))
         for _ in range(choose.choice((0, 0, 1, 4))):
             engine.step()
-        if setting.fails and choose.random() < 0.4:
-            engine.fail_fetches = True
         if choose.random() < 0.1:
             engine.abort(f"r{choose.randrange(index + 1)}")
     for _ in range(20):
         engine.step()
-        if setting.fails:
-            engine.fail_fetches = choose.random() < 0.3
-    engine.fail_fetches = False
     if setting.pauses:
         engine.drain_paused()
     if setting.resets:

@@ -102,18 +102,6 @@ def blocks_are_allocated_under_another_name(patch: Patch) -> None:
     patch.setattr("layerkv.vllm_plugin.spec.LayerKVManager.allocate_new_blocks", _manager().allocate_new_blocks)
 
 
-def frees_are_not_deferred(patch: Patch) -> None:
-    """With a step in flight, blocks are free at once."""
-    free = _scheduler()._free_blocks
-
-    def at_once(self: Any, request: Any) -> None:
-        deferred, self.defer_block_free = self.defer_block_free, False
-        free(self, request)
-        self.defer_block_free = deferred
-
-    patch.setattr(_scheduler(), "_free_blocks", at_once)
-
-
 CHANGES: list[Callable[[Patch], None]] = [
     ends_are_not_told,
     blocks_go_to_one_pool,
@@ -123,7 +111,6 @@ CHANGES: list[Callable[[Patch], None]] = [
     arrivals_are_not_told,
     the_scan_ignores_what_is_shown,
     blocks_are_allocated_under_another_name,
-    frees_are_not_deferred,
 ]
 
 

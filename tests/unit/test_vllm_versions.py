@@ -59,17 +59,23 @@ def test_an_older_version_is_refused_whatever_is_allowed(version: str, allow_unt
     assert "allow_untested_vllm" not in str(refused.value)
 
 
+def fake_vllm(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    """A vLLM whose outputs have these fields; it has errors of requests."""
+    modules = {name: ModuleType(name) for name in ("vllm", "vllm.outputs", "vllm.v1", "vllm.v1.engine")}
+    modules["vllm.outputs"].RequestError = SimpleNamespace  # type: ignore[attr-defined]
+    modules["vllm.v1.engine"].EngineCoreOutput = type("EngineCoreOutput", (), fields)  # type: ignore[attr-defined]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
 @pytest.mark.parametrize(("can_retry", "code"), [(True, "service_unavailable"), (False, "validation_error")])
 def test_a_refusal_says_what_its_client_gets(monkeypatch: pytest.MonkeyPatch, can_retry: bool, code: str) -> None:
-    outputs = ModuleType("vllm.outputs")
-    outputs.RequestError = SimpleNamespace  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
-    monkeypatch.setitem(sys.modules, "vllm.outputs", outputs)
+    fake_vllm(monkeypatch, error=None)
     told: dict[str, Any] = error_of_output("no room", can_retry=can_retry)
     assert vars(told["error"]) == {"code": code, "message": "no room", "retryable": can_retry}
 
 
-def test_a_vllm_without_such_errors_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
-    monkeypatch.setitem(sys.modules, "vllm.outputs", ModuleType("vllm.outputs"))
+def test_a_vllm_whose_outputs_carry_no_error_is_told_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: 0.32 has errors of requests, and an output that is given one ends the engine."""
+    fake_vllm(monkeypatch)
     assert error_of_output("no room", can_retry=True) == {}
