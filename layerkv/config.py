@@ -115,16 +115,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `mode` is `auto` (layered when it helps), `resident` (never layered) or, to compare with, `layered` (every prompt
     that can be: `compare: {mode: layered}`). `give` says what becomes of requests in memory that is given back; all but
     `park` exists to compare with as well (`compare: {give: wait}`). `on_unsupported` says whether something layerkv
-    cannot serve ends start-up or runs as stock vLLM. `cost_profile` is a file that `layerkv profile` wrote; without
-    one, costs are learned from the first steps. `retained_layers` many layers keep memory of their own in the lane
-    zone: streamed decode does not load them (experimental without `long_contexts`). `decision_log` is a file that
-    decisions are appended to, for `layerkv explain`. `host_prefix_cache` keeps the KV of finished requests in host
-    memory that nobody else needs, for prompts that begin alike. `long_contexts` serves requests longer than the KV
-    pool: they decode in the lane zone, and `max_model_len` may exceed the pool. `kv_floor_bytes` and `kv_ceiling_bytes`
-    are the least and the most KV memory of each worker: between them the pool grows and shrinks. Without requests for
+    cannot serve ends start-up or runs as stock vLLM. `allow_untested_vllm` runs with a vLLM that is newer than those
+    tested, if it has all that layerkv stands on. `cost_profile` is a file that `layerkv profile` wrote; without one,
+    costs are learned from the first steps. `retained_layers` many layers keep memory of their own in the lane zone:
+    streamed decode does not load them (experimental without `long_contexts`). `decision_log` is a file that decisions
+    are appended to, for `layerkv explain`. `host_prefix_cache` keeps the KV of finished requests in host memory that
+    nobody else needs, for prompts that begin alike. `long_contexts` serves requests longer than the KV pool: they
+    decode in the lane zone, and `max_model_len` may exceed the pool. `kv_floor_bytes` and `kv_ceiling_bytes` are the
+    least and the most KV memory of each worker: between them the pool grows and shrinks. Without requests for
     `idle_after_s` the engine gives back all that it can do without. `broker` is the socket of a memory broker that says
-    how much it may hold beside others, and `weight` its share among them.
-    `allow_untested_elastic_cuda` lets it do so on CUDA too, where no GPU has run it yet.
+    how much it may hold beside others, and `weight` its share among them. `allow_untested_elastic_cuda` lets it do so
+    on CUDA too, where no GPU has run it yet.
     """
 
     policy_path: str | None = None
@@ -134,6 +135,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     zone_tokens: int | None = None
     mode: Mode = "auto"
     on_unsupported: OnUnsupported = "error"
+    allow_untested_vllm: bool = False
     cost_profile: str | None = None
     decision_log: str | None = None
     host_prefix_cache: bool = True
@@ -169,6 +171,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             zone_tokens=keys.zone_tokens,
             mode=mode,
             on_unsupported=keys.on_unsupported,
+            allow_untested_vllm=keys.allow_untested_vllm,
             cost_profile=keys.cost_profile,
             decision_log=keys.decision_log,
             host_prefix_cache=keys.host_prefix_cache,
@@ -413,6 +416,7 @@ class _EngineKeys(msgspec.Struct, frozen=True):
     zone_tokens: _ZoneTokens = None
     mode: _ServingMode = "auto"
     on_unsupported: _OnUnsupported = "error"
+    allow_untested_vllm: _Switch = False
     cost_profile: _ProfilePath = None
     decision_log: _LogPath = None
     host_prefix_cache: _Switch = True

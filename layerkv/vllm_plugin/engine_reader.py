@@ -85,7 +85,7 @@ class EngineReader:
             budget_tokens=s.max_num_scheduled_tokens,
             resuming=len(s.finished_recving_kv_req_ids),
             steps_ahead=steps_ahead(s),
-            is_paused=s._pause_state is not PauseState.UNPAUSED,
+            is_paused=s.pause_state is not PauseState.UNPAUSED,
             held_tokens=self._held_tokens(),
             moves=ledger.residency.version,
             freeing_blocks=len(freeing) - freeing_zone,

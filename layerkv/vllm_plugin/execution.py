@@ -78,7 +78,6 @@ class Execution:
                 self.give_up(s.requests[request_id], now_s)
         self._pausing.pause(decision)
         chosen = self._chosen(decision)
-        is_paused = s._pause_state is not PauseState.UNPAUSED
         saved = (
             s.max_num_scheduled_tokens,
             s.scheduler_config.long_prefill_token_threshold,
@@ -90,10 +89,7 @@ class Execution:
         try:
             with self._pausing.left_out(decision):
                 held = limit_prefill(s, snapshot, decision)
-                if is_paused:
-                    self._drain(chosen)
-                else:
-                    self._queue.show(chosen)
+                self._queue.show(chosen)
                 yield
         finally:
             (
@@ -104,8 +100,8 @@ class Execution:
             ) = saved
             s.running += held
             self._queue.show(())
-            if is_paused or decision.back_to_zone:  # whom vLLM skips that has computed tokens, it takes for one with KV
-                self._undrain(chosen)
+            if decision.back_to_zone:  # whom vLLM skips that has computed tokens, it takes for one with KV
+                self._take_back(chosen)
         self._note_started(decision)
 
     def park(self, decision: Decision, now_s: float) -> None:
@@ -151,24 +147,24 @@ class Execution:
         return chosen + self._strangers()
 
     def _strangers(self) -> list[Request]:
-        """Requests in the queue that the policy does not know: vLLM alone moves them, so they stay visible."""
+        """Requests in the queue that the policy does not know: vLLM alone moves them, so they stay visible.
+
+        While no new request may start, none of them does: whoever is in this queue has no KV.
+        """
         s = self._scheduler
+        if s.pause_state is not PauseState.UNPAUSED:
+            return []
         controller = self._controller
         if len(s.waiting) == len(controller.waiting) + controller.num_parked + len(self._arrivals.refused):
             return []
         known = (controller.waiting, controller.parked, controller.parked_long, self._arrivals.refused)
         return [request for request in s.waiting if not any(request.request_id in views for views in known)]
 
-    def _drain(self, fetched: list[Request]) -> None:
-        """While new requests are paused, vLLM looks only at those that hold KV; parked ones do, in host memory."""
-        for request in fetched:
-            self._queue.remove_request(request)
-            self._scheduler.kv_holding_waiting.add_request(request)
-
-    def _undrain(self, chosen: list[Request]) -> None:
+    def _take_back(self, chosen: list[Request]) -> None:
+        """Who has not started waits in our queue, wherever vLLM has put it."""
         for request in chosen:
             if self._ledger.residency.get(request.request_id) is Residency.PARKED:
-                self._scheduler.kv_holding_waiting.remove_requests((request,))  # vLLM may have moved it back already
+                self._scheduler.kv_holding_waiting.remove_requests((request,))
                 self._queue.add_request(request)
 
     def _note_started(self, decision: Decision) -> None:

@@ -33,6 +33,10 @@ def _decide(verdict: Verdict, why: str, options: str) -> Decision:
     return Decision(verdict, why, tuple(options.split()))
 
 
+def _set(options: str) -> frozenset[str]:
+    return frozenset(options.split())
+
+
 DECISIONS: tuple[Decision, ...] = (
     # What layerkv is turned on by ------------------------------------------------------------------------------------
     _decide(Verdict.OURS, "the one flag", "kv_transfer_config kv_transfer_config.kv_connector"),
@@ -48,7 +52,8 @@ DECISIONS: tuple[Decision, ...] = (
         Verdict.APART,
         "for connectors between engines",
         "kv_transfer_config.engine_id kv_transfer_config.kv_buffer_device kv_transfer_config.kv_port "
-        "kv_transfer_config.enable_permute_local_kv",
+        "kv_transfer_config.kv_ip kv_transfer_config.kv_rank kv_transfer_config.kv_parallel_size "
+        "kv_transfer_config.kv_buffer_size kv_transfer_config.enable_permute_local_kv",
     ),
     _decide(
         Verdict.REFUSED, "layerkv brings its own, but keeps a scheduler derived from it", "worker_cls scheduler_cls"
@@ -66,7 +71,7 @@ DECISIONS: tuple[Decision, ...] = (
     _decide(
         Verdict.NO_MATTER,
         "without sleep mode nothing",
-        "sleep_mode_offload_cudagraph sleep_preserve_parameter_names enable_nccl_comm_suspend",
+        "sleep_mode_backend sleep_mode_offload_cudagraph sleep_preserve_parameter_names enable_nccl_comm_suspend",
     ),
     _decide(Verdict.WORKS, "the KV cache has an arena of its own", "enable_cumem_allocator"),
     # Memory ----------------------------------------------------------------------------------------------------------
@@ -96,8 +101,9 @@ DECISIONS: tuple[Decision, ...] = (
         Verdict.WORKS,
         "bounds that the decided budgets never exceed",
         "max_num_batched_tokens max_num_scheduled_tokens max_num_seqs max_num_active_seqs "
-        "long_prefill_token_threshold long_prefill_token_threshold_adaptive prefill_schedule_interval",
+        "long_prefill_token_threshold long_prefill_token_threshold_adaptive",
     ),
+    _decide(Verdict.REFUSED, "it would hold back prompts that the policy starts", "prefill_schedule_interval"),
     _decide(
         Verdict.WORKS, "a layered prompt reserves zone and host blocks for all of itself", "scheduler_reserve_full_isl"
     ),
@@ -153,7 +159,7 @@ DECISIONS: tuple[Decision, ...] = (
         "load_format config_format dtype seed revision code_revision hf_token hf_overrides model_class_overrides "
         "tokenizer_revision quantization quantization_config allow_deprecated_quantization model_loader_extra_config "
         "ignore_patterns model_impl use_tqdm_on_load pt_load_map_location linear_backend moe_backend kernel_config "
-        "enable_flashinfer_autotune ir_op_priority max_parallel_loading_workers served_model_name",
+        "monokernel enable_flashinfer_autotune ir_op_priority max_parallel_loading_workers served_model_name",
     ),
     _decide(
         Verdict.WORKS,
@@ -240,7 +246,7 @@ DECISIONS: tuple[Decision, ...] = (
         "where processes run and how they find each other",
         "master_addr master_port node_rank distributed_timeout_seconds cpu_distributed_timeout_seconds numa_bind "
         "numa_bind_nodes numa_bind_cpus device_ids _api_process_count _api_process_rank headless shutdown_timeout "
-        "fail_on_environ_validation additional_config",
+        "fail_on_environ_validation additional_config watchdog_config",
     ),
     _decide(Verdict.WORKS, "each front end has a gate and hears of the backlog", "api_server_count"),
     # Watching --------------------------------------------------------------------------------------------------------
@@ -263,8 +269,16 @@ DECISIONS: tuple[Decision, ...] = (
         "enable_request_id_headers enable_scale_out enable_server_load_tracking enable_ssl_refresh "
         "enable_tokenizer_info_endpoint exclude_tools_when_tool_choice_none fingerprint_mode fingerprint_value grpc "
         "grpc_port h11_max_header_count h11_max_incomplete_event_size help host log_error_stack max_log_len port "
-        "response_role return_tokens_as_token_ids root_path sse_keep_alive_interval ssl_ca_certs ssl_cert_reqs "
+        "reasoning_effort_map response_role return_tokens_as_token_ids root_path sse_keep_alive_interval "
+        "ssl_ca_certs ssl_cert_reqs "
         "ssl_certfile ssl_ciphers ssl_keyfile tool_call_parser tool_parser_plugin tool_server tool_strict_level "
         "trust_request_chat_template uds uvicorn_log_level",
     ),
 )
+
+NOT_IN_ALL = _set(
+    "kv_transfer_config.kv_ip kv_transfer_config.kv_rank kv_transfer_config.kv_parallel_size "
+    "kv_transfer_config.kv_buffer_size enable_hc_sp enable_shm_tensor_arena custom_histogram_buckets "
+    "sleep_mode_offload_cudagraph grpc_port monokernel sleep_mode_backend watchdog_config reasoning_effort_map"
+)
+"""Options that only some of the supported releases of vLLM have."""

@@ -80,6 +80,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             )
         side = self.connector.scheduler_side
         self._is_active = side is not None
+        self._paused = PauseState.UNPAUSED
         if side is None:
             return
         self._side = side
@@ -104,7 +105,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._quiet_work = QuietWork(self, side, self._reader)
         self._arrivals = Arrivals(self, side, self._controller, desk, self._policy_source)
         self._recovery = Recovery(self, side, self._controller, desk, self._arrivals)
-        side.follow(self.requests, desk, self._controller.streams, self._arrivals.end_of)
+        side.follow(self.requests, desk, self._controller.streams, self._arrivals.end_of, self._leaves)
         # The policy chooses who is found and in which order; under priority scheduling, priorities go before deadlines.
         self.waiting = queue = WaitingQueue()
         self._pausing = Pausing(self, self._controller, desk)
@@ -145,7 +146,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             return super().schedule(throttle_prefills)
         if self._elastic is not None:
             self._elastic.before_step(time.monotonic())
-        if self._pause_state is PauseState.PAUSED_ALL:
+        if self._paused is PauseState.PAUSED_ALL:
             self._manager.stand_aside()
             self._quiet_work.forget()
             with self._pausing.left_out():
@@ -236,11 +237,30 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             self._recovery.tell_what_is_kept()
         return has_reset
 
+    def set_pause_state(self, pause_state: PauseState) -> None:
+        """vLLM's, but that no new request starts (`PAUSED_NEW`) is seen to here: nobody is shown whom vLLM could start.
+
+        Parked requests are in mid-output and come back all the same, which vLLM's own scan would not let them, by rules
+        that are not the same in all its releases.
+        """
+        self._paused = pause_state
+        if self._is_active and pause_state is PauseState.PAUSED_NEW:
+            logger.info("setting pause state to PAUSED_NEW: nobody new starts, parked requests come back")
+            if super().pause_state is PauseState.UNPAUSED:
+                return
+            pause_state = PauseState.UNPAUSED
+        super().set_pause_state(pause_state)
+
+    @property
+    def pause_state(self) -> PauseState:
+        return self._paused if self._is_active else super().pause_state
+
     def get_num_unfinished_requests(self) -> int:
         """Parked requests are in mid-output: a pause that waits for running requests waits for them too."""
+        if self._is_active and self._paused is PauseState.PAUSED_NEW:
+            holding = len(self.kv_holding_waiting) - self.num_waiting_for_streaming_input
+            return len(self.running) + holding + self._controller.num_parked
         num_unfinished: int = super().get_num_unfinished_requests()
-        if self._is_active and self._pause_state is PauseState.PAUSED_NEW:
-            num_unfinished += self._controller.num_parked
         return num_unfinished
 
     def shutdown(self) -> None:
@@ -284,12 +304,10 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             self._elastic.all_ended()
         return ended
 
-    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:  # noqa: FBT001, FBT002
-        """Every way out passes here: finished, aborted, refused."""
-        if self._is_active:
-            self._recovery.leaves(request)
-            self._arrivals.untrack(request)
-        return super()._free_request(request, delay_free_blocks)
+    def _leaves(self, request: Request) -> None:
+        """Every way out passes here, before the request's blocks are free: finished, aborted, refused."""
+        self._recovery.leaves(request)
+        self._arrivals.untrack(request)
 
 
 class LayerKVScheduler(LayerKVSchedulerMixin, Scheduler):

@@ -42,7 +42,10 @@ class SchedulerView(Protocol):
     failed_recving_kv_req_ids: set[str]
     prev_step_scheduled_req_ids: set[str]
     reset_preempted_req_ids: set[str]
-    _pause_state: PauseState
+
+    @property
+    def pause_state(self) -> PauseState: ...
+
     _inflight_prefills: Any
 
     def finish_requests(self, request_ids: Any, finished_status: RequestStatus) -> list[Request]: ...

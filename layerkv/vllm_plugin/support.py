@@ -214,6 +214,12 @@ def _scheduler_problems(c: VllmConfig) -> Iterable[Unsupported]:
         yield Unsupported(
             f"scheduler class {scheduler.scheduler_cls!r}", "layerkv brings its own", "leave out --scheduler-cls"
         )
+    if scheduler.prefill_schedule_interval > 1:
+        yield Unsupported(
+            f"--prefill-schedule-interval {scheduler.prefill_schedule_interval}",
+            "it would hold back prompts that the policy starts in this step",
+            "leave out --prefill-schedule-interval",
+        )
     if scheduler.watermark > 0:
         yield Unsupported(
             f"--watermark {scheduler.watermark:g}", "the forecast keeps the pool's headroom", "leave out --watermark"

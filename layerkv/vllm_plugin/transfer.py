@@ -21,7 +21,7 @@ def extra_config_for_us(transfer: KVTransferConfig | Mapping[str, Any] | None) -
     """Our part of what a user asked for, also where another connector is to hold ours; None if nobody asked."""
     if transfer is None:
         return None
-    raw = transfer if isinstance(transfer, Mapping) else vars(transfer)
+    raw: Mapping[str, Any] = transfer if isinstance(transfer, Mapping) else vars(transfer)
     extra_config: dict[str, Any] = raw.get(_EXTRA) or {}
     if raw.get("kv_connector") == CONNECTOR:
         return extra_config

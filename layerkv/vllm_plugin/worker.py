@@ -112,6 +112,7 @@ class LayerKVWorkerMixin(_VLLMWorker):
             return (
                 "the model's attention layers differ in KV shape, which layerkv does not support yet: use another model"
             )
-        if getattr(self.model_runner, "shared_kv_cache_layers", None):
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers):  # not all layers have KV
             return "layers that share another layer's KV are not supported by layerkv yet: use another model"
         return None

@@ -269,6 +269,13 @@ def test_an_absent_or_unsupported_vllm_is_a_problem_before_it_is_imported(versio
     assert "install" in check.advice
 
 
+@pytest.mark.usefixtures("vllm")
+def test_a_vllm_that_was_not_tested_is_noted_and_looked_at() -> None:
+    found = doctor._check_vllm("0.99.0")
+    assert verdicts(found) == {"vLLM": "note", "vLLM platform": "ok", "vLLM surfaces": "ok"}
+    assert "set allow_untested_vllm" in found[0].found
+
+
 def test_a_platform_without_a_worker_of_ours_is_a_problem(vllm: ModuleType) -> None:
     vllm.current_platform = SimpleNamespace(device_type="tpu")  # type: ignore[attr-defined]
     found = doctor._check_vllm(compat.SUPPORTED_VLLM[-1])

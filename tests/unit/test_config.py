@@ -439,16 +439,16 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
         (
             {"lane": 1},
             ".lane: found an unknown key; expected one of policy, host_memory, lanes, retained_layers, zone_tokens, "
-            "mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts, kv_floor, kv_ceiling, "
-            "idle_after, broker, weight, allow_untested_elastic_cuda, compare; did you mean "
+            "mode, on_unsupported, allow_untested_vllm, cost_profile, decision_log, host_prefix_cache, long_contexts, "
+            "kv_floor, kv_ceiling, idle_after, broker, weight, allow_untested_elastic_cuda, compare; did you mean "
             "lanes?",
         ),
         (
             {"host-memory": 1},
             "['host-memory']: found an unknown key; expected one of policy, host_memory, lanes, "
-            "retained_layers, zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, "
-            "long_contexts, kv_floor, kv_ceiling, idle_after, broker, weight, allow_untested_elastic_cuda, compare; "
-            "did you mean host_memory?",
+            "retained_layers, zone_tokens, mode, on_unsupported, allow_untested_vllm, cost_profile, decision_log, "
+            "host_prefix_cache, long_contexts, kv_floor, kv_ceiling, idle_after, broker, weight, "
+            "allow_untested_elastic_cuda, compare; did you mean host_memory?",
         ),
         ({"lanes": 0}, ".lanes: found 0; expected a whole number of lanes, 1 or more; set lanes to 1, say"),
         (
@@ -530,8 +530,8 @@ def test_null_leaves_the_choice_to_layerkv(key: str) -> None:
         (
             "slo.yaml",
             ": found 'slo.yaml'; expected a mapping with the keys policy, host_memory, lanes, retained_layers, "
-            "zone_tokens, mode, on_unsupported, cost_profile, decision_log, host_prefix_cache, long_contexts, "
-            "kv_floor, kv_ceiling, idle_after, broker, weight, allow_untested_elastic_cuda, compare",
+            "zone_tokens, mode, on_unsupported, allow_untested_vllm, cost_profile, decision_log, host_prefix_cache, "
+            "long_contexts, kv_floor, kv_ceiling, idle_after, broker, weight, allow_untested_elastic_cuda, compare",
         ),
     ],
 )

@@ -48,6 +48,7 @@ FACTS = {
     "sim/run.py": {"SCHEMA"},
     "sim/sharing_run.py": {"SCHEMA"},
     "sim/workload_config.py": {"_NOT_EMPTY"},
+    "vllm_plugin/compat.py": {"_WITHOUT_TAGS"},
     "vllm_plugin/kv_events.py": {"_GROUP"},
     "vllm_plugin/prefix_hits.py": {"_GROUP"},
 }

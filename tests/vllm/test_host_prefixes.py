@@ -47,6 +47,8 @@ def metrics():
         ",".join([metric.name, *(v for k, v in metric.labels.items() if k not in of_vllm)]): metric.value
         for metric in llm.get_metrics() if hasattr(metric, "value")
     }
+    by_source, hits = "vllm:prompt_tokens_cached_by_source,host", "vllm:external_prefix_cache_hits"
+    read.setdefault(by_source, read.get(hits, 0))  # since vLLM 0.32
     if spec["engine"].get("kv_transfer_config"):
         ledger = core.scheduler.connector.scheduler_side.ledger
         counters = ledger.counters

@@ -169,8 +169,12 @@ def configs(model: Path, pool_blocks: int, host_blocks: int, *, publishes: bool)
     from vllm.config import KVEventsConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
     from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    try:
+        from vllm.v1.core.kv_cache_planning import get_kv_cache_configs
+    except ImportError:  # before 0.33
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
     from layerkv.core.geometry import geometry_for_memory
     from layerkv.vllm_plugin.host_memory import WorkerMemory

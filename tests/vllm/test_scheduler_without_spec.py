@@ -25,8 +25,15 @@ class Stock:
     def finish_requests(self, *args: Any) -> Any:
         return ("finish_requests", *args)
 
-    def _free_request(self, *args: Any) -> Any:
-        return ("_free_request", *args)
+    def set_pause_state(self, *args: Any) -> Any:
+        self.told = args
+
+    @property
+    def pause_state(self) -> Any:
+        return ("pause_state", *self.told)
+
+    def get_num_unfinished_requests(self) -> Any:
+        return ("get_num_unfinished_requests",)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +43,7 @@ class Stock:
         ("update_from_output", ("scheduled", SimpleNamespace(kv_connector_output=None))),
         ("reset_prefix_cache", (True, False)),
         ("finish_requests", ("a", "aborted")),
-        ("_free_request", ("a", False)),
+        ("get_num_unfinished_requests", ()),
     ],
 )
 def test_a_scheduler_without_our_spec_does_what_vllm_does(name: str, args: tuple[Any, ...]) -> None:
@@ -46,3 +53,15 @@ def test_a_scheduler_without_our_spec_does_what_vllm_does(name: str, args: tuple
     scheduler = object.__new__(type("Passthrough", (LayerKVSchedulerMixin, Stock), {}))
     scheduler._is_active = False
     assert getattr(scheduler, name)(*args) == (name, *args)
+
+
+def test_a_pause_without_our_spec_is_vllms() -> None:
+    from vllm.v1.core.sched.interface import PauseState
+
+    from layerkv.vllm_plugin.scheduler import LayerKVSchedulerMixin
+
+    scheduler = object.__new__(type("Passthrough", (LayerKVSchedulerMixin, Stock), {}))
+    scheduler._is_active = False
+    scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    assert scheduler.pause_state == ("pause_state", PauseState.PAUSED_NEW)
+    assert scheduler.get_num_unfinished_requests() == ("get_num_unfinished_requests",)

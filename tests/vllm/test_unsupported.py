@@ -9,11 +9,13 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from layerkv.errors import ConfigError, IncompatibleVLLMError
+from layerkv.vllm_plugin.our_classes import OUR_WORKERS
 from tests.vllm.engines_in_turn import Case, Turns, flag, prompt, run_in_turn
 from tests.vllm.forked import Forks
 from tests.vllm.server.served import START_LIMIT_S, free_port, vllm_serve
@@ -189,21 +191,60 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(
     check_sentence(str(refused.value), what, "use a")
 
 
+def test_layers_that_share_kv_are_refused_on_either_model_runner() -> None:
+    """By what the layers say: only one of vLLM's model runners knows by itself."""
+    import torch
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from layerkv.vllm_plugin.worker import LayerKVWorkerMixin
+
+    worker = object.__new__(LayerKVWorkerMixin)
+    own, shares = SimpleNamespace(kv_sharing_target_layer_name=None), SimpleNamespace(kv_sharing_target_layer_name="a")
+    specs: dict[str, Any] = {"a": FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=8, dtype=torch.float32)}
+    for layers, is_refused in (({"a": own, "moe": object()}, False), ({"a": own, "b": shares}, True)):
+        worker.vllm_config = SimpleNamespace(  # type: ignore[assignment]
+            compilation_config=SimpleNamespace(static_forward_context=layers)
+        )
+        problem = worker._unsupported_layers(specs)
+        assert (problem is not None and "share another layer's KV" in problem) == is_refused
+
+
 # Another vLLM --------------------------------------------------------------------------------------------------------
 
 
-def test_an_unsupported_vllm_is_refused_by_its_version(
-    small_engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm import __version__
-
-    monkeypatch.setattr("layerkv.vllm_plugin.compat.SUPPORTED_VLLM", ("0.31.0", "0.31.1"))
+def test_an_older_vllm_is_refused_by_its_version(small_engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.30.1")
     with pytest.raises(IncompatibleVLLMError) as refused:
         config_of(small_engine)
     sentence = str(refused.value)
     assert "\n" not in sentence
-    for part in (__version__, "0.31.0, 0.31.1", "install vllm==0.31.1", '"on_unsupported": "passthrough"'):
+    for part in ("0.30.1", "0.31 to 0.33", "install vllm>=0.31,<0.34", '"on_unsupported": "passthrough"'):
         assert part in sentence
+
+
+def test_a_newer_vllm_is_refused_unless_it_is_allowed_and_then_warned_of_once(
+    small_engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.34.0rc1")
+    with pytest.raises(IncompatibleVLLMError, match='set "allow_untested_vllm": true'):
+        config_of(small_engine)
+    warnings: list[str] = []
+    monkeypatch.setattr("layerkv.vllm_plugin.activate.logger.warning", lambda text, *args: warnings.append(text % args))
+    config = config_of(small_engine, kv_transfer_config=flag(allow_untested_vllm=True))
+    assert config.parallel_config.worker_cls == OUR_WORKERS["cpu"]
+    [warning] = warnings
+    assert warning.startswith("vLLM 0.34.0rc1 was not tested with this layerkv")
+
+
+def test_a_newer_vllm_that_lost_something_is_refused_though_it_is_allowed(
+    small_engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    monkeypatch.setattr("vllm.__version__", "0.34.0")
+    monkeypatch.delattr(KVCacheManager, "get_block_ids")
+    with pytest.raises(IncompatibleVLLMError, match=r"KVCacheManager\.get_block_ids is missing"):
+        config_of(small_engine, kv_transfer_config=flag(allow_untested_vllm=True))
 
 
 def test_a_vllm_that_lost_what_layerkv_stands_on_is_refused_by_naming_it(
@@ -215,13 +256,13 @@ def test_a_vllm_that_lost_what_layerkv_stands_on_is_refused_by_naming_it(
     with pytest.raises(IncompatibleVLLMError) as refused:
         config_of(small_engine)
     assert "vllm.v1.core.kv_cache_manager.KVCacheManager.get_block_ids is missing" in str(refused.value)
-    assert "install vllm==" in str(refused.value)
+    assert "install vllm>=0.31,<0.34" in str(refused.value)
 
 
 def test_passthrough_runs_an_unsupported_vllm_without_layerkv(
     small_engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("layerkv.vllm_plugin.compat.SUPPORTED_VLLM", ("0.31.0",))
+    monkeypatch.setattr("vllm.__version__", "0.30.1")
     config = config_of(small_engine, on_unsupported="passthrough")
     assert config.kv_transfer_config is None
     assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"

@@ -213,6 +213,7 @@ def test_a_pause_waits_for_one_that_is_away(tiny_model: Path, ahead: bool) -> No
     engine.held.clear()
     scheduler = engine.scheduler
     scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    assert scheduler.pause_state is PauseState.PAUSED_NEW
     engine.add("new", tokens(2, 20), max_tokens=3)
     for _ in range(100):
         if not scheduler.get_num_unfinished_requests():
@@ -221,6 +222,7 @@ def test_a_pause_waits_for_one_that_is_away(tiny_model: Path, ahead: bool) -> No
     assert len(engine.tokens["long"]) == 30
     assert not engine.tokens["new"]
     scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert scheduler.pause_state is PauseState.UNPAUSED
     engine.run()
 
 
