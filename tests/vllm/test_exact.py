@@ -7,6 +7,7 @@ stock vLLM with KV memory for everything, whose tokens depend on the prompt alon
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -173,7 +174,8 @@ def spec_of(setting: Setting, model: Path, folder: Path) -> dict[str, Any]:
         policy_path.write_text(setting.policy)
         extra["policy"] = str(policy_path)
     if setting.has_broker:
-        extra["broker"] = str(folder / f"{setting.name}.sock")
+        # A socket's path has 108 bytes at most.
+        extra["broker"] = str(folder.parent / f"{zlib.crc32(setting.name.encode()):x}.sock")
     connector = {"kv_connector": "LayerKVConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     return {
         "engine_args": {**engine_args(model), **setting.engine, "kv_transfer_config": connector},
