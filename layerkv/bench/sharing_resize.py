@@ -40,7 +40,7 @@ ROUNDS = 16
 MODEL = "test"
 RUNNING, PROMPT_TOKENS, OUTPUT_TOKENS, MAX_MODEL_LEN = 16, 32, 1200, 1280
 CEILING_BYTES = 1152 << 20
-NUM_MOVES, CALM_STEPS = 24, 20
+NUM_MOVES, CALM_STEPS = 12, 20
 ENGINE = (sys.executable, "-m", "layerkv.bench.sharing_steps")
 
 

@@ -52,11 +52,15 @@ class SwingRun(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Swing:
-    """Chooses in the place of :func:`layerkv.scheduler.elastic.resize`. `has_acted` until somebody sets it back."""
+    """Chooses in the place of :func:`layerkv.scheduler.elastic.resize`.
+
+    `has_acted` and `is_settled` say whether it moved something, and at its last look found nothing to move, since
+    somebody set them back: the pool is looked at in every step only while something moves.
+    """
 
     def __init__(self) -> None:
         self.grows = True
-        self.has_acted = False
+        self.has_acted = self.is_settled = False
 
     def __call__(self, pool: PoolView) -> Resize:
         """All that may be held, or all segments gone that nobody uses."""
@@ -65,7 +69,8 @@ class Swing:
         else:
             empty = [segment for segment, num_used in pool.in_service if not num_used]
             decided = Resize(leave=tuple(empty[KEPT:][-MOST_LEAVING:]))
-        self.has_acted |= bool(decided.arrive or decided.leave)
+        self.is_settled = not (decided.arrive or decided.leave)
+        self.has_acted |= not self.is_settled
         return decided
 
 
@@ -76,12 +81,13 @@ def watch_move(swing: Swing, step: Callable[[], float], is_moving: Callable[[], 
         LayerKVError: nothing moved, or it does not end.
     """
     moving_s: list[float] = []
+    swing.is_settled = False
     for _ in range(MOST_STEPS):
         swing.has_acted = False
         step_s = step()
         if swing.has_acted or is_moving():
             moving_s.append(step_s)
-        elif moving_s:
+        elif moving_s and swing.is_settled:
             return moving_s
     raise LayerKVError(
         f"a pool that {'grows' if swing.grows else 'shrinks'} was not at its end after {MOST_STEPS} steps "

@@ -390,12 +390,19 @@ def test_a_pool_swings_between_all_segments_and_those_in_use_and_one() -> None:
     swing.has_acted = False
     swing(POOL._replace(in_service=POOL.in_service[:3]))
     assert not swing.has_acted
+    assert swing.is_settled
 
 
 def test_steps_of_a_move_are_those_in_which_something_moves() -> None:
-    swing, seconds = Swing(), iter([0.1, 0.2, 0.3, 0.4, 0.5])
-    moving = iter([False, True, True, False])
-    assert watch_move(swing, lambda: next(seconds), lambda: next(moving)) == [0.2, 0.3]
+    swing, seconds = Swing(), iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    moving = iter([False, True, False, True, False])
+
+    def step() -> float:
+        step_s = next(seconds)
+        swing.is_settled = step_s > 0.4  # between two batches nobody has looked yet
+        return step_s
+
+    assert watch_move(swing, step, lambda: next(moving)) == [0.2, 0.4]
     with pytest.raises(LayerKVError, match=f"not at its end after {MOST_STEPS} steps"):
         watch_move(swing, lambda: 0.1, lambda: True)
 
