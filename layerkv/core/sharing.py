@@ -6,8 +6,13 @@ The same division serves device memory and host memory. All sizes are bytes; eac
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+RATE_MEMORY_S = 60.0
+"""How far back tokens count in an engine's rate. Not measured: taken from Prism's KVPR (arXiv 2505.04021), which is
+over a window of that length."""
 
 LEAST_WEIGHT = 1e-9
 """Weight of an engine that makes no tokens. Derived: any number above zero, so that it comes after all that do."""
@@ -42,6 +47,30 @@ class Wish:
         """So many bytes in whole segments, rounded up, but never above the ceiling."""
         segments = min(-(-num_bytes // self.segment_bytes), self.ceiling // self.segment_bytes)
         return max(segments, 0) * self.segment_bytes
+
+
+class TokenRate:
+    """Tokens per second of the time in which an engine has requests; what is longer ago counts less.
+
+    Over all time, an engine that a burst has just woken would have next to none for a minute, and get its memory last.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = self._busy_s = self._seen_s = 0.0
+        self._was_busy = False
+
+    def note(self, num_tokens: int, now_s: float, *, is_busy: bool) -> None:
+        """So many tokens since the last call, whose word on whether there are requests holds until this one."""
+        seconds = max(now_s - self._seen_s, 0.0)
+        left = math.exp(-seconds / RATE_MEMORY_S)
+        self._tokens = self._tokens * left + num_tokens
+        self._busy_s = self._busy_s * left + (seconds if self._was_busy else 0.0)
+        self._seen_s, self._was_busy = now_s, is_busy
+
+    @property
+    def per_s(self) -> float:
+        """Tokens per second; 0 before any time has been spent."""
+        return self._tokens / self._busy_s if self._busy_s > 0 else 0.0
 
 
 def token_pressure(token_rate: float, token_bytes: int, tpot_s: float, weight: float = 1.0) -> float:

@@ -10,12 +10,11 @@ a host link that engines share, host memory that moves between them.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from layerkv.core.sharing import Wish, token_pressure
+from layerkv.core.sharing import TokenRate, Wish, token_pressure
 from layerkv.core.sharing_ledger import SharingLedger
 from layerkv.sim.engine import VirtualEngine
 from layerkv.sim.outcome import SimOutcome
@@ -23,9 +22,6 @@ from layerkv.sim.outcome import SimOutcome
 SETTLE_EVERY_S = 0.1
 """Seconds between divisions while nobody asks for more, and at most between two looks of an engine at its limit.
 Derived: the broker's own (``broker/server.py``)."""
-
-RATE_WINDOW_S = 60.0
-"""Seconds over which an engine's token rate is taken. Not measured: taken from Prism (arXiv 2505.04021)."""
 
 
 @dataclass(slots=True)
@@ -50,7 +46,8 @@ class Member:
     tpot_s: float
     weight: float = 1.0
     peak_bytes: int = 0
-    _with_kv: deque[tuple[float, int]] = field(default_factory=lambda: deque([(0.0, 0)]))
+    _num_with_kv: int = 0
+    _rate: TokenRate = field(default_factory=TokenRate)
 
     @property
     def segment_bytes(self) -> int:
@@ -73,8 +70,10 @@ class Member:
         need = max(engine.num_needed(), 1)
         stuck = max(self._segments(engine.num_used - engine.num_that_could_leave()), 1)
         can_leave = min(self._segments(engine.num_in_service), self._segments(need)) - stuck
-        rate = self._token_rate(now_s)
+        self._rate.note(engine.num_with_kv - self._num_with_kv, now_s, is_busy=not self.is_idle)
+        self._num_with_kv = engine.num_with_kv
         token_bytes = block_bytes // engine.geometry.block_tokens
+        pressure = token_pressure(self._rate.per_s, token_bytes, self.tpot_s, self.weight)
         return Wish(
             segment_bytes=self.segment_bytes,
             floor=self.floor_bytes,
@@ -82,7 +81,7 @@ class Member:
             held=self.held_bytes,
             need=need * block_bytes,
             can_leave=max(can_leave, 0) * self.segment_bytes,
-            weight=token_pressure(rate, token_bytes, self.tpot_s, self.weight) if is_weighted else self.weight,
+            weight=pressure if is_weighted else self.weight,
         )
 
     def hold(self, num_bytes: int) -> None:
@@ -92,15 +91,6 @@ class Member:
 
     def _segments(self, num_blocks: int) -> int:
         return -(-num_blocks // self.segment_blocks)
-
-    def _token_rate(self, now_s: float) -> float:
-        seen = self._with_kv
-        if now_s - seen[-1][0] >= 1.0:
-            seen.append((now_s, self.engine.num_with_kv))
-        while len(seen) > 1 and seen[1][0] <= now_s - RATE_WINDOW_S:
-            seen.popleft()
-        since_s, tokens = seen[0]
-        return (self.engine.num_with_kv - tokens) / max(now_s - since_s, 1.0)
 
 
 class Memory(Protocol):

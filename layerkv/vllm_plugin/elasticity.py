@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 
 from layerkv.core.segments import SegmentMoves, SegmentState, SegmentTable
+from layerkv.core.sharing import TokenRate
 from layerkv.scheduler.elastic import GROWTH_TOKENS, PoolView, Resize, resize
 from layerkv.vllm_plugin.host_elasticity import HostElasticity
 from layerkv.vllm_plugin.memory_share import BrokerShare, HostTerms, OwnShare, Share
@@ -42,10 +43,6 @@ request that comes waits as long at most."""
 
 RETRY_S = 1.0
 """Seconds without growth after memory that may be held was not there. Not measured: chosen by judgement."""
-
-RATE_MEMORY_S = 60.0
-"""How far back tokens count in the rate that the broker is told. Not measured: taken from Prism's KVPR, which is over a
-window of that length."""
 
 
 class Elasticity:
@@ -92,7 +89,7 @@ class Elasticity:
         self._idle_wait_s = IDLE_WAIT_S if scheduler.vllm_config.parallel_config.data_parallel_size == 1 else 0.0
         self._grows_from_s = -math.inf
         self._num_tokens = 0
-        self._token_rate = 0.0
+        self._rate = TokenRate()
         self.vacating: Mapping[str, int] = {}
         """Running requests with blocks in segments that leave, and how many."""
         self.owed_blocks = 0
@@ -130,6 +127,8 @@ class Elasticity:
     def before_step(self, now_s: float) -> None:
         """Before anything is decided: what the pool is in this step. Nothing waits for the broker."""
         is_busy = self._is_busy()
+        self._rate.note(self._num_tokens, now_s, is_busy=is_busy)
+        self._num_tokens = 0
         if is_busy:
             self._busy_s = now_s
         if self.host is not None:  # first: who is to be parked needs room there
@@ -329,10 +328,6 @@ class Elasticity:
         is_more = self._asked is None or decided.need > self._asked[0]
         if not (is_more or at_once or now_s - self._asked_s >= LOOK_EVERY_S):
             return
-        if (seconds := now_s - self._asked_s) > 0:
-            share = 1 - math.exp(-seconds / RATE_MEMORY_S)
-            self._token_rate += (self._num_tokens / seconds - self._token_rate) * share
-            self._num_tokens = 0
         self._is_told_idle = at_once or (self._is_told_idle and asks == self._asked)
         self._asked_s, self._asked = now_s, asks
         slo = self._controller.policy.classes[self._controller.policy.default_class]
@@ -340,7 +335,7 @@ class Elasticity:
             need=decided.need,
             like=decided.like,
             can_leave=decided.can_leave,
-            token_rate=self._token_rate,
+            token_rate=self._rate.per_s,
             tpot_s=slo.tpot_s if slo.tpot_s < math.inf else 1.0,
         )
 
