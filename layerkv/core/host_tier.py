@@ -261,7 +261,7 @@ class HostTier:
 
     def newest_in(self) -> dict[int, int]:
         """For each segment that caches prefixes which could give way, how late the most recently used of them would."""
-        return {self._layout.segment_of(block): place for place, block in enumerate(self._evictable)}
+        return {self._layout.segment_of(block): place for place, block in enumerate((*self._evictable, *self._pinned))}
 
     def check(self) -> None:
         """Assert that every block is in one state (tests call it after every operation)."""

@@ -64,13 +64,13 @@ class TokenRate:
         seconds = max(now_s - self._seen_s, 0.0)
         left = math.exp(-seconds / RATE_MEMORY_S)
         self._tokens = self._tokens * left + num_tokens
-        self._busy_s = self._busy_s * left + (seconds if self._was_busy else 0.0)
+        self._busy_s = self._busy_s * left + (RATE_MEMORY_S * (1 - left) if self._was_busy else 0.0)
         self._seen_s, self._was_busy = now_s, is_busy
 
     @property
     def per_s(self) -> float:
-        """Tokens per second; 0 before any time has been spent."""
-        return self._tokens / self._busy_s if self._busy_s > 0 else 0.0
+        """Tokens per second; of less than a second as if it had been one: what has just begun says little yet."""
+        return self._tokens / max(self._busy_s, 1.0)
 
 
 def token_pressure(token_rate: float, token_bytes: int, tpot_s: float, weight: float = 1.0) -> float:

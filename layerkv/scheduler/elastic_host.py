@@ -31,6 +31,7 @@ class HostView(NamedTuple):
         cached_blocks: Blocks that cache prefixes and belong to no request.
         wanted_blocks: Blocks that residents would take if they were parked, and waiting prompts if they ran layered.
         is_idle: Whether nobody has used the engine for so long that it gives memory back.
+        used_segments: Segments in service that hold or cache anything, the first among them; only asked for when idle.
     """
 
     segment_blocks: int
@@ -43,6 +44,7 @@ class HostView(NamedTuple):
     cached_blocks: int
     wanted_blocks: int
     is_idle: bool
+    used_segments: int = 0
 
 
 class HostResize(NamedTuple):
@@ -70,6 +72,11 @@ class HostSegment(NamedTuple):
     num_copied: int
     newest: int
 
+    @property
+    def is_used(self) -> bool:
+        """Whether it holds or caches anything."""
+        return self.num_kept > 0 or self.num_copied > 0 or self.newest >= 0
+
 
 def resize_host(host: HostView) -> HostResize:
     """How many segments should be in service before one step.
@@ -80,7 +87,7 @@ def resize_host(host: HostView) -> HostResize:
     need = _within(host.kept_blocks if host.is_idle else host.kept_blocks + host.wanted_blocks, host)
     stuck = _within(host.kept_blocks, host)
     if host.is_idle:
-        of_use = _within(host.kept_blocks + host.cached_blocks, host)
+        of_use = max(_within(host.kept_blocks + host.cached_blocks, host), host.used_segments)  # none of them is full
         target = max(min(of_use, host.floor), need)
     else:
         of_use = _within(host.kept_blocks + host.wanted_blocks + host.cached_blocks, host)

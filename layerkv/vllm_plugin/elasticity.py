@@ -126,16 +126,18 @@ class Elasticity:
 
     def before_step(self, now_s: float) -> None:
         """Before anything is decided: what the pool is in this step. Nothing waits for the broker."""
-        is_busy = self._is_busy()
-        self._rate.note(self._num_tokens, now_s, is_busy=is_busy)
+        has_requests = self._scheduler.get_num_unfinished_requests() > 0  # but for sessions between two turns
+        is_busy = has_requests or self._is_paused()  # a paused engine is not idle
+        self._rate.note(self._num_tokens, now_s, is_busy=has_requests)
         self._num_tokens = 0
         if is_busy:
             self._busy_s = now_s
+        is_resting = self._is_paused() and not has_requests
         if self.host is not None:  # first: who is to be parked needs room there
-            self.host.before_step(now_s, is_idle=now_s - self._busy_s >= self._idle_after_s)
+            is_idle = now_s - self._busy_s >= self._idle_after_s
+            self.host.before_step(now_s, is_idle=is_idle, is_resting=is_resting)
         limit, moves = self._share.limit(), self._ledger.residency.version
         is_fresh = limit == self._limit and now_s - self._looked_s < LOOK_EVERY_S
-        is_resting = self._is_paused() and not self._scheduler.get_num_unfinished_requests()
         self._is_told_resting = self._is_told_resting and is_resting
         if is_resting and not self._is_told_resting:
             is_fresh = False
@@ -184,13 +186,13 @@ class Elasticity:
         that sessions between two turns have blocks in, and has said so. A paused one gives back what it holds above its
         limit and nobody uses, and says that it keeps the rest: it cannot be woken, and whoever waits for it to be still
         would wait for ever for blocks that nobody gives up."""
-        if self.is_moving:
+        if self.is_moving or self._can_release() or (self.host is not None and self.host.can_release):
             return True
         if self._is_paused():
             return not self._is_told_resting
         if self.host is not None and self.host.has_work:
             return True
-        return len(self._table.all_in(SegmentState.MAPPED)) > 1 or self._can_release() or not self._is_told_idle
+        return len(self._table.all_in(SegmentState.MAPPED)) > 1 or not self._is_told_idle
 
     def all_ended(self) -> None:
         """All requests were ended at once, as the engine's end begins: it gives back at once what it can do without."""
@@ -216,10 +218,6 @@ class Elasticity:
             assert all(self._queue.is_empty(segment) for segment in self._table.all_in(state))
 
     # What is there -------------------------------------------------------------------------------------------
-
-    def _is_busy(self) -> bool:
-        """Whether it has requests, but for sessions between two turns; a paused engine is not idle."""
-        return self._is_paused() or self._scheduler.get_num_unfinished_requests() > 0
 
     def _is_paused(self) -> bool:
         return self._scheduler.pause_state is not PauseState.UNPAUSED
@@ -354,7 +352,8 @@ def elasticity_for(
     num_ranks = scheduler.vllm_config.parallel_config.tensor_parallel_size
     share: Share = OwnShare(sizes.plan.layout.num_segments)
     host: HostElasticity | None = None
-    if config.broker is not None and (host_sizes := side.host_sizes) is not None:
+    if config.broker is not None:
+        host_sizes = side.host_sizes
         share = of_broker = BrokerShare(  # all ranks' memory is one machine's
             Path(config.broker),
             title=scheduler.vllm_config.model_config.served_model_name or scheduler.vllm_config.model_config.model,
@@ -365,13 +364,16 @@ def elasticity_for(
             held=sizes.plan.num_mapped,
             token_bytes=max(sizes.geometry.block_bytes // sizes.geometry.block_tokens, 1) * num_ranks,
             weight=config.weight,
-            host=HostTerms(
+            host=None
+            if host_sizes is None
+            else HostTerms(
                 segment_bytes=host_sizes.segment_bytes * num_ranks,
                 floor=host_sizes.floor,
                 ceiling=host_sizes.layout.num_segments,
             ),
         )
-        host = HostElasticity(scheduler, side, manager, controller, desk, of_broker.host, num_ranks=num_ranks)
+        if of_broker.host is not None:
+            host = HostElasticity(scheduler, side, manager, controller, desk, of_broker.host, num_ranks=num_ranks)
     return Elasticity(
         scheduler,
         side,

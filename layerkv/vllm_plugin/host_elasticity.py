@@ -54,7 +54,7 @@ class HostElasticity:
         for segment in range(1, self._layout.num_segments):
             self._tier.withhold(segment)
         self._limit: int | None = -1
-        self._was_idle = False
+        self._was_idle = self._was_resting = False
         self._looked_s = -math.inf
         self._looked_at = -1  # the version of residencies then
         self._asked = HostResize(1, 1, 1, 0)
@@ -76,16 +76,22 @@ class HostElasticity:
         """Whether an engine that nobody uses must go on stepping: until it has given back and said what it is to."""
         return self._table.is_moving or not (self._was_idle and self._is_done)
 
-    def before_step(self, now_s: float, *, is_idle: bool) -> None:
+    def before_step(self, now_s: float, *, is_idle: bool, is_resting: bool) -> None:
         """Before anything is decided: what host memory is in this step. Nothing waits for the broker."""
         limit, moves = self._share.limit(), self._ledger.residency.version
-        is_fresh = (limit, is_idle) == (self._limit, self._was_idle) and now_s - self._looked_s < LOOK_EVERY_S
-        if is_fresh and self._is_done and not (self._can_release() or (moves != self._looked_at and self._is_short())):
+        state = limit, is_idle, is_resting
+        is_fresh = state == (self._limit, self._was_idle, self._was_resting) and now_s - self._looked_s < LOOK_EVERY_S
+        if is_fresh and self._is_done and not (self.can_release or (moves != self._looked_at and self._is_short())):
             return
-        self._looked_s, self._looked_at, self._limit, self._was_idle = now_s, moves, limit, is_idle
+        self._looked_s, self._looked_at = now_s, moves
+        self._limit, self._was_idle, self._was_resting = state
         decided = resize_host(self._view(is_idle=is_idle))
-        self._is_done = self._shrink(decided.target, parks_stay=is_idle)
-        self._grow(decided.target)
+        self._is_done = self._shrink(decided.target, parks_stay=is_idle or is_resting)
+        if is_resting:  # nobody is parked or let in, and it cannot be woken: what it keeps cannot leave
+            stays = self._table.num_held - len(self._table.all_in(SegmentState.RELEASING))
+            decided = decided._replace(need=stays, like=stays, can_leave=0)
+        else:
+            self._grow(decided.target)
         self._asked = decided
         self._share.ask(need=decided.need, like=decided.like, can_leave=decided.can_leave)
 
@@ -111,7 +117,8 @@ class HostElasticity:
 
     # What is there -------------------------------------------------------------------------------------------
 
-    def _can_release(self) -> bool:
+    @property
+    def can_release(self) -> bool:
         """Whether a segment that leaves has become empty."""
         return any(map(self._tier.is_empty, self._table.all_in(SegmentState.LEAVING)))
 
@@ -136,6 +143,7 @@ class HostElasticity:
             cached_blocks=tier.num_free - tier.num_loose,
             wanted_blocks=0 if is_idle else self._wanted_blocks(),
             is_idle=is_idle,
+            used_segments=1 + sum(its.is_used for its in self._in_service()) if is_idle else 0,
         )
 
     def _wanted_blocks(self) -> int:

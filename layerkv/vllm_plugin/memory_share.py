@@ -137,19 +137,20 @@ class BrokerShare:
         held: int,
         token_bytes: int,
         weight: float,
-        host: HostTerms,
+        host: HostTerms | None,
         timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self._segment_bytes = segment_bytes
         self._zone_segments = -(-zone_bytes // segment_bytes)
         terms: dict[Resource, Terms] = {
             "device": Terms(segment_bytes=segment_bytes, floor=self._bytes(floor), ceiling=self._bytes(ceiling)),
-            "host": Terms(
+        }
+        if host is not None:
+            terms["host"] = Terms(
                 segment_bytes=host.segment_bytes,
                 floor=host.floor * host.segment_bytes,
                 ceiling=host.ceiling * host.segment_bytes,
-            ),
-        }
+            )
         introduction = Introduction(
             engine=uuid.uuid4().hex,
             title=title,
@@ -162,12 +163,13 @@ class BrokerShare:
         self._wants_since_s: float | None = None
         self._has_told = False
         self._client = BrokerClient(path, introduction)
-        self.host = BrokerHostShare(self._client, host.segment_bytes)
+        self.host = None if host is None else BrokerHostShare(self._client, host.segment_bytes)
         try:
             self._client.wait_for(self._bytes(floor), timeout_s)
             self._client.try_hold(self._bytes(held))
-            self._client.wait_for(terms["host"].floor, timeout_s, "host")
-            self.host.try_hold(1)
+            if self.host is not None:
+                self._client.wait_for(terms["host"].floor, timeout_s, "host")
+                self.host.try_hold(1)
         except BaseException:
             self._client.close()
             raise

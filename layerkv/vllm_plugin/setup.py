@@ -116,7 +116,7 @@ def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVC
         assert elastic.plan == spec.segments, "scheduler and workers divide the pool alike"
         assert elastic.geometry.total_blocks == kv_cache_config.num_blocks, "vLLM was given the ceiling"
         host_blocks = host_blocks_per_worker(vllm_config, config, elastic.geometry_to_fit, spec.memory)
-        if elastic.is_alone:
+        if elastic.is_alone or vllm_config.device_config.device_type != "cpu":  # what is pinned stays
             return Setup(elastic.geometry, host_blocks, elastic)
         host = host_sizes(elastic.geometry, host_blocks, request.longest_tokens)
         return Setup(elastic.geometry, host.num_blocks, elastic, host)

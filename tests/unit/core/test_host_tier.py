@@ -358,3 +358,13 @@ class AnyUse(RuleBasedStateMachine):
 
 
 TestAnyUse = AnyUse.TestCase
+
+
+def test_prefixes_that_were_just_kept_do_not_give_way_first():
+    tier = HostTier(12, SegmentLayout(4, 3))
+    blocks = tier.take(12)
+    tier.keep(blocks[4:8], ["a", "b", "c", "d"])
+    tier.unpin()
+    tier.keep(blocks[8:12], ["e", "f", "g", "h"])  # of a request that has just ended: pinned until the next plan
+    newest = tier.newest_in()
+    assert newest[1] < newest[2]
