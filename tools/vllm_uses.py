@@ -1,5 +1,5 @@
 """What layerkv uses of vLLM, read from its own source: names that it imports, members of vLLM's objects that it reads,
-sets, calls or overrides, and parameters that it passes by name.
+sets, calls or overrides, parameters that it passes, and what its overrides take.
 
 ``python tools/vllm_uses.py --write`` writes ``layerkv/vllm_plugin/surfaces.py``, which is checked when an engine
 starts; without the flag it says whether that is what is used. vLLM need not be importable: its source is read for one
@@ -47,6 +47,7 @@ HOMES = {
     "DeviceConfig": "vllm.config",
     "CompilationConfig": "vllm.config",
     "AuxOutputConfig": "vllm.config",
+    "Attention": "vllm.model_executor.layers.attention.attention",
     "KVTransferConfig": "vllm.config",
     "LoRARequest": "vllm.lora.request",
     "KVCacheManager": "vllm.v1.core.kv_cache_manager",
@@ -77,6 +78,7 @@ TYPES = {
     "lora_config=LoRAConfig "
     "kv_cache_manager=KVCacheManager waiting=RequestQueue kv_holding_waiting=RequestQueue deferred_waiting=*Request "
     "_inflight_prefills=*Request running=*Request requests=*Request",
+    "CompilationConfig": "static_forward_context=*Attention",
     "Worker": "vllm_config=VllmConfig",
     "KVCacheManager": "block_pool=BlockPool coordinator=KVCacheCoordinator",
     "FullAttentionManager": "block_pool=BlockPool req_to_blocks=**KVCacheBlock",
@@ -108,6 +110,7 @@ class Uses:
         self.names: defaultdict[str, set[str]] = defaultdict(set)
         self.members: defaultdict[str, set[str]] = defaultdict(set)
         self.parameters: defaultdict[str, set[str]] = defaultdict(set)
+        self.overrides: dict[str, list[str]] = {}
 
     def tables(self) -> dict[str, dict[str, list[str]]]:
         """What is written, without what only some releases have."""
@@ -115,6 +118,7 @@ class Uses:
         for title, table in (("NAMES", self.names), ("MEMBERS", self.members), ("PARAMETERS", self.parameters)):
             kept = {path: sorted(n for n in names if f"{path}.{n}" not in NOT_IN_ALL) for path, names in table.items()}
             found[title] = {path: kept[path] for path in sorted(kept) if kept[path] and path not in NOT_IN_ALL}
+        found["OVERRIDES"] = {path: self.overrides[path] for path in sorted(self.overrides) if path not in NOT_IN_ALL}
         return found
 
 
@@ -180,7 +184,7 @@ class Reader:
                 name = None
                 if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name) and each.value is None:
                     name = each.target.id
-                elif isinstance(each, ast.FunctionDef) and ast.unparse(each.body[-1]) == "...":
+                elif isinstance(each, ast.FunctionDef) and _is_declared_only(each):
                     name = each.name
                 is_theirs = found.name in MIXED_INTO or any(self._has(b, name or "") for b in self.vllm_bases_of(found))
                 if name is not None and is_theirs:
@@ -204,7 +208,16 @@ class Reader:
                         continue
                     if (theirs := self._vllm.member(found, node.name)) is not None:
                         self.uses.members[base].add(node.name)
-                        self.pass_by_name(f"{base}.{node.name}", _parameters(node) & _parameters(theirs.node))
+                        path = f"{base}.{node.name}"
+                        self._pass(path, set(_parameters(node)) & set(_parameters(theirs.node)))
+                        if not _is_declared_only(node) and not _is_property(node):
+                            self._override(path, node)
+
+    def _override(self, path: str, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        """Of several that override one method, what all of them take."""
+        takes, others = _signature(node), self.uses.overrides.get(path)
+        if others is None or _takes_less(takes, others):
+            self.uses.overrides[path] = takes
 
     def vllm_bases_of(self, each: _Class) -> list[str]:
         """Of a class of ours and of those of ours that it derives from."""
@@ -264,8 +277,16 @@ class Reader:
         found = None if self._vllm is None else self._vllm.find(path)
         return found is not None and self._vllm is not None and self._vllm.member(found, name) is not None
 
-    def pass_by_name(self, of: str, names: Iterable[str]) -> None:
-        """A function or class of vLLM's is called with these."""
+    def passes(self, of: str, node: ast.Call) -> None:
+        """A function, method or class of vLLM's is called: what it is passed, by name or at a place."""
+        self._pass(of, (each.arg for each in node.keywords if each.arg is not None))
+        found = None if self._vllm is None else self._vllm.find(of)
+        if found is not None:
+            is_star = [isinstance(each, ast.Starred) for each in node.args]
+            num_places = is_star.index(True) if True in is_star else len(is_star)
+            self._pass(of, _places(found.node)[:num_places])
+
+    def _pass(self, of: str, names: Iterable[str]) -> None:
         if self._records and (given := set(names)):
             self.uses.parameters[of].update(given)
 
@@ -448,13 +469,12 @@ class _Scope:
         args = [self.type_of(each) for each in node.args]
         for each in node.keywords:
             self.type_of(each.value)
-        keywords = [each.arg for each in node.keywords if each.arg is not None]
         reader = self._reader
         if isinstance(node.func, ast.Name) and node.func.id not in self._names:
             name = node.func.id
             path = reader._imported.get(name, "")
             if path.startswith("vllm."):
-                reader.pass_by_name(path, keywords)
+                reader.passes(path, node)
                 return path if name[:1].isupper() else None
             if name == "super" and self._of_class is not None:
                 bases = reader.vllm_bases_of(self._of_class)
@@ -463,11 +483,12 @@ class _Scope:
                 return args[0] if args else None
             if name in ("next", "min", "max"):
                 return _item(args[0]) if args else None
-            if name == "getattr" and len(node.args) == 2 and isinstance(node.args[1], ast.Constant):
+            if name == "getattr" and isinstance(node.args[1], ast.Constant):  # also one with a default: it would hide
                 return reader.attribute(args[0], str(node.args[1].value))
             if name == "replace" and args:
-                for keyword in keywords:
-                    reader.attribute(args[0], keyword)
+                for each in node.keywords:
+                    if each.arg is not None:
+                        reader.attribute(args[0], each.arg)
                 return args[0]
             return f":{name}" if name in reader.classes else None
         if not isinstance(node.func, ast.Attribute):
@@ -480,7 +501,7 @@ class _Scope:
             return _item(of) if method in ("get", "pop", "popleft", "setdefault") else None
         reader.attribute(of, method)
         if (owner := reader.owner(of, method)) is not None:
-            reader.pass_by_name(f"{owner}.{method}", keywords)
+            reader.passes(f"{owner}.{method}", node)
         return None
 
 
@@ -526,11 +547,40 @@ def _runtime_imports(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{each.name}" for each in node.names)
 
 
-def _parameters(node: ast.AST) -> set[str]:
+def _parameters(node: ast.AST) -> list[str]:
     """Names of what a function takes, but for itself."""
+    by_name = node.args.kwonlyargs if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else []
+    return [*_places(node), *(each.arg for each in by_name)]
+
+
+def _places(node: ast.AST) -> list[str]:
+    """Names of what a function takes by its place, but for itself."""
     if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return set()
-    return {each.arg for each in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)} - {"self", "cls"}
+        return []
+    return [each.arg for each in (*node.args.posonlyargs, *node.args.args) if each.arg not in ("self", "cls")]
+
+
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """What a function takes, as it is written: ``a b * c **more``."""
+    args = node.args
+    star = f"*{args.vararg.arg}" if args.vararg else "*" if args.kwonlyargs else None
+    names = [*_places(node), *([star] if star else []), *(each.arg for each in args.kwonlyargs)]
+    return [*names, *([f"**{args.kwarg.arg}"] if args.kwarg else [])]
+
+
+def _takes_less(one: list[str], other: list[str]) -> bool:
+    """Whether of two that override a method the first is the one to look at."""
+    return sum(each.startswith("*") for each in one) < sum(each.startswith("*") for each in other) or (
+        len(one) < len(other)
+    )
+
+
+def _is_declared_only(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return ast.unparse(node.body[-1]) == "..."
+
+
+def _is_property(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("property" in ast.unparse(each) for each in node.decorator_list)
 
 
 def uses_of_plugin(vllm: VLLMTree | None) -> Uses:
@@ -545,7 +595,8 @@ def text_of(uses: Uses) -> str:
         '"""What layerkv uses of vLLM. Written by ``tools/vllm_uses.py --write``: change that, or what uses it.',
         "",
         "NAMES: what is imported, by module. MEMBERS: what is read, set, called or overridden, by class. PARAMETERS:",
-        "what is passed by name, by function or class.",
+        "what is passed, by function or class. OVERRIDES: what ours takes, by the method of vLLM's that it overrides,",
+        "in order; those only by name behind a star.",
         '"""',
     ]
     for title, table in uses.tables().items():

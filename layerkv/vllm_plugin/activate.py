@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
@@ -38,7 +39,8 @@ logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that vLLM's lo
 @functools.cache  # vLLM loads a plugin more than once, and knows a name once
 def register_connector() -> None:
     """Make the connector's name known. Re-entrant."""
-    KVConnectorFactory.register_connector(CONNECTOR, "layerkv.vllm_plugin.connector", CONNECTOR)
+    with suppress(ValueError):  # it is known already: a plugin of somebody's own has made it so
+        KVConnectorFactory.register_connector(CONNECTOR, "layerkv.vllm_plugin.connector", CONNECTOR)
 
 
 def install() -> None:
@@ -67,25 +69,29 @@ def _activate(vllm_config: VllmConfig, extra_config: Mapping[str, Any], *, has_m
         LayerKVError: the configuration is wrong, or cannot be served.
     """
     from layerkv.vllm_plugin.compat import require_compatible
+
+    config = EngineConfig.from_extra_config(extra_config)
+    policy = config.read_policy()
+    try:
+        untested = require_compatible(allow_untested=config.allow_untested_vllm)
+    except LayerKVError as error:
+        _pass_through_or_raise(vllm_config, config, error)
+        return
+
+    # not before: what these import of vLLM may be what another release lacks
     from layerkv.vllm_plugin.host_memory import require_host_memory
     from layerkv.vllm_plugin.reload import follow_policy
     from layerkv.vllm_plugin.setup import require_usable
     from layerkv.vllm_plugin.slo_gate import add_gate
 
-    config = EngineConfig.from_extra_config(extra_config)
-    policy = config.read_policy()
     require_host_memory(vllm_config, config)
     require_usable(vllm_config, config)
     try:
-        untested = require_compatible(allow_untested=config.allow_untested_vllm)
         require_supported(vllm_config)
         if not is_offline:  # where all prompts are there at once, nobody is refused anyway
             require_heard(policy, has_metrics=has_metrics)
     except LayerKVError as error:
-        if config.on_unsupported == "error":
-            raise
-        logger.warning("layerkv is off, vLLM runs as without it: %s", error)
-        _pass_through(vllm_config)
+        _pass_through_or_raise(vllm_config, config, error)
         return
     if untested is not None:
         logger.warning("%s", untested)
@@ -106,6 +112,13 @@ def _activate(vllm_config: VllmConfig, extra_config: Mapping[str, Any], *, has_m
     source = follow_policy(config.policy_path, policy)
     source.put(policy)  # the file as it is now
     source.require = functools.partial(require_heard, has_metrics=has_metrics)
+
+
+def _pass_through_or_raise(vllm_config: VllmConfig, config: EngineConfig, error: LayerKVError) -> None:
+    if config.on_unsupported == "error":
+        raise error
+    logger.warning("layerkv is off, vLLM runs as without it: %s", error)
+    _pass_through(vllm_config)
 
 
 def _pass_through(vllm_config: VllmConfig) -> None:

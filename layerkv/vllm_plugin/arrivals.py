@@ -212,7 +212,10 @@ class Arrivals:
         for request_id, refused in list(self.refused.items()):
             logger.error("request %s refused: %s", request_id, refused.text)
             self._metrics.add("layerkv_refused", 1)
-            for request in self._scheduler.finish_requests(request_id, RequestStatus.FINISHED_ERROR):
+            ended: list[Request] = self._scheduler.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
+            for request in ended:
+                # an error in its place takes tokens with it that its client has not read, and is in no metric
+                error = {} if request.num_output_tokens else error_of_output(refused.text, can_retry=refused.can_retry)
                 of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
                 of_client.outputs.append(
                     EngineCoreOutput(
@@ -222,7 +225,7 @@ class Arrivals:
                         stop_reason=refused.text,
                         events=request.take_events(),
                         trace_headers=request.trace_headers,
-                        **error_of_output(refused.text, can_retry=refused.can_retry),
+                        **error,
                     )
                 )
 

@@ -19,7 +19,7 @@ from types import FunctionType
 from typing import Any
 
 from layerkv.errors import IncompatibleVLLMError
-from layerkv.vllm_plugin.surfaces import MEMBERS, NAMES, PARAMETERS
+from layerkv.vllm_plugin.surfaces import MEMBERS, NAMES, OVERRIDES, PARAMETERS
 
 SUPPORTED_VLLM: tuple[str, ...] = ("0.31", "0.32", "0.33")
 """Releases that layerkv was tested on, each with its patch releases; how: docs/versions.md."""
@@ -102,12 +102,17 @@ def check_version(version: str, *, allow_untested: bool = False) -> str | None:
 
 
 def check_surfaces() -> list[SurfaceProblem]:
-    """Every surface of the installed vLLM that is missing or has lost a parameter."""
+    """Every surface of the installed vLLM that is missing, has lost a parameter, or got one that ours cannot take."""
     from vllm.platforms import current_platform
 
     left_out = () if current_platform.is_cpu() else (_CPU_ONLY,)
     found: dict[str, SurfaceProblem] = {}
-    for problems_of, listed in ((_names, NAMES), (_members, MEMBERS), (_parameters, PARAMETERS)):
+    for problems_of, listed in (
+        (_names, NAMES),
+        (_members, MEMBERS),
+        (_parameters, PARAMETERS),
+        (_overridden, OVERRIDES),
+    ):
         for path, names in listed.items():
             if not path.startswith(left_out):
                 found.update((problem.what, problem) for problem in problems_of(path, names.split()))
@@ -214,6 +219,37 @@ def _parameters(path: str, parameters: list[str]) -> Iterator[SurfaceProblem]:
         return
     if missing := [name for name in parameters if name not in known]:
         yield SurfaceProblem(path, f"no longer takes {', '.join(missing)}")
+
+
+def _overridden(path: str, ours: list[str]) -> Iterator[SurfaceProblem]:
+    """What a method of vLLM's takes that ours in its place does not, at the place where it may be passed.
+
+    Args:
+        path: vLLM's method.
+        ours: What ours takes, as ``tools/vllm_uses.py`` writes it: names in order, those only by name behind ``*``.
+    """
+    try:
+        method = _found(path)
+    except ImportError:
+        return  # told as a member that is missing
+    if not callable(method):  # a property
+        return
+    theirs = [each for each in inspect.signature(method).parameters.values() if each.name not in ("self", "cls")]
+    takes_places = any(each[:1] == "*" and each[1:2] not in ("", "*") for each in ours)
+    takes_names = any(each.startswith("**") for each in ours)
+    only_by_name = next((i for i, each in enumerate(ours) if each.startswith("*")), len(ours))
+    not_taken = []
+    for i, each in enumerate(theirs):
+        if each.kind is inspect.Parameter.KEYWORD_ONLY:
+            is_taken = takes_names or each.name in ours
+        elif each.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL):
+            is_taken = True
+        else:
+            is_taken = ours[i] == each.name if i < only_by_name else takes_places
+        if not is_taken:
+            not_taken.append(each.name)
+    if not_taken:
+        yield SurfaceProblem(path, f"passes {', '.join(not_taken)}, for which layerkv's own has no place")
 
 
 def attributes_of_instances(owner: type) -> frozenset[str]:

@@ -1,7 +1,8 @@
 """What layerkv uses of vLLM. Written by ``tools/vllm_uses.py --write``: change that, or what uses it.
 
 NAMES: what is imported, by module. MEMBERS: what is read, set, called or overridden, by class. PARAMETERS:
-what is passed by name, by function or class.
+what is passed, by function or class. OVERRIDES: what ours takes, by the method of vLLM's that it overrides,
+in order; those only by name behind a star.
 """
 
 NAMES: dict[str, str] = {
@@ -86,6 +87,7 @@ MEMBERS: dict[str, str] = {
     "vllm.distributed.kv_transfer.kv_connector.v1.metrics.KVConnectorStats": "aggregate data is_empty reduce reset",
     "vllm.engine.arg_utils.EngineArgs": "create_engine_config disable_log_stats kv_transfer_config",
     "vllm.lora.request.LoRARequest": "adapter_id lora_int_id name",
+    "vllm.model_executor.layers.attention.attention.Attention": "kv_sharing_target_layer_name",
     "vllm.platforms.current_platform": "is_cpu",
     "vllm.sampling_params.RequestOutputKind": "DELTA FINAL_ONLY",
     "vllm.sampling_params.SamplingParams": "extra_args n output_kind sampling_type",
@@ -144,10 +146,11 @@ MEMBERS: dict[str, str] = {
     ),
     "vllm.v1.outputs.ModelRunnerOutput": "kv_connector_output",
     "vllm.v1.request.Request": (
-        "all_token_ids arrival_time block_hashes client_index drop_stale_output is_finished is_prefill_chunk "
-        "lora_request max_tokens num_computed_tokens num_in_flight_tokens num_output_placeholders num_output_tokens "
-        "num_prompt_tokens num_stale_output_tokens num_tokens priority request_id resumable sampling_params session_id "
-        "skip_reading_prefix_cache spec_token_ids status structured_output_request"
+        "all_token_ids arrival_time block_hashes client_index drop_stale_output get_finished_reason is_finished "
+        "is_prefill_chunk lora_request max_tokens num_computed_tokens num_in_flight_tokens num_output_placeholders "
+        "num_output_tokens num_prompt_tokens num_stale_output_tokens num_tokens priority request_id resumable "
+        "sampling_params session_id skip_reading_prefix_cache spec_token_ids status structured_output_request "
+        "take_events trace_headers"
     ),
     "vllm.v1.request.RequestStatus": (
         "FINISHED_ABORTED FINISHED_ERROR FINISHED_LENGTH_CAPPED FINISHED_REPETITION FINISHED_STOPPED PREEMPTED RUNNING "
@@ -161,10 +164,14 @@ MEMBERS: dict[str, str] = {
 }
 
 PARAMETERS: dict[str, str] = {
+    "vllm.config.ModelConfig.get_num_layers": "parallel_config",
     "vllm.distributed.kv_events.BlockRemoved": "block_hashes group_idx medium",
     "vllm.distributed.kv_events.BlockStored": (
         "block_hashes block_size extra_keys group_idx kv_cache_spec_kind kv_cache_spec_sliding_window lora_id "
         "lora_name medium parent_block_hash session_id token_ids"
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.factory.KVConnectorFactory.register_connector": (
+        "class_name module_path name"
     ),
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.bind_connector_metadata": (
         "connector_metadata"
@@ -201,13 +208,26 @@ PARAMETERS: dict[str, str] = {
         "engine_idx transfer_stats_data"
     ),
     "vllm.distributed.kv_transfer.kv_connector.v1.metrics.KVConnectorStats.aggregate": "other",
+    "vllm.logger.init_logger": "name",
+    "vllm.utils.math_utils.cdiv": "a b",
+    "vllm.v1.core.block_pool.BlockPool.evict_blocks": "block_ids",
     "vllm.v1.core.block_pool.BlockPool.free_blocks": "ordered_blocks",
+    "vllm.v1.core.block_pool.BlockPool.get_cached_block": "block_hash kv_cache_group_ids",
     "vllm.v1.core.block_pool.BlockPool.get_new_blocks": "num_blocks",
+    "vllm.v1.core.kv_cache_coordinator.KVCacheCoordinator.find_longest_cache_hit": "block_hashes max_cache_hit_length",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.evict_blocks": "block_ids",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.free": "request",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.get_block_ids": "request_id",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.prefix_cache_lookup_enabled": "request",
     "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.append": "block",
     "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.append_n": "blocks",
     "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.popleft_n": "n",
     "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.prepend_n": "blocks",
     "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.remove": "block",
+    "vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys": "end_token_idx request start_mm_idx start_token_idx",
+    "vllm.v1.core.kv_cache_utils.maybe_convert_block_hash": "hash_bytes",
+    "vllm.v1.core.kv_cache_utils.resolve_kv_cache_block_sizes": "kv_cache_config vllm_config",
+    "vllm.v1.core.kv_cache_utils.to_event_extra_keys": "extra_keys",
     "vllm.v1.core.sched.request_queue.RequestQueue.add_request": "request",
     "vllm.v1.core.sched.request_queue.RequestQueue.prepend_request": "request",
     "vllm.v1.core.sched.request_queue.RequestQueue.prepend_requests": "requests",
@@ -221,6 +241,7 @@ PARAMETERS: dict[str, str] = {
     "vllm.v1.core.sched.scheduler.Scheduler.schedule": "throttle_prefills",
     "vllm.v1.core.sched.scheduler.Scheduler.set_pause_state": "pause_state",
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": "model_runner_output scheduler_output",
+    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager._get_num_evictable_blocks": "blocks",
     "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.allocate_external_computed_blocks": (
         "num_external_computed_tokens num_local_computed_tokens request_id"
     ),
@@ -235,4 +256,95 @@ PARAMETERS: dict[str, str] = {
     "vllm.v1.kv_cache_interface.FullAttentionSpec.merge": "specs",
     "vllm.v1.kv_cache_spec_registry.register_kv_cache_spec": "manager_class uniform_type_base_spec",
     "vllm.v1.worker.gpu_worker.Worker.execute_model": "scheduler_output",
+}
+
+OVERRIDES: dict[str, str] = {
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.bind_connector_metadata": (
+        "connector_metadata"
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.bind_kv_cache_manager": "kv_cache_manager",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.build_connector_meta": "scheduler_output",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.build_connector_worker_meta": "",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.build_kv_connector_stats": "data",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.build_prom_metrics": (
+        "vllm_config metric_types labelnames per_engine_labelvalues"
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.get_block_ids_with_load_errors": "",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.get_finished": "finished_req_ids",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.get_kv_connector_stats": "",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.get_mem_pool_context": "",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.get_num_new_matched_tokens": (
+        "request num_computed_tokens"
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.get_transfer_results": "finished_req_ids",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.has_connector_metadata": "",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.has_pending_push_work": "",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.on_new_request": "request",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.register_kv_caches": "kv_caches",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.requires_piecewise_for_cudagraph": (
+        "extra_config"
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.reset_cache": "",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.save_kv_layer": (
+        "layer_name kv_layer attn_metadata **kwargs"
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.shutdown": "",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.start_load_kv": "forward_context **kwargs",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.take_events": "",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.update_connector_output": "connector_output",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.update_state_after_alloc": (
+        "request blocks num_external_tokens"
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.wait_for_layer_load": "layer_name",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.wait_for_save": "",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorWorkerMetadata.aggregate": "other",
+    "vllm.distributed.kv_transfer.kv_connector.v1.base.SupportsHMA.request_finished_all_groups": "request block_ids",
+    "vllm.distributed.kv_transfer.kv_connector.v1.metrics.KVConnectorPromMetrics.observe": (
+        "transfer_stats_data engine_idx"
+    ),
+    "vllm.distributed.kv_transfer.kv_connector.v1.metrics.KVConnectorStats.aggregate": "other",
+    "vllm.distributed.kv_transfer.kv_connector.v1.metrics.KVConnectorStats.is_empty": "",
+    "vllm.distributed.kv_transfer.kv_connector.v1.metrics.KVConnectorStats.reduce": "",
+    "vllm.distributed.kv_transfer.kv_connector.v1.metrics.KVConnectorStats.reset": "",
+    "vllm.v1.core.block_pool.BlockPool.free_blocks": "ordered_blocks",
+    "vllm.v1.core.block_pool.BlockPool.get_new_blocks": "num_blocks",
+    "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.append": "block",
+    "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.append_n": "blocks",
+    "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.get_all_free_blocks": "",
+    "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.popleft": "",
+    "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.popleft_n": "n",
+    "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.prepend_n": "blocks",
+    "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue.remove": "block",
+    "vllm.v1.core.sched.request_queue.RequestQueue.add_request": "request",
+    "vllm.v1.core.sched.request_queue.RequestQueue.peek_request": "",
+    "vllm.v1.core.sched.request_queue.RequestQueue.pop_request": "",
+    "vllm.v1.core.sched.request_queue.RequestQueue.prepend_request": "request",
+    "vllm.v1.core.sched.request_queue.RequestQueue.prepend_requests": "requests",
+    "vllm.v1.core.sched.request_queue.RequestQueue.remove_request": "request",
+    "vllm.v1.core.sched.request_queue.RequestQueue.remove_requests": "requests",
+    "vllm.v1.core.sched.scheduler.Scheduler._preempt_request": "request timestamp drop_stale_output",
+    "vllm.v1.core.sched.scheduler.Scheduler.add_request": "request",
+    "vllm.v1.core.sched.scheduler.Scheduler.finish_requests": "request_ids finished_status",
+    "vllm.v1.core.sched.scheduler.Scheduler.get_num_unfinished_requests": "",
+    "vllm.v1.core.sched.scheduler.Scheduler.reset_prefix_cache": "reset_running_requests reset_connector",
+    "vllm.v1.core.sched.scheduler.Scheduler.schedule": "throttle_prefills",
+    "vllm.v1.core.sched.scheduler.Scheduler.set_pause_state": "pause_state",
+    "vllm.v1.core.sched.scheduler.Scheduler.shutdown": "",
+    "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": "scheduler_output model_runner_output",
+    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.allocate_external_computed_blocks": (
+        "request_id num_local_computed_tokens num_external_computed_tokens *args **kwargs"
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.allocate_new_blocks": (
+        "request_id num_tokens num_tokens_main_model"
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.cache_blocks": "request num_tokens *args **kwargs",
+    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.get_num_blocks_to_allocate": (
+        "request_id num_tokens new_computed_blocks *args **kwargs"
+    ),
+    "vllm.v1.kv_cache_interface.FullAttentionSpec.merge": "specs",
+    "vllm.v1.worker.gpu_worker.Worker.compile_or_warm_up_model": "",
+    "vllm.v1.worker.gpu_worker.Worker.determine_available_memory": "",
+    "vllm.v1.worker.gpu_worker.Worker.execute_model": "scheduler_output",
+    "vllm.v1.worker.gpu_worker.Worker.get_kv_cache_spec": "",
+    "vllm.v1.worker.gpu_worker.Worker.init_device": "",
 }

@@ -143,6 +143,47 @@ def test_a_scheduler_derived_from_ours_goes_with_us_when_layerkv_passes_through(
     assert config.scheduler_config.scheduler_cls is None
 
 
+def test_a_name_that_somebody_has_registered_is_no_error(small_engine: dict[str, Any]) -> None:
+    from layerkv.vllm_plugin.activate import register_connector
+
+    register_connector()
+    register_connector.cache_clear()
+    register_connector()
+    assert selection(config_of(small_engine, kv_transfer_config=flag()))["worker_cls"] == OUR_WORKER
+
+
+WITH_ANOTHER_VLLM = """
+import json, sys
+import vllm
+engine, extra_config, version, missing = map(json.loads, sys.argv[1:])
+vllm.__version__ = version
+sys.modules[missing] = None
+from vllm.engine.arg_utils import EngineArgs
+from tests.vllm.engines_in_turn import flag
+try:
+    config = EngineArgs(**engine, kv_transfer_config=flag(**extra_config)).create_engine_config()
+    print(f"started with {config.kv_transfer_config}, {config.scheduler_config.scheduler_cls}")
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+V2_GATES = "vllm.v1.worker.gpu.sample.logits_processor.interface"
+
+
+@pytest.mark.parametrize(
+    ("version", "extra_config", "told"),
+    [
+        ("0.30.0", {}, "IncompatibleVLLMError vLLM 0.30.0 is installed, which is older"),
+        ("9.0.0", {"allow_untested_vllm": True}, f"is missing (import of {V2_GATES} halted"),
+        ("0.30.0", {"on_unsupported": "passthrough"}, "started with None, None"),
+    ],
+)
+def test_a_vllm_without_a_module_of_ours_is_refused_and_not_tripped_over(
+    small_engine: dict[str, Any], version: str, extra_config: dict[str, Any], told: str
+) -> None:
+    """Regression: what the adapter imports was imported before it was asked whether it is there."""
+    assert told in run_python(WITH_ANOTHER_VLLM, *map(json.dumps, (small_engine, extra_config, version, V2_GATES)))
+
+
 @pytest.mark.parametrize("path", ["no.such.Scheduler", "layerkv.vllm_plugin.scheduler.Missing", "Scheduler", ""])
 def test_a_scheduler_that_cannot_be_found_is_refused_as_a_strange_one(small_engine: dict[str, Any], path: str) -> None:
     with pytest.raises(ConfigError, match="scheduler class"):

@@ -69,6 +69,43 @@ def test_a_parameter_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     assert problems() == {}
 
 
+def test_a_parameter_that_was_passed_at_its_place_and_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    monkeypatch.setattr(KVCacheManager, "evict_blocks", lambda self: None)
+    path = "vllm.v1.core.kv_cache_manager.KVCacheManager.evict_blocks"
+    assert problems() == {path: "no longer takes block_ids"}
+
+
+def test_a_parameter_that_an_override_cannot_take_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+    def update_state_after_alloc(self: Any, request: Any, group: Any, blocks: Any, num_external_tokens: int) -> None:
+        """A new one in the middle moves those behind it."""
+
+    def start_load_kv(self: Any, forward_context: Any, *, step: int = 0, **kwargs: Any) -> None:
+        """Ours takes whatever comes by name."""
+
+    def cache_blocks(self: Any, request: Any, num_tokens: int, mask: Any, limit: int) -> None:
+        """Ours takes whatever comes."""
+
+    def schedule(self: Any, throttle_prefills: bool = False, *, budget: int = 0) -> None:
+        """Ours has no place for it."""
+
+    monkeypatch.setattr(KVConnectorBase_V1, "update_state_after_alloc", update_state_after_alloc)
+    monkeypatch.setattr(KVConnectorBase_V1, "start_load_kv", start_load_kv)
+    monkeypatch.setattr(FullAttentionManager, "cache_blocks", cache_blocks)
+    monkeypatch.setattr(Scheduler, "schedule", schedule)
+    base = "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1"
+    assert problems() == {
+        f"{base}.update_state_after_alloc": "passes group, blocks, num_external_tokens, for which layerkv's own has "
+        "no place",
+        "vllm.v1.core.sched.scheduler.Scheduler.schedule": "passes budget, for which layerkv's own has no place",
+    }
+
+
 def overrides() -> Iterator[tuple[type, str, Any, Any]]:
     """Methods of ours that vLLM calls by another class's name: ours, and vLLM's."""
     from vllm.v1.core.block_pool import BlockPool

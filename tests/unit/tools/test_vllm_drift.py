@@ -57,6 +57,7 @@ def trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[VLLMTree, VL
 
 def test_what_became_of_what_is_relied_on_is_told(trees: tuple[VLLMTree, VLLMTree]) -> None:
     drift = compare(*trees)
+    assert drift.unknown == ["vllm.no.never"]
     assert drift.gone == ["vllm.sched.Scheduler.paused"]
     assert drift.moved == {"vllm.hash.hashes": "vllm.planning"}
     assert drift.parameters == {"vllm.sched.Scheduler.schedule": ("self, throttle", "self, throttle, budget")}
@@ -64,6 +65,7 @@ def test_what_became_of_what_is_relied_on_is_told(trees: tuple[VLLMTree, VLLMTre
     assert list(drift.changed) == ["vllm.sched.Scheduler.schedule"]
     assert drift.num_compared == 3  # schedule, hashes, and free, of which only words have changed
     text = "\n".join(report(drift))
+    assert "not compared: vllm.no.never, which the old release has not" in text
     for line in ("gone: vllm.sched.Scheduler.paused", "-    return 1", "+    return 2", "1 of 3 functions changed"):
         assert line in text
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import vllm_tree
 from tools.vllm_tree import VLLMTree
 
 FILES = {
@@ -85,3 +86,14 @@ def test_comments_and_docstrings_are_no_source(tree: VLLMTree) -> None:
     found = tree.find("vllm.derived.Derived.walk")
     assert found is not None
     assert found.source == "def walk(self):\n    return 1"
+
+
+def test_which_vllm_would_be_imported_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, other = write(tmp_path / "here", FILES), tmp_path / "other"
+    monkeypatch.setattr(VLLMTree, "installed", lambda: VLLMTree(here))
+    for folder, status in ((here, 0), (other, 1)):
+        monkeypatch.setattr("sys.argv", ["vllm_tree", str(folder)])
+        assert vllm_tree.main() == status
+    assert capsys.readouterr().err == f"the vLLM that would be imported is in {here}, not in {other}\n"

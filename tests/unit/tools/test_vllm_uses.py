@@ -49,6 +49,13 @@ def uses(body: str, vllm: VLLMTree | None = None) -> Uses:
         ("def f(rs: dict[str, Request]) -> int:\n    return rs['a'].new_name", REQUEST),
         ("def f(r: Request) -> int:\n    def g() -> int:\n        return r.new_name\n    return g()", REQUEST),
         ("def f(r: Request) -> object:\n    return getattr(r, 'new_name')", REQUEST),
+        ("def f(r: Request) -> object:\n    return getattr(r, 'new_name', None)", REQUEST),
+        (
+            "def f(c: VllmConfig) -> list[object]:\n"
+            "    layers = c.compilation_config.static_forward_context.values()\n"
+            "    return [getattr(layer, 'new_name', None) for layer in layers]",
+            "vllm.model_executor.layers.attention.attention.Attention",
+        ),
         ("def f(r: Request) -> bool:\n    return r.status is RequestStatus.new_name", "vllm.v1.request.RequestStatus"),
         ("def f(s: SchedulerView) -> int:\n    return s.new_name", SCHEDULER),
         ("def f(s: SchedulerView) -> list[int]:\n    return [r.new_name for r in (*s.running, 1)]", REQUEST),
@@ -93,6 +100,49 @@ def test_what_is_passed_by_name_is_seen() -> None:
     assert found.parameters[REQUEST] == {"first"}
 
 
+def test_what_is_passed_at_its_place_is_seen(tmp_path: Path) -> None:
+    text = (
+        "class Request:\n"
+        "    def step(self, first, second, third=0, *, fourth=0): ...\n"
+        "    @staticmethod\n"
+        "    def of(text): ...\n"
+    )
+    vllm = VLLMTree(write(tmp_path, {"vllm/v1/request.py": text}))
+    body = (
+        "def f(r: Request) -> None:\n"
+        "    r.step(1, 2, fourth=3)\n"
+        "    r.of('a')\n"
+        "def g(r: Request, more: list[int]) -> None:\n"
+        "    r.of(*more)\n"
+    )
+    found = uses(body, vllm).parameters
+    assert found[f"{REQUEST}.step"] == {"first", "second", "fourth"}
+    assert found[f"{REQUEST}.of"] == {"text"}
+
+
+def test_what_an_override_takes_is_listed(tmp_path: Path) -> None:
+    methods = ("step", "end", "declared", "both", "is_so")
+    text = "class Request:\n" + "".join(f"    def {name}(self, a, b=0): ...\n" for name in methods)
+    vllm = VLLMTree(write(tmp_path, {"vllm/v1/request.py": text}))
+    body = (
+        "class A(Request):\n"
+        "    def step(self, a, *args, c=0, **more): return 1\n"
+        "    def end(self, a, *, b=0): return 1\n"
+        "    def declared(self, a, b=0): ...\n"
+        "    def both(self, *args): return 1\n"
+        "    @property\n"
+        "    def is_so(self): return 1\n"
+        "    def other(self, a): return 1\n"
+        "class B(Request):\n"
+        "    def both(self, a): return 1\n"
+    )
+    assert uses(body, vllm).tables()["OVERRIDES"] == {
+        f"{REQUEST}.both": ["a"],
+        f"{REQUEST}.end": ["a", "*", "b"],
+        f"{REQUEST}.step": ["a", "*args", "c", "**more"],
+    }
+
+
 def test_only_what_is_imported_when_the_program_runs_is_a_name() -> None:
     found = uses("def f() -> None:\n    from vllm.utils import late")
     assert found.names["vllm.v1.request"] == {"Request", "RequestStatus"}
@@ -130,7 +180,8 @@ def test_what_is_listed_is_much_of_what_a_reader_of_the_source_finds() -> None:
     """The reader has not gone blind: of each kind, uses that are known to be there."""
     members = {path.rpartition(".")[2]: set(names.split()) for path, names in surfaces.MEMBERS.items()}
     for owner, names in {
-        "Request": "num_computed_tokens num_output_placeholders num_in_flight_tokens block_hashes session_id",
+        "Request": "num_computed_tokens num_output_placeholders num_in_flight_tokens block_hashes session_id "
+        "get_finished_reason take_events trace_headers",
         "RequestStatus": "PREEMPTED WAITING_FOR_STREAMING_REQ",
         "Scheduler": "running kv_holding_waiting deferred_waiting _inflight_prefills _preempt_request schedule",
         "KVCacheManager": "block_pool coordinator get_block_ids watermark_blocks",
@@ -142,6 +193,16 @@ def test_what_is_listed_is_much_of_what_a_reader_of_the_source_finds() -> None:
         "EngineArgs": "create_engine_config kv_transfer_config",
         "SchedulerOutput": "num_scheduled_tokens kv_connector_metadata",
         "KVCacheBlock": "ref_cnt pool",
+        "Attention": "kv_sharing_target_layer_name",
     }.items():
         assert set(names.split()) <= members[owner], owner
     assert sum(map(len, members.values())) > 200
+    passed = {".".join(path.split(".")[-2:]): names for path, names in surfaces.PARAMETERS.items()}
+    for method, names in {
+        "KVCacheManager.evict_blocks": "block_ids",
+        "KVCacheCoordinator.find_longest_cache_hit": "block_hashes max_cache_hit_length",
+        "BlockPool.get_cached_block": "block_hash kv_cache_group_ids",
+        "ModelConfig.get_num_layers": "parallel_config",
+    }.items():
+        assert passed[method] == names, method
+    assert len(surfaces.OVERRIDES) > 60
