@@ -157,8 +157,12 @@ def monitored(prometheus_binary: str, tmp_path_factory: pytest.TempPathFactory) 
 
 @contextmanager
 def running_broker(path: Path) -> Iterator[Path]:
-    """One that has more than the server needs, of both memories."""
-    broker, is_over = Broker(path, 1 << 30, 1 << 30), threading.Event()
+    """One that has more device memory than the server needs, and leaves it its own host memory.
+
+    Where host memory is divided too, a request that runs out of blocks before the broker has answered is computed
+    again, as happens on a busy machine: here no preemption is to be real.
+    """
+    broker, is_over = Broker(path, 1 << 30), threading.Event()
     thread = threading.Thread(target=broker.run, args=(is_over.is_set,))
     thread.start()
     try:
