@@ -62,6 +62,10 @@ class HostResize(NamedTuple):
     like: int
     can_leave: int
 
+    def at_rest(self, num_kept: int) -> HostResize:
+        """As :meth:`layerkv.scheduler.elastic.Resize.at_rest`, of segments held that are not being given back."""
+        return self._replace(need=num_kept, like=num_kept, can_leave=0)
+
 
 class HostSegment(NamedTuple):
     """A segment in service: its blocks that requests cannot do without, those of residents' copies, and how late the

@@ -18,7 +18,7 @@ from vllm.v1.core.sched.interface import PauseState
 
 from layerkv.core.segments import SegmentMoves, SegmentState, SegmentTable
 from layerkv.core.sharing import TokenRate
-from layerkv.scheduler.elastic import GROWTH_TOKENS, PoolView, Resize, resize
+from layerkv.scheduler.elastic import GROWTH_TOKENS, LOOK_EVERY_S, PoolView, Resize, resize
 from layerkv.vllm_plugin.host_elasticity import HostElasticity
 from layerkv.vllm_plugin.memory_share import BrokerShare, HostTerms, OwnShare, Share
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
     from layerkv.vllm_plugin.spec import LayerKVManager
 
 logger = init_logger(f"vllm.{__name__}")
-
-LOOK_EVERY_S = 0.05
-"""Seconds between two looks at a pool that need not change, and between two words to the broker. Not measured: chosen
-by trials of a prototype (2026-11-22, no result file): looks in every step cost 4 % of the time to the last token."""
 
 IDLE_WAIT_S = 0.005
 """How long a step waits that has nothing to do while the engine waits to be idle. Not measured: chosen by judgement: a
@@ -150,8 +146,8 @@ class Elasticity:
         self._looked_s, self._looked_at, self._limit = now_s, moves, limit
         view = self._view(limit, now_s)
         decided = self.choose(view)
-        if is_resting:  # nobody is parked or let in until it goes on
-            decided = decided._replace(arrive=0, need=view.num_held, like=view.num_held, can_leave=0)
+        if is_resting:
+            decided = decided.at_rest(view.num_held)
         self._carry_out(decided, now_s, is_last_word=view.is_idle or is_resting)
         self._is_told_resting = is_resting and not self._table.is_moving
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from layerkv.core.segments import SegmentMoves, SegmentState, SegmentTable
-from layerkv.scheduler.elastic import GROWTH_TOKENS
+from layerkv.scheduler.elastic import GROWTH_TOKENS, LOOK_EVERY_S
 from layerkv.scheduler.elastic_host import HostResize, HostSegment, HostView, leavers, resize_host
 from layerkv.vllm_plugin.memory_share import HostShare
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from layerkv.scheduler.desk import Desk
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
     from layerkv.vllm_plugin.spec import LayerKVManager
-
-LOOK_EVERY_S = 0.05
-"""Seconds between two looks at host memory that need not change. Derived: as the pool's (``elasticity.py``)."""
 
 
 class HostElasticity:
@@ -87,9 +84,8 @@ class HostElasticity:
         self._limit, self._was_idle, self._was_resting = state
         decided = resize_host(self._view(is_idle=is_idle))
         self._is_done = self._shrink(decided.target, parks_stay=is_idle or is_resting)
-        if is_resting:  # nobody is parked or let in, and it cannot be woken: what it keeps cannot leave
-            stays = self._table.num_held - len(self._table.all_in(SegmentState.RELEASING))
-            decided = decided._replace(need=stays, like=stays, can_leave=0)
+        if is_resting:
+            decided = decided.at_rest(self._table.num_held - len(self._table.all_in(SegmentState.RELEASING)))
         else:
             self._grow(decided.target)
         self._asked = decided

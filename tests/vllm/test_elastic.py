@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -463,8 +464,13 @@ def test_random_targets_of_an_engine_to_compare_with(
         assert engine.lost == engine.vacated["recompute"]
 
 
-def under_random_targets(engine: ElasticEngine, seed: int, num_steps: int) -> set[int]:
-    """Requests come and are aborted, the limit changes and memory fails, until all is over; what was ever held."""
+def under_random_targets(
+    engine: ElasticEngine, seed: int, num_steps: int, step: Callable[[random.Random], None] | None = None
+) -> set[int]:
+    """Requests come and are aborted, the limit changes and memory fails, until all is over; what was ever held.
+
+    ``step`` is called in the place of the engine's.
+    """
     chance = random.Random(seed)
     num_segments, num_held = engine.queue.layout.num_segments, set[int]()
     shared = prompt(70, seed=99)
@@ -481,7 +487,7 @@ def under_random_targets(engine: ElasticEngine, seed: int, num_steps: int) -> se
             engine.idle()
         engine.worker.answer_steps = chance.randint(1, 4)
         engine.worker.fail_maps = chance.random() < 0.05
-        engine.step()
+        engine.step() if step is None else step(chance)
         num_held.add(engine.table.num_held)
     engine.worker.fail_maps = False
     engine.share.allowed = num_segments

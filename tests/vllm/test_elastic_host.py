@@ -15,7 +15,7 @@ import pytest
 from layerkv.core.residency import Residency
 from layerkv.core.segments import SegmentState
 from tests.vllm.engines_in_turn import prompt
-from tests.vllm.test_elastic import WAYS, ElasticEngine, FakeShare
+from tests.vllm.test_elastic import WAYS, ElasticEngine, FakeShare, under_random_targets
 
 pytestmark = pytest.mark.vllm
 
@@ -323,36 +323,21 @@ def test_a_pause_ends_though_host_memory_is_owed(engine: SharingEngine) -> None:
 def test_random_limits_of_both_memories_under_random_requests(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], seed: int
 ) -> None:
-    chance = random.Random(seed)
     engine = SharingEngine(tiny_model, monkeypatch, **how)
-    num_segments, num_held = engine.queue.layout.num_segments, set[int]()
-    shared = prompt(70, seed=99)
-    parked: dict[str, int] = {}
-    num_released = 0
-    for i in range(700):
-        if len(engine.scheduler.requests) < 9 and chance.random() < 0.3:
-            begin = shared if chance.random() < 0.4 else []
-            tokens = begin + prompt(chance.randint(1, 130), seed=1000 * seed + i)
-            engine.add(f"r{i}", tokens, chance.randint(1, 50))
-        if engine.scheduler.requests and chance.random() < 0.02:
-            engine.abort(chance.choice(sorted(engine.scheduler.requests)))
-        if chance.random() < 0.1:
-            engine.share.allowed = chance.randint(1, num_segments)
+    num_held, num_released = set[int](), 0
+
+    def step(chance: random.Random) -> None:
+        nonlocal num_released
         if chance.random() < 0.1:
             engine.host_share.allowed = None if chance.random() < 0.1 else chance.randint(1, engine.num_segments)
-        if chance.random() < 0.01:
-            engine.idle()
-        engine.worker.answer_steps = chance.randint(1, 4)
-        engine.worker.fail_maps = chance.random() < 0.05
         parked = {r: len(engine.ledger.host_blocks_of(r)) for r in engine.parked()}
         engine.step()
         for request_id in set(parked) & set(engine.parked()):
             assert len(engine.ledger.host_blocks_of(request_id)) == parked[request_id], "nothing parked is lost"
         num_held.add(engine.host_table.num_held)
         num_released += len(engine.host_table.all_in(SegmentState.RELEASING))
-    engine.worker.fail_maps = False
-    engine.share.allowed, engine.host_share.allowed = num_segments, engine.num_segments
-    engine.run(3000)
+
+    under_random_targets(engine, seed, num_steps=700, step=step)
     assert len(num_held) > engine.num_segments // 2
     assert num_released > 20
     assert engine.ledger.counters.parks > 20

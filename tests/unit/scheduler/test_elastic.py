@@ -192,3 +192,8 @@ def test_of_a_pool_that_has_shrunk_the_last_leaves_too_when_it_needs_more() -> N
     shrunk = snapshot(**both, vacating={"a": 10}, blocks_in_service=20)
     assert sorted(decide(shrunk).park) == ["a", "b"], "none of the first one's blocks come free"
     assert len(decide(changed(shrunk, vacating={"a": 2})).park) == 1, "what others can have of it suffices"
+
+
+def test_at_rest_an_engine_needs_what_it_holds_and_offers_nothing():
+    decided = Resize(arrive=3, leave=(4,), stay=(5,), vacate=(4,), need=7, like=9, can_leave=6, owed_blocks=2)
+    assert decided.at_rest(8) == Resize(leave=(4,), stay=(5,), vacate=(4,), need=8, like=8, owed_blocks=2)

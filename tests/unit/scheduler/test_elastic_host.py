@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerkv.scheduler.elastic import MOST_LEAVING
-from layerkv.scheduler.elastic_host import HostSegment, HostView, leavers, resize_host
+from layerkv.scheduler.elastic_host import HostResize, HostSegment, HostView, leavers, resize_host
 
 BUSY = HostView(
     segment_blocks=10,
@@ -99,3 +99,7 @@ def test_the_segments_that_nobody_needs_leave_first_and_of_those_the_one_with_th
     assert leavers(segments, 6, parks_stay=True) == (5, 4, 3, 2)
     many = [HostSegment(i, 0, 0, -1) for i in range(1, 30)]
     assert leavers(many, 25) == tuple(range(29, 29 - MOST_LEAVING, -1))
+
+
+def test_at_rest_host_memory_that_is_kept_is_needed_and_not_offered():
+    assert HostResize(target=3, need=5, like=6, can_leave=4).at_rest(4) == HostResize(3, 4, 4, 0)
