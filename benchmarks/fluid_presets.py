@@ -35,7 +35,14 @@ from layerkv.sim.run import make_engine, requests_of
 from layerkv.sim.workload import FixedLength
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "sim"
-PRESETS = ("fluid_7b_l20", "fluid_8b_a100", "fluid_8b_h100", "fluid_70b_4h100")
+PRESETS = (
+    "fluid_7b_l20",
+    "fluid_8b_a100",
+    "fluid_8b_h100",
+    "fluid_70b_4h100",
+    "fluid_v2_lite_l20",
+    "fluid_oss_20b_l20",
+)
 PROMPTS: dict[str, int | None] = {"1K": 1024, "4K": 4096, "16K": 16384, "32K": 32768, "1K-32K": None}
 FASTER_LINK = 8
 LINK_COUNTS = 1.1
@@ -130,10 +137,10 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
-    parser.add_argument("--preset", choices=PRESETS, help="only this one")
+    parser.add_argument("--preset", choices=PRESETS, action="append", help="only this one; repeatable")
     arguments = parser.parse_args()
     console = Console(width=max(Console().width, 100))  # in a file too, nothing of the table is cut off
-    presets = (arguments.preset,) if arguments.preset else PRESETS
+    presets = tuple(arguments.preset or PRESETS)
     rows = []
     with Progress(console=console, transient=True) as progress:
         for name, prompts, config in progress.track(list(cases(presets))):

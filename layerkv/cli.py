@@ -57,10 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="say what is installed, what is supported here, and why not",
-        description="Check this machine, the installed vLLM and, with --policy, an SLO policy file. "
-        "Exit status 0 means that everything is all right.",
+        description="Check this machine, the installed vLLM and, with --policy, an SLO policy file. With --model, say "
+        "what a checkpoint's configuration means here, before a start: groups of layers, blocks, KV bytes, whether "
+        "layerkv serves it, and with --kv-memory the division into pool and lane zone. Reads no weights and asks no "
+        "network. Exit status 0 means that everything is all right.",
     )
     doctor.add_argument("--policy", metavar="FILE", help="an SLO policy file to check as well")
+    doctor.add_argument("--model", metavar="PATH", help="the folder of a checkpoint, of which config.json is enough")
+    doctor.add_argument("--kv-memory", metavar="SIZE", help="KV memory to divide, such as 8GiB")
+    doctor.add_argument("--max-model-len", type=int, metavar="N", help="longest request (the checkpoint's own)")
+    doctor.add_argument(
+        "--engine-args",
+        metavar="JSON",
+        help='what else vLLM would be started with, such as {"dtype": "bfloat16", "block_size": 32}',
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
     profile = commands.add_parser(
@@ -338,9 +349,23 @@ def _demo(arguments: argparse.Namespace) -> int | None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from layerkv.bench.engine_args import parse_engine_args
     from layerkv.doctor import run_doctor
+    from layerkv.doctor_facts import read_question
 
-    return run_doctor(arguments.policy)
+    if arguments.model is None:
+        for name in ("kv_memory", "max_model_len", "engine_args"):
+            if getattr(arguments, name) is not None:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag}: found without --model; expected a checkpoint to ask about; set --model")
+        return run_doctor(arguments.policy, as_json=arguments.json)
+    question = read_question(
+        arguments.model,
+        kv_memory=arguments.kv_memory,
+        max_model_len=arguments.max_model_len,
+        engine_args=parse_engine_args(arguments.engine_args),
+    )
+    return run_doctor(arguments.policy, question=question, as_json=arguments.json)
 
 
 def _profile(arguments: argparse.Namespace) -> int | None:

@@ -1,15 +1,19 @@
-"""`layerkv doctor`: what is installed here, whether layerkv can work with it, and what to do where it cannot.
+"""`layerkv doctor`: what is installed here, whether layerkv can work with it, and what to do where it cannot; with a
+checkpoint, what its configuration means here.
 
 Runs in a process of its own and changes nothing. Invariant: a check never raises; whatever goes wrong inside
 it is what it reports.
 """
 
+import contextlib
 import ctypes
+import json
 import math
 import mmap
 import os
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Final, Literal, TypeAlias
 
@@ -20,12 +24,14 @@ from rich.table import Table
 from layerkv.bench.machine import Machine, installed_versions
 from layerkv.config import SloPolicy, load_policy
 from layerkv.device import libc
+from layerkv.doctor_facts import ModelFacts, Question, groups_table, model_rows, one_line
 from layerkv.errors import ConfigError, IncompatibleVLLMError
 from layerkv.units import format_bytes, format_seconds
 
 __all__ = ["Check", "examine", "run_doctor"]
 
 PLUGIN_GROUP: Final = "vllm.general_plugins"
+_ASKED_FOR_A_MODEL: Final = ("torch", "vLLM", "vLLM platform", "vLLM surfaces")
 
 # A note is something to know that stops nothing.
 Verdict: TypeAlias = Literal["ok", "note", "problem"]
@@ -41,23 +47,45 @@ class Check:
     advice: str = ""
 
 
-def run_doctor(policy_path: str | None = None, *, console: Console | None = None) -> int:
-    """Examine this installation, print the report, and return 0 if nothing stands in the way, else 1."""
+def run_doctor(
+    policy_path: str | None = None,
+    *,
+    question: Question | None = None,
+    as_json: bool = False,
+    console: Console | None = None,
+) -> int:
+    """Examine this installation, print the report, and return 0 if nothing stands in the way, else 1.
+
+    With a question, a checkpoint's configuration as well; as JSON, everything as one object.
+    """
     console = console or Console()
     # The report is about vLLM; vLLM's own remarks while it is imported would drown it.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    with console.status("importing torch and vLLM"):
+    if question is not None:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when it is imported: nothing is looked up
+    facts = None
+    # What others print is no part of the report.
+    with contextlib.redirect_stdout(sys.stderr) if as_json else console.status("importing torch and vLLM"):
         checks = list(examine())
+        if question is not None:
+            facts, check = _check_model(question, checks)
+            checks.append(check)
     policy = None
     if policy_path is not None:
         policy, check = _check_policy(policy_path)
         checks.append(check)
     if policy is not None:
         checks.extend(_check_smooth(policy))
+    problems = [check for check in checks if check.verdict == "problem"]
+    if as_json:
+        model = None if facts is None else facts.as_json()
+        print(json.dumps({"checks": [asdict(check) for check in checks], "model": model}, indent=1))
+        return 1 if problems else 0
     _print_checks(checks, console)
+    if facts is not None:
+        _print_model(facts, console)
     if policy is not None:
         _print_classes(policy, console)
-    problems = [check for check in checks if check.verdict == "problem"]
     for check in problems:
         console.print(f"[bold]{check.subject}:[/bold] {escape(check.advice)}", highlight=False, soft_wrap=True)
     if not problems:
@@ -162,6 +190,26 @@ def _check_aliasing() -> list[Check]:
     return [Check(subject="lane aliasing (CPU)", found="mapped, but not aliased", verdict="problem", advice=advice)]
 
 
+def _check_model(question: Question, before: list[Check]) -> tuple[ModelFacts | None, Check]:
+    """What a checkpoint's configuration means here; not asked where vLLM itself is a problem."""
+    broken = [check.subject for check in before if check.verdict == "problem" and check.subject in _ASKED_FOR_A_MODEL]
+    if broken:
+        advice = f"mend {', '.join(broken)} first: it is vLLM that is asked"
+        return None, Check(subject="model", found="not looked at", verdict="problem", advice=advice)
+    try:
+        from layerkv.doctor_model import examine_model
+
+        facts = examine_model(question)
+    except ConfigError as error:
+        return None, Check(subject="model", found=str(question.folder), verdict="problem", advice=str(error))
+    except Exception as error:  # a broken installation may raise anything
+        advice = f"{type(error).__name__}: {one_line(error)}; start vLLM with this model to see more"
+        return None, Check(subject="model", found=str(question.folder), verdict="problem", advice=advice)
+    advice = " ".join("; and: ".join(facts.problems).split())
+    verdict: Verdict = "problem" if advice else "ok"
+    return facts, Check(subject="model", found=facts.folder, verdict=verdict, advice=advice)
+
+
 def _check_policy(path: str) -> tuple[SloPolicy | None, Check]:
     try:
         policy = load_policy(path)
@@ -192,6 +240,23 @@ def _print_checks(checks: list[Check], console: Console) -> None:
     table.add_column("verdict", no_wrap=True)
     for check in checks:
         table.add_row(check.subject, escape(check.found), f"[{style[check.verdict]}]{check.verdict}")
+    console.print(table)
+
+
+def _print_model(facts: ModelFacts, console: Console) -> None:
+    table = Table(title=f"model {escape(facts.folder)}", title_justify="left", show_header=False)
+    table.add_column("subject", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    for subject, found in model_rows(facts):
+        table.add_row(subject, escape(found))
+    console.print(table)
+    if not facts.groups:
+        return
+    table = Table(title="KV-cache groups", title_justify="left")
+    for title in ("group", "keeps", "layers", "tokens of a block", "a layer's page", "KV of a token"):
+        table.add_column(title, justify="left" if title == "keeps" else "right", no_wrap=title == "group")
+    for row in groups_table(facts):
+        table.add_row(*map(escape, row))
     console.print(table)
 
 

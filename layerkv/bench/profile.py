@@ -6,7 +6,6 @@ was made and how well it predicts a random load that it was not fitted to.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from rich.table import Table
 
 import layerkv
 from layerkv.bench import records
-from layerkv.bench.engine_args import layerkv_connector, tiny_engine_args
+from layerkv.bench.engine_args import layerkv_connector, parse_engine_args, tiny_engine_args
 from layerkv.bench.engine_run import ENGINE_ENV
 from layerkv.bench.fit import FitError, fit_copies, fit_profile, prediction_error
 from layerkv.bench.machine import Machine, installed_versions, this_command, utc_now
@@ -29,7 +28,7 @@ from layerkv.bench.supervise import child_env, run_child
 from layerkv.bench.tiny_model import SHAPES, make_tiny_model
 from layerkv.core.cost import CostProfile, Curve
 from layerkv.device.base import Direction
-from layerkv.errors import ConfigError, LayerKVError
+from layerkv.errors import LayerKVError
 from layerkv.units import format_bytes, format_seconds
 
 RUN_COMMAND = (sys.executable, "-m", "layerkv.bench.profile_run")
@@ -72,24 +71,6 @@ def _model_name(model: str | None) -> str:
     if model is None:
         return f"layerkv's tiny model {TINY_MODEL!r}"
     return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def parse_engine_args(text: str | None) -> dict[str, Any]:
-    """What `--engine-args` holds; nothing for None.
-
-    Raises:
-        ConfigError: it is not a JSON object.
-    """
-    try:
-        args = json.loads(text) if text is not None else {}
-    except ValueError as error:
-        raise ConfigError(f"--engine-args: found what is not JSON ({error}); {_ARGS_EXAMPLE}") from None
-    if not isinstance(args, dict):
-        raise ConfigError(f"--engine-args: found {text}; {_ARGS_EXAMPLE}")
-    return args
-
-
-_ARGS_EXAMPLE = 'expected a JSON object of vLLM engine arguments such as {"dtype": "bfloat16", "block_size": 32}'
 
 
 def profile_of(run: ProfileRun, *, name: str) -> tuple[CostProfile, dict[str, FitError]]:

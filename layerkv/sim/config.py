@@ -210,7 +210,7 @@ def _from_presets(keys: _EngineKeys, *, where: str) -> _Hardware:
     chosen = preset(keys.device, keys.model, keys.tensor_parallel or 1, where=where)
     given_bytes = read_size(keys.kv_memory, where=f"{where}.kv_memory")
     left_bytes = given_bytes or kv_memory_bytes(chosen.device, chosen.model, chosen.tensor_parallel, where=where)
-    return _Hardware(chosen.profile, chosen.model.num_layers, left_bytes)
+    return _Hardware(chosen.profile, chosen.model.num_full_layers, left_bytes)
 
 
 def _from_profile(keys: _EngineKeys, *, where: str, folder: Path) -> _Hardware:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, pow
 from types import MappingProxyType
 from typing import Final, TypeVar
 
@@ -60,6 +60,8 @@ FP16_BYTES: Final = 2
 
 # Where the curve over tokens is sampled; the corner of the roofline is added to them.
 _SAMPLED_TOKENS: Final = (1, 8, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+# And for mixtures of experts, of which few tokens read few.
+_FEW_TOKENS: Final = (2, 4, 16, 48, 96)
 
 _GIB: Final = 1 << 30
 _Named = TypeVar("_Named")
@@ -88,20 +90,80 @@ class Device:
     source: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """Mixtures of experts in the place of the dense MLP, in all layers but the first ones. Immutable.
+
+    Attributes:
+        num_routed: Experts of a layer of which each token chooses some.
+        num_chosen: How many it chooses; every expert is taken to be as likely as the others.
+        width: Of an expert's MLP.
+        num_shared: Experts that compute every token.
+        num_dense_layers: First layers, which have the dense MLP.
+        weight_bits: Of a parameter in a routed expert's matrices.
+    """
+
+    num_routed: int
+    num_chosen: int
+    width: int
+    num_shared: int = 0
+    num_dense_layers: int = 0
+    weight_bits: float = 8.0 * FP16_BYTES
+
+    def num_read(self, num_tokens: float) -> float:
+        """Routed experts of a layer that so many tokens choose, on average."""
+        return self.num_routed * (1 - pow(1 - self.num_chosen / self.num_routed, num_tokens))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Latent:
+    """Multi-head latent attention (MLA): one vector for all heads is what a layer keeps of a token. Immutable.
+
+    Attributes:
+        rank: Width of the latent vector.
+        rope_dim: Width of the part with positions, of that vector and of each query head.
+        nope_dim: Width of the rest of a query head.
+        value_dim: Width of a value head.
+    """
+
+    rank: int
+    rope_dim: int
+    nope_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Sliding-window layers, which attend to the last tokens only. Immutable.
+
+    Attributes:
+        num_layers: How many of the model's layers.
+        num_tokens: How far they look back.
+    """
+
+    num_layers: int
+    num_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Shape of a dense decoder with gated MLP, untied embeddings and grouped-query attention, in fp16.
+    """Shape of a decoder with gated MLP and untied embeddings, in fp16: dense with grouped-query attention, unless the
+    last attributes say otherwise.
 
     Attributes:
         name: The preset's name.
         num_layers: Decoder layers.
         hidden_size: Width of the residual stream.
-        intermediate_size: Width of the MLP.
+        intermediate_size: Width of the dense MLP.
         num_heads: Query heads.
-        num_kv_heads: Key and value heads.
+        num_kv_heads: Key and value heads; 1 with latent attention.
         head_dim: Width of a head.
         vocab_size: Rows of the embedding.
         source: Where the figures come from.
+        experts: Its mixtures of experts.
+        latent: Its latent attention.
+        window: Its sliding-window layers. What they keep is not counted: see `kv_bytes_per_token`.
+        has_biases: Whether its matrices have biases, and its heads sinks (gpt-oss).
     """
 
     name: str
@@ -113,14 +175,28 @@ class Model:
     head_dim: int
     vocab_size: int
     source: str
+    experts: Experts | None = None
+    latent: Latent | None = None
+    window: Window | None = None
+    has_biases: bool = False
+
+    @property
+    def num_full_layers(self) -> int:
+        """Layers that attend to all tokens, and keep KV of all."""
+        return self.num_layers - (self.window.num_layers if self.window is not None else 0)
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of all decoder layers: each costs two FLOPs per token."""
-        attention = 2 * self.hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        norms = 2 * self.hidden_size
-        return self.num_layers * (attention + mlp + norms)
+        """Parameters of all decoder layers."""
+        return self._parameters_without_routed() + self._routed_parameters()
+
+    @property
+    def token_parameters(self) -> int:
+        """Parameters of all decoder layers that compute a token: each costs two FLOPs."""
+        routed = self._routed_parameters()
+        if self.experts is not None:
+            routed = routed * self.experts.num_chosen // self.experts.num_routed
+        return self._parameters_without_routed() + routed
 
     @property
     def parameters(self) -> int:
@@ -130,17 +206,96 @@ class Model:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights over all ranks."""
-        return self.parameters * FP16_BYTES
+        routed = self._routed_parameters()
+        return (self.parameters - routed) * FP16_BYTES + self._routed_bytes()
 
     @property
     def step_weight_bytes(self) -> int:
-        """Bytes of the weights that every step reads: all but the embedding, of which it reads single rows."""
+        """Bytes of the weights that a step of many tokens reads: all but the embedding, of which it reads rows."""
         return self.weight_bytes - self.vocab_size * self.hidden_size * FP16_BYTES
+
+    def read_weight_bytes(self, num_tokens: float) -> float:
+        """Bytes of the weights that a step of so many tokens reads: not of experts that no token has chosen."""
+        if self.experts is None:
+            return self.step_weight_bytes
+        share = self.experts.num_read(num_tokens) / self.experts.num_routed
+        return self.step_weight_bytes - (1 - share) * self._routed_bytes()
+
+    @property
+    def kv_elements(self) -> int:
+        """What one layer keeps of one token."""
+        if self.latent is not None:
+            return self.latent.rank + self.latent.rope_dim
+        return 2 * self.num_kv_heads * self.head_dim
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """KV bytes of one token over all layers and ranks."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * FP16_BYTES
+        """KV bytes of one token over all ranks and all layers that keep all tokens.
+
+        What sliding-window layers keep does not grow with the request beyond their window; it is left out of blocks.
+        """
+        return self.num_full_layers * self.kv_elements * FP16_BYTES
+
+    @property
+    def pair_flops(self) -> int:
+        """FLOPs of one query-key pair in one layer: a product and a weighted sum, two FLOPs per element of each head.
+
+        Of latent attention in a prefill, where vLLM makes keys and values of the latent vectors first.
+        """
+        key_and_value = 2 * self.head_dim
+        if self.latent is not None:
+            key_and_value = self.latent.nope_dim + self.latent.rope_dim + self.latent.value_dim
+        return 2 * self.num_heads * key_and_value
+
+    @property
+    def decode_pair_flops(self) -> int:
+        """The same in a decode, where latent attention works on the latent vectors themselves."""
+        if self.latent is None:
+            return self.pair_flops
+        return 2 * self.num_heads * (2 * self.latent.rank + self.latent.rope_dim)
+
+    def _parameters_without_routed(self) -> int:
+        num_dense, shared, router = self.num_layers, 0, 0
+        if (experts := self.experts) is not None:
+            num_dense = experts.num_dense_layers
+            shared = experts.num_shared * 3 * self.hidden_size * experts.width
+            router = experts.num_routed * (self.hidden_size + self.has_biases)
+        dense = 3 * self.hidden_size * self.intermediate_size
+        norms = 2 * self.hidden_size
+        mlps = num_dense * dense + (self.num_layers - num_dense) * (shared + router)
+        return self.num_layers * (self._attention_parameters() + norms) + mlps
+
+    def _attention_parameters(self) -> int:
+        if (latent := self.latent) is not None:
+            queries = self.hidden_size * self.num_heads * (latent.nope_dim + latent.rope_dim)
+            down = self.hidden_size * (latent.rank + latent.rope_dim) + latent.rank  # and the vector's norm
+            up = latent.rank * self.num_heads * (latent.nope_dim + latent.value_dim)
+            return queries + down + up + self.num_heads * latent.value_dim * self.hidden_size
+        matrices = 2 * self.hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
+        if not self.has_biases:
+            return matrices
+        sinks = self.num_heads
+        return matrices + (self.num_heads + 2 * self.num_kv_heads) * self.head_dim + self.hidden_size + sinks
+
+    def _routed_parameters(self) -> int:
+        return self._num_routed_experts() * (self._matrices_of_expert() + self._biases_of_expert())
+
+    def _routed_bytes(self) -> int:
+        if self.experts is None:
+            return 0
+        matrix_bytes = self._matrices_of_expert() * self.experts.weight_bits / 8
+        return self._num_routed_experts() * int(matrix_bytes + self._biases_of_expert() * FP16_BYTES)
+
+    def _num_routed_experts(self) -> int:
+        if self.experts is None:
+            return 0
+        return (self.num_layers - self.experts.num_dense_layers) * self.experts.num_routed
+
+    def _matrices_of_expert(self) -> int:
+        return 3 * self.hidden_size * self.experts.width if self.experts is not None else 0
+
+    def _biases_of_expert(self) -> int:
+        return 2 * self.experts.width + self.hidden_size if self.experts is not None and self.has_biases else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +399,33 @@ _MODELS: Final = (
         vocab_size=128256,
         source="meta-llama/Llama-3.1-70B config.json",
     ),
+    Model(
+        name="deepseek-v2-lite",
+        num_layers=27,
+        hidden_size=2048,
+        intermediate_size=10944,
+        num_heads=16,
+        num_kv_heads=1,
+        head_dim=192,
+        vocab_size=102400,
+        source="deepseek-ai/DeepSeek-V2-Lite config.json",
+        experts=Experts(num_routed=64, num_chosen=6, width=1408, num_shared=2, num_dense_layers=1),
+        latent=Latent(rank=512, rope_dim=64, nope_dim=128, value_dim=128),
+    ),
+    Model(
+        name="gpt-oss-20b",
+        num_layers=24,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_heads=64,
+        num_kv_heads=8,
+        head_dim=64,
+        vocab_size=201088,
+        source="openai/gpt-oss-20b config.json; experts in MXFP4: 4 bits, and 8 for each 32 parameters",
+        experts=Experts(num_routed=32, num_chosen=4, width=2880, weight_bits=4.25),
+        window=Window(num_layers=12, num_tokens=128),
+        has_biases=True,
+    ),
 )
 
 MODELS: Final[Mapping[str, Model]] = MappingProxyType({model.name: model for model in _MODELS})
@@ -272,14 +454,18 @@ def derive_profile(device: Device, model: Model, tensor_parallel: int) -> CostPr
     flops_per_s = device.flops_per_s * COMPUTE_EFFICIENCY * tensor_parallel
     memory_bytes_per_s = device.memory_bytes_per_s * BANDWIDTH_EFFICIENCY * tensor_parallel
     link = _link_curve(device, tensor_parallel)
+    read_s = 100_000 * model.kv_bytes_per_token / memory_bytes_per_s
+    computed_s = 100_000 * model.num_full_layers * model.decode_pair_flops / flops_per_s  # more with latent attention
+    # A request is taken to be longer than the window.
+    window_tokens = model.window.num_layers * model.window.num_tokens if model.window is not None else 0
+    window_bytes = window_tokens * model.kv_elements * FP16_BYTES
     return CostProfile(
         name=f"{model.name} on {tensor_parallel} x {device.name} (derived)",
         step_s=STEP_S,
-        request_s=REQUEST_S,
+        request_s=REQUEST_S + window_bytes / memory_bytes_per_s,
         tokens=_tokens_curve(device, model, tensor_parallel),
-        decode_context=Curve([(0, 0.0), (100_000, 100_000 * model.kv_bytes_per_token / memory_bytes_per_s)]),
-        # A query-key pair is a product and a weighted sum: two times two FLOPs per element of every head.
-        pair_s=4 * model.num_layers * model.num_heads * model.head_dim / flops_per_s,
+        decode_context=Curve([(0, 0.0), (100_000, max(read_s, computed_s))]),
+        pair_s=model.num_full_layers * model.pair_flops / flops_per_s,
         store=link,
         load=link,
         layered_step_s=LAYER_HOOK_S * model.num_layers,
@@ -317,12 +503,25 @@ def kv_memory_bytes(
 
 def _tokens_curve(device: Device, model: Model, tensor_parallel: int) -> Curve:
     """Tokens of a step -> seconds of its matrix products and all-reduces; nothing for a step without tokens."""
-    read_s = model.step_weight_bytes / (device.memory_bytes_per_s * BANDWIDTH_EFFICIENCY * tensor_parallel)
+    flops_per_s = device.flops_per_s * COMPUTE_EFFICIENCY * tensor_parallel
+    memory_bytes_per_s = device.memory_bytes_per_s * BANDWIDTH_EFFICIENCY * tensor_parallel
     # The output head is left out: it runs once per request, and where it counts the step is bound by reading anyway.
-    token_s = 2 * model.layer_parameters / (device.flops_per_s * COMPUTE_EFFICIENCY * tensor_parallel)
+    token_flops = 2 * model.token_parameters
+    if model.window is not None:  # each token attends to the window behind it, whatever the context
+        token_flops += model.window.num_layers * model.window.num_tokens * model.pair_flops
+    token_s = token_flops / flops_per_s
     reduce_s, reduce_token_s = _all_reduce_s(device, model, tensor_parallel)
-    sampled = sorted({*map(float, _SAMPLED_TOKENS), read_s / token_s})
-    return Curve([(0, 0.0), *((n, max(read_s, n * token_s) + reduce_s + n * reduce_token_s) for n in sampled)])
+    few = _FEW_TOKENS if model.experts is not None else ()
+    corner = model.step_weight_bytes / memory_bytes_per_s / token_s
+    return Curve(
+        [
+            (0, 0.0),
+            *(
+                (n, max(model.read_weight_bytes(n) / memory_bytes_per_s, n * token_s) + reduce_s + n * reduce_token_s)
+                for n in sorted({*map(float, (*few, *_SAMPLED_TOKENS)), corner})
+            ),
+        ]
+    )
 
 
 def _all_reduce_s(device: Device, model: Model, tensor_parallel: int) -> tuple[float, float]:

@@ -59,12 +59,16 @@ class LayerKVWorkerMixin(_VLLMWorker):
                 )
             logger.warning("layerkv is off, vLLM runs as without it: %s", problem)
             return specs
-        memory = WorkerMemory.here()  # the weights are loaded, the KV cache is not made yet
+        memory = self.memory_before_kv()
         self._layerkv_specs = {name: LayerKVSpec.of(spec, memory) for name, spec in specs.items()}  # type: ignore[arg-type]
         if self._layerkv.is_elastic:
             segments = self._elastic_sizes().plan
             self._layerkv_specs = {name: replace(spec, segments=segments) for name, spec in self._layerkv_specs.items()}
         return dict(self._layerkv_specs)
+
+    def memory_before_kv(self) -> WorkerMemory:
+        """What this process has of memory: the weights are loaded, the KV cache is not made yet."""
+        return WorkerMemory.here()
 
     def determine_available_memory(self) -> int:
         """The *virtual* size of the KV range whose physical memory fits what vLLM found available."""

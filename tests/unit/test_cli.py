@@ -1,5 +1,7 @@
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -9,6 +11,7 @@ from rich.console import Console
 
 from layerkv import __version__, doctor
 from layerkv.cli import main
+from layerkv.doctor_facts import Group, ModelFacts, Question
 from layerkv.errors import CapacityError, ConfigError
 from layerkv.vllm_plugin import compat
 
@@ -97,7 +100,14 @@ def test_the_commands_and_their_options_stay_as_they_are(capsys: pytest.CaptureF
     surface = {
         (): ["demo", "doctor", "profile", "bench", "--version"],
         ("demo",): ["--out DIR", "--seed SEED", "--quick"],
-        ("doctor",): ["--policy FILE"],
+        ("doctor",): [
+            "--policy FILE",
+            "--model PATH",
+            "--kv-memory SIZE",
+            "--max-model-len N",
+            "--engine-args JSON",
+            "--json",
+        ],
         ("profile",): ["--model MODEL", "--out FILE", "--engine-args JSON", "--quick"],
         ("bench", "overhead"): ["--json FILE", "--only", "--model", "--rounds N"],
         ("bench", "sharing"): ["--only PART,..", "--engines N", "--burst N", "--seeds N", "--json FILE"],
@@ -231,6 +241,94 @@ def test_the_doctor_points_into_a_wrong_policy(tmp_path: Path) -> None:
     assert status == 1
     assert f"policy: {path}: $.classes.chat.tpot: found '50 parsec' with the unknown unit" in report
     assert "SLO classes" not in report
+
+
+def asked_of_a_model(monkeypatch: pytest.MonkeyPatch, answer: ModelFacts | Exception) -> list[Question]:
+    """Stand in for what asks vLLM."""
+    asked: list[Question] = []
+
+    def examine_model(question: Question) -> ModelFacts:
+        asked.append(question)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("layerkv.doctor_model.examine_model", examine_model)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return asked
+
+
+FACTS = ModelFacts(
+    folder="/models/x",
+    architectures=("XForCausalLM",),
+    model_class="XForCausalLM",
+    features=(),
+    dtype="float32",
+    kv_dtype="float32",
+    max_model_len=4096,
+    num_layers=2,
+    block_bytes=2048,
+    groups=(Group(kind="full", num_layers=2, block_tokens=16, page_bytes=(1024,)),),
+)
+
+
+@pytest.mark.usefixtures("checks")
+def test_the_doctor_hands_a_question_over_and_tells_the_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = asked_of_a_model(monkeypatch, FACTS)
+    flags = ["--kv-memory", "1GiB", "--max-model-len", "4096", "--engine-args", '{"block_size": 16}']
+    assert main(["doctor", "--model", "/models/x", *flags]) == 0
+    expected = {"folder": Path("/models/x"), "kv_memory_bytes": 1 << 30, "max_model_len": 4096}
+    assert asked == [Question(**expected, engine_args={"block_size": 16})]
+    report = capsys.readouterr().out
+    assert "XForCausalLM" in report
+    assert "KV-cache groups" in report
+    assert "Everything is all right." in report
+
+
+@pytest.mark.usefixtures("checks")
+def test_the_doctor_prints_json_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked_of_a_model(monkeypatch, replace(FACTS, refused="its layers are odd; use others"))
+    assert main(["doctor", "--model", "/models/x", "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["model"]["refused"] == "its layers are odd; use others"
+    [model] = [check for check in document["checks"] if check["subject"] == "model"]
+    assert (model["verdict"], model["advice"]) == ("problem", "its layers are odd; use others")
+
+
+@pytest.mark.usefixtures("checks")
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ConfigError("/models/x: found nothing there; set --model"), "model: /models/x: found nothing there;"),
+        (KeyError("odd"), "model: KeyError: 'odd'; start vLLM with this model to see more"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_asked_about_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, line: str
+) -> None:
+    asked_of_a_model(monkeypatch, error)
+    assert main(["doctor", "--model", "/models/x"]) == 1
+    assert line in capsys.readouterr().out
+
+
+def test_no_model_is_looked_at_where_vllm_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], checks: list[doctor.Check]
+) -> None:
+    asked = asked_of_a_model(monkeypatch, FACTS)
+    checks.append(doctor.Check(subject="torch", found="none", verdict="problem", advice="install it"))
+    assert main(["doctor", "--model", "/models/x"]) == 1
+    assert asked == []
+    assert "model: mend torch first: it is vLLM that is asked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--kv-memory", "1GiB"], ["--max-model-len", "9"], ["--engine-args", "{}"]])
+def test_what_is_asked_about_a_model_needs_one(capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    assert main(["doctor", *flags]) == 2
+    assert f"{flags[0]}: found without --model" in capsys.readouterr().err
 
 
 def test_a_check_that_breaks_is_a_problem_and_not_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

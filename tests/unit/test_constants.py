@@ -44,7 +44,7 @@ FACTS = {
     "sim/capacity.py": {"SCHEMA"},
     "sim/config.py": {"_NOT_EMPTY"},
     "sim/prompt_blocks.py": {"HASH_BLOCK_TOKENS"},
-    "sim/presets.py": {"FP16_BYTES", "_SAMPLED_TOKENS", "_GIB"},
+    "sim/presets.py": {"FP16_BYTES", "_SAMPLED_TOKENS", "_FEW_TOKENS", "_GIB"},
     "sim/run.py": {"SCHEMA"},
     "sim/sharing_run.py": {"SCHEMA"},
     "sim/workload_config.py": {"_NOT_EMPTY"},

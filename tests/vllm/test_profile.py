@@ -2,7 +2,8 @@
 
 import pytest
 
-from layerkv.bench.profile import parse_engine_args, run_profile
+from layerkv.bench.engine_args import parse_engine_args
+from layerkv.bench.profile import run_profile
 from layerkv.core.cost import CostProfile, CostView, load_profile
 from layerkv.errors import ConfigError
 
