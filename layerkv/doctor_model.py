@@ -8,11 +8,14 @@ and workers agree on. So there is no table of models here, and what a later rele
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from layerkv.bench.engine_args import layerkv_connector
@@ -251,10 +254,16 @@ def _resolve_layout(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> None:
     resolve_kv_cache_layout(config, [layouts], specs.values())
 
 
-def _groups_of(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+def _planning() -> ModuleType:
+    """Where vLLM plans KV memory: since 0.33 in a module of its own."""
+    from vllm.v1.core import kv_cache_utils
 
-    groups: list[KVCacheGroupSpec] = get_kv_cache_groups(config, dict(specs))
+    name = "vllm.v1.core.kv_cache_planning"
+    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else kv_cache_utils
+
+
+def _groups_of(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
+    groups: list[KVCacheGroupSpec] = _planning().get_kv_cache_groups(config, dict(specs))
     return groups
 
 
@@ -285,9 +294,7 @@ def _configs_of(config: VllmConfig, specs: dict[str, KVCacheSpec], available_byt
     Raises:
         ValueError: it holds no request of ``max_model_len``.
     """
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
-
-    configs: list[Any] = get_kv_cache_configs(config, [specs], [available_bytes])
+    configs: list[Any] = _planning().get_kv_cache_configs(config, [specs], [available_bytes])
     return configs
 
 

@@ -87,6 +87,8 @@ def test_a_quickstart_the_cpu_loads_and_the_settings_of_the_paper_are_shipped() 
         "fluid_7b_l20.yaml",
         "fluid_8b_a100.yaml",
         "fluid_8b_h100.yaml",
+        "fluid_oss_20b_l20.yaml",
+        "fluid_v2_lite_l20.yaml",
         "hundred_thousand.yaml",
         "layerkv_paper.yaml",
         "layerkv_paper_34b.yaml",
