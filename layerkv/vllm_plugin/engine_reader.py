@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.interface import PauseState
@@ -71,7 +71,9 @@ class EngineReader:
         """The engine before the step that is about to be scheduled."""
         s, ledger = self._scheduler, self._ledger
         self._active_loras = self._full_loras()
-        freeing = [block.block_id for _, blocks in s.deferred_frees for block in blocks] if s.deferred_frees else ()
+        freeing: Collection[int] = ()
+        if s.deferred_frees:  # null blocks stand for those that came back before
+            freeing = [block.block_id for _, blocks in s.deferred_frees for block in blocks if not block.is_null]
         freeing_zone = sum(map(self._geometry.is_zone_block, freeing))
         return EngineState(
             step=s.current_step,
