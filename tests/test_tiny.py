@@ -15,10 +15,10 @@ import yaml
 from layerkv.cli import _parser, main
 from layerkv.config import EngineConfig
 from layerkv.core.geometry import KVGeometry
-from layerkv.core.ledger import KVLedger
 from layerkv.core.residency import Residency
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
+from tests.fakes.flat_ledger import FlatLedger
 from tests.fakes.snapshots import admitted, crowd, prompt, snapshot
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def test_a_prompt_starts_in_the_zone_while_the_pool_is_full() -> None:
 
 
 def test_the_books_follow_a_request_through_zone_host_memory_and_pool() -> None:
-    ledger = KVLedger(KVGeometry(3, page_bytes=64, block_tokens=4, pool_blocks=16, zone_blocks=8, lanes=1), 8)
+    ledger = FlatLedger(KVGeometry(3, page_bytes=64, block_tokens=4, pool_blocks=16, zone_blocks=8, lanes=1), 8)
     ledger.add("a")
     ledger.admit_layered("a", table_blocks=3, zone_blocks=3)
     table = ledger.zone.take("a", 3)

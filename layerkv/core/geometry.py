@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 
+from layerkv.core.groups import Group, Row, is_plain, rows_of, zone_shares
 from layerkv.errors import ConfigError
 
 DEFAULT_ZONE_SHARE = 0.05
@@ -47,13 +48,15 @@ class KVGeometry:
     """The division of one worker's KV memory. Immutable; lives as long as the engine.
 
     Attributes:
-        num_layers: Attention layers with a KV cache on this worker.
-        page_bytes: Bytes of one block in one layer.
-        block_tokens: Tokens of one block.
-        pool_blocks: Block ids backed by memory of their own in every layer (vLLM's null block included).
-        zone_blocks: Block ids of the lane zone.
+        num_layers: Slots: as many as the largest group has layers. With one group each attention layer has its own.
+        page_bytes: Bytes of one block in one slot.
+        block_tokens: Tokens of one block; of groups that differ in that, of the longest blocks that pass through lanes.
+        pool_blocks: Block ids backed by memory of their own in every slot (vLLM's null block included).
+        zone_blocks: Block ids of the lane zone, of each group that passes through lanes (or as many times more as its
+            blocks have fewer tokens).
         lanes: Lanes that layers share, in turn.
         retained_layers: How many layers, evenly spread, have a lane each.
+        groups: The KV-cache groups; left out, there is one that keeps all blocks.
     """
 
     num_layers: int
@@ -63,15 +66,35 @@ class KVGeometry:
     zone_blocks: int
     lanes: int
     retained_layers: int = 0
+    groups: tuple[Group, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            object.__setattr__(self, "groups", (Group(self.block_tokens, self.num_layers),))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is one group, which keeps all blocks."""
+        return is_plain(self.groups)
+
+    @property
+    def zone_shares(self) -> tuple[int, ...]:
+        """For each group, how many of its block ids the zone has for each of ``zone_blocks``; 0 without lanes."""
+        return zone_shares(self.groups, self.block_tokens)
+
+    @property
+    def num_zone_ids(self) -> int:
+        """Block ids of the lane zone in all groups."""
+        return self.zone_blocks * sum(self.zone_shares)
 
     @property
     def total_blocks(self) -> int:
         """Block ids that vLLM sees."""
-        return self.pool_blocks + self.zone_blocks
+        return self.pool_blocks + self.num_zone_ids
 
     @property
     def layer_bytes(self) -> int:
-        """Virtual bytes of one layer's range."""
+        """Virtual bytes of one slot's range."""
         return self.total_blocks * self.page_bytes
 
     @property
@@ -81,8 +104,8 @@ class KVGeometry:
 
     @property
     def lane_bytes(self) -> int:
-        """Physical bytes of one lane."""
-        return self.zone_blocks * self.page_bytes
+        """Physical bytes of one lane, which all groups' zones share."""
+        return self.zone_blocks * max(self.zone_shares) * self.page_bytes
 
     @property
     def physical_bytes(self) -> int:
@@ -96,34 +119,63 @@ class KVGeometry:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all layers, the size of a host block."""
+        """Bytes of one block over all slots, the size of a host block."""
         return self.num_layers * self.page_bytes
 
     @property
     def streamed_block_bytes(self) -> int:
         """Bytes of a zone block that pass through lanes of several layers: what one more step must load of it."""
-        return sum(len(layers) for layers in self.lane_layers() if len(layers) > 1) * self.page_bytes
+        rows = self.rows()
+        streamed = [rows[row] for layers in self.lane_layers() if len(layers) > 1 for row in layers]
+        num_groups = sum(map(bool, self.zone_shares))
+        return len(streamed) * self.page_bytes // num_groups
 
     def is_zone_block(self, block: int) -> bool:
         """Whether a block id is of the lane zone; else it is of the pool."""
         return block >= self.pool_blocks
 
+    def first_zone_block(self, group: int) -> int:
+        """The first of a group's ids in the lane zone."""
+        return self.pool_blocks + self.zone_blocks * sum(self.zone_shares[:group])
+
     def num_zone_blocks(self, block_ids: Sequence[int]) -> int:
-        """Zone blocks of a request's block table: all after its prefix-cache hits, which are in the pool."""
+        """Zone blocks of a block table: all after its prefix-cache hits, which are in the pool."""
         return len(block_ids) - self.num_leading_pool_blocks(block_ids)
 
     def num_leading_pool_blocks(self, block_ids: Sequence[int]) -> int:
-        """Blocks of a block table before the first one of the zone."""
+        """Entries of a block table before the first one of the zone: hits, and what has been given back."""
         return next((i for i, block in enumerate(block_ids) if self.is_zone_block(block)), len(block_ids))
 
+    def rows(self) -> list[Row]:
+        """The layers that may pass through lanes, in the order in which they run. With one group, layer by layer."""
+        return rows_of(self.groups)
+
     def lane_layers(self) -> list[list[int]]:
-        """The layers that write their zone blocks to each lane, in the order in which they run."""
-        retained = [(2 * i + 1) * self.num_layers // (2 * self.retained_layers) for i in range(self.retained_layers)]
-        streamed = [layer for layer in range(self.num_layers) if layer not in retained]
-        return [streamed[lane :: self.lanes] for lane in range(self.lanes)] + [[layer] for layer in retained]
+        """The rows that write their zone blocks to each lane, in the order in which they run."""
+        num_rows = len(self.rows())
+        retained = [(2 * i + 1) * num_rows // (2 * self.retained_layers) for i in range(self.retained_layers)]
+        streamed = [row for row in range(num_rows) if row not in retained]
+        return [streamed[lane :: self.lanes] for lane in range(self.lanes)] + [[row] for row in retained]
+
+    def lane_ranges(self) -> list[list[tuple[int, int]]]:
+        """For each lane the stretches of address range that it is mapped at: of each the byte offset, and bytes.
+
+        A group with fewer layers than there are slots has zone ids in all of them; where no layer of it is, the first
+        lane is mapped, and nobody uses it.
+        """
+        rows = self.rows()
+        ranges = [[self._zone_range(rows[row]) for row in lane] for lane in self.lane_layers()]
+        with_lanes = [group for group, share in enumerate(self.zone_shares) if share]
+        all_rows = {Row(group, slot) for group in with_lanes for slot in range(self.num_layers)}
+        ranges[0] += [self._zone_range(row) for row in sorted(all_rows.difference(rows))]
+        return ranges
+
+    def _zone_range(self, row: Row) -> tuple[int, int]:
+        num_blocks = self.zone_blocks * self.zone_shares[row.group]
+        return self.offset(row.slot, self.first_zone_block(row.group)), num_blocks * self.page_bytes
 
     def offset(self, layer: int, block: int) -> int:
-        """Byte offset of ``block`` of ``layer`` from the start of the address range."""
+        """Byte offset of ``block`` in slot ``layer`` from the start of the address range."""
         return layer * self.layer_bytes + block * self.page_bytes
 
 
@@ -132,9 +184,9 @@ class GeometryRequest:
     """What the division depends on besides the number of block ids.
 
     Attributes:
-        num_layers: Attention layers with a KV cache on one worker.
-        page_bytes: Bytes of one block in one layer.
-        block_tokens: Tokens of one block.
+        num_layers: Slots: as many as the largest group has layers, on one worker.
+        page_bytes: Bytes of one block in one slot.
+        block_tokens: Tokens of one block; of groups that differ in that, of the longest blocks that pass through lanes.
         lanes: Number of lanes; clipped to the number of layers that share them.
         retained_layers: Layers with a lane of their own.
         step_tokens: Most tokens of one engine step (``max_num_batched_tokens``), for the default zone size.
@@ -143,6 +195,7 @@ class GeometryRequest:
         longest_tokens: Longest request (``max_model_len``), for the default zone size.
         may_outgrow_pool: Whether requests may be longer than the pool and decode in the zone: a zone of default size
             then holds the longest one if the pool does not.
+        groups: The KV-cache groups; left out, there is one that keeps all blocks.
     """
 
     num_layers: int
@@ -155,6 +208,7 @@ class GeometryRequest:
     longest_tokens: int = 0
     may_outgrow_pool: bool = False
     retained_layers: int = 0
+    groups: tuple[Group, ...] = ()
 
     @property
     def unit_blocks(self) -> int:
@@ -162,14 +216,29 @@ class GeometryRequest:
         return self.alignment_bytes // gcd(self.alignment_bytes, self.page_bytes)
 
     @property
+    def num_rows(self) -> int:
+        """Layers that may pass through lanes."""
+        return len(rows_of(self.groups)) if self.groups else self.num_layers
+
+    @property
     def used_lanes(self) -> int:
         """More lanes than layers would never be used."""
-        return min(self.lanes, self.num_layers - self.retained_layers)
+        return min(self.lanes, self.num_rows - self.retained_layers)
 
     @property
     def num_lanes(self) -> int:
         """Physical copies of the zone."""
         return self.used_lanes + self.retained_layers
+
+    @property
+    def zone_ids_per_block(self) -> int:
+        """Block ids, of all groups, for each block of the zone,"""
+        return sum(zone_shares(self.groups, self.block_tokens)) if self.groups else 1
+
+    @property
+    def lane_pages_per_block(self) -> int:
+        """and pages of each lane."""
+        return max(zone_shares(self.groups, self.block_tokens)) if self.groups else 1
 
 
 def require_retained_layers(retained_layers: int, num_layers: int) -> None:
@@ -206,7 +275,7 @@ def geometry_for_blocks(request: GeometryRequest, total_blocks: int) -> KVGeomet
             ``total_blocks`` is not a multiple of the mapping unit (only a manual override can cause that).
     """
     unit = request.unit_blocks
-    require_retained_layers(request.retained_layers, request.num_layers)
+    require_retained_layers(request.retained_layers, request.num_rows)
     if total_blocks % unit:
         raise ConfigError(
             f"num_gpu_blocks_override: found {total_blocks}, but KV memory is mapped in units of {unit} blocks "
@@ -214,7 +283,7 @@ def geometry_for_blocks(request: GeometryRequest, total_blocks: int) -> KVGeomet
             f"set num_gpu_blocks_override to a multiple of {unit}"
         )
     zone_blocks = _zone_blocks(request, total_blocks)
-    pool_blocks = total_blocks - zone_blocks
+    pool_blocks = total_blocks - zone_blocks * request.zone_ids_per_block
     if pool_blocks < max(unit, 2):  # vLLM keeps one block back as its null block
         raise ConfigError(_zone_too_large(request, total_blocks))
     return KVGeometry(
@@ -225,6 +294,7 @@ def geometry_for_blocks(request: GeometryRequest, total_blocks: int) -> KVGeomet
         zone_blocks=zone_blocks,
         lanes=request.used_lanes,
         retained_layers=request.retained_layers,
+        groups=request.groups,
     )
 
 
@@ -236,14 +306,15 @@ def geometry_for_memory(request: GeometryRequest, memory_bytes: int) -> KVGeomet
     """
     total_blocks = _largest_total(replace(request, may_outgrow_pool=False), memory_bytes)
     total_blocks = _total_with_large_zone(request, total_blocks, memory_bytes) or total_blocks
-    if total_blocks == 0 or _zone_blocks(request, total_blocks) >= total_blocks:
+    if total_blocks == 0 or _zone_blocks(request, total_blocks) * request.zone_ids_per_block >= total_blocks:
         raise ConfigError(_zone_too_large(request, memory_bytes // (request.num_layers * request.page_bytes)))
     return geometry_for_blocks(request, total_blocks)
 
 
 def _largest_total(request: GeometryRequest, memory_bytes: int) -> int:
     unit = request.unit_blocks
-    low, high = 0, memory_bytes // (max(request.num_lanes, 1) * request.page_bytes * unit) + 1
+    ids = request.zone_ids_per_block
+    low, high = 0, ids * memory_bytes // (max(request.num_lanes, 1) * request.page_bytes * unit) + 1
     while high - low > 1:  # physical bytes grow with the number of ids, so bisect for the last that fits
         middle = (low + high) // 2
         if _physical_bytes(request, middle * unit) <= memory_bytes:
@@ -276,7 +347,8 @@ def _zone_blocks(request: GeometryRequest, total_blocks: int) -> int:
         return large_zone_blocks
     wanted_tokens = max(DEFAULT_ZONE_STEPS * request.step_tokens, request.longest_tokens)
     wanted = _round_up(_ceil_div(wanted_tokens, request.block_tokens), unit)
-    of_pool = int(total_blocks * ZONE_OF_POOL / (1 + ZONE_OF_POOL)) // unit * unit
+    ids = request.zone_ids_per_block
+    of_pool = int(total_blocks * ZONE_OF_POOL / (1 + ZONE_OF_POOL * ids)) // unit * unit
     with_few_layers = min(of_pool, _most_zone_blocks(request, total_blocks, FEW_LAYERS_ZONE_SHARE))
     most = max(with_few_layers, _most_zone_blocks(request, total_blocks, DEFAULT_ZONE_SHARE))
     return max(min(wanted, most), unit)
@@ -298,15 +370,17 @@ def _large_zone_blocks(request: GeometryRequest, total_blocks: int) -> int | Non
 
 def _most_zone_blocks(request: GeometryRequest, total_blocks: int, share: float) -> int:
     """The largest zone whose lanes take at most that share of the KV memory."""
-    # lanes * zone <= share * (layers * pool + lanes * zone), solved for zone with pool = total - zone
-    layers, lanes, unit = request.num_layers, request.num_lanes, request.unit_blocks
-    return int(share * layers * total_blocks / (lanes * (1 - share) + share * layers)) // unit * unit
+    # lanes * zone <= share * (layers * pool + lanes * zone), solved for zone with pool = total - ids * zone
+    layers, unit, ids = request.num_layers, request.unit_blocks, request.zone_ids_per_block
+    lanes = request.num_lanes * request.lane_pages_per_block
+    return int(share * layers * total_blocks / (lanes * (1 - share) + share * layers * ids)) // unit * unit
 
 
 def _physical_bytes(request: GeometryRequest, total_blocks: int) -> int:
     zone_blocks = _zone_blocks(request, total_blocks)
-    pool_blocks = max(total_blocks - zone_blocks, 0)
-    return (pool_blocks * request.num_layers + zone_blocks * request.num_lanes) * request.page_bytes
+    pool_blocks = max(total_blocks - zone_blocks * request.zone_ids_per_block, 0)
+    lane_pages = zone_blocks * request.num_lanes * request.lane_pages_per_block
+    return (pool_blocks * request.num_layers + lane_pages) * request.page_bytes
 
 
 def _zone_too_large(request: GeometryRequest, kv_blocks: int) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from itertools import islice
 
-from layerkv.core.host_tier import HostCopy, HostTier
+from layerkv.core.host_copy import HostCopy
+from layerkv.core.host_tier import HostTier
 from layerkv.core.plan_draft import PlanDraft
 from layerkv.core.transfer import merge_runs
 from layerkv.errors import CapacityError
@@ -52,7 +53,7 @@ class HostPrefixes:
             raise CapacityError(f"host memory: {wanted} blocks wanted, {free} free")
         host.share(found)  # before others are taken, which they might give way to
         own = host.take(wanted)
-        return HostCopy([*own[:first], *found, *own[first:]])
+        return HostCopy([[*own[:first], *found, *own[first:]]])
 
     def settle(self, copy: HostCopy, hashes: Sequence[Hashable], first: int) -> int:
         """A layered prompt starts, and what it has on the device, before ``first``, may not be what was expected.
@@ -65,18 +66,18 @@ class HostPrefixes:
         Raises:
             CapacityError: host memory has no room for those that it writes.
         """
-        host = self._host
+        host, blocks = self._host, copy.tables[0]
         found = host.find(hashes[first:])
         for place, block in enumerate(found, first):
-            if copy.blocks[place] != block:
+            if blocks[place] != block:
                 host.share([block])
-                host.give_back([copy.blocks[place]])
-                copy.blocks[place] = block
-        written = range(first + len(found), len(copy.blocks))
-        shared = [place for place in written if host.num_sharers(copy.blocks[place])]
+                host.give_back([blocks[place]])
+                blocks[place] = block
+        written = range(first + len(found), len(blocks))
+        shared = [place for place in written if host.num_sharers(blocks[place])]
         for place, block in zip(shared, host.take(len(shared)), strict=True):
-            host.give_back([copy.blocks[place]])
-            copy.blocks[place] = block
+            host.give_back([blocks[place]])
+            blocks[place] = block
         return len(found)
 
     def keep_copy(self, copy: HostCopy, hashes: Sequence[Hashable]) -> None:

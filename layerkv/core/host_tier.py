@@ -10,38 +10,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 from layerkv.core.prefix_news import PrefixNews
 from layerkv.core.runs import RunAllocator
 from layerkv.core.segments import SegmentLayout
 from layerkv.errors import CapacityError
-
-
-@dataclass(slots=True)
-class HostCopy:
-    """A request's place in host memory.
-
-    Attributes:
-        blocks: Host block of each entry of the request's block table, by position.
-        num_tokens: Tokens whose KV is (or, for stores under way, will be) valid there; set when parked.
-        is_ahead: The request is resident: its leading whole blocks were stored before anybody parked it.
-        num_shared: Of the blocks of such a one, those that it shares with the prefix cache: given up, they are not free
-            before the next plan, nor while others share them.
-        is_trusted: It may become a cached prefix. Not after something in host memory could not be read.
-        loads_prefix: The request is layered and starts with blocks that it shares with the prefix cache, or comes back
-            to the zone: its next step loads them into all layers, those that have a lane for themselves among them.
-        is_short: Host memory had no room for what it must write, so it does not start now.
-    """
-
-    blocks: list[int]
-    num_tokens: int = 0
-    is_ahead: bool = False
-    num_shared: int = 0
-    is_trusted: bool = True
-    loads_prefix: bool = False
-    is_short: bool = False
 
 
 class HostTier:

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from layerkv.core.host_tier import HostCopy
-from layerkv.core.ledger_books import LedgerBooks, LedgerCounters
+from layerkv.core.groups import Tables, whole_blocks
+from layerkv.core.host_copy import HostCopy
+from layerkv.core.layered_steps import LayeredSteps
+from layerkv.core.ledger_books import LedgerCounters
 from layerkv.core.plan_draft import PlanDraft
 from layerkv.core.residency import Residency
-from layerkv.core.transfer import FetchPlan, StepPlan, merge_runs, num_blocks
+from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan, merge_runs, num_blocks
 from layerkv.errors import CapacityError
 
 __all__ = ["KVLedger", "LedgerCounters"]
 
 
-class KVLedger(LedgerBooks):
+class KVLedger(LayeredSteps):
     """Residency, host blocks and zone room of all requests. Not thread-safe; one per scheduler.
 
     Lifetime of a host block: taken when a request is admitted layered, is stored ahead or is parked, given back when
@@ -47,8 +49,9 @@ class KVLedger(LedgerBooks):
 
         Args:
             request_id: The request.
-            table_blocks: Blocks of its whole prompt, prefix-cache hits included: all get a host block.
-            zone_blocks: Those of them that come from the zone (the rest are hits in the pool).
+            table_blocks: Host blocks that it needs. With one group that keeps all blocks, those of its whole prompt,
+                prefix-cache hits included.
+            zone_blocks: Blocks of the zone, in each group. With one, the rest of the former are hits in the pool.
             hashes: Of its blocks up to the one of its last token, which is computed: those of the zone's that host
                 memory caches are shared, and no host block is taken for them.
 
@@ -57,10 +60,15 @@ class KVLedger(LedgerBooks):
         """
         self.zone.reserve(request_id, zone_blocks)
         try:
-            self._copies[request_id] = self._prefixes.reserve(table_blocks, hashes, table_blocks - zone_blocks)
+            if self.geometry.is_plain:
+                copy = self._prefixes.reserve(table_blocks, hashes, table_blocks - zone_blocks)
+            else:
+                copy = HostCopy.empty(len(self.geometry.groups))
+                copy.spare = self.host.take(table_blocks)
         except CapacityError:
             self.zone.end_reservation(request_id)
             raise
+        self._copies[request_id] = copy
         self._layered.add(request_id)
         self.counters.layered_admissions += 1
 
@@ -94,22 +102,6 @@ class KVLedger(LedgerBooks):
 
     # Prefixes in host memory ---------------------------------------------------------------------------------
 
-    def num_prefix_blocks(self, request_id: str, hashes: Sequence[Hashable], blocks: range) -> int:
-        """Blocks of a waiting prompt that it can load instead of computing them, from the first of ``blocks`` on.
-
-        Args:
-            request_id: The request. Of one that has been admitted layered, :meth:`settle_prefix` knows.
-            hashes: Of its blocks.
-            blocks: From its hits in the device's prefix cache on, up to the block of its last token, which is computed.
-        """
-        if self.residency.get(request_id) is not Residency.WAITING or request_id in self._layered:
-            return 0
-        return self._prefixes.num_found(hashes, blocks)
-
-    def num_held_prefix_blocks(self, hashes: Sequence[Hashable], blocks: range) -> int:
-        """Of those blocks that a prompt can load, how many are no free host blocks: others share them."""
-        return self._prefixes.num_held(hashes, blocks)
-
     def settle_prefix(self, request_id: str, hashes: Sequence[Hashable], num_local_blocks: int) -> int:
         """The engine is about to start a request admitted layered, and has found its first blocks on the device.
 
@@ -134,19 +126,19 @@ class KVLedger(LedgerBooks):
         copy = self._copies.get(request_id)
         return copy is not None and copy.is_short
 
-    def load_prefix(self, request_id: str, block_ids: Sequence[int], hashes: Sequence[Hashable], blocks: range) -> None:
+    def load_prefix(self, request_id: str, tables: Tables, hashes: Sequence[Hashable], blocks: range) -> None:
         """A waiting request starts with part of its prompt loaded, before this step's forward pass reads it.
 
         Args:
             request_id: A WAITING request, RESIDENT or LAYERED from now on. A layered one loads it layer by layer.
-            block_ids: Its new block table.
+            tables: Its new block table, the only one.
             hashes: Of its blocks.
             blocks: Which blocks of the table are loaded, all of them found before in this step.
         """
         if request_id in self._layered:
             self._copies[request_id].loads_prefix = True
         else:
-            self._prefixes.load(self._draft, block_ids, hashes, blocks)
+            self._prefixes.load(self._draft, tables[0], hashes, blocks)
             self.counters.loaded_blocks += len(blocks)
         self.counters.prefix_hit_blocks += len(blocks)
         self.started(request_id)
@@ -165,121 +157,118 @@ class KVLedger(LedgerBooks):
 
     # Each step -----------------------------------------------------------------------------------------------
 
-    def step_layered(self, request_id: str, block_ids: Sequence[int], *, num_computed: int, num_scheduled: int) -> None:
-        """A layered request computes ``num_scheduled`` tokens after ``num_computed`` in this step.
-
-        Plans the store of every zone block written and the load of every zone block that holds earlier tokens, or in
-        its first step those of a cached prefix.
-        The last earlier block may be both: it is loaded whole, written on, and stored whole.
-
-        Raises:
-            CapacityError: host memory has no room for a block beyond the admitted prompt (streamed decode).
-        """
-        tokens = self.geometry.block_tokens
-        copy = self._copies[request_id]
-        last_block = (num_computed + num_scheduled - 1) // tokens
-        if (missing := last_block + 1 - len(copy.blocks)) > 0:
-            self.host.unpin()  # what the plan says of prefixes is done before its first layer is stored
-            copy.blocks += self.host.take(missing)
-        in_pool = self.geometry.num_leading_pool_blocks(block_ids)
-        first_written = max(num_computed // tokens, in_pool)
-        loaded = slice(in_pool, -(-num_computed // tokens))
-        written = slice(first_written, last_block + 1)
-        loads = merge_runs(block_ids[loaded], copy.blocks[loaded])
-        stores = merge_runs(block_ids[written], copy.blocks[written])
-        if copy.loads_prefix:
-            self._draft.zone_hits += loads
-            copy.loads_prefix = False
-        else:
-            self._draft.loads += loads
-        self._draft.stores += stores
-        self.counters.loaded_blocks += num_blocks(loads)
-        self.counters.stored_blocks += num_blocks(stores)
-
-    def store_ahead(
-        self, request_id: str, block_ids: Sequence[int], num_computed: int, most_blocks: int | None = None
-    ) -> int:
+    def store_ahead(self, request_id: str, tables: Tables, num_computed: int, most_blocks: int | None = None) -> int:
         """Copy a resident request's whole blocks to host memory in the background, so that parking it is cheap.
 
-        Whole blocks are never written again, so the copy stays good while the request goes on. The blocks stay with
-        the request until it is parked (then only the rest is stored) or leaves.
+        Whole blocks, of groups that keep all, are never written again, so the copy stays good while the request goes
+        on. The blocks stay with the request until it is parked (then only the rest is stored) or leaves.
 
         Args:
             request_id: A RESIDENT request.
-            block_ids: Its block table.
+            tables: Its block tables.
             num_computed: Tokens whose KV its blocks hold.
             most_blocks: Blocks to copy at most; None is all.
 
         Returns:
-            Leading blocks that host memory holds now, or will once the copy has ended.
+            Blocks that host memory holds now, or will once the copy has ended.
 
         Raises:
             CapacityError: no room in host memory; nothing changed.
         """
         assert self.residency[request_id] is Residency.RESIDENT
         copy = self._copies.get(request_id)
-        num_stored = 0 if copy is None else len(copy.blocks)
-        num_whole = num_computed // self.geometry.block_tokens
+        num_stored = 0 if copy is None else copy.num_blocks
+        num_whole = whole_blocks(self.geometry.groups, num_computed)
         if most_blocks is not None:
             num_whole = min(num_whole, num_stored + most_blocks)
         if num_whole <= num_stored:
             return num_stored
         new = self.host.take(num_whole - num_stored)
         if copy is None:
-            copy = self._copies[request_id] = HostCopy([], is_ahead=True)
-        copy.blocks += new
+            copy = self._copies[request_id] = HostCopy.empty(len(self.geometry.groups))
+            copy.is_ahead = True
         assert request_id not in self._draft.ahead, f"{request_id} is stored ahead twice in one step"
-        self._draft.ahead[request_id] = merge_runs(block_ids[num_stored:num_whole], new)
         self.counters.stored_ahead_blocks += len(new)
         self.counters.stored_blocks += len(new)
+        runs: tuple[BlockRun, ...] = ()
+        for group, table, stored in zip(self.geometry.groups, tables, copy.tables, strict=True):
+            if group.keeps_all:
+                first, own = len(stored), new[: num_computed // group.block_tokens - len(stored)]
+                runs += merge_runs(table[first : first + len(own)], own)
+                stored += own
+                del new[: len(own)]
+        self._draft.ahead[request_id] = runs
         return num_whole
 
-    def park(self, request_id: str, block_ids: Sequence[int], num_computed: int, *, keeps_room: bool = False) -> None:
+    def park(self, request_id: str, tables: Tables, num_computed: int, *, keeps_room: bool = False) -> None:
         """The request gives up its device blocks; its KV of ``num_computed`` tokens goes to, or is in, host memory.
 
         A layered request's zone blocks are in host memory already, so only its hits on the device are stored, but for
-        those that it shares with the prefix cache there. Of a resident one, what was not stored ahead is stored now,
-        before this step's forward pass. With ``keeps_room`` a layered one keeps the host blocks of tokens to come: it
-        comes back to the zone, and would wait for ever if others like it had taken them.
+        those that it shares with the prefix cache there, and its states. Of a resident one, what was not stored ahead
+        is stored now, before this step's forward pass. With ``keeps_room`` a layered one keeps the host blocks of
+        tokens to come: it comes back to the zone, and would wait for ever if others like it had taken them.
 
         Raises:
-            CapacityError: no room in host memory for a resident request; nothing changed.
+            CapacityError: no room in host memory for a resident request, or for a layered one's state; nothing changed.
         """
-        num_needed = -(-num_computed // self.geometry.block_tokens)
+        groups = self.geometry.groups
         layered = self.residency[request_id] is Residency.LAYERED
+        copy = self._copies.get(request_id)
+        num_missing = sum(
+            [
+                len(needed) if copy is None else copy.missing(index, needed)
+                for index, needed in enumerate([group.needed(num_computed) for group in groups])
+            ]
+        )
+        num_spare = 0 if copy is None else len(copy.spare)
+        rest = self.host.take(max(num_missing - num_spare, 0))
+        if copy is None:
+            copy = HostCopy.empty(len(groups))
+        elif not layered:
+            self._draft.parks_now(request_id)
+        copy.spare += rest
+        self._copies[request_id] = copy
+        copy.num_tokens, copy.is_ahead, copy.num_shared, copy.is_trusted = num_computed, False, 0, True
+        num_stored = 0
+        for index, (group, table) in enumerate(zip(groups, tables, strict=True)):
+            needed = group.needed(num_computed)
+            if layered:  # states are in the pool, as hits are
+                in_pool = range(needed.start, min(self.geometry.num_leading_pool_blocks(table), needed.stop))
+                self._use_spare(copy, index, needed)
+                to_store = [e for e in in_pool if not self.host.num_sharers(copy.of(index, range(e, e + 1))[0])]
+                if not keeps_room:
+                    end = needed.stop - copy.firsts[index]
+                    self.host.give_back(copy.tables[index][end:])
+                    del copy.tables[index][end:]
+            else:
+                to_store = list(needed[len(copy.tables[index]) :])
+                self._use_spare(copy, index, needed)
+            first, own = copy.firsts[index], copy.tables[index]
+            self._draft.parks += merge_runs([table[e] for e in to_store], [own[e - first] for e in to_store])
+            num_stored += len(to_store)
         if layered:
-            copy = self._copies[request_id]
-            in_pool = range(min(self.geometry.num_leading_pool_blocks(block_ids), num_needed))
-            to_store = [place for place in in_pool if not self.host.num_sharers(copy.blocks[place])]
-            if not keeps_room:
-                self.host.give_back(copy.blocks[num_needed:])
-                del copy.blocks[num_needed:]
             self._leave_zone(request_id)
-        else:
-            ahead = self._copies.get(request_id)
-            num_stored = 0 if ahead is None else len(ahead.blocks)
-            rest = self.host.take(num_needed - num_stored)
-            copy = self._copies[request_id] = HostCopy([*(ahead.blocks if ahead else ()), *rest])
-            to_store = list(range(num_stored, num_needed))
-            if num_stored > 0:
-                self._draft.parks_now(request_id)
-        copy.num_tokens = num_computed
-        self._draft.parks += merge_runs([block_ids[i] for i in to_store], [copy.blocks[i] for i in to_store])
+        if copy.spare and not keeps_room:
+            self.host.give_back(copy.spare)
+            copy.spare = []
         self.residency.move(request_id, Residency.PARKED)
         self.counters.parks += 1
-        self.counters.stored_blocks += len(to_store)
+        self.counters.stored_blocks += num_stored
 
-    def fetch(self, request_id: str, block_ids: Sequence[int], num_local_tokens: int) -> None:
+    def fetch(self, request_id: str, tables: Tables, num_local_tokens: int) -> None:
         """Load a parked request into its new pool blocks; the first ``num_local_tokens`` are there already.
 
         Args:
             request_id: A PARKED request.
-            block_ids: Its new block table, covering all parked tokens.
-            num_local_tokens: Prefix-cache hits on the device, a multiple of the block size.
+            tables: Its new block tables, covering all parked tokens.
+            num_local_tokens: Prefix-cache hits on the device, a multiple of all groups' block sizes.
         """
         copy = self._copies[request_id]
-        covered = slice(num_local_tokens // self.geometry.block_tokens, len(copy.blocks))
-        runs = merge_runs(block_ids[covered], copy.blocks[covered])
+        runs: tuple[BlockRun, ...] = ()
+        for index, (group, table) in enumerate(zip(self.geometry.groups, tables, strict=True)):
+            needed = group.needed(copy.num_tokens)
+            covered = range(max(num_local_tokens // group.block_tokens, needed.start), needed.stop)
+            runs += merge_runs(table[covered.start : covered.stop], copy.of(index, covered))
         self._draft.fetches.append(FetchPlan(request_id, runs))
         self.residency.move(request_id, Residency.FETCHING)
         self.counters.fetches += 1
@@ -301,16 +290,23 @@ class KVLedger(LedgerBooks):
             return
         if self.residency.get(request_id) is Residency.FETCHING:
             copy = self._copies.pop(request_id)
-            num_whole = copy.num_tokens // self.geometry.block_tokens
             is_own = not any(map(self.host.num_sharers, copy.blocks))  # a copy that gives way frees all that it has
-            if self.keeps_copies and copy.is_trusted and num_whole and is_own:
-                self.host.give_back(copy.blocks[num_whole:])  # it is written on, and so stored anew
-                kept = copy.blocks[:num_whole]
-                num_shared = sum(self.host.num_sharers(block) > 0 for block in kept)
-                self._copies[request_id] = HostCopy(kept, is_ahead=True, num_shared=num_shared)
+            if self.keeps_copies and copy.is_trusted and whole_blocks(self.geometry.groups, copy.num_tokens) and is_own:
+                self._keep_whole_blocks(copy)
+                self._copies[request_id] = copy
             else:
                 self._prefixes.keep_copy(copy, hashes)
             self.residency.move(request_id, Residency.RESIDENT)
+
+    def _keep_whole_blocks(self, copy: HostCopy) -> None:
+        """A parked request's copy becomes that of a resident one: what is written on, or given back, is stored anew."""
+        for index, group in enumerate(self.geometry.groups):
+            num_kept = copy.num_tokens // group.block_tokens if group.keeps_all else 0
+            self.host.give_back(copy.tables[index][num_kept:])
+            del copy.tables[index][num_kept:]
+            copy.firsts[index] = 0
+        copy.num_tokens, copy.is_ahead = 0, True
+        copy.num_shared = sum([self.host.num_sharers(block) > 0 for block in copy.blocks])
 
     def gave_out(self, block_ids: Sequence[int]) -> None:
         """vLLM has given these blocks to a request, which writes them from this step on."""
@@ -348,7 +344,7 @@ class KVLedger(LedgerBooks):
         request_id: str,
         *,
         hashes: Sequence[Hashable] = (),
-        block_ids: Sequence[int] = (),
+        tables: Tables = (),
         num_computed: int = 0,
     ) -> None:
         """The request leaves for good, from any residency: finished, aborted or refused.
@@ -356,7 +352,7 @@ class KVLedger(LedgerBooks):
         Args:
             request_id: The request.
             hashes: Of its whole blocks, if they are to be kept as a cached prefix.
-            block_ids: Its block table, while vLLM has not freed it.
+            tables: Its block tables, while vLLM has not freed them.
             num_computed: Tokens whose KV its blocks hold.
         """
         state = self.residency.get(request_id)
@@ -370,7 +366,8 @@ class KVLedger(LedgerBooks):
         elif state is Residency.RESIDENT:
             num_whole = min(num_computed // self.geometry.block_tokens, len(hashes))
             if (ahead := self._copies.pop(request_id, None)) is not None:
-                self._leave_stores_ahead(request_id, ahead, block_ids)
+                self._leave_stores_ahead(request_id, ahead, tables)
+            block_ids = tables[0] if tables else ()
             num_stored = self._prefixes.keep_resident(self._draft, ahead, hashes[:num_whole], block_ids)
             self.counters.prefix_stored_blocks += num_stored
             self.counters.stored_blocks += num_stored
@@ -382,12 +379,16 @@ class KVLedger(LedgerBooks):
         self._layered.discard(request_id)
         self.zone.end_reservation(request_id)
 
-    def _leave_stores_ahead(self, request_id: str, ahead: HostCopy, block_ids: Sequence[int]) -> None:
+    def _leave_stores_ahead(self, request_id: str, ahead: HostCopy, tables: Tables) -> None:
         """The stores ahead of a request that ends may still be under way."""
-        if request_id in self._draft.ahead or len(block_ids) < len(ahead.blocks):
+        has_tables = bool(tables) and all(
+            len(own) <= len(table) for own, table in zip(ahead.tables, tables, strict=True)
+        )
+        if request_id in self._draft.ahead or not has_tables:
             self._draft.parks_now(request_id)
-        else:
-            self._under_way.add(merge_runs(block_ids[: len(ahead.blocks)], ahead.blocks))
+            return
+        for table, own in zip(tables, ahead.tables, strict=True):
+            self._under_way.add(merge_runs(table[: len(own)], own))
 
     def _release_host(self, request_id: str) -> None:
         copy = self._copies.pop(request_id, None)

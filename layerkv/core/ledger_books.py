@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass
 
 from layerkv.core.geometry import KVGeometry
+from layerkv.core.host_copy import HostCopy
 from layerkv.core.host_prefixes import HostPrefixes
-from layerkv.core.host_tier import HostCopy, HostTier
+from layerkv.core.host_tier import HostTier
 from layerkv.core.plan_draft import PlanDraft
 from layerkv.core.prefix_stores import PrefixStores
 from layerkv.core.residency import Residency, ResidencyTable
@@ -40,7 +41,7 @@ class LedgerBooks:
     def __init__(self, geometry: KVGeometry, num_host_blocks: int, host_layout: SegmentLayout | None = None) -> None:
         self.geometry = geometry
         self.residency = ResidencyTable()
-        self.zone = ZoneLedger(geometry.pool_blocks, geometry.zone_blocks)
+        self.zone = ZoneLedger(geometry.pool_blocks, geometry.zone_blocks, geometry.zone_shares)
         self.host = HostTier(num_host_blocks, host_layout)
         self._prefixes = HostPrefixes(self.host, geometry.block_tokens)
         self.counters = LedgerCounters()
@@ -81,12 +82,28 @@ class LedgerBooks:
     def num_host_blocks_of(self, request_id: str) -> int:
         """Host blocks that the request holds."""
         copy = self._copies.get(request_id)
-        return 0 if copy is None else len(copy.blocks)
+        return 0 if copy is None else copy.num_blocks
 
     def num_shared_host_blocks_of(self, request_id: str) -> int:
         """Of those of a resident request, how many are not free at once when it gives them up."""
         copy = self._copies.get(request_id)
         return 0 if copy is None else copy.num_shared
+
+    def num_prefix_blocks(self, request_id: str, hashes: Sequence[Hashable], blocks: range) -> int:
+        """Blocks of a waiting prompt that it can load instead of computing them, from the first of ``blocks`` on.
+
+        Args:
+            request_id: The request. Of one that has been admitted layered, :meth:`settle_prefix` knows.
+            hashes: Of its blocks.
+            blocks: From its hits in the device's prefix cache on, up to the block of its last token, which is computed.
+        """
+        if self.residency.get(request_id) is not Residency.WAITING or request_id in self._layered:
+            return 0
+        return self._prefixes.num_found(hashes, blocks)
+
+    def num_held_prefix_blocks(self, hashes: Sequence[Hashable], blocks: range) -> int:
+        """Of those blocks that a prompt can load, how many are no free host blocks: others share them."""
+        return self._prefixes.num_held(hashes, blocks)
 
     def parked_tokens(self, request_id: str) -> int:
         """Tokens of the request that can be fetched from host memory; 0 if it is not parked."""
@@ -114,7 +131,7 @@ class LedgerBooks:
     @property
     def num_copied_host_blocks(self) -> int:
         """Of those, copies that residents keep, so that their next park is cheap: they can be given up."""
-        return sum(len(copy.blocks) - copy.num_shared for copy in self._copies.values() if copy.is_ahead)
+        return sum(copy.num_blocks - copy.num_shared for copy in self._copies.values() if copy.is_ahead)
 
     def host_blocks_by_segment(self, layout: SegmentLayout) -> tuple[Counter[int], Counter[int]]:
         """For each segment of host memory, blocks that requests cannot do without, and those of residents' copies."""

@@ -117,11 +117,11 @@ def map_zone(address: int, geometry: KVGeometry, driver: CudaDriver, undo: ExitS
     """Map each lane's memory once for each of its layers; ``undo`` takes it away."""
     if geometry.zone_blocks == 0:
         return
-    for layers in geometry.lane_layers():
+    for ranges in geometry.lane_ranges():
         handle = driver.create(geometry.lane_bytes)
         try:
-            for layer in layers:
-                _map(address + geometry.offset(layer, geometry.pool_blocks), geometry.lane_bytes, handle, driver, undo)
+            for offset, size in ranges:
+                _map(address + offset, size, handle, driver, undo)
         finally:
             driver.release(handle)
 

@@ -30,6 +30,7 @@ from itertools import pairwise
 
 from layerkv.core.transfer import BlockRun, FetchPlan, StepPlan, cut
 from layerkv.device.base import Direction, Event, TransferEngine
+from layerkv.device.rows import Rows
 from layerkv.device.store_watch import FailedStores, StoreWatch
 from layerkv.errors import LostCopyError, TransferError
 
@@ -85,6 +86,7 @@ class LaneSchedule:
         unit_blocks: int | None = None,
         *,
         hooks_always_run: bool = True,
+        rows: Rows | None = None,
     ) -> None:
         """Begin with empty lanes.
 
@@ -95,6 +97,7 @@ class LaneSchedule:
                 exchange activations over the same link, those wait for one unit at most (LayerKV, section 4).
             hooks_always_run: Whether :meth:`layer_done` may be counted on in every step, and not only in those that
                 cannot do without (``StepPlan.needs_layer_hooks``): not where other steps replay CUDA graphs.
+            rows: Of which KV-cache group each layer is, and which slot it uses; None: of one group, each its own.
         """
         self._engine = engine
         self._lane_layers = lane_layers
@@ -102,11 +105,10 @@ class LaneSchedule:
         self._lane_of = {layer: lane for lane, layers in enumerate(lane_layers) for layer in layers}
         self._following = {layer: after for layers in lane_layers for layer, after in pairwise(layers)}
         self._num_layers = len(self._lane_of)
-        self._all_layers = range(self._num_layers)
+        self._rows = rows or Rows.of_one_group(self._num_layers)
+        self._all_slots = range(self._rows.num_slots)
         self._hooks_always_run = hooks_always_run
-        num_groups = min(self._num_layers, MOST_GROUPS)
-        starts = [group * self._num_layers // num_groups for group in range(num_groups + 1)]
-        self._groups = [range(start, end) for start, end in pairwise(starts)]
+        self._slot_groups = self._rows.slot_groups(MOST_GROUPS)
         self._held: dict[int, list[Event]] = {}  # by layer: what compute waits for before its KV-cache update
         self._hits: Sequence[BlockRun] = ()
         self._hits_loading: list[Event] = []
@@ -121,6 +123,8 @@ class LaneSchedule:
         self._watch = StoreWatch()
         self._stores: Sequence[BlockRun] = ()
         self._loads: Sequence[BlockRun] = ()
+        self._stores_of: Sequence[Sequence[BlockRun]] = ()  # by group, of the step under way
+        self._loads_of: Sequence[Sequence[BlockRun]] = ()
         self._next_layer = self._num_layers
 
     def begin_step(self, plan: StepPlan) -> None:
@@ -143,13 +147,16 @@ class LaneSchedule:
         compute = engine.record_compute()
         if plan.ahead:
             self._last_ahead = self._submit_by_layer(Direction.STORE, plan.ahead, [compute])
-        self._submit_parks_and_hits(plan, compute, self._groups if hooks_run else [self._all_layers])
+        self._submit_parks_and_hits(plan, compute, self._slot_groups if hooks_run else [(0, self._all_slots)])
         self._hold_compute(0)  # rules 5 and 8
         if plan.is_layered:
+            self._stores_of, self._loads_of = self._rows.divide(self._stores), self._rows.divide(self._loads)
+            zone_hits_of = self._rows.divide(plan.zone_hits)
             for lane, layers in enumerate(self._lane_layers):
                 ready = self._lane_stored[lane]  # rule 4, across steps
                 # a layer that has its lane for itself finds there what it left, but no prefix of a prompt that starts
-                if loads := self._loads if len(layers) > 1 else plan.zone_hits:
+                group = self._rows.group_of(layers[0])
+                if loads := (self._loads_of if len(layers) > 1 else zone_hits_of)[group]:
                     self._submit_load(lane, layers[0], loads, [compute, *_unless_failed(ready)])
                 else:
                     self._lane_ready[lane], self._lane_loads[lane] = ready, False
@@ -171,12 +178,13 @@ class LaneSchedule:
 
     def _store_layer(self, layer: int) -> None:
         lane = self._lane_of[layer]
-        stored = self._submit_store([layer], self._stores, [self._engine.record_compute()])  # rule 1
+        row = self._rows[layer]
+        stored = self._submit_store([row.slot], self._stores_of[row.group], [self._engine.record_compute()])  # rule 1
         self._last_store = self._lane_stored[lane] = self._lane_ready[lane] = stored
         self._lane_loads[lane] = False
         following = self._following.get(layer)
-        if self._loads and following is not None:
-            self._submit_load(lane, following, self._loads, [stored])  # rule 2
+        if following is not None and (loads := self._loads_of[self._rows.group_of(following)]):
+            self._submit_load(lane, following, loads, [stored])  # rule 2
         if layer + 1 < self._num_layers:
             self._wait_for_lane_of(layer + 1)  # rules 3 and 4
 
@@ -284,24 +292,27 @@ class LaneSchedule:
         return stored
 
     def _submit_load(self, lane: int, layer: int, runs: Sequence[BlockRun], after: Sequence[Event]) -> None:
-        after = [*after, *self._watch.before_load([layer], runs)]  # rule 8 too, where a prefix is among them
-        self._lane_ready[lane] = self._engine.submit(Direction.LOAD, [layer], runs, after=after)
+        slots = [self._rows[layer].slot]
+        after = [*after, *self._watch.before_load(slots, runs)]  # rule 8 too, where a prefix is among them
+        self._lane_ready[lane] = self._engine.submit(Direction.LOAD, slots, runs, after=after)
         self._lane_loads[lane] = True
 
-    def _submit_parks_and_hits(self, plan: StepPlan, compute: Event, groups: Sequence[range]) -> None:
-        """Compute waits for each group of layers where the group begins: copies of later layers overlap it."""
+    def _submit_parks_and_hits(
+        self, plan: StepPlan, compute: Event, slot_groups: Sequence[tuple[int, Sequence[int]]]
+    ) -> None:
+        """Compute waits for some slots at a time before the first layer that uses any: copies of others overlap it."""
         before = self._stores_so_far()
         self._held.clear()
         self._hits, self._hits_loading = plan.hits, []
-        for layers in groups if plan.parks or plan.hits else ():
+        for first_layer, slots in slot_groups if plan.parks or plan.hits else ():
             held: list[Event] = []
             if plan.parks:
-                self._last_store = self._submit_store(layers, plan.parks, [compute])
+                self._last_store = self._submit_store(slots, plan.parks, [compute])
                 held.append(self._last_store)  # rule 5
             if plan.hits:
-                held.append(self._submit_hits(plan.hits, layers, [compute, *before, *held]))  # rule 8
+                held.append(self._submit_hits(plan.hits, slots, [compute, *before, *held]))  # rule 8
                 self._hits_loading.append(held[-1])
-            self._held[layers[0]] = held
+            self._held[first_layer] = held
 
     def _submit_hits(self, runs: Sequence[BlockRun], layers: Sequence[int], after: Sequence[Event]) -> Event:
         after = [*after, *self._watch.before_load(layers, runs)]
@@ -330,15 +341,15 @@ class LaneSchedule:
         """
         event: Event | None = None
         units = [runs] if self._unit_blocks is None or not runs else cut(runs, self._unit_blocks)
-        for layer in self._all_layers:
+        for slot in self._all_slots:
             # One load comes after the other, so the first is told what they all come after.
-            before = self._watch.before_load([layer], runs) if direction is Direction.LOAD else []
+            before = self._watch.before_load([slot], runs) if direction is Direction.LOAD else []
             for unit in units:
                 if direction is Direction.STORE:
-                    event = self._submit_store([layer], unit, after, background=True)
+                    event = self._submit_store([slot], unit, after, background=True)
                     continue
                 before = [*after, *before, *([event] if event is not None else ())]
-                event = self._engine.submit(direction, [layer], unit, after=before, background=True)
+                event = self._engine.submit(direction, [slot], unit, after=before, background=True)
                 before = []
         assert event is not None
         return event

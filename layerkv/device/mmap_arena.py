@@ -58,9 +58,8 @@ def _alias_zone(address: int, geometry: KVGeometry) -> None:
     fd = os.memfd_create("layerkv-lanes", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, geometry.num_lanes * geometry.lane_bytes)
-        for lane, layers in enumerate(geometry.lane_layers()):
-            for layer in layers:
-                zone = address + geometry.offset(layer, geometry.pool_blocks)
-                libc.map_shared_at(zone, geometry.lane_bytes, fd, lane * geometry.lane_bytes)
+        for lane, ranges in enumerate(geometry.lane_ranges()):
+            for offset, size in ranges:
+                libc.map_shared_at(address + offset, size, fd, lane * geometry.lane_bytes)
     finally:
         os.close(fd)

@@ -103,7 +103,7 @@ class RequestBooks:
     ) -> None:
         """A request has come in and waits."""
         self.catch_up()  # of one before it with the same id
-        prompt_blocks = -(-num_tokens // self.shape.block_tokens)
+        prompt_blocks = self.shape.blocks_at_most(num_tokens)
         self.come_blocks += prompt_blocks
         tracked = self.tracked[request_id] = TrackedRequest(
             slo=slo,
@@ -147,7 +147,7 @@ class RequestBooks:
                 request_id=request_id,
                 deadline_s=deadline_s,
                 num_tokens=num_tokens,
-                num_blocks=-(-num_tokens // self.shape.block_tokens),
+                num_blocks=self.shape.blocks_at_most(num_tokens),
                 can_layer=tracked.can_layer,
                 weight=tracked.slo.weight,
                 rank=tracked.rank,
@@ -186,7 +186,7 @@ class RequestBooks:
         self.refresh(tracked, num_output)
         tracked.prefill_rest_s = 0.0
         tracked.parked_tokens = num_computed
-        num_blocks = -(-max(num_computed + 1, num_tokens) // self.shape.block_tokens)
+        num_blocks = self.shape.blocks_for(max(num_computed + 1, num_tokens), num_computed)
         dry_s = tracked.dry_s(num_output, now_s, self.step_s)  # whatever the policy: the next one may ask
         load_s = self.cost.view.load_s(num_blocks * self.shape.block_bytes)
         if self.policy.policy == "fluid":

@@ -72,6 +72,7 @@ class Controller(RequestBooks):
             refuses_late=refuses_late,
         )
         self._limits = limits or PolicyLimits()
+        self._blocks_per_token = shape.blocks_per_token
         self._is_cost_known = is_measured
         self._steps_without_prefill = 0
         self.token_s = 0.0
@@ -203,7 +204,7 @@ class Controller(RequestBooks):
             return False
         self.waits = {}
         self.line.rest()
-        per_request = 1 + steps_ahead + self._limits.ahead_steps // self.shape.block_tokens
+        per_request = self._blocks_per_token + steps_ahead + self._limits.ahead_steps // self.shape.block_tokens
         return free_blocks >= num_running * per_request
 
     def stands(self, step: int, moves: int, num_running: int, free_blocks: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+from layerkv.core.groups import Tables
 from layerkv.core.ledger import KVLedger
 from layerkv.core.residency import Residency
 from layerkv.scheduler.controller import Controller
@@ -33,13 +34,13 @@ class Desk:
         self._step, self._now_s = step, now_s
         self._ledger.keeps_copies = self._controller.policy.policy == "fluid"
 
-    def store_ahead(self, ahead: StoreAhead, block_ids: Sequence[int], num_computed: int) -> None:
+    def store_ahead(self, ahead: StoreAhead, tables: Tables, num_computed: int) -> None:
         """Whole blocks of a resident request are copied in the background.
 
         Raises:
             CapacityError: no room in host memory; nothing changed.
         """
-        self._ledger.store_ahead(ahead.request_id, block_ids, num_computed, ahead.num_blocks)
+        self._ledger.store_ahead(ahead.request_id, tables, num_computed, ahead.num_blocks)
         self._controller.stored_ahead(ahead.request_id, self._now_s)
 
     def drop_ahead(self, request_id: str) -> None:
@@ -49,7 +50,7 @@ class Desk:
     def park(
         self,
         request_id: str,
-        block_ids: Sequence[int],
+        tables: Tables,
         *,
         num_computed: int,
         num_tokens: int,
@@ -61,7 +62,7 @@ class Desk:
         Raises:
             CapacityError: no room in host memory for a resident request; nothing changed.
         """
-        self._ledger.park(request_id, block_ids, num_computed, keeps_room=self._controller.outgrows_pool(request_id))
+        self._ledger.park(request_id, tables, num_computed, keeps_room=self._controller.outgrows_pool(request_id))
         self._controller.park(
             request_id,
             num_computed=num_computed,
@@ -84,9 +85,9 @@ class Desk:
         """A paused request is in the batch again."""
         self._controller.resume(request_id, step=self._step, now_s=self._now_s)
 
-    def fetch(self, request_id: str, block_ids: Sequence[int], num_local_tokens: int = 0) -> None:
+    def fetch(self, request_id: str, tables: Tables, num_local_tokens: int = 0) -> None:
         """A parked request is loaded into its new pool blocks; the first ``num_local_tokens`` are there already."""
-        self._ledger.fetch(request_id, block_ids, num_local_tokens)
+        self._ledger.fetch(request_id, tables, num_local_tokens)
         self._controller.fetched(request_id, step=self._step, now_s=self._now_s)
 
     def resume_without_fetch(self, request_id: str) -> None:
@@ -135,7 +136,7 @@ class Desk:
         end: End,
         now_s: float,
         hashes: Sequence[Hashable] = (),
-        block_ids: Sequence[int] = (),
+        tables: Tables = (),
         num_computed: int = 0,
     ) -> None:
         """A request is gone for good, from any state, after ``num_output`` tokens; the engine frees its blocks next.
@@ -146,9 +147,9 @@ class Desk:
             end: How it ended.
             now_s: Current time.
             hashes: Of its whole blocks, if they are to be kept as a cached prefix.
-            block_ids: Its block table.
+            tables: Its block tables.
             num_computed: Tokens whose KV its blocks hold.
         """
         made_tokens = self._ledger.residency.get(request_id) in (Residency.RESIDENT, Residency.LAYERED)
-        self._ledger.finish(request_id, hashes=hashes, block_ids=block_ids, num_computed=num_computed)
+        self._ledger.finish(request_id, hashes=hashes, tables=tables, num_computed=num_computed)
         self._controller.leave(request_id, num_output=num_output, end=end, now_s=now_s, made_tokens=made_tokens)

@@ -257,11 +257,10 @@ class Draft:
 
     def start_layered(self, w: WaitingRequest, reason: Reason) -> None:
         """A prompt starts in the zone, with room for all of it there and in host memory."""
-        hit, host_blocks = needs.hit_of(self.now.s, w), needs.layered_blocks(w)
-        zone_blocks = host_blocks - hit.num_blocks
+        zone_blocks, host_blocks = needs.zone_blocks(self.now.s, w), needs.host_blocks(self.now.s, w)
         self.zone -= zone_blocks
         self.host -= needs.host_blocks_to_take(self.now.s, w)
-        self.pool -= hit.num_evictable
+        self.pool -= needs.pool_blocks_layered(self.now.s, w)
         self._take_slot(w)
         self._take_tokens(w)
         self._admit(Admission(w.request_id, layered=True, zone_blocks=zone_blocks, host_blocks=host_blocks), reason)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from layerkv.config import Give, Mode
+from layerkv.core.groups import Group, blocks_held, host_blocks, most_blocks_held, whole_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class EngineShape:
 
     Attributes:
         mode: The engine's ``mode`` option.
-        block_tokens: Tokens per block.
+        block_tokens: Tokens per block; of several KV-cache groups, tokens for each block that a request grows by.
         block_bytes: Bytes of a block over all layers, of whatever ranks the profile's copy curves are.
         streamed_block_bytes: Of those, what a step loads of a zone block for a request that decodes in the zone; 0 is
             all.
@@ -30,6 +31,8 @@ class EngineShape:
         long_contexts: Whether it may be longer than the pool.
         slots: Requests that a step may compute.
         give: The engine's ``give`` option.
+        groups: The KV-cache groups, unless there is one that keeps all blocks: what a request holds is counted by them.
+        zone_block_tokens: Of those, tokens of a block of the lane zone.
     """
 
     mode: Mode
@@ -44,6 +47,42 @@ class EngineShape:
     longest_tokens: int = sys.maxsize
     slots: int = sys.maxsize
     give: Give = "park"
+    groups: tuple[Group, ...] = ()
+    zone_block_tokens: int = 0
+
+    def blocks_for(self, num_tokens: int, num_computed: int = 0) -> int:
+        """Pool blocks of a request with room for so many tokens, when those computed have given theirs back."""
+        if not self.groups:
+            return -(-num_tokens // self.block_tokens)
+        return blocks_held(self.groups, num_tokens, num_computed)
+
+    def blocks_at_most(self, num_tokens: int) -> int:
+        """Pool blocks that a prompt of so many tokens comes to hold while it is computed."""
+        if not self.groups:
+            return -(-num_tokens // self.block_tokens)
+        return most_blocks_held(self.groups, num_tokens)
+
+    def whole_blocks(self, num_computed: int) -> int:
+        """Of those of a request that has computed so many tokens, what a copy holds for good."""
+        if not self.groups:
+            return num_computed // self.block_tokens
+        return whole_blocks(self.groups, num_computed)
+
+    @property
+    def blocks_per_token(self) -> int:
+        """Blocks that a request's next token may take."""
+        return sum(not group.is_state for group in self.groups) or 1
+
+    def host_blocks_for(self, num_tokens: int) -> int:
+        """Host blocks that hold all that a request of up to so many tokens needs to go on."""
+        if not self.groups:
+            return -(-num_tokens // self.block_tokens)
+        return host_blocks(self.groups, num_tokens)
+
+    @property
+    def state_blocks(self) -> int:
+        """Pool blocks that a layered request holds: its states never pass through lanes."""
+        return sum(group.most_blocks for group in self.groups if group.is_state)
 
 
 class Running(NamedTuple):

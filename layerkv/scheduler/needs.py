@@ -22,12 +22,29 @@ def pool_blocks(s: Snapshot, claim: Claim) -> int:
 def blocks_to_resume(s: Snapshot, r: ResidentRequest) -> int:
     """Pool blocks that a paused request takes with its next step."""
     num_tokens = r.num_tokens + 1 + s.engine.steps_ahead
-    return max(-(-num_tokens // s.shape.block_tokens) - r.num_blocks, 0)
+    return max(s.shape.blocks_for(num_tokens, r.num_tokens) - r.num_blocks, 0)
 
 
 def layered_blocks(w: WaitingRequest) -> int:
     """Blocks that a prompt needs room for, in the zone (less its hits) and in host memory, to start layered."""
     return w.most_blocks or w.num_blocks
+
+
+def zone_blocks(s: Snapshot, w: WaitingRequest) -> int:
+    """Zone blocks that a prompt needs, in each KV-cache group, to start layered."""
+    if s.shape.groups:
+        return -(-w.num_tokens // s.shape.zone_block_tokens)
+    return layered_blocks(w) - hit_of(s, w).num_blocks
+
+
+def host_blocks(s: Snapshot, w: WaitingRequest) -> int:
+    """Host blocks that it needs for that."""
+    return s.shape.host_blocks_for(w.num_tokens) if s.shape.groups else layered_blocks(w)
+
+
+def pool_blocks_layered(s: Snapshot, w: WaitingRequest) -> int:
+    """Free pool blocks that it takes for that: cached ones that nobody uses now, and for its states."""
+    return hit_of(s, w).num_evictable + s.shape.state_blocks
 
 
 def outgrows_pool(s: Snapshot, w: WaitingRequest) -> bool:
@@ -37,29 +54,32 @@ def outgrows_pool(s: Snapshot, w: WaitingRequest) -> bool:
 
 def fills_pool(s: Snapshot, r: ResidentRequest) -> bool:
     """Whether it could never be fetched with a block more, and may come to need one."""
+    if s.shape.groups:  # the pool holds whatever a request may become
+        return False
     return r.num_blocks >= s.shape.pool_blocks and r.num_blocks * s.shape.block_tokens < s.shape.longest_tokens
 
 
 def can_ever_layer(s: Snapshot, w: WaitingRequest) -> bool:
     """Whether an empty zone and empty host memory would take it."""
-    num_blocks = layered_blocks(w)
     return (
         s.shape.mode != "resident"
         and w.can_layer
-        and num_blocks - hit_of(s, w).num_blocks <= s.shape.zone_blocks
-        and num_blocks <= s.shape.host_blocks
+        and zone_blocks(s, w) <= s.shape.zone_blocks
+        and host_blocks(s, w) <= s.shape.host_blocks
         and (s.shape.long_contexts or not outgrows_pool(s, w))
     )
 
 
 def host_blocks_to_take(s: Snapshot, w: WaitingRequest) -> int:
     """Free host blocks that a prompt takes to start layered: it shares what others hold of its beginning."""
-    return layered_blocks(w) - hit_of(s, w).num_host_held
+    return host_blocks(s, w) - hit_of(s, w).num_host_held
 
 
 def tokens_to_compute(s: Snapshot, w: WaitingRequest) -> int:
     """Prompt tokens that neither the device's cache nor the host's has."""
     hit = hit_of(s, w)
+    if s.shape.groups:
+        return max(w.num_tokens - hit.num_tokens, 1)
     return max(w.num_tokens - (hit.num_blocks + hit.num_host_blocks) * s.shape.block_tokens, 1)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from layerkv.scheduler.books import RequestBooks
-from layerkv.scheduler.engine import EngineState
+from layerkv.scheduler.engine import EngineShape, EngineState, Running
 from layerkv.scheduler.snapshot import LayeredRequest, Load, ResidentRequest
 
 LAG_SHARE = 1 / 8
@@ -32,7 +32,8 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
     Returns:
         What it finds, and seconds of prefill under way by the profile.
     """
-    tokens, steps_ahead, budget = books.shape.block_tokens, engine.steps_ahead, engine.budget_tokens
+    shape, steps_ahead, budget = books.shape, engine.steps_ahead, engine.budget_tokens
+    tokens, has_groups = shape.block_tokens, bool(shape.groups)
     step_s, step = books.step_s, engine.step
     tracked_of = books.tracked
     resident: list[ResidentRequest] = []
@@ -77,17 +78,23 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
             num_decodes += 1
             context += r.num_computed
             new_tokens = 1 + steps_ahead
-        room = r.num_blocks * tokens - r.num_computed - new_tokens
-        missing = -(room // tokens) if room < 0 else 0
+        if has_groups:
+            missing, soon_missing = _growth_in_groups(shape, r, new_tokens, steps_ahead, soon_steps)
+        else:
+            room = r.num_blocks * tokens - r.num_computed - new_tokens
+            missing = -(room // tokens) if room < 0 else 0
+            soon_missing = room % tokens < soon_steps
         if r.is_layered:
             layered.append(
                 LayeredRequest(
                     r.request_id,
                     not r.is_prefilling,
-                    -(-max(r.num_computed + 1, r.num_tokens) // tokens),
+                    shape.blocks_for(max(r.num_computed + 1, r.num_tokens), r.num_computed),
                     r.num_zone_blocks,
                     missing > 0 and not r.is_prefilling,  # a prompt's room is reserved
-                    r.num_computed + new_tokens > r.num_host_blocks * tokens,
+                    _host_blocks_missing(shape, r, new_tokens)
+                    if has_groups
+                    else r.num_computed + new_tokens > r.num_host_blocks * tokens,
                     tracked is not None and tracked.outgrows_pool,
                     0 if tracked is None else max(tracked.most_blocks, r.num_zone_blocks),
                     due_s,
@@ -100,10 +107,10 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
             continue
         num_resident += 1
         growth += missing
-        if room % tokens < soon_steps:
-            soon += 1
+        if soon_missing:
+            soon += soon_missing
         if tracked is not None:
-            num_blocks = -(-r.num_tokens // tokens) if r.is_prefilling else r.num_blocks
+            num_blocks = shape.blocks_at_most(r.num_tokens) if r.is_prefilling else r.num_blocks
             resident.append(
                 ResidentRequest(
                     r.request_id,
@@ -155,3 +162,21 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
         num_paused,
     )
     return load, under_way_s
+
+
+def _growth_in_groups(
+    shape: EngineShape, r: Running, new_tokens: int, steps_ahead: int, soon_steps: int
+) -> tuple[int, int]:
+    """Blocks that a request lacks for its next tokens, what its window leaves behind given back, and soon after them.
+
+    What a step in flight still reads comes back only after it.
+    """
+    num_after = r.num_computed + new_tokens
+    num_processed = max(r.num_computed - steps_ahead, 0)
+    needed = shape.blocks_for(num_after, num_processed)
+    soon = shape.blocks_for(num_after + soon_steps, num_processed)
+    return max(needed - r.num_blocks, 0), soon - needed
+
+
+def _host_blocks_missing(shape: EngineShape, r: Running, new_tokens: int) -> int:
+    return max(shape.host_blocks_for(r.num_computed + new_tokens) - r.num_host_blocks, 0)

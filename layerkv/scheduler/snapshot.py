@@ -62,12 +62,14 @@ class PrefixHit(NamedTuple):
         num_evictable: Those of them that nobody uses now: taking them costs free blocks.
         num_host_blocks: Blocks after them that host memory caches: it loads them and computes the rest.
         num_host_held: Those of them that somebody shares: run layered, it takes no free host blocks for them.
+        num_tokens: With several KV-cache groups, tokens that the blocks found are of.
     """
 
     num_blocks: int = 0
     num_evictable: int = 0
     num_host_blocks: int = 0
     num_host_held: int = 0
+    num_tokens: int = 0
 
 
 class ParkedRequest(NamedTuple):
@@ -156,7 +158,7 @@ class LayeredRequest(NamedTuple):
         num_blocks: Pool blocks it needs to become resident.
         num_zone_blocks: Zone blocks it holds.
         needs_zone_block: Its next token needs one more zone block.
-        needs_host_block: Its next token needs one more host block.
+        needs_host_block: Host blocks that its next token needs besides those it has.
         outgrows_pool: It is expected to become longer than the pool: it decodes in the zone, and has the room for that.
         room_blocks: Of such a one, the zone blocks that it holds or has been promised.
         deadline_s: As for a resident request,
@@ -172,7 +174,7 @@ class LayeredRequest(NamedTuple):
     num_blocks: int
     num_zone_blocks: int = 0
     needs_zone_block: bool = False
-    needs_host_block: bool = False
+    needs_host_block: int = 0
     outgrows_pool: bool = False
     room_blocks: int = 0
     deadline_s: float = math.inf

@@ -251,7 +251,7 @@ class LayeredEngine(VirtualEngine):
             self.desk.drop_ahead(request_id)
         for ahead in decision.store_ahead:
             live = self.lives[ahead.request_id]
-            self.desk.store_ahead(ahead, live.block_ids, live.num_computed)
+            self.desk.store_ahead(ahead, (live.block_ids,), live.num_computed)
         for request_id in decision.park:
             self._park(self.lives[request_id])
         for request_id in decision.recompute:
@@ -276,7 +276,7 @@ class LayeredEngine(VirtualEngine):
     def _park(self, live: Live) -> None:
         self.desk.park(
             live.request_id,
-            live.block_ids,
+            (live.block_ids,),
             num_computed=live.num_computed,
             num_tokens=live.num_tokens,
             num_output=live.num_made,
@@ -300,7 +300,7 @@ class LayeredEngine(VirtualEngine):
         num_tokens = max(live.num_computed + 1, live.num_tokens)
         has_room = self.hold(live, num_tokens)
         assert has_room, "the pool was promised twice"
-        self.desk.fetch(live.request_id, live.block_ids)
+        self.desk.fetch(live.request_id, (live.block_ids,))
         size = self.blocks(live.num_computed) * self.geometry.block_bytes
         self._link_free_s = max(self._link_free_s, self.now_s) + self.setup.profile.load(size)
         self._loading[live.request_id] = self._link_free_s
@@ -367,7 +367,7 @@ class LayeredEngine(VirtualEngine):
             missing = max(self.blocks(live.num_computed + num_tokens) - len(live.block_ids), 0)
             live.block_ids += ledger.zone.take(request_id, missing)
             ledger.started(request_id)
-            ledger.step_layered(request_id, live.block_ids, num_computed=live.num_computed, num_scheduled=num_tokens)
+            ledger.step_layered(request_id, (live.block_ids,), num_computed=live.num_computed, num_scheduled=num_tokens)
             return True
         if is_new and self.blocks(live.num_tokens) > len(self.free_ids):
             return False  # vLLM starts a prompt only when all of it fits

@@ -12,14 +12,18 @@ import dis
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerkv.errors import IncompatibleVLLMError
 from layerkv.vllm_plugin.surfaces import MEMBERS, NAMES, OVERRIDES, PARAMETERS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec
 
 SUPPORTED_VLLM: tuple[str, ...] = ("0.31", "0.32", "0.33")
 """Releases that layerkv was tested on, each with its patch releases; how: docs/versions.md."""
@@ -29,6 +33,7 @@ NOT_IN_ALL: dict[str, str] = {
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.get_external_cache_hit_sources": "0.32",
     "vllm.outputs.RequestError": "0.32",
     "vllm.v1.engine.EngineCoreOutput.error": "0.33",
+    "vllm.v1.core.kv_cache_planning.get_kv_cache_groups": "0.33",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1.supports_sleep_mode": "0.33",
 }
 """What only some of the releases have, and since which: used where it is there, and not missed where it is not."""
@@ -157,6 +162,16 @@ def error_of_output(message: str, *, can_retry: bool) -> dict[str, Any]:
 
     code = "service_unavailable" if can_retry else "validation_error"
     return {"error": RequestError(code=code, message=message, retryable=can_retry)}
+
+
+def groups_that_vllm_makes(vllm_config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
+    """The KV-cache groups of layers that differ. Since 0.33 a module of its own plans them."""
+    try:
+        planning = importlib.import_module("vllm.v1.core.kv_cache_planning")
+    except ImportError:
+        planning = importlib.import_module("vllm.v1.core.kv_cache_utils")
+    groups: list[KVCacheGroupSpec] = planning.get_kv_cache_groups(vllm_config, dict(specs))
+    return groups
 
 
 def _series(release: str) -> tuple[int, int]:

@@ -70,6 +70,8 @@ def _half_on(flag: str, found: object) -> str:
 class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module. Without our spec (``on_unsupported: passthrough``) both sides are None and nothing is done."""
 
+    _begun: KVConnectorMetadata | None = None
+
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         config = engine_config(vllm_config)
@@ -92,6 +94,7 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
                 setup,
                 caches_prefixes=config.host_prefix_cache
                 and vllm_config.cache_config.enable_prefix_caching
+                and setup.geometry.is_plain
                 and resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)[1] == setup.geometry.block_tokens,
             )
         else:
@@ -126,9 +129,17 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
-        if self.worker_side is not None:
+        if self.worker_side is not None and connector_metadata is not self._begun:
             assert isinstance(connector_metadata, LayerKVMetadata)
             self._has_layer_work = self.worker_side.begin_step(connector_metadata.plan)
+        self._begun = None
+
+    def bind_before_zeroing(self, connector_metadata: Any) -> None:
+        """Our worker's word of a step before vLLM's model runner zeroes blocks that it gives out: parks come first."""
+        if self.worker_side is not None and connector_metadata is not None:
+            assert isinstance(connector_metadata, LayerKVMetadata)
+            self._has_layer_work = self.worker_side.begin_step(connector_metadata.plan)
+            self._begun = connector_metadata
 
     def has_connector_metadata(self) -> bool:
         """Whether the layer hooks have work. vLLM skips them otherwise: steps without layered requests pay nothing."""
@@ -193,7 +204,7 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         if self.scheduler_side is not None:
-            self.scheduler_side.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+            self.scheduler_side.allocated(request.request_id, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         if self.scheduler_side is None or (plan := self.scheduler_side.plan(scheduler_output)) is None:
@@ -221,7 +232,7 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Never delays vLLM's free: a later step's copies are ordered behind this request's last ones."""
         if self.scheduler_side is not None:
-            self.scheduler_side.finished(request, block_ids[0])
+            self.scheduler_side.finished(request, block_ids)
         return False, None
 
     def take_events(self) -> Iterable[KVCacheEvent]:

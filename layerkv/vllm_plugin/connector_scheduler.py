@@ -7,19 +7,19 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from layerkv.config import EngineConfig
+from layerkv.core.groups import Tables
 from layerkv.core.ledger import KVLedger, LedgerCounters
 from layerkv.core.residency import Residency
 from layerkv.core.segments import SegmentMoves
 from layerkv.core.transfer import StepPlan
-from layerkv.errors import IncompatibleVLLMError
 from layerkv.metrics import DECIDE_TIME, MetricSamples, Payload
 from layerkv.runtime import checks_books
 from layerkv.scheduler.desk import Desk
 from layerkv.scheduler.reasons import End
 from layerkv.scheduler.streams import Streams
+from layerkv.vllm_plugin.block_managers import BlockManagers
 from layerkv.vllm_plugin.kv_events import HostPrefixEvents
 from layerkv.vllm_plugin.setup import Setup
-from layerkv.vllm_plugin.spec import LayerKVManager
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -64,6 +64,7 @@ class SchedulerSide:
         """Of the host prefix cache, where vLLM publishes KV events."""
         self._requests: Mapping[str, Request] = {}
         self._desk: Desk
+        self.managers: BlockManagers
         self._streams = Streams()
         self._end_of: Callable[[Request], End]
         self._leaves: Callable[[Request], None]
@@ -76,15 +77,10 @@ class SchedulerSide:
         """Take the zone's blocks out of vLLM's pool, and keep events if vLLM does.
 
         Raises:
-            IncompatibleVLLMError: vLLM did not build our manager for our spec.
+            IncompatibleVLLMError: vLLM did not build our managers for our specs.
         """
         managers = kv_cache_manager.coordinator.single_type_managers
-        if len(managers) != 1 or not isinstance(managers[0], LayerKVManager):
-            raise IncompatibleVLLMError(
-                f"vLLM made {', '.join(type(m).__name__ for m in managers)} to manage KV blocks where one "
-                "LayerKVManager was registered; use the vLLM version that layerkv supports"
-            )
-        managers[0].attach(self.ledger, None if self.sizes is None else self.sizes.plan)
+        self.managers = BlockManagers(managers, self.ledger, None if self.sizes is None else self.sizes.plan)
         if self._caches_prefixes and kv_cache_manager.enable_kv_cache_events:
             kind, window = kv_cache_manager.kv_cache_event_metadata[0]
             self.events = HostPrefixEvents(self.ledger.host, self.geometry.block_tokens, kind, window)
@@ -117,30 +113,30 @@ class SchedulerSide:
             found = self.num_prefix_blocks(request_id, self._num_local_blocks)
         return found * self.geometry.block_tokens, False
 
-    def allocated(self, request_id: str, block_ids: Sequence[int], num_external_tokens: int) -> None:
+    def allocated(self, request_id: str, tables: Tables, num_external_tokens: int) -> None:
         """vLLM gave the request blocks: to load into, or to compute in."""
         is_parked = self.ledger.residency.get(request_id) is Residency.PARKED
         if num_external_tokens > 0 and not is_parked:
             first = self._num_local_blocks
             blocks = range(first, first + num_external_tokens // self.geometry.block_tokens)
-            self.ledger.load_prefix(request_id, block_ids, self._hashes(self._requests[request_id]), blocks)
-            self._reserve_all_of(request_id, block_ids)
+            self.ledger.load_prefix(request_id, tables, self._hashes(self._requests[request_id]), blocks)
+            self._reserve_all_of(request_id, tables)
         elif num_external_tokens > 0:
             num_local_tokens = self.ledger.parked_tokens(request_id) - num_external_tokens
-            self._desk.fetch(request_id, block_ids, num_local_tokens)
+            self._desk.fetch(request_id, tables, num_local_tokens)
         elif is_parked and self.ledger.is_layered(request_id):
             self._desk.back_in_zone(request_id)
         elif is_parked:
             self._desk.resume_without_fetch(request_id)
         else:
             self.ledger.started(request_id)
-            self._reserve_all_of(request_id, block_ids)
+            self._reserve_all_of(request_id, tables)
 
-    def _reserve_all_of(self, request_id: str, block_ids: Sequence[int]) -> None:
+    def _reserve_all_of(self, request_id: str, tables: Tables) -> None:
         """Hits on the device that a layered request was admitted with may be gone: their blocks come from the zone."""
-        if self.ledger.is_layered(request_id):
+        if self.geometry.is_plain and self.ledger.is_layered(request_id):  # else all of it is reserved
             num_blocks = -(-self._requests[request_id].num_tokens // self.geometry.block_tokens)
-            self.ledger.zone.raise_reservation(request_id, num_blocks - len(block_ids))
+            self.ledger.zone.raise_reservation(request_id, num_blocks - len(tables[0]))
 
     def hashes_to_find(self, request: Request) -> Sequence[Hashable]:
         """Hashes of a waiting request's blocks up to the one of its last token; none if it is not to be looked up."""
@@ -169,7 +165,7 @@ class SchedulerSide:
         """All workers have reported a fetch complete."""
         self.ledger.complete_fetch(request_id, self._hashes_to_keep(self._requests.get(request_id)))
 
-    def finished(self, request: Request, block_ids: Sequence[int]) -> None:
+    def finished(self, request: Request, tables: Tables) -> None:
         """The request leaves; vLLM frees its blocks next. It calls this for every way out."""
         self._leaves(request)
         # Of a step still under way, only the token that it computes last is not there yet.
@@ -180,7 +176,7 @@ class SchedulerSide:
             end=self._end_of(request),
             now_s=time.monotonic(),
             hashes=self._hashes_to_keep(request),
-            block_ids=block_ids,
+            tables=tables,
             num_computed=num_computed,
         )
 
@@ -212,7 +208,7 @@ class SchedulerSide:
         for request_id in self.ledger.layered_ids & output.num_scheduled_tokens.keys():
             self.ledger.step_layered(
                 request_id,
-                state.resolve_block_ids(request_id)[0],
+                state.resolve_block_ids(request_id),
                 num_computed=self._requests[request_id].num_computed_tokens,
                 num_scheduled=output.num_scheduled_tokens[request_id],
             )

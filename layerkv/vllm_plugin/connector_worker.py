@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,14 @@ from layerkv.device.allocation import ArenaAllocation
 from layerkv.device.base import COPY_TIMEOUT_S, Direction
 from layerkv.device.lane_schedule import LaneSchedule, device_blocks, shared_link_unit
 from layerkv.device.mechanism import Mechanism, make_mechanism
+from layerkv.device.rows import Rows
 from layerkv.device.segment_mover import SegmentMover, SegmentReleaser
 from layerkv.device.store_watch import host_blocks
 from layerkv.errors import IncompatibleVLLMError, TransferError
 from layerkv.metrics import COPY_WAIT, MetricSamples, Payload
 from layerkv.runtime import checks_books
 from layerkv.vllm_plugin.failed_copies import FailedCopies
+from layerkv.vllm_plugin.layer_places import LayerPlaces
 from layerkv.vllm_plugin.segment_answers import SegmentAnswer
 from layerkv.vllm_plugin.setup import Setup
 
@@ -42,7 +44,7 @@ class WorkerSide:
     def __init__(
         self,
         geometry: KVGeometry,
-        layer_names: Sequence[str],
+        layers: LayerPlaces,
         mechanism: Mechanism,
         *,
         hooks_always_run: bool = True,
@@ -52,14 +54,15 @@ class WorkerSide:
         """Begin with empty lanes.
 
         Args:
-            geometry: The worker's KV memory.
-            layer_names: vLLM's, in the order in which the layers run.
+            geometry: The worker's KV memory, which knows the order of layers.
+            layers: Where each layer's KV is.
             mechanism: The memory, and what copies it; closed by :meth:`shutdown`.
             hooks_always_run: See :class:`LaneSchedule`.
             shares_link: Whether other ranks exchange activations over the link that copies take.
             rank: Of this worker among those of its engine, for what it tells of segments.
         """
-        self._layer_index = {name: index for index, name in enumerate(layer_names)}
+        self._slots = layers.slots
+        self._layer_index = layers.layer_index(geometry)
         self._geometry = geometry
         self._arena, self._engine = mechanism.arena, mechanism.engine
         self._lanes = LaneSchedule(
@@ -67,6 +70,7 @@ class WorkerSide:
             geometry.lane_layers(),
             shared_link_unit(geometry.page_bytes) if shares_link else None,
             hooks_always_run=hooks_always_run,
+            rows=Rows.of(geometry),
         )
         self._segments = None
         if mechanism.elastic_arena is not None:
@@ -89,18 +93,20 @@ class WorkerSide:
         """A context in which vLLM's allocation of the KV cache gets the arena's tensor."""
         return ArenaAllocation(self._arena)
 
-    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+    def register(self, kv_caches: Mapping[str, torch.Tensor | Sequence[torch.Tensor]]) -> None:
         """Check that vLLM laid the layers out as the arena did.
 
         Raises:
             IncompatibleVLLMError: a layer lies elsewhere.
         """
         base = self._arena.tensor().data_ptr()
-        for name, index in self._layer_index.items():
-            if (found := kv_caches[name].data_ptr() - base) != self._geometry.offset(index, 0):
+        for name, slot in self._slots.items():
+            cache = kv_caches[name]
+            first = cache if isinstance(cache, torch.Tensor) else cache[0]  # a state has several parts
+            if (found := first.data_ptr() - base) != self._geometry.offset(slot, 0):
                 raise IncompatibleVLLMError(
                     f"vLLM placed the KV cache of {name} at byte {found} of its allocation, layerkv expects "
-                    f"{self._geometry.offset(index, 0)}; use the vLLM version that layerkv supports"
+                    f"{self._geometry.offset(slot, 0)}; use the vLLM version that layerkv supports"
                 )
 
     def begin_step(self, plan: StepPlan) -> bool:
@@ -243,14 +249,14 @@ def make_worker_side(vllm_config: VllmConfig, setup: Setup, kv_cache_config: KVC
         IncompatibleVLLMError: vLLM does not keep each layer in one stretch of memory.
         MemoryError: device or host has not that much.
     """
-    geometry = setup.geometry
-    layer_names = _layers_in_order(kv_cache_config, geometry)
+    places = _layers_in_order(vllm_config, kv_cache_config, setup.geometry)
+    geometry = places.geometry(setup.geometry)
     device_type: str = vllm_config.device_config.device_type
     if device_type == "cuda":
         logger.warning("layerkv's CUDA path has not been measured on a GPU yet: run benchmarks/gpu first")
     return WorkerSide(
         geometry,
-        layer_names,
+        places,
         make_mechanism(
             device_type,
             geometry,
@@ -265,18 +271,19 @@ def make_worker_side(vllm_config: VllmConfig, setup: Setup, kv_cache_config: KVC
     )
 
 
-def _layers_in_order(kv_cache_config: KVCacheConfig, geometry: KVGeometry) -> list[str]:
-    """Layer names by their place in the allocation.
+def _layers_in_order(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, geometry: KVGeometry) -> LayerPlaces:
+    """Where each layer's KV is.
 
     Raises:
         IncompatibleVLLMError: the layer is not the outermost dimension, so that a lane cannot be aliased.
     """
-    tensors = kv_cache_config.kv_cache_tensors
-    if len(tensors) == 1:
-        only = tensors[0]
-        placed = (only.offset, only.layer_stride, only.block_stride)
-        if placed == (0, geometry.layer_bytes, geometry.page_bytes) and len(only.layers) == geometry.num_layers:
-            return list(only.layers)
+    tensors, groups = kv_cache_config.kv_cache_tensors, kv_cache_config.kv_cache_groups
+    if len(tensors) == len(groups):
+        expected = (0, geometry.layer_bytes, geometry.page_bytes)
+        placed = {(tensor.offset, tensor.layer_stride, tensor.block_stride) for tensor in tensors}
+        names = [list(tensor.layers) for tensor in tensors]
+        if placed == {expected} and list(map(len, names)) == [group.num_layers for group in geometry.groups]:
+            return LayerPlaces(names, list(vllm_config.compilation_config.static_forward_context))
     raise IncompatibleVLLMError(
         f"the KV-cache layout {kv_cache_config.kv_cache_layout} does not keep each layer in one stretch of memory, "
         "which the lane zone needs; set --kv-cache-layout to a layout whose name begins with L"

@@ -28,8 +28,8 @@ from layerkv.vllm_plugin.segment_queue import SegmentQueue
 if TYPE_CHECKING:
     from layerkv.scheduler.controller import Controller
     from layerkv.scheduler.desk import Desk
+    from layerkv.vllm_plugin.block_managers import BlockManagers
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
-    from layerkv.vllm_plugin.spec import LayerKVManager
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -48,7 +48,7 @@ class Elasticity:
         self,
         scheduler: SchedulerView,
         side: SchedulerSide,
-        manager: LayerKVManager,
+        managers: BlockManagers,
         controller: Controller,
         share: Share,
         *,
@@ -58,17 +58,17 @@ class Elasticity:
         host: HostElasticity | None = None,
     ) -> None:
         assert side.sizes is not None
-        assert manager.segments is not None
+        assert managers.segments is not None
         plan = side.sizes.plan
         self._scheduler = scheduler
         self._ledger = side.ledger
         self._metrics = side.metrics
-        self._manager = manager
+        self._managers = managers
         self._controller = controller
         self._share = share
         self.host = host
         """What makes host memory grow and shrink; None where it does neither."""
-        self._queue: SegmentQueue = manager.segments
+        self._queue: SegmentQueue = managers.segments
         self._layout = plan.layout
         self._table = SegmentTable(self._layout.num_segments, num_ranks=num_ranks, num_mapped=plan.num_mapped)
         self.choose: Callable[[PoolView], Resize] = resize
@@ -267,7 +267,7 @@ class Elasticity:
 
     def _parkable_blocks(self) -> int:
         """Blocks of running requests that could be parked: no more than host memory has room for."""
-        tracked, blocks_of = self._controller.tracked, self._manager.req_to_blocks
+        tracked, blocks_of = self._controller.tracked, self._managers.only.req_to_blocks
         layered_ids = self._ledger.layered_ids
         num_blocks = sum(
             len(blocks_of[request.request_id])
@@ -309,7 +309,7 @@ class Elasticity:
     def _blocks_in(self, segments: set[int]) -> Mapping[str, int]:
         """How many blocks running requests have there."""
         found: dict[str, int] = {}
-        size, blocks_of = self._layout.segment_blocks, self._manager.req_to_blocks
+        size, blocks_of = self._layout.segment_blocks, self._managers.only.req_to_blocks
         for request in self._scheduler.running:
             num_blocks = sum(block.block_id // size in segments for block in blocks_of[request.request_id])
             if num_blocks:
@@ -335,7 +335,7 @@ class Elasticity:
 
 
 def elasticity_for(
-    scheduler: SchedulerView, side: SchedulerSide, manager: LayerKVManager, controller: Controller, desk: Desk
+    scheduler: SchedulerView, side: SchedulerSide, managers: BlockManagers, controller: Controller, desk: Desk
 ) -> Elasticity | None:
     """What makes this engine's memory grow and shrink; None where it does neither. Waits for a broker if there is one.
 
@@ -369,11 +369,11 @@ def elasticity_for(
             ),
         )
         if of_broker.host is not None:
-            host = HostElasticity(scheduler, side, manager, controller, desk, of_broker.host, num_ranks=num_ranks)
+            host = HostElasticity(scheduler, side, managers, controller, desk, of_broker.host, num_ranks=num_ranks)
     return Elasticity(
         scheduler,
         side,
-        manager,
+        managers,
         controller,
         share,
         num_ranks=num_ranks,

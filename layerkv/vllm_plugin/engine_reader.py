@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request, RequestStatus
 
 from layerkv.core.cost import StepWork, chunk_pairs, generic_profile, load_profile
+from layerkv.core.groups import growth_tokens
 from layerkv.core.residency import Residency
 from layerkv.core.transfer import StepPlan, num_blocks
 from layerkv.metrics import COPY_WAIT
@@ -23,22 +24,24 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
 
     from layerkv.config import SloPolicy
+    from layerkv.vllm_plugin.block_managers import BlockManagers
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
-    from layerkv.vllm_plugin.spec import LayerKVManager
 
 
 class EngineReader:
     """Reads one scheduler. Cost per step: one pass over running requests, none over waiting ones."""
 
     def __init__(
-        self, scheduler: SchedulerView, side: SchedulerSide, manager: LayerKVManager, controller: Controller
+        self, scheduler: SchedulerView, side: SchedulerSide, managers: BlockManagers, controller: Controller
     ) -> None:
         self._scheduler = scheduler
         self._side = side
         self._ledger = side.ledger
         self._geometry = side.geometry
-        self._manager = manager
+        self._managers = managers
+        self._only = managers.only if side.geometry.is_plain else None
         self._controller = controller
+        self._zone_ids_per_block = sum(side.geometry.zone_shares)
         self._tells_waits = scheduler.vllm_config.device_config.device_type == "cpu"
         self.prefix_hits = PrefixHits(scheduler, side)
         self._active_loras: set[int] | None = None
@@ -68,7 +71,9 @@ class EngineReader:
         """The engine before the step that is about to be scheduled."""
         s, ledger = self._scheduler, self._ledger
         self._active_loras = self._full_loras()
-        freeing = [block.block_id for _, blocks in s.deferred_frees for block in blocks] if s.deferred_frees else ()
+        freeing: Collection[int] = ()
+        if s.deferred_frees:  # null blocks stand for those that came back before
+            freeing = [block.block_id for _, blocks in s.deferred_frees for block in blocks if not block.is_null]
         freeing_zone = sum(map(self._geometry.is_zone_block, freeing))
         return EngineState(
             step=s.current_step,
@@ -89,7 +94,7 @@ class EngineReader:
             held_tokens=self._held_tokens(),
             moves=ledger.residency.version,
             freeing_blocks=len(freeing) - freeing_zone,
-            freeing_zone_blocks=freeing_zone,
+            freeing_zone_blocks=freeing_zone // self._zone_ids_per_block,
             blocks_in_service=self._side.pool_blocks,
             host_blocks_in_service=ledger.host.num_in_service,
             vacating={} if self._side.elastic is None else self._side.elastic.vacating,
@@ -146,15 +151,12 @@ class EngineReader:
         return request.num_stale_output_tokens == 0 and not self._lacks_lora(request)
 
     def _running(self) -> Iterator[Running]:
-        ledger, req_to_blocks = self._ledger, self._manager.req_to_blocks
-        paused, layered_ids, num_zone_blocks = (
-            self._controller.paused,
-            ledger.layered_ids,
-            self._geometry.num_zone_blocks,
-        )
+        ledger, managers = self._ledger, self._managers
+        only_blocks = None if self._only is None else self._only.req_to_blocks
+        paused, layered_ids = self._controller.paused, ledger.layered_ids
         for request in self._scheduler.running:
             request_id = request.request_id
-            held = req_to_blocks[request_id]
+            num_held = managers.num_held(request_id) if only_blocks is None else len(only_blocks[request_id])
             is_layered = request_id in layered_ids
             yield Running(
                 request_id,
@@ -162,8 +164,8 @@ class EngineReader:
                 request.num_computed_tokens,
                 request.num_output_tokens,
                 request.is_prefill_chunk,
-                len(held),
-                num_zone_blocks([block.block_id for block in held]) if is_layered else 0,
+                num_held,
+                managers.num_held_of_zone(request_id) if is_layered else 0,
                 is_layered,
                 ledger.num_host_blocks_of(request_id),
                 ledger.num_shared_host_blocks_of(request_id),
@@ -172,11 +174,11 @@ class EngineReader:
 
     def _arriving(self) -> list[tuple[str, int, int]]:
         """Requests being fetched, and those whose fetch has just ended."""
-        req_to_blocks = self._manager.req_to_blocks
+        managers = self._managers
         return [
-            (request.request_id, len(req_to_blocks[request.request_id]), request.num_output_tokens)
+            (request.request_id, managers.num_held(request.request_id), request.num_output_tokens)
             for request in self._scheduler.kv_holding_waiting
-            if request.request_id in req_to_blocks
+            if managers.holds(request.request_id)
         ]
 
     def _held_tokens(self) -> int:
@@ -212,9 +214,10 @@ def controller_for(scheduler: SchedulerView, side: SchedulerSide, policy: SloPol
     """A controller with empty books for this engine."""
     config, geometry = side.config, side.geometry
     block_bytes = geometry.block_bytes  # of one worker: tensor-parallel ranks copy side by side
+    tokens = geometry.block_tokens if geometry.is_plain else growth_tokens(geometry.groups)
     shape = EngineShape(
         mode=config.mode,
-        block_tokens=geometry.block_tokens,
+        block_tokens=tokens,
         block_bytes=block_bytes,
         streamed_block_bytes=geometry.streamed_block_bytes,
         pool_blocks=(geometry.pool_blocks if side.sizes is None else side.sizes.floor_blocks) - 1,
@@ -225,11 +228,11 @@ def controller_for(scheduler: SchedulerView, side: SchedulerSide, policy: SloPol
         long_contexts=config.long_contexts,
         slots=scheduler.max_num_active_reqs,
         give=config.give,
+        groups=() if geometry.is_plain else geometry.groups,
+        zone_block_tokens=geometry.block_tokens,
     )
     profile = (
-        generic_profile(block_bytes // geometry.block_tokens)
-        if config.cost_profile is None
-        else load_profile(config.cost_profile)
+        generic_profile(block_bytes // tokens) if config.cost_profile is None else load_profile(config.cost_profile)
     )
     return Controller(
         policy,

@@ -66,9 +66,9 @@ class Execution:
         for request_id in decision.drop_copy:
             self._desk.drop_ahead(request_id)
         for ahead in decision.store_ahead:
-            block_ids = s.kv_cache_manager.get_block_ids(ahead.request_id)[0]
+            tables = s.kv_cache_manager.get_block_ids(ahead.request_id)
             try:
-                self._desk.store_ahead(ahead, block_ids, s.requests[ahead.request_id].num_computed_tokens)
+                self._desk.store_ahead(ahead, tables, s.requests[ahead.request_id].num_computed_tokens)
             except CapacityError as error:  # its park copies it then
                 logger.debug("request %s is not stored ahead in this step: %s", ahead.request_id, error)
         if decision.park:
@@ -112,10 +112,10 @@ class Execution:
         s.running = [request for request in s.running if request not in leaving]
         for request in parked:
             request_id = request.request_id
-            block_ids = s.kv_cache_manager.get_block_ids(request_id)[0]
+            tables = s.kv_cache_manager.get_block_ids(request_id)
             self._desk.park(
                 request_id,
-                block_ids,
+                tables,
                 num_computed=request.num_computed_tokens,
                 num_tokens=request.num_tokens,
                 num_output=request.num_output_tokens,

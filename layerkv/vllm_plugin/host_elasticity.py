@@ -20,8 +20,8 @@ from layerkv.vllm_plugin.segment_answers import SegmentAnswer
 if TYPE_CHECKING:
     from layerkv.scheduler.controller import Controller
     from layerkv.scheduler.desk import Desk
+    from layerkv.vllm_plugin.block_managers import BlockManagers
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
-    from layerkv.vllm_plugin.spec import LayerKVManager
 
 
 class HostElasticity:
@@ -32,7 +32,7 @@ class HostElasticity:
         self,
         scheduler: SchedulerView,
         side: SchedulerSide,
-        manager: LayerKVManager,
+        managers: BlockManagers,
         controller: Controller,
         desk: Desk,
         share: HostShare,
@@ -43,7 +43,7 @@ class HostElasticity:
         self._sizes, self._layout = side.host_sizes, side.host_sizes.layout
         self._scheduler = scheduler
         self._ledger, self._tier = side.ledger, side.ledger.host
-        self._manager = manager
+        self._managers = managers
         self._controller = controller
         self._desk = desk
         self._share = share
@@ -145,7 +145,11 @@ class HostElasticity:
     def _wanted_blocks(self) -> int:
         """Host blocks that running requests would take if they were parked, and waiting ones if they ran layered; no
         more are counted than there can be."""
-        running, blocks_of, layered_ids = self._scheduler.running, self._manager.req_to_blocks, self._ledger.layered_ids
+        running, blocks_of, layered_ids = (
+            self._scheduler.running,
+            self._managers.only.req_to_blocks,
+            self._ledger.layered_ids,
+        )
         wanted = -(-len(running) * GROWTH_TOKENS // self._controller.shape.block_tokens)
         for request in running:
             if request.request_id not in layered_ids:

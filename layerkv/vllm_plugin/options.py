@@ -92,7 +92,7 @@ DECISIONS: tuple[Decision, ...] = (
         "the device's prefix cache is vLLM's own, the host's knows blocks by its hashes",
         "enable_prefix_caching prefix_caching_hash_algo prefix_match_unit",
     ),
-    _decide(Verdict.WORKS, "there is one group of layers anyway", "disable_hybrid_kv_cache_manager"),
+    _decide(Verdict.WORKS, "one group of layers where vLLM makes it one", "disable_hybrid_kv_cache_manager"),
     _decide(Verdict.WORKS, "measures blocks of the pool", "kv_cache_metrics kv_cache_metrics_sample"),
     # Scheduling ------------------------------------------------------------------------------------------------------
     _decide(Verdict.REFUSED, "-1 would count the lane zone as memory", "max_model_len"),
@@ -116,7 +116,7 @@ DECISIONS: tuple[Decision, ...] = (
     # Models ----------------------------------------------------------------------------------------------------------
     _decide(
         Verdict.REFUSED,
-        "decoder-only text models with full attention in every layer",
+        "decoder-only text models whose layers have full, windowed or chunked attention, or states",
         "model runner",
     ),
     _decide(Verdict.REFUSED, "draft KV is not tracked", "speculative_config"),
@@ -130,7 +130,7 @@ DECISIONS: tuple[Decision, ...] = (
     _decide(Verdict.NO_MATTER, "auxiliary outputs are refused", "aux_output_config"),
     _decide(
         Verdict.NO_MATTER,
-        "hybrid, attention-free and sliding-window models are refused",
+        "states are parked as they are; with prefix caching, which keeps others, models with states are refused",
         "mamba_config mamba_cache_dtype mamba_ssm_cache_dtype mamba_block_size mamba_cache_mode mamba_backend "
         "mamba_ssu_algorithm enable_mamba_shared_prefix_checkpoint enable_mamba_cache_stochastic_rounding "
         "mamba_cache_philox_rounds replayssm_buffer_len use_replayssm gdn_prefill_backend kda_prefill_backend "

@@ -29,7 +29,7 @@ LOOK_AGAIN_STEPS = 32
 """Steps after which a hit is looked up again, for how many of its blocks nobody uses may have changed unseen. Not
 measured: chosen by judgement."""
 
-_GROUP = [0]  # layerkv runs with one KV-cache group
+_GROUP = [0]  # with several, a hit is looked up anew
 
 
 class _Known(NamedTuple):
@@ -69,10 +69,18 @@ class PrefixHits:
     def _look(self, request: Request) -> _Known:
         s = self._scheduler
         manager = s.kv_cache_manager
-        found: Sequence[KVCacheBlock] = ()
+        tables: Sequence[Sequence[KVCacheBlock]] = ((),)
+        num_tokens = 0
         if manager.prefix_cache_lookup_enabled(request):
             # not `get_computed_blocks`: it publishes the blocks of a request that asks for that, at each look
-            found = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)[0][0]
+            tables, num_tokens, _ = manager.coordinator.find_longest_cache_hit(
+                request.block_hashes, request.num_tokens - 1
+            )
+        if not self._side.geometry.is_plain:
+            held = [block for table in tables for block in table if not block.is_null]
+            hit = PrefixHit(len(held), sum(block.ref_cnt == 0 for block in held), num_tokens=num_tokens)
+            return _Known(hit, request.num_tokens, s.current_step, last_is_idle=False)
+        found = tables[0]
         num_on_host = self._side.num_prefix_blocks(request.request_id, len(found))
         num_held = self._side.num_held_prefix_blocks(request, range(len(found), len(found) + num_on_host))
         hit = PrefixHit(len(found), sum(block.ref_cnt == 0 for block in found), num_on_host, num_held)
@@ -83,7 +91,7 @@ class PrefixHits:
         pool, block_tokens = s.kv_cache_manager.block_pool, self._side.geometry.block_tokens
         if request.num_tokens != num_tokens or s.current_step - step >= LOOK_AGAIN_STEPS:
             return False
-        if pool.hash_block_size != block_tokens:  # hashes are not of blocks
+        if pool.hash_block_size != block_tokens or not self._side.geometry.is_plain:  # hashes are not of blocks
             return False
         num_blocks, hashes = hit.num_blocks, request.block_hashes
         if num_blocks:

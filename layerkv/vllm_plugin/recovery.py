@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.v1.request import Request, RequestStatus
 
+from layerkv.core.groups import NULL_BLOCK
 from layerkv.core.residency import Residency
 from layerkv.core.suspects import StepsInFlight, Table, follow
 from layerkv.scheduler.reasons import Reason
@@ -59,8 +60,8 @@ class Recovery:
         if self._ledger.is_layered(request.request_id):  # a layer's load may fail in the step under way
             self._in_flight.left_zone(request.request_id, self._ledger.host_blocks_of(request.request_id))
         if self._in_flight.are_loading:
-            block_ids = self._scheduler.kv_cache_manager.get_block_ids(request.request_id)[0]
-            self._in_flight.left(request.request_id, block_ids)
+            table = self._table(request)
+            self._in_flight.left(table.request_id, table.block_ids)
 
     def processed(self) -> None:
         """vLLM has processed the oldest step's output."""
@@ -88,9 +89,24 @@ class Recovery:
                     t.request_id for t in tables if t.request_id not in told and not invalid.isdisjoint(t.block_ids)
                 ]
                 self._distrust(invalid)
+                if not self._side.geometry.is_plain:
+                    self._fail_fetches(received)
                 self._end_hopeless(readers)
             if failed is not None:
                 self._end_hopeless(self._start_holders_over(failed))
+
+    def _fail_fetches(self, received: KVConnectorOutput) -> None:
+        """Fetches that failed, in the place of vLLM, which cannot tell the blocks of several groups apart.
+
+        Nothing of them is kept: the tokens before a block that was not loaded may be another group's loss.
+        """
+        s, invalid = self._scheduler, received.invalid_block_ids
+        for request in s.kv_holding_waiting:
+            is_loading = request.status is RequestStatus.WAITING_FOR_REMOTE_KVS
+            if is_loading and not invalid.isdisjoint(self._table(request).block_ids):
+                request.num_computed_tokens = 0
+                s.failed_recving_kv_req_ids.add(request.request_id)
+        received.invalid_block_ids = set()
 
     def _start_holders_over(self, failed: FailedCopies) -> list[str]:
         """Start requests over whose copies in host memory are not what they should be; which lost KV by it."""
@@ -172,7 +188,12 @@ class Recovery:
             s.failed_recving_kv_req_ids.add(request_id)  # `processed` sees it arrive
 
     def _table(self, request: Request) -> Table:
-        return Table(request.request_id, self._scheduler.kv_cache_manager.get_block_ids(request.request_id)[0])
+        """Its blocks, of all groups: those given back are none."""
+        first, *others = self._scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        if self._side.geometry.is_plain:
+            return Table(request.request_id, first)
+        held = [block for table in (first, *others) for block in table if block != NULL_BLOCK]
+        return Table(request.request_id, held)
 
     # Resets --------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,6 @@ from layerkv.vllm_plugin.quiet_work import QuietWork
 from layerkv.vllm_plugin.recovery import Recovery
 from layerkv.vllm_plugin.reload import follow_policy
 from layerkv.vllm_plugin.slo_gate import require_gate
-from layerkv.vllm_plugin.spec import LayerKVManager
 from layerkv.vllm_plugin.support import require_heard
 from layerkv.vllm_plugin.telling import Telling
 from layerkv.vllm_plugin.waiting_queue import WaitingQueue
@@ -85,9 +84,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
             return
         self._side = side
         self._ledger = side.ledger
-        manager = self.kv_cache_manager.coordinator.single_type_managers[0]
-        assert isinstance(manager, LayerKVManager)
-        self._manager = manager
+        self._managers = side.managers
         policy = side.config.read_policy()
         require_gate(policy, self.vllm_config.model_config.logits_processors)
         self._policy_source = follow_policy(side.config.policy_path, policy)
@@ -101,7 +98,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._steps_in_flight: deque[_Step] = deque()  # oldest first
         self._num_quiet_steps = 0
         self._last_output_s = 0.0
-        self._reader = EngineReader(self, side, manager, self._controller)
+        self._reader = EngineReader(self, side, side.managers, self._controller)
         self._quiet_work = QuietWork(self, side, self._reader)
         self._arrivals = Arrivals(self, side, self._controller, desk, self._policy_source)
         self._recovery = Recovery(self, side, self._controller, desk, self._arrivals)
@@ -115,7 +112,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self.kv_cache_manager.watermark_blocks = 0  # the policy's headroom takes its place
         self._telling = Telling(self, side, self._controller)
         self._telling.capacity()
-        self._elastic = side.elastic = elasticity_for(self, side, manager, self._controller, desk)
+        self._elastic = side.elastic = elasticity_for(self, side, side.managers, self._controller, desk)
 
     def _require_keepable(self, policy: SloPolicy) -> None:
         """A policy comes into force only if this engine's front end can keep it.
@@ -147,7 +144,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if self._elastic is not None:
             self._elastic.before_step(time.monotonic())
         if self._paused is PauseState.PAUSED_ALL:
-            self._manager.stand_aside()
+            self._managers.stand_aside()
             self._quiet_work.forget()
             with self._pausing.left_out():
                 output = super().schedule(throttle_prefills)
@@ -158,7 +155,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         if policy is not self._controller.policy:
             self._controller.set_policy(policy)
         if is_quiet := self._reader.has_nothing_to_decide(started_s):
-            self._manager.stand_aside()
+            self._managers.stand_aside()
             if self._controller.paused:
                 with self._pausing.left_out():
                     output = super().schedule(throttle_prefills)
@@ -176,7 +173,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 hits=self._reader.prefix_hits.of,
             )
             with self._execution.of(snapshot, decision, started_s):
-                self._manager.stand_aside()
+                self._managers.stand_aside()
                 output = super().schedule(throttle_prefills)
         self._recovery.scheduled()
         if output.total_num_scheduled_tokens:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerkv.config import EngineConfig
 from layerkv.core.cost import load_profile
@@ -14,6 +15,7 @@ from layerkv.core.geometry import (
     require_retained_layers,
     require_zone_tokens,
 )
+from layerkv.core.groups import Group, is_plain, longest_fitting, most_blocks_held, zone_block_tokens
 from layerkv.core.segments import SegmentPlan
 from layerkv.device.mechanism import ALIGNMENT_BYTES
 from layerkv.errors import ConfigError
@@ -21,11 +23,12 @@ from layerkv.scheduler.decision_log import require_writable
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.elastic_setup import ElasticSizes, HostSizes, elastic_sizes, host_sizes, require_elastic
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
-from layerkv.vllm_plugin.spec import LayerKVSpec
+from layerkv.vllm_plugin.kv_groups import our_groups, require_one_page_size
+from layerkv.vllm_plugin.spec import OUR_SPECS, LayerKVSpec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
 DEFAULT_LANES = 2
 """One lane is written while the other is copied: enough to overlap wherever copying is faster than computing. Derived;
@@ -61,13 +64,17 @@ def require_usable(vllm_config: VllmConfig, config: EngineConfig) -> None:
 
 
 def geometry_request(
-    vllm_config: VllmConfig, config: EngineConfig, spec: LayerKVSpec, num_layers: int
+    vllm_config: VllmConfig,
+    config: EngineConfig,
+    spec: AttentionSpec,
+    num_layers: int,
+    groups: tuple[Group, ...] = (),
 ) -> GeometryRequest:
     """What the division into pool and zone depends on."""
     return GeometryRequest(
-        num_layers=num_layers,
+        num_layers=max([num_layers, *(group.num_layers for group in groups)]),
         page_bytes=spec.page_size_bytes,
-        block_tokens=spec.block_size,
+        block_tokens=zone_block_tokens(groups) if groups else spec.block_size,
         lanes=config.lanes or DEFAULT_LANES,
         retained_layers=config.retained_layers,
         step_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
@@ -75,7 +82,39 @@ def geometry_request(
         alignment_bytes=ALIGNMENT_BYTES[vllm_config.device_config.device_type],
         longest_tokens=vllm_config.model_config.max_model_len,
         may_outgrow_pool=config.long_contexts,
+        groups=groups,
     )
+
+
+def request_for_groups(
+    vllm_config: VllmConfig, config: EngineConfig, groups: Sequence[KVCacheGroupSpec], own: tuple[Group, ...]
+) -> GeometryRequest:
+    """What the division depends on, with these KV-cache groups, which are ``own`` as ours.
+
+    Raises:
+        ConfigError: no engine can have these groups, or not with what is set besides.
+    """
+    require_one_page_size(groups)
+    spec: Any = next(g.kv_cache_spec for g in groups if isinstance(g.kv_cache_spec, OUR_SPECS))
+    if is_plain(own):
+        return geometry_request(vllm_config, config, spec, own[0].num_layers)
+    require_without_groups(config)
+    return geometry_request(vllm_config, config, spec, 0, own)
+
+
+def require_without_groups(config: EngineConfig) -> None:
+    """Refuse what needs one KV-cache group that keeps all its blocks.
+
+    Raises:
+        ConfigError: something is set that does.
+    """
+    for key, is_set in (("long_contexts", config.long_contexts), ("kv_floor, kv_ceiling or broker", config.is_elastic)):
+        if is_set:
+            raise ConfigError(
+                f"kv_connector_extra_config.{key}: not supported by layerkv yet with a model that has several KV-cache "
+                "groups, sliding windows or states, because its needs are counted for one group that keeps all blocks; "
+                "leave it out"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +146,13 @@ def setup_of(vllm_config: VllmConfig, config: EngineConfig, kv_cache_config: KVC
         ConfigError: pool and ``max_model_len`` do not go together, or host memory is too much or too little.
     """
     groups = kv_cache_config.kv_cache_groups
-    if len(groups) != 1 or not isinstance(spec := groups[0].kv_cache_spec, LayerKVSpec):
+    own = our_groups(vllm_config, groups)
+    if own is None:
         return None
+    spec: Any = next(g.kv_cache_spec for g in groups if isinstance(g.kv_cache_spec, OUR_SPECS))
     assert spec.memory is not None
-    request = geometry_request(vllm_config, config, spec, len(groups[0].layer_names))
-    if spec.segments is not None:
+    request = request_for_groups(vllm_config, config, groups, own)
+    if isinstance(spec, LayerKVSpec) and spec.segments is not None:
         elastic = elastic_sizes(vllm_config, config, request)
         assert elastic.plan == spec.segments, "scheduler and workers divide the pool alike"
         assert elastic.geometry.total_blocks == kv_cache_config.num_blocks, "vLLM was given the ceiling"
@@ -137,6 +178,9 @@ def require_room_for_one(
     pool_tokens = (geometry.pool_blocks - 1) * geometry.block_tokens  # vLLM keeps one block as its null block
     zone_tokens = geometry.zone_blocks * geometry.block_tokens
     max_model_len = vllm_config.model_config.max_model_len
+    if not geometry.is_plain:
+        require_room_in_groups(geometry, max_model_len)
+        return
     if max_model_len <= pool_tokens:
         return
     found = (
@@ -166,4 +210,21 @@ def require_room_for_one(
             f"{found}, and host memory {host_tokens} tokens, which must hold a request that is longer than the pool; "
             f"set host_memory to {format_bytes(-(-max_model_len // geometry.block_tokens) * geometry.block_bytes)} "
             "for each worker or more"
+        )
+
+
+def require_room_in_groups(geometry: KVGeometry, max_model_len: int) -> None:
+    """As :func:`require_room_for_one`, with several KV-cache groups, windows or states.
+
+    Raises:
+        ConfigError: the pool does not hold a request of ``max_model_len`` tokens.
+    """
+    needed, pool_blocks = most_blocks_held(geometry.groups, max_model_len), geometry.pool_blocks - 1
+    if needed > pool_blocks:
+        longest = longest_fitting(geometry.groups, pool_blocks, max_model_len)
+        raise ConfigError(
+            f"max_model_len: found {max_model_len}, which takes {needed} blocks in {len(geometry.groups)} KV-cache "
+            f"group(s), but the KV pool holds {pool_blocks} beside a lane zone of "
+            f"{geometry.zone_blocks * geometry.block_tokens} tokens; set max_model_len to {longest} or less, or give "
+            "more KV memory (--kv-cache-memory-bytes or --gpu-memory-utilization), or set a smaller zone_tokens"
         )

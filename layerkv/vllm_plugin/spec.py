@@ -1,6 +1,6 @@
-"""Our KV-cache spec and its manager: where a layered request's blocks come from.
+"""Our KV-cache specs and their managers: where a layered request's blocks come from.
 
-Importing this module registers both with vLLM, in whichever process it is imported: workers make the spec, and the
+Importing this module registers them with vLLM, in whichever process it is imported: workers make the specs, and the
 engine core imports the module when it unpickles one.
 """
 
@@ -13,15 +13,25 @@ from typing import TYPE_CHECKING, Any
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
+    FullAttentionManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from layerkv.core.ledger import KVLedger
 from layerkv.core.segments import SegmentPlan
 from layerkv.core.zone import ZoneLedger
 from layerkv.vllm_plugin.host_memory import WorkerMemory
-from layerkv.vllm_plugin.segment_queue import SegmentQueue
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -75,49 +85,32 @@ _OF_LAYERED = (
 """What is overridden for layered requests' sake."""
 
 
-class LayerKVManager(FullAttentionManager):
+class LayeredBlocks(SingleTypeKVCacheManager):
     """Takes a layered request's new blocks from the lane zone, and everybody else's from the pool.
 
-    Until :meth:`attach` is called it is vLLM's own manager. Zone blocks never enter the pool's free queue and are
-    never hashed for prefix caching, because what they hold changes from layer to layer.
+    Before one of vLLM's managers in a class's bases. Until :meth:`attach` is called it is vLLM's own. Zone blocks never
+    enter the pool's free queue and are never hashed for prefix caching, because what they hold changes from layer to
+    layer.
     """
 
     block_pool: BlockPool
-    segments: SegmentQueue | None = None
-    """Which blocks of a pool that grows and shrinks are in service; None where all are."""
     _ledger: KVLedger | None = None
     _stands_aside = False
-    _watches_pool = False
 
-    def attach(self, ledger: KVLedger, segments: SegmentPlan | None = None) -> None:
-        """Withhold the zone's ids from the pool, and those without memory. Called once, before the first request."""
-        pool, geometry = self.block_pool, ledger.geometry
-        zone_pool = ZonePool(ledger.zone)
-        for block in pool.blocks[geometry.pool_blocks :]:
-            pool.free_block_queue.remove(block)
-            block.pool = zone_pool  # type: ignore[assignment]
-        pool.num_gpu_blocks = geometry.pool_blocks  # usage and reset count the pool only
-        if segments is not None:
-            self.segments = pool.free_block_queue = SegmentQueue(pool, segments)
+    def attach(self, ledger: KVLedger) -> None:
+        """Called once, before the first request, when the zone's ids have been withheld from the pool."""
         self._ledger = ledger
-        self._pools = pool, WatchedPool(pool, ledger.gave_out)
 
-    def stand_aside(self) -> None:
-        """Before a step: what is overridden below is vLLM's own in it, if nobody is there whom it concerns.
+    def stand_aside(self, *, aside: bool) -> None:
+        """Whether what is overridden below is vLLM's own from now on: nobody is there whom it concerns.
 
-        vLLM calls these methods for every running request in every step. While stores of prefixes read blocks that may
-        be given out, the pool tells which are: only who gets blocks pays for that.
+        vLLM calls these methods for every running request in every step.
         """
-        ledger = self._ledger
-        assert ledger is not None
-        if ledger.stores_prefixes != self._watches_pool:
-            self._watches_pool = not self._watches_pool
-            self.block_pool = self._pools[self._watches_pool]
-        if ledger.has_layered != self._stands_aside:
+        if aside == self._stands_aside:
             return
-        self._stands_aside = not self._stands_aside
+        self._stands_aside = aside
         for name in _OF_LAYERED:
-            if self._stands_aside:
+            if aside:
                 setattr(self, name, getattr(super(), name))
             else:
                 del self.__dict__[name]
@@ -138,7 +131,8 @@ class LayerKVManager(FullAttentionManager):
             return super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
         num_held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
         num_from_zone = max(cdiv(num_tokens, self.block_size) - num_held, 0)
-        if not self._ledger.zone.can_take(request_id, num_from_zone) or self._ledger.lacks_host_blocks(request_id):
+        can_take = self._ledger.zone.can_take(request_id, num_from_zone, self.kv_cache_group_id)
+        if not can_take or self._ledger.lacks_host_blocks(request_id):
             return self.block_pool.num_gpu_blocks + 1
         return self._get_num_evictable_blocks(new_computed_blocks)
 
@@ -170,7 +164,8 @@ class LayerKVManager(FullAttentionManager):
         num_new = cdiv(num_tokens, self.block_size) - len(held)
         if num_new <= 0:
             return []
-        new = [self.block_pool.blocks[block_id] for block_id in zone.take(request_id, num_new)]
+        taken = zone.take(request_id, num_new, self.kv_cache_group_id)
+        new = [self.block_pool.blocks[block_id] for block_id in taken]
         for block in new:
             block.ref_cnt = 1
         held.extend(new)
@@ -180,6 +175,18 @@ class LayerKVManager(FullAttentionManager):
         """Hash full blocks for prefix caching, except a layered request's: its hits are hashed already."""
         if self._ledger is None or not self._ledger.is_layered(request.request_id):
             super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+
+class LayerKVManager(LayeredBlocks, FullAttentionManager):
+    """See :class:`LayeredBlocks`."""
+
+
+class LayerKVWindowManager(LayeredBlocks, SlidingWindowManager):
+    """See :class:`LayeredBlocks`. What a window leaves behind vLLM gives back to where it came from."""
+
+
+class LayerKVChunkManager(LayeredBlocks, ChunkedLocalAttentionManager):
+    """See :class:`LayeredBlocks`. What a chunk leaves behind vLLM gives back to where it came from."""
 
 
 @register_kv_cache_spec(manager_class=LayerKVManager, uniform_type_base_spec=FullAttentionSpec)
@@ -204,3 +211,41 @@ class LayerKVSpec(FullAttentionSpec):
     def merge(cls, specs: list[LayerKVSpec]) -> LayerKVSpec:
         """vLLM's merge, which does not know our fields."""
         return replace(super().merge(specs), memory=specs[0].memory, segments=specs[0].segments)
+
+
+@register_kv_cache_spec(manager_class=LayerKVWindowManager, uniform_type_base_spec=SlidingWindowSpec)
+@dataclass(frozen=True, kw_only=True)
+class LayerKVWindowSpec(SlidingWindowSpec):
+    """As :class:`LayerKVSpec`, of attention within a sliding window."""
+
+    memory: WorkerMemory | None = field(default=None, compare=False)
+
+
+@register_kv_cache_spec(manager_class=LayerKVChunkManager, uniform_type_base_spec=ChunkedLocalAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class LayerKVChunkSpec(ChunkedLocalAttentionSpec):
+    """As :class:`LayerKVSpec`, of attention within a chunk."""
+
+    memory: WorkerMemory | None = field(default=None, compare=False)
+
+
+OUR_SPECS = (LayerKVSpec, LayerKVWindowSpec, LayerKVChunkSpec)
+
+_OURS: dict[type[KVCacheSpec], type[KVCacheSpec]] = {
+    FullAttentionSpec: LayerKVSpec,
+    SlidingWindowSpec: LayerKVWindowSpec,
+    ChunkedLocalAttentionSpec: LayerKVChunkSpec,
+}
+
+
+def is_supported(spec: KVCacheSpec) -> bool:
+    """Whether layers of this kind may be served."""
+    return type(spec) in _OURS or type(spec) is MambaSpec
+
+
+def ours(spec: KVCacheSpec, memory: WorkerMemory) -> KVCacheSpec:
+    """The same spec as ours; a state's stays as it is: it never passes through a lane."""
+    if (own := _OURS.get(type(spec))) is None:
+        return spec
+    values = {each.name: getattr(spec, each.name) for each in fields(type(spec))}
+    return own(**values, memory=memory)  # type: ignore[call-arg]

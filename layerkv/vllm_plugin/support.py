@@ -133,8 +133,10 @@ def _model_problems(c: VllmConfig) -> Iterable[Unsupported]:
         yield Unsupported(
             "an encoder-decoder model", "cross-attention KV has another layout", "use a decoder-only model"
         )
-    if model.is_hybrid or model.is_attention_free:
-        yield Unsupported("a hybrid or attention-free model", "its state is not per-token KV", "use a dense model")
+    if model.is_attention_free:
+        yield Unsupported(
+            "an attention-free model", "its states do not grow with the context", "use a model with attention"
+        )
     if model.is_multimodal_model:
         yield Unsupported("a multimodal model", "encoder inputs are untested with parking", "use a text model")
     if model.use_mla:

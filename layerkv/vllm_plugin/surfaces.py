@@ -8,6 +8,7 @@ in order; those only by name behind a star.
 NAMES: dict[str, str] = {
     "vllm": "__version__",
     "vllm.distributed.kv_events": "BlockRemoved BlockStored KVCacheEvent MEDIUM_CPU",
+    "vllm.distributed.kv_transfer": "get_kv_transfer_group",
     "vllm.distributed.kv_transfer.kv_connector.factory": "KVConnectorFactory",
     "vllm.distributed.kv_transfer.kv_connector.v1.base": (
         "KVConnectorBase_V1 KVConnectorMetadata KVConnectorRole KVConnectorTransferResults KVConnectorWorkerMetadata "
@@ -30,9 +31,14 @@ NAMES: dict[str, str] = {
     "vllm.v1.core.sched.interface": "PauseState",
     "vllm.v1.core.sched.request_queue": "RequestQueue SchedulingPolicy",
     "vllm.v1.core.sched.scheduler": "Scheduler",
-    "vllm.v1.core.single_type_kv_cache_manager": "FullAttentionManager",
+    "vllm.v1.core.single_type_kv_cache_manager": (
+        "ChunkedLocalAttentionManager FullAttentionManager SingleTypeKVCacheManager SlidingWindowManager"
+    ),
     "vllm.v1.engine": "EngineCoreOutput EngineCoreOutputs",
-    "vllm.v1.kv_cache_interface": "FullAttentionSpec KVCacheSpec",
+    "vllm.v1.kv_cache_interface": (
+        "AttentionSpec ChunkedLocalAttentionSpec FullAttentionSpec KVCacheGroupSpec KVCacheSpec MambaSpec "
+        "SlidingWindowSpec UniformTypeKVCacheSpecs"
+    ),
     "vllm.v1.kv_cache_spec_registry": "KVCacheSpecRegistry register_kv_cache_spec",
     "vllm.v1.metrics.stats": "PrefixCacheStats SchedulerStats",
     "vllm.v1.request": "Request RequestStatus",
@@ -46,7 +52,7 @@ MEMBERS: dict[str, str] = {
     "vllm.config.AuxOutputConfig": "enabled",
     "vllm.config.CacheConfig": (
         "block_size cache_dtype enable_prefix_caching kv_cache_dtype_skip_layers kv_cache_max_concurrency "
-        "kv_cache_memory_bytes kv_cache_size_tokens kv_offloading_size num_gpu_blocks_override "
+        "kv_cache_memory_bytes kv_cache_size_tokens kv_offloading_size mamba_cache_mode num_gpu_blocks_override "
         "user_specified_block_size"
     ),
     "vllm.config.CompilationConfig": "static_forward_context",
@@ -54,8 +60,8 @@ MEMBERS: dict[str, str] = {
     "vllm.config.KVTransferConfig": "kv_connector kv_connector_extra_config kv_load_failure_policy kv_role",
     "vllm.config.LoRAConfig": "max_loras",
     "vllm.config.ModelConfig": (
-        "enable_sleep_mode get_num_layers is_attention_free is_encoder_decoder is_hybrid is_multimodal_model "
-        "logits_processors max_model_len model original_max_model_len runner_type served_model_name use_mla"
+        "enable_sleep_mode get_num_layers is_attention_free is_encoder_decoder is_multimodal_model logits_processors "
+        "max_model_len model original_max_model_len runner_type served_model_name use_mla"
     ),
     "vllm.config.ParallelConfig": (
         "_api_process_count data_parallel_backend data_parallel_index data_parallel_size data_parallel_size_local "
@@ -64,12 +70,12 @@ MEMBERS: dict[str, str] = {
         "worker_cls"
     ),
     "vllm.config.SchedulerConfig": (
-        "async_scheduling enable_chunked_prefill long_prefill_token_threshold max_num_batched_tokens "
-        "prefill_schedule_interval scheduler_cls watermark"
+        "async_scheduling disable_hybrid_kv_cache_manager enable_chunked_prefill long_prefill_token_threshold "
+        "max_num_batched_tokens prefill_schedule_interval scheduler_cls watermark"
     ),
     "vllm.config.VllmConfig": (
         "aux_output_config cache_config compilation_config device_config diffusion_config kv_transfer_config "
-        "model_config parallel_config scheduler_config speculative_config use_v2_model_runner"
+        "max_in_flight_tokens model_config parallel_config scheduler_config speculative_config use_v2_model_runner"
     ),
     "vllm.distributed.kv_transfer.kv_connector.factory.KVConnectorFactory": "register_connector",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1": (
@@ -126,16 +132,21 @@ MEMBERS: dict[str, str] = {
         "reset_prefix_cache running sched_step_seq schedule scheduler_config set_pause_state shutdown "
         "update_from_output use_v2_model_runner vllm_config waiting"
     ),
-    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager": (
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager": (
         "_get_num_evictable_blocks allocate_external_computed_blocks allocate_new_blocks block_pool block_size "
-        "cache_blocks get_num_blocks_to_allocate req_to_blocks"
+        "cache_blocks get_num_blocks_to_allocate kv_cache_group_id req_to_blocks"
     ),
     "vllm.v1.engine.EngineCoreOutput": "finish_reason new_token_ids request_id",
     "vllm.v1.engine.EngineCoreOutputs": "outputs scheduler_stats",
-    "vllm.v1.kv_cache_interface.FullAttentionSpec": "block_size merge page_size_bytes",
+    "vllm.v1.kv_cache_interface.AttentionSpec": "block_size dtype kv_quant_mode page_size_bytes",
+    "vllm.v1.kv_cache_interface.ChunkedLocalAttentionSpec": "attention_chunk_size",
+    "vllm.v1.kv_cache_interface.FullAttentionSpec": "merge",
     "vllm.v1.kv_cache_interface.KVCacheConfig": "kv_cache_groups kv_cache_layout kv_cache_tensors num_blocks",
     "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "kv_cache_spec layer_names",
     "vllm.v1.kv_cache_interface.KVCacheTensor": "block_stride layer_stride layers offset",
+    "vllm.v1.kv_cache_interface.MambaSpec": "num_speculative_blocks",
+    "vllm.v1.kv_cache_interface.SlidingWindowSpec": "extra_retained_tokens sliding_window",
+    "vllm.v1.kv_cache_interface.UniformTypeKVCacheSpecs": "is_uniform_type",
     "vllm.v1.kv_cache_spec_registry.KVCacheSpecRegistry": "_ensure_registered",
     "vllm.v1.metrics.stats.SchedulerStats": (
         "connector_prefix_cache_stats cudagraph_stats ec_connector_stats iteration_details kv_cache_eviction_events "
@@ -241,19 +252,21 @@ PARAMETERS: dict[str, str] = {
     "vllm.v1.core.sched.scheduler.Scheduler.schedule": "throttle_prefills",
     "vllm.v1.core.sched.scheduler.Scheduler.set_pause_state": "pause_state",
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": "model_runner_output scheduler_output",
-    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager._get_num_evictable_blocks": "blocks",
-    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.allocate_external_computed_blocks": (
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager._get_num_evictable_blocks": "blocks",
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.allocate_external_computed_blocks": (
         "num_external_computed_tokens num_local_computed_tokens request_id"
     ),
-    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.allocate_new_blocks": (
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.allocate_new_blocks": (
         "num_tokens num_tokens_main_model request_id"
     ),
-    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.cache_blocks": "num_tokens request",
-    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.get_num_blocks_to_allocate": (
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.cache_blocks": "num_tokens request",
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.get_num_blocks_to_allocate": (
         "new_computed_blocks num_tokens request_id"
     ),
     "vllm.v1.engine.EngineCoreOutput": "events finish_reason new_token_ids request_id stop_reason trace_headers",
+    "vllm.v1.kv_cache_interface.FullAttentionSpec": "attention_chunk_size sliding_window",
     "vllm.v1.kv_cache_interface.FullAttentionSpec.merge": "specs",
+    "vllm.v1.kv_cache_interface.UniformTypeKVCacheSpecs.is_uniform_type": "kv_cache_specs",
     "vllm.v1.kv_cache_spec_registry.register_kv_cache_spec": "manager_class uniform_type_base_spec",
     "vllm.v1.worker.gpu_worker.Worker.execute_model": "scheduler_output",
 }
@@ -331,14 +344,16 @@ OVERRIDES: dict[str, str] = {
     "vllm.v1.core.sched.scheduler.Scheduler.set_pause_state": "pause_state",
     "vllm.v1.core.sched.scheduler.Scheduler.shutdown": "",
     "vllm.v1.core.sched.scheduler.Scheduler.update_from_output": "scheduler_output model_runner_output",
-    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.allocate_external_computed_blocks": (
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.allocate_external_computed_blocks": (
         "request_id num_local_computed_tokens num_external_computed_tokens *args **kwargs"
     ),
-    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.allocate_new_blocks": (
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.allocate_new_blocks": (
         "request_id num_tokens num_tokens_main_model"
     ),
-    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.cache_blocks": "request num_tokens *args **kwargs",
-    "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager.get_num_blocks_to_allocate": (
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.cache_blocks": (
+        "request num_tokens *args **kwargs"
+    ),
+    "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager.get_num_blocks_to_allocate": (
         "request_id num_tokens new_computed_blocks *args **kwargs"
     ),
     "vllm.v1.kv_cache_interface.FullAttentionSpec.merge": "specs",

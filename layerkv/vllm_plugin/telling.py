@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.v1.engine import EngineCoreOutputs
 
 from layerkv.config import experimental_keys
+from layerkv.core.groups import most_blocks_held
 from layerkv.scheduler.reasons import WAITS_FOR, Resource
 from layerkv.units import format_bytes
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
@@ -128,7 +129,10 @@ class Telling:
                 format_bytes(geometry.physical_bytes),
             )
             geometry = sizes.geometry_at_floor
+        concurrency = (geometry.pool_blocks - 1) / most_blocks_held(geometry.groups, s.max_model_len)
         pool_tokens = (geometry.pool_blocks - 1) * geometry.block_tokens
+        if not geometry.is_plain:
+            pool_tokens = int(concurrency * s.max_model_len)  # of requests as long as they may be
         s.cache_config.kv_cache_size_tokens = pool_tokens
         s.cache_config.kv_cache_max_concurrency = pool_tokens / s.max_model_len
         logger.info(
@@ -152,6 +156,12 @@ class Telling:
             logger.warning(
                 "a KV pool that grows and shrinks has never run on a GPU (allow_untested_elastic_cuda): compare its "
                 "answers with those of an engine without kv_ceiling, kv_floor and broker before you rely on them"
+            )
+        if not geometry.is_plain:
+            logger.info(
+                "the model has %d KV-cache group(s), windows or states among them: a request takes blocks of each from "
+                "one pool, and host memory caches no prefixes of requests that have ended",
+                len(geometry.groups),
             )
         if experimental := experimental_keys(config, self._controller.policy):
             logger.warning(

@@ -10,19 +10,27 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec, UniformTypeKVCacheSpecs
 
-from layerkv.core.geometry import geometry_for_memory
+from layerkv.core.geometry import GeometryRequest, geometry_for_memory
 from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.elastic_setup import ElasticSizes, elastic_sizes, told_kv_bytes
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
-from layerkv.vllm_plugin.setup import engine_config, geometry_request, require_room_for_one
+from layerkv.vllm_plugin.kv_groups import as_full_attention, grouped, is_uniform, our_groups, zeroes_blocks
+from layerkv.vllm_plugin.setup import (
+    engine_config,
+    request_for_groups,
+    require_room_for_one,
+    require_without_groups,
+)
 from layerkv.vllm_plugin.slo_gate import without_gates
-from layerkv.vllm_plugin.spec import LayerKVSpec
+from layerkv.vllm_plugin.spec import OUR_SPECS, LayerKVSpec, is_supported, ours
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -46,10 +54,11 @@ class LayerKVWorkerMixin(_VLLMWorker):
         is_elastic, floor_bytes = self._layerkv.is_elastic, self._layerkv.kv_floor_bytes or 1  # any size will do here
         with told_kv_bytes(vllm_config, floor_bytes) if is_elastic else nullcontext():
             super().__init__(vllm_config, *args, **kwargs)
-        self._layerkv_specs: dict[str, LayerKVSpec] | None = None
+        self._layerkv_specs: dict[str, Any] | None = None
+        self._zeroes_blocks = False
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """vLLM's specs, each as ours, so that our manager hands out the blocks."""
+        """vLLM's specs, each as ours, so that our managers hand out the blocks."""
         specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
         if (problem := self._unsupported_layers(specs)) is not None:
             if self._layerkv.on_unsupported == "error":
@@ -59,11 +68,19 @@ class LayerKVWorkerMixin(_VLLMWorker):
                 )
             logger.warning("layerkv is off, vLLM runs as without it: %s", problem)
             return specs
+        if self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            specs = as_full_attention(specs)
         memory = self.memory_before_kv()
-        self._layerkv_specs = {name: LayerKVSpec.of(spec, memory) for name, spec in specs.items()}  # type: ignore[arg-type]
+        self._layerkv_specs = {name: ours(spec, memory) for name, spec in specs.items()}
+        self._zeroes_blocks = zeroes_blocks(self._layerkv_specs.values())
         if self._layerkv.is_elastic:
+            if not all(isinstance(spec, LayerKVSpec) for spec in self._layerkv_specs.values()):
+                require_without_groups(self._layerkv)
             segments = self._elastic_sizes().plan
-            self._layerkv_specs = {name: replace(spec, segments=segments) for name, spec in self._layerkv_specs.items()}
+            self._layerkv_specs = {
+                name: replace(spec, segments=segments)  # type: ignore[call-arg]
+                for name, spec in self._layerkv_specs.items()
+            }
         return dict(self._layerkv_specs)
 
     def memory_before_kv(self) -> WorkerMemory:
@@ -77,46 +94,71 @@ class LayerKVWorkerMixin(_VLLMWorker):
         available_bytes: int = super().determine_available_memory()  # type: ignore[misc]
         if self._layerkv_specs is None:
             return available_bytes
-        spec = next(iter(self._layerkv_specs.values()))
-        request = geometry_request(self.vllm_config, self._layerkv, spec, len(self._layerkv_specs))
-        geometry = geometry_for_memory(request, available_bytes)
-        assert spec.memory is not None
+        geometry = geometry_for_memory(self._geometry_request(), available_bytes)
+        memory = self._memory()
         if self.vllm_config.cache_config.num_gpu_blocks_override is None:
-            require_room_for_one(self.vllm_config, self._layerkv, geometry, spec.memory)
-            host_blocks_per_worker(self.vllm_config, self._layerkv, geometry, spec.memory)
+            require_room_for_one(self.vllm_config, self._layerkv, geometry, memory)
+            host_blocks_per_worker(self.vllm_config, self._layerkv, geometry, memory)
         return geometry.virtual_bytes
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """vLLM's step. Where it zeroes blocks before the connector hears of the step, that hears of it sooner."""
+        if self._zeroes_blocks:
+            get_kv_transfer_group().bind_before_zeroing(scheduler_output.kv_connector_metadata)
+        return super().execute_model(scheduler_output)  # type: ignore[misc]
+
+    def _memory(self) -> WorkerMemory:
+        assert self._layerkv_specs is not None
+        memory = next(spec.memory for spec in self._layerkv_specs.values() if isinstance(spec, OUR_SPECS))
+        assert memory is not None
+        return memory
+
+    def _geometry_request(self) -> GeometryRequest:
+        assert self._layerkv_specs is not None
+        groups = grouped(self.vllm_config, self._layerkv_specs)
+        own = our_groups(self.vllm_config, groups)
+        assert own is not None
+        return request_for_groups(self.vllm_config, self._layerkv, groups, own)
 
     def _elastic_virtual_bytes(self) -> int:
         """Of the ceiling, which no memory stands for yet: for vLLM, what there must be is the floor."""
         sizes = self._elastic_sizes()
         with told_kv_bytes(self.vllm_config, sizes.floor_bytes):
             super().determine_available_memory()  # type: ignore[misc]
-        assert self._layerkv_specs is not None
-        memory = next(iter(self._layerkv_specs.values())).memory
-        assert memory is not None
-        host_blocks_per_worker(self.vllm_config, self._layerkv, sizes.geometry_to_fit, memory)
+        host_blocks_per_worker(self.vllm_config, self._layerkv, sizes.geometry_to_fit, self._memory())
         return sizes.geometry.virtual_bytes
 
     def _elastic_sizes(self) -> ElasticSizes:
-        assert self._layerkv_specs is not None
-        spec = next(iter(self._layerkv_specs.values()))
-        request = geometry_request(self.vllm_config, self._layerkv, spec, len(self._layerkv_specs))
-        return elastic_sizes(self.vllm_config, self._layerkv, request)
+        return elastic_sizes(self.vllm_config, self._layerkv, self._geometry_request())
 
     def _unsupported_layers(self, specs: dict[str, KVCacheSpec]) -> str | None:
         if not specs:
             return "a model without KV cache is not supported by layerkv: there is nothing to offload"
         for name, spec in specs.items():
-            if type(spec) is not FullAttentionSpec:
+            if not is_supported(spec):
                 return (
-                    f"layer {name} has a {type(spec).__name__}, and layerkv supports only full attention in every "
-                    "layer yet: use a model without sliding-window, linear or compressed attention"
+                    f"layer {name} has a {type(spec).__name__}, and layerkv supports only full attention, sliding "
+                    "windows, chunked local attention and Mamba-like states yet: use a model without compressed or "
+                    "cross attention"
                 )
-        if len(set(specs.values())) > 1:
+        if all(isinstance(spec, MambaSpec) for spec in specs.values()):
+            return "a model without attention is not supported by layerkv: its states do not grow with the context"
+        has_states = any(isinstance(spec, MambaSpec) for spec in specs.values())
+        if has_states and self.vllm_config.cache_config.mamba_cache_mode != "none":
             return (
-                "the model's attention layers differ in KV shape, which layerkv does not support yet: use another model"
+                "prefix caching in a model with states is not supported by layerkv yet, because states are parked as "
+                "the one of the last token: leave out --enable-prefix-caching"
             )
+        if (shapes := _mixed_shapes(specs)) is not None:
+            return shapes
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers):  # not all layers have KV
             return "layers that share another layer's KV are not supported by layerkv yet: use another model"
         return None
+
+
+def _mixed_shapes(specs: dict[str, KVCacheSpec]) -> str | None:
+    """vLLM puts layers of one kind that differ in shape into one group, whose pages then differ in size."""
+    if is_uniform(specs) or not UniformTypeKVCacheSpecs.is_uniform_type(specs):
+        return None
+    return "the model's attention layers differ in KV shape, which layerkv does not support yet: use another model"

@@ -13,6 +13,7 @@ from typing import Any
 
 from layerkv.core.cost import Curve
 from tests.fakes.tiny_scheduler import profile
+from tests.vllm.checked_groups import GroupsEngine
 from tests.vllm.engines_in_turn import prompt
 from tests.vllm.hand_engine import HandEngine
 
@@ -33,6 +34,7 @@ class Setting:
     fails: bool = False
     pauses: bool = False
     resets: bool = False
+    kinds: tuple[str, ...] = ()
 
 
 SETTINGS: dict[str, Setting] = {
@@ -55,18 +57,39 @@ SETTINGS: dict[str, Setting] = {
         {"grown": 1}, {}, {"kv_floor": f"{36 * BLOCK_BYTES}B", "kv_ceiling": f"{84 * BLOCK_BYTES}B"}
     ),
 }
+
+_GROUPS = {"full and window": ("full", "window"), "full, two windows, chunk": ("full", "window", "window", "chunk")}
+_STATES = {"states and full": ("state", "state", "full"), "window and state": ("window", "state")}
+for _name, _kinds in {**_GROUPS, **_STATES}.items():
+    _engine: dict[str, Any] = {
+        "enable_prefix_caching": "state" not in _kinds,
+        "pool_blocks": 16 * len(_kinds) - 13 * _kinds.count("state") + 4,
+    }
+    _layers, _ahead = {"parks": 1, "layered": 1}, {**_engine, "ahead": True}
+    SETTINGS |= {
+        f"{_name}, ahead": Setting(_layers, _ahead, kinds=_kinds),
+        f"{_name}, failing fetches": Setting({"fetches": 1, "recomputes": 1}, _ahead, kinds=_kinds, fails=True),
+    }
+    if _name in ("full and window", "states and full"):
+        SETTINGS |= {
+            _name: Setting(_layers, _engine, kinds=_kinds),
+            f"{_name}, resident": Setting({"parks": 1, "fetches": 1}, _engine, {"mode": "resident"}, kinds=_kinds),
+            f"{_name}, resets": Setting({"parks": 1, "recomputes": 1}, _engine, kinds=_kinds, resets=True),
+            f"{_name}, little host memory": Setting({"recomputes": 1}, {**_ahead, "host_blocks": 20}, kinds=_kinds),
+        }
 WEAKENED = ("a small pool", "scheduled ahead", "a pause that drains", "host memory too small", "shared prefixes")
 """Settings under which a change of vLLM's must be noticed."""
 
 
-class Mix(HandEngine):
+class _Counts:
     """An engine of a setting, which counts what happens. Costs are known: a step takes 10 ms."""
 
-    def __init__(self, model: Path, setting: Setting) -> None:
+    def __init__(self, model: Path, setting: Setting, **options: Any) -> None:
         link = Curve([(BLOCK_BYTES, 5e-4)])
         costs = model.parent / "costs.json"
         costs.write_text(profile(store=link, load=link, decode_context=Curve([(100_000, 1e-6)])).to_json())
-        super().__init__(model, extra_config={"cost_profile": str(costs), **setting.extra}, **setting.engine)
+        extra = {"cost_profile": str(costs), **setting.extra}
+        super().__init__(model, extra_config=extra, **setting.engine, **options)
         self.counts = {"drained": 0, "paused": 0, "came_back": 0, "grown": 0}
         self.ledger.residency.listener = self._moved
         elastic = self.scheduler._elastic
@@ -108,10 +131,18 @@ class Mix(HandEngine):
         scheduler.set_pause_state(PauseState.UNPAUSED)
 
 
+class Mix(_Counts, HandEngine):
+    """Of one KV-cache group."""
+
+
+class GroupsMix(_Counts, GroupsEngine):
+    """Of several."""
+
+
 def run_mix(model: Path, setting: Setting, seed: int) -> dict[str, int]:
     """Serve one random load to its end; what happened."""
     choose = random.Random(seed)
-    engine = Mix(model, setting)
+    engine: Any = GroupsMix(model, setting, kinds=setting.kinds) if setting.kinds else Mix(model, setting)
     shared = prompt(64, seed=seed)
     for index in range(setting.num_requests):
         body = prompt(choose.randrange(8, setting.longest), seed=100 * seed + index)

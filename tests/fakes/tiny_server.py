@@ -17,12 +17,12 @@ from itertools import count
 import numpy as np
 
 from layerkv.core.geometry import KVGeometry
-from layerkv.core.ledger import KVLedger
 from layerkv.core.residency import Residency
 from layerkv.core.runs import RunAllocator
 from layerkv.core.transfer import StepPlan
 from layerkv.device.base import Arena, TransferEngine
 from layerkv.device.lane_schedule import FinishedFetch, LaneSchedule
+from tests.fakes.flat_ledger import FlatLedger
 
 WORD_BYTES = 8
 
@@ -90,7 +90,7 @@ class TinyServer:
     def __init__(self, arena: Arena, engine: TransferEngine, model: TinyModel, num_host_blocks: int) -> None:
         self.geometry: KVGeometry = arena.geometry
         self.engine, self.model = engine, model
-        self.ledger = KVLedger(self.geometry, num_host_blocks)
+        self.ledger = FlatLedger(self.geometry, num_host_blocks)
         self.lanes = LaneSchedule(engine, self.geometry.lane_layers())
         self.pool = RunAllocator(1, self.geometry.pool_blocks - 1)
         self.requests: dict[str, Request] = {}

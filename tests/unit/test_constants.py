@@ -25,6 +25,7 @@ FACTS = {
     "broker/members.py": {"_FORMAT"},
     "broker/messages.py": {"VERSION"},
     "core/cost.py": {"SCHEMA"},
+    "core/groups.py": {"NULL_BLOCK"},
     "device/cuda_arena.py": {"GRANULARITY_BYTES"},
     "device/cuda_driver.py": {"_BATCH_SINCE", "_IN_STREAM_ORDER", "_PORTABLE_AND_MAPPED"},
     "device/libc.py": {

@@ -11,6 +11,7 @@ every run of a test decides alike.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -73,10 +74,10 @@ class HandEngine:
 
         from layerkv.vllm_plugin.scheduler import LayerKVAsyncScheduler, LayerKVScheduler
 
-        config, kv_cache_config = configs(model, pool_blocks, host_blocks, extra_config or {}, engine_args)
+        config, kv_cache_config = self._configs(model, pool_blocks, host_blocks, extra_config or {}, engine_args)
         scheduler_cls = LayerKVAsyncScheduler if ahead else LayerKVScheduler
         self.scheduler: Any = scheduler_cls(
-            config, kv_cache_config, StructuredOutputManager(config), BLOCK_TOKENS, log_stats=False
+            config, kv_cache_config, StructuredOutputManager(config), _lcm_of_blocks(kv_cache_config), log_stats=False
         )
         self.scheduler.defer_block_free = ahead  # by hand: the CPU platform turns asynchronous scheduling off
         self.ledger = self.scheduler.connector.scheduler_side.ledger
@@ -101,14 +102,21 @@ class HandEngine:
         self.fail_hits = self.fail_zone_hits = self.fail_fetches = False
         self.requests: dict[str, Any] = {}
         self.tokens: dict[str, list[int]] = {}
-        self.worker = CheckedWorker(
-            self.ledger.geometry,
-            self.ledger.host.count,
+        self.worker = self._worker(
             fetch_steps=fetch_steps,
             gets_all_tokens=ahead,
             segments=None if sizes is None else sizes.plan,
             host_layout=None if host_sizes is None else host_sizes.layout,
         )
+
+    def _configs(self, *args: Any) -> tuple[Any, Any]:
+        return configs(*args)
+
+    def _worker(self, **options: Any) -> CheckedWorker:
+        return CheckedWorker(self.ledger.geometry, self.ledger.host.count, **options)
+
+    def _answer(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
+        return answer(prompt, num_tokens)
 
     # What clients do -----------------------------------------------------------------------------------------
 
@@ -230,7 +238,7 @@ class HandEngine:
                 self.tokens[output.request_id] += output.new_token_ids
         self.ledger.check()
         for name in delivered:
-            expected = answer(self.requests[name].prompt_token_ids, len(self.tokens[name]))
+            expected = self._answer(self.requests[name].prompt_token_ids, len(self.tokens[name]))
             assert self.tokens[name] == expected, f"{name} was answered wrong tokens"
         return delivered
 
@@ -333,3 +341,7 @@ def configs(
 
 def _ids(verdicts: Iterable[Any]) -> Iterable[str]:
     return (verdict if isinstance(verdict, str) else verdict.request_id for verdict in verdicts)
+
+
+def _lcm_of_blocks(kv_cache_config: Any) -> int:
+    return math.lcm(*(group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups))

@@ -10,6 +10,7 @@ import pytest
 
 from layerkv.core.transfer import BlockRun, StepPlan
 from layerkv.errors import TransferError
+from layerkv.vllm_plugin.layer_places import LayerPlaces
 from tests.fakes.workers import Worker, make_worker, small_geometry
 
 pytestmark = pytest.mark.vllm
@@ -37,7 +38,7 @@ def connector(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     geometry = small_geometry(NUM_LAYERS, LANES)
     names = [str(layer) for layer in range(NUM_LAYERS)]
-    side = WorkerSide(geometry, names, Mechanism(worker.arena, worker.host, worker.engine))
+    side = WorkerSide(geometry, LayerPlaces([names]), Mechanism(worker.arena, worker.host, worker.engine))
     connector = object.__new__(LayerKVConnector)
     connector._role = KVConnectorRole.WORKER
     connector._connector_metadata = None

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from layerkv.core.geometry import KVGeometry
-from layerkv.core.ledger import KVLedger
 from layerkv.scheduler.snapshot import PrefixHit, WaitingRequest
+from tests.fakes.flat_ledger import FlatLedger
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -43,7 +43,7 @@ class Caches:
             KVCacheConfig(POOL, [], [KVCacheGroupSpec(["layer"], spec)]), 4096, BLOCK, BLOCK, enable_caching=True
         )
         geometry = KVGeometry(num_layers=1, page_bytes=64, block_tokens=BLOCK, pool_blocks=POOL, zone_blocks=0, lanes=1)
-        self.ledger = KVLedger(geometry, 50)
+        self.ledger = FlatLedger(geometry, 50)
         self.scheduler = SimpleNamespace(
             kv_cache_manager=self.manager, enable_kv_cache_events=False, requests={}, current_step=0
         )

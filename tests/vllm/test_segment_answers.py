@@ -17,6 +17,7 @@ from layerkv.device.base import Direction, Event
 from layerkv.device.copy_event import CopyEvent
 from layerkv.device.mechanism import Mechanism, make_mechanism
 from layerkv.errors import LostCopyError
+from layerkv.vllm_plugin.layer_places import LayerPlaces
 
 if TYPE_CHECKING:
     from layerkv.vllm_plugin.connector_worker import WorkerSide
@@ -32,7 +33,7 @@ def make_worker(rank: int = 0) -> tuple[WorkerSide, Mechanism]:
     from layerkv.vllm_plugin.connector_worker import WorkerSide
 
     mechanism = make_mechanism("cpu", GEOMETRY, 8, PLAN, guards=True)
-    return WorkerSide(GEOMETRY, LAYERS, mechanism, rank=rank), mechanism
+    return WorkerSide(GEOMETRY, LayerPlaces([LAYERS]), mechanism, rank=rank), mechanism
 
 
 def answers_of_step(worker: WorkerSide, plan: StepPlan) -> list[tuple[int, int, bool]]:
@@ -83,7 +84,7 @@ def test_host_memory_is_put_into_service_before_a_steps_copies_and_given_back_af
 
     layout = SegmentLayout(segment_blocks=4, num_segments=3)
     mechanism = make_mechanism("cpu", GEOMETRY, 12, PLAN, host_layout=layout, guards=True)
-    worker = WorkerSide(GEOMETRY, LAYERS, mechanism, rank=3)
+    worker = WorkerSide(GEOMETRY, LayerPlaces([LAYERS]), mechanism, rank=3)
     host = mechanism.host
 
     def first_bytes(block: int) -> set[bytes]:
@@ -114,7 +115,7 @@ def test_host_memory_is_not_given_back_under_a_store_that_has_not_begun() -> Non
 
     layout = SegmentLayout(segment_blocks=4, num_segments=3)
     mechanism = make_mechanism("cpu", GEOMETRY, 12, PLAN, host_layout=layout)
-    worker, gate, submit = WorkerSide(GEOMETRY, LAYERS, mechanism), CopyEvent(), mechanism.engine.submit
+    worker, gate, submit = WorkerSide(GEOMETRY, LayerPlaces([LAYERS]), mechanism), CopyEvent(), mechanism.engine.submit
 
     def later(direction: Direction, *copies: Any, after: Sequence[Event] = (), **how: Any) -> Event:
         return submit(direction, *copies, after=[*after, gate], **how)

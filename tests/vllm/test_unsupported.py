@@ -19,6 +19,7 @@ from layerkv.vllm_plugin.our_classes import OUR_WORKERS
 from tests.vllm.engines_in_turn import Case, Turns, flag, prompt, run_in_turn
 from tests.vllm.forked import Forks
 from tests.vllm.server.served import START_LIMIT_S, free_port, vllm_serve
+from tests.vllm.tiny_groups import make_tiny
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -143,12 +144,6 @@ def test_what_vllm_itself_refuses_on_a_cpu_layerkv_refuses_elsewhere(
     check_sentence(str(refused.value), what, instead)
 
 
-def hybrid() -> Any:
-    from transformers import JambaConfig
-
-    return JambaConfig(architectures=["JambaForCausalLM"], num_hidden_layers=8, num_experts=2, **TINY)
-
-
 def encoder_decoder() -> Any:
     from transformers import WhisperConfig
 
@@ -178,7 +173,7 @@ TINY = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "what"),
-    [(hybrid, "hybrid"), (encoder_decoder, "encoder-decoder"), (latent_attention, "MLA")],
+    [(encoder_decoder, "encoder-decoder"), (latent_attention, "MLA")],
 )
 def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(
     small_engine: dict[str, Any], tmp_path: Path, make: Callable[[], Any], what: str
@@ -304,19 +299,11 @@ def test_a_wrong_value_ends_start_up_even_where_unsupported_things_pass(
 
 
 @pytest.fixture(scope="module")
-def sliding_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Mistral that attends to the last 64 tokens only."""
-    import torch
-    from transformers import MistralConfig, MistralForCausalLM
-
-    folder = tmp_path_factory.mktemp("sliding") / "model"
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    config = MistralConfig(
-        architectures=["MistralForCausalLM"], num_hidden_layers=2, sliding_window=64, initializer_range=0.15, **TINY
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        MistralForCausalLM(config).to(torch.float32).save_pretrained(folder)
+def sharing_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Gemma whose last layers have no KV of their own."""
+    folder = make_tiny("gemma4_shared", tmp_path_factory.mktemp("sharing"))
+    weights = shutil.ignore_patterns("*.safetensors", "config.json")
+    shutil.copytree(tiny_model, folder, ignore=weights, dirs_exist_ok=True)  # its tokenizer
     return str(folder)
 
 
@@ -326,11 +313,11 @@ TOO_LONG = {"max_model_len": 2200}
 
 @pytest.fixture(scope="module")
 def turns(
-    forks: Forks, small_engine: dict[str, Any], sliding_model: str, tmp_path_factory: pytest.TempPathFactory
+    forks: Forks, small_engine: dict[str, Any], sharing_model: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Turns:
     """Engines that cannot be served by layerkv, or start with wrong sizes."""
     stock = small_engine
-    sliding = {**stock, "model": sliding_model}
+    sharing = {**stock, "model": sharing_model}
     scheduled = {**stock, "scheduler_cls": SCHEDULER}
     off = {"kv_transfer_config": flag(on_unsupported="passthrough")}
 
@@ -339,9 +326,9 @@ def turns(
 
     calls: list[tuple[list[list[int]], dict[str, Any]]] = [([prompt(200, seed=seed) for seed in range(4)], {})]
     cases = [
-        Case("sliding stock", sliding, calls),
-        Case("sliding refused", {**sliding, "kv_transfer_config": flag()}),
-        Case("sliding off", {**sliding, **off}, calls),
+        Case("sharing stock", sharing, calls),
+        Case("sharing refused", {**sharing, "kv_transfer_config": flag()}),
+        Case("sharing off", {**sharing, **off}, calls),
         Case("another scheduler stock", scheduled, calls),
         Case("another scheduler off", {**scheduled, **off}, calls),
         Case("zone too large", sized(zone_tokens=100_000)),
@@ -355,16 +342,16 @@ def turns(
 
 
 @pytest.mark.slow
-def test_a_sliding_window_model_is_refused_by_naming_the_layer(turns: Turns) -> None:
-    failure = turns["sliding refused"].failure
+def test_a_model_whose_layers_share_kv_is_refused(turns: Turns) -> None:
+    failure = turns["sharing refused"].failure
     assert failure is not None
-    assert failure.startswith("layerkv.errors.ConfigError: layer model.layers.0.self_attn.attn has a SlidingWindowSpec")
-    assert "use a model without sliding-window" in failure
+    assert failure.startswith("layerkv.errors.ConfigError: layers that share another layer's KV are not supported")
+    assert "use another model" in failure
     assert failure.endswith(PASSTHROUGH)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sliding", "another scheduler"])
+@pytest.mark.parametrize("name", ["sharing", "another scheduler"])
 def test_passthrough_gives_stocks_tokens(turns: Turns, name: str) -> None:
     stock, off = turns[f"{name} stock"], turns[f"{name} off"]
     assert stock.failure is None
@@ -376,7 +363,7 @@ def test_passthrough_gives_stocks_tokens(turns: Turns, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "reason"), [("sliding", "SlidingWindowSpec"), ("another scheduler", "scheduler class")]
+    ("name", "reason"), [("sharing", "share another layer's KV"), ("another scheduler", "scheduler class")]
 )
 def test_passthrough_warns_once_that_layerkv_is_off(turns: Turns, name: str, reason: str) -> None:
     of_case = turns.log.partition(f"case {name} off\n")[2].partition("\ncase ")[0]

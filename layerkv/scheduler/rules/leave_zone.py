@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from layerkv.scheduler.draft import Draft
-from layerkv.scheduler.needs import layered_blocks
+from layerkv.scheduler.needs import layered_blocks, zone_blocks
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.snapshot import LayeredRequest
@@ -20,7 +20,7 @@ def leave_zone(now: Outlook, draft: Draft) -> None:
     """
     s = now.s
     stream_bytes = _stream_budget(now)
-    wanted = min((layered_blocks(w) for w in s.lines.waiting[:1]), default=0)
+    wanted = min((zone_blocks(s, w) if s.shape.groups else layered_blocks(w) for w in s.lines.waiting[:1]), default=0)
     pool = draft.pool
     for r in s.load.layered:
         if not r.prefill_done:

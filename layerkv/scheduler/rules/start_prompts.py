@@ -7,13 +7,13 @@ from typing import Literal
 
 from layerkv.scheduler.draft import Draft
 from layerkv.scheduler.needs import (
-    hit_of,
     host_blocks_to_take,
-    layered_blocks,
     needs_longer_step,
     outgrows_pool,
     pool_blocks,
+    pool_blocks_layered,
     tokens_to_compute,
+    zone_blocks,
 )
 from layerkv.scheduler.outlook import Outlook
 from layerkv.scheduler.reasons import WAITS_FOR, Reason, Resource
@@ -112,10 +112,10 @@ def _has_step_for_all_of_it(now: Outlook, draft: Draft, w: WaitingRequest) -> bo
 
 def _why_not_layered(now: Outlook, draft: Draft, w: WaitingRequest) -> Reason | None:
     """None if zone, host memory and this step's tokens have room for the prompt and that helps it; else why not."""
-    s, hit, num_blocks = now.s, hit_of(now.s, w), layered_blocks(w)
+    s = now.s
     if host_blocks_to_take(s, w) > draft.host:
         return Reason.HOST_FULL
-    if num_blocks - hit.num_blocks > draft.zone or hit.num_evictable > max(draft.pool, 0):
+    if zone_blocks(s, w) > draft.zone or pool_blocks_layered(s, w) > max(draft.pool, 0):
         return Reason.ZONE_FULL
     if draft.tokens < min(tokens_to_compute(s, w), now.prefill_tokens // 2):
         return Reason.SMALL_REST

@@ -19,7 +19,7 @@ def store_ahead(now: Outlook, draft: Draft) -> None:
     if shortage <= 0:
         return
     for r in now.victims:
-        whole_blocks = r.num_tokens // s.shape.block_tokens
+        whole_blocks = s.shape.whole_blocks(r.num_tokens)
         if r.num_stored * 2 < whole_blocks:
             if whole_blocks - r.num_stored <= draft.host - s.host_blocks // 2:
                 draft.store_ahead(r, whole_blocks - r.num_stored)

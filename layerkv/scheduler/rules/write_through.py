@@ -30,7 +30,7 @@ def write_through(now: Outlook, draft: Draft) -> None:
             return
         if r.request_id in draft.park or r.request_id in draft.recompute or r.request_id in draft.dropped:
             continue
-        num_blocks = min(r.num_tokens // s.shape.block_tokens - r.num_stored, blocks, room)
+        num_blocks = min(s.shape.whole_blocks(r.num_tokens) - r.num_stored, blocks, room)
         if num_blocks > 0:
             draft.store_ahead(r, num_blocks)
             blocks -= num_blocks

@@ -38,7 +38,7 @@ class Books:
         self.controller.arrive(name, job("", 1, 1).slo, now_s=0.0, arrival_s=0.0, num_tokens=20, max_tokens=9)
 
     def park(self, name: str, *block_ids: int) -> None:
-        self.desk.park(name, block_ids, num_computed=20, num_tokens=21, num_output=1, reason=Reason.MAKES_ROOM)
+        self.desk.park(name, (block_ids,), num_computed=20, num_tokens=21, num_output=1, reason=Reason.MAKES_ROOM)
 
     def check(self, name: str, state: Residency | None) -> None:
         """Both books say the same of a request."""
@@ -52,12 +52,12 @@ class Books:
 def test_both_books_follow_a_request_from_its_start_to_its_end() -> None:
     books = Books("a")
     books.check("a", Residency.RESIDENT)
-    books.desk.store_ahead(StoreAhead("a", 9), [1, 2], 20)
+    books.desk.store_ahead(StoreAhead("a", 9), ([1, 2],), 20)
     assert books.ledger.num_host_blocks_of("a") == 1, "of its whole blocks"
     books.park("a", 1, 2)
     books.check("a", Residency.PARKED)
     books.desk.begin_step(9, 2.0)
-    books.desk.fetch("a", [3, 4])
+    books.desk.fetch("a", ([3, 4],))
     books.check("a", Residency.FETCHING)
     assert books.controller.tracked["a"].resident_since_step == 9
     books.ledger.complete_fetch("a")
@@ -79,7 +79,7 @@ def test_only_a_request_that_makes_tokens_says_how_long_it_became(state: str) ->
         books.park("a", 1, 2)
     if state == "fetching":
         books.desk.begin_step(9, 2.0)
-        books.desk.fetch("a", [3, 4])
+        books.desk.fetch("a", ([3, 4],))
     with mock.patch.object(books.controller.lengths, "observe") as observed:
         books.desk.leave("a", num_output=3, end=End.LEFT, now_s=4.0)
     assert observed.call_args.kwargs["is_bound"] is (state != "resident")
@@ -92,13 +92,13 @@ def test_what_the_ledger_refuses_the_controller_never_hears_of() -> None:
         books.park("b", 3, 4)
     books.check("b", Residency.RESIDENT)
     with pytest.raises(CapacityError):
-        books.desk.store_ahead(StoreAhead("b", 2), [3, 4], 32)
+        books.desk.store_ahead(StoreAhead("b", 2), ([3, 4],), 32)
     assert Event.STORED_AHEAD not in [entry.event for entry in books.controller.take_log()]
 
 
 def test_a_copy_that_is_dropped_ahead_of_a_park_is_forgotten() -> None:
     books = Books("a")
-    books.desk.store_ahead(StoreAhead("a", 1), [1, 2], 20)
+    books.desk.store_ahead(StoreAhead("a", 1), ([1, 2],), 20)
     books.desk.drop_ahead("a")
     assert books.ledger.num_host_blocks_used == 0
 

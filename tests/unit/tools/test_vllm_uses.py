@@ -185,7 +185,7 @@ def test_what_is_listed_is_much_of_what_a_reader_of_the_source_finds() -> None:
         "RequestStatus": "PREEMPTED WAITING_FOR_STREAMING_REQ",
         "Scheduler": "running kv_holding_waiting deferred_waiting _inflight_prefills _preempt_request schedule",
         "KVCacheManager": "block_pool coordinator get_block_ids watermark_blocks",
-        "FullAttentionManager": "req_to_blocks allocate_new_blocks _get_num_evictable_blocks",
+        "SingleTypeKVCacheManager": "req_to_blocks allocate_new_blocks _get_num_evictable_blocks",
         "FreeKVCacheBlockQueue": "remove popleft_n",
         "KVConnectorBase_V1": "get_finished has_pending_push_work",
         "SupportsHMA": "request_finished_all_groups",

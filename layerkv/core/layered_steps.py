@@ -1,0 +1,70 @@
+"""What the zone's requests copy in each step, in a ledger's books."""
+
+from __future__ import annotations
+
+from layerkv.core.groups import Tables
+from layerkv.core.host_copy import HostCopy
+from layerkv.core.ledger_books import LedgerBooks
+from layerkv.core.transfer import merge_runs, num_blocks
+
+
+class LayeredSteps(LedgerBooks):
+    """See the module; part of :class:`layerkv.core.ledger.KVLedger`."""
+
+    def step_layered(self, request_id: str, tables: Tables, *, num_computed: int, num_scheduled: int) -> None:
+        """A layered request computes ``num_scheduled`` tokens after ``num_computed`` in this step.
+
+        Plans the store of every zone block written that later steps read, and the load of every zone block that holds
+        earlier tokens which this one reads, or in its first step those of a cached prefix. The last earlier block may
+        be both: it is loaded whole, written on, and stored whole. What no later step reads gives its host block back.
+
+        Raises:
+            CapacityError: host memory has no room for a block beyond the admitted prompt (streamed decode).
+        """
+        copy, num_after = self._copies[request_id], num_computed + num_scheduled
+        self._take_missing(copy, num_after)
+        for index, (group, table) in enumerate(zip(self.geometry.groups, tables, strict=True)):
+            if group.is_state:  # it never leaves the pool
+                continue
+            in_pool = self.geometry.num_leading_pool_blocks(table)
+            before, after = group.needed(num_computed), group.needed(num_after)
+            loaded = range(max(in_pool, before.start), before.stop)
+            loads = merge_runs(table[loaded.start : loaded.stop], copy.of(index, loaded))
+            if not group.keeps_all:
+                copy.spare += copy.drop_before(index, after.start)
+            self._use_spare(copy, index, after)
+            written = range(max(num_computed // group.block_tokens, in_pool, after.start), after.stop)
+            stores = merge_runs(table[written.start : written.stop], copy.of(index, written))
+            if copy.loads_prefix:
+                self._draft.zone_hits += loads
+            else:
+                self._draft.loads += loads
+            self._draft.stores += stores
+            self.counters.loaded_blocks += num_blocks(loads)
+            self.counters.stored_blocks += num_blocks(stores)
+        copy.loads_prefix = False
+
+    def _take_missing(self, copy: HostCopy, num_tokens: int) -> None:
+        """Take the host blocks that a layered request lacks to go on after so many tokens.
+
+        Raises:
+            CapacityError: there are not so many; nothing changed.
+        """
+        missing = -len(copy.spare)
+        for index, group in enumerate(self.geometry.groups):
+            if not group.is_state:
+                needed = group.needed(num_tokens)
+                missing += copy.missing(index, needed)
+                if not group.keeps_all:
+                    missing -= max(min(needed.start - copy.firsts[index], len(copy.tables[index])), 0)
+        if missing > 0:
+            self.host.unpin()  # what the plan says of prefixes is done before its first layer is stored
+            copy.spare += self.host.take(missing)
+
+    def _use_spare(self, copy: HostCopy, group: int, entries: range) -> None:
+        """Give these entries of a group's table host blocks, as far as they have none."""
+        if (missing := copy.missing(group, entries)) > 0:
+            if not copy.tables[group]:
+                copy.firsts[group] = max(copy.firsts[group], entries.start)
+            copy.tables[group] += copy.spare[:missing]
+            del copy.spare[:missing]

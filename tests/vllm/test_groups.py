@@ -1,0 +1,130 @@
+"""Greedy tokens are stock vLLM's with several KV-cache groups, in float32, whatever the mix; every block comes back.
+
+As tests/vllm/test_exact.py, of whose settings those are here that groups have a part in, for models with windows,
+chunks and states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm.forked import Forks
+from tests.vllm.test_exact import MIXES, STREAMED, Results, Setting, engine_args, require_exact, run_engine
+from tests.vllm.tiny_groups import make_tiny
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+PLENTIFUL_BYTES = 128 << 20
+
+NO_CACHE = {"enable_prefix_caching": False}
+_POOLS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {"kv_cache_memory_bytes": 3 << 20},
+    "gemma3": {"kv_cache_memory_bytes": 3 << 20},
+    "granite_h": {"kv_cache_memory_bytes": 4 << 20, **NO_CACHE},
+    "gemma4": {"kv_cache_memory_bytes": 3 << 20},
+    "olmo3": {"kv_cache_memory_bytes": 4 << 20},
+    "cohere2": {"kv_cache_memory_bytes": 3 << 20},
+    "mistral": {"kv_cache_memory_bytes": 3 << 20},
+    "llama4": {"kv_cache_memory_bytes": 4 << 20},
+    "falcon_h1": {"kv_cache_memory_bytes": 6 << 20, **NO_CACHE},
+    "nemotron_h": {"kv_cache_memory_bytes": 4 << 20, **NO_CACHE},
+    "lfm2": {"kv_cache_memory_bytes": 3 << 20, **NO_CACHE},
+}
+"""Engine arguments of each: a pool that holds two or three requests."""
+FAMILIES = {family: {"skip_tokenizer_init": True, **args} for family, args in _POOLS.items()}
+
+RESIDENT, ZONE = {"mode": "resident"}, {"zone_tokens": 384}
+ENVIRONMENTS = {"llama4": {"VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE": "1"}}
+"""vLLM makes one group of chunked and full attention otherwise."""
+
+EVERY = [
+    Setting("resident", RESIDENT, must_move=("parks", "fetches")),
+    Setting("layered-ahead", ZONE, ahead=True),
+]
+"""What every family is tried with,"""
+MORE = [
+    Setting("resident-ahead", RESIDENT, ahead=True, must_move=("parks", "fetches")),
+    Setting("layered", ZONE),
+    Setting("one-lane-odd-chunks", {"lanes": 1, **ZONE}, {"max_num_batched_tokens": 77}),
+    Setting("layers-of-their-own", {"retained_layers": 1, **ZONE}, {"kv_cache_memory_bytes": 4 << 20}),
+    Setting("failing-fetches", ZONE, fail_every=3),
+    Setting("ahead-failing-fetches", ZONE, ahead=True, fail_every=3, must_move=("fetches", "recomputes")),
+    Setting("failing-copies", ZONE, fail_copies_every=61, must_move=("fetches", "recomputes")),
+    Setting("ahead-failing-copies", ZONE, ahead=True, fail_copies_every=61, must_move=("fetches", "recomputes")),
+    Setting("reset-while-fetching", ZONE, reset_while_fetching=True, must_move=("fetches", "recomputes")),
+    Setting("host-memory-too-small", {"host_memory": "1MiB", **ZONE}, must_move=("recomputes",)),
+    Setting("3-slots", ZONE, {"max_num_seqs": 3}, ahead=True, must_move=("pauses",)),
+    Setting("streamed-decode", ZONE, policy=STREAMED, must_move=("layered_admissions",)),
+    Setting("paused-in-between", ZONE, pause_step=12),
+]
+"""and some with more."""
+TENSOR_PARALLEL = Setting("tensor-parallel-2", ZONE, {"tensor_parallel_size": 2}, alone=True)
+ASKED = [
+    *((family, setting) for family in FAMILIES for setting in EVERY),
+    *((family, setting) for family in ("gpt_oss", "gemma3", "granite_h") for setting in MORE),
+    *((family, TENSOR_PARALLEL) for family in ("gpt_oss", "granite_h")),
+]
+CASES = sorted(ASKED, key=lambda case: list(FAMILIES).index(case[0]))  # the engines of one family in turn
+
+
+class FamilyResults(Results):
+    """What each setting's engine did for one family."""
+
+    def __init__(self, family: str, forks: Forks, model: Path, folder: Path, settings: list[Setting]) -> None:
+        self._args, self._env = FAMILIES[family], ENVIRONMENTS.get(family, {})
+        super().__init__(
+            forks,
+            model,
+            folder,
+            [replace(each, engine={**self._args, **each.engine}, env=self._env) for each in settings],
+        )
+
+    def _run_reference(self) -> list[list[list[int]]]:
+        folder = self._folder / "reference"
+        folder.mkdir()
+        mixes = [{**mix, "unaborted": True} for mix in MIXES]
+        args = {**engine_args(self._model), **self._args, "kv_cache_memory_bytes": PLENTIFUL_BYTES}
+        spec = {"engine_args": args, "mixes": mixes}
+        return [result["tokens"] for result in run_engine(self._forks, folder, spec, self._env)]
+
+
+class AllResults:
+    """Of the families that this session asks for, each made when its first test comes."""
+
+    def __init__(self, forks: Forks, folder: Path, asked: list[tuple[str, Setting]]) -> None:
+        self._forks, self._folder, self._asked = forks, folder, asked
+        self._found: dict[str, FamilyResults] = {}
+
+    def of(self, family: str) -> FamilyResults:
+        if family not in self._found:
+            self.close()
+            settings = [setting for name, setting in self._asked if name == family]
+            model, folder = make_tiny(family, self._folder / "models"), self._folder / family
+            folder.mkdir()
+            self._found[family] = FamilyResults(family, self._forks, model, folder, settings)
+        return self._found[family]
+
+    def close(self) -> None:
+        for results in self._found.values():
+            results.close()
+
+
+@pytest.fixture(scope="module")
+def results(
+    request: pytest.FixtureRequest, forks: Forks, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[AllResults]:
+    asked = [item.callspec.params["case"] for item in request.session.items if item.module is request.module]
+    found = AllResults(forks, tmp_path_factory.mktemp("groups"), asked)
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1].name}")
+def test_tokens_are_stock_vllms_and_every_block_comes_back(case: tuple[str, Setting], results: AllResults) -> None:
+    family, setting = case
+    require_exact(setting, results.of(family))  # type: ignore[arg-type]
