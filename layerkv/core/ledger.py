@@ -165,12 +165,14 @@ class KVLedger(LedgerBooks):
 
     # Each step -----------------------------------------------------------------------------------------------
 
-    def step_layered(self, request_id: str, block_ids: Sequence[int], *, num_computed: int, num_scheduled: int) -> None:
+    def step_layered(
+        self, request_id: str, block_ids: Sequence[int], *, num_computed: int, num_scheduled: int, num_unsure: int = 0
+    ) -> None:
         """A layered request computes ``num_scheduled`` tokens after ``num_computed`` in this step.
 
         Plans the store of every zone block written and the load of every zone block that holds earlier tokens, or in
-        its first step those of a cached prefix.
-        The last earlier block may be both: it is loaded whole, written on, and stored whole.
+        its first step those of a cached prefix. The last earlier block may be both: it is loaded whole, written on, and
+        stored whole. The last ``num_unsure`` computed tokens are drafts that may be wrong, and are computed anew then.
 
         Raises:
             CapacityError: host memory has no room for a block beyond the admitted prompt (streamed decode).
@@ -182,7 +184,7 @@ class KVLedger(LedgerBooks):
             self.host.unpin()  # what the plan says of prefixes is done before its first layer is stored
             copy.blocks += self.host.take(missing)
         in_pool = self.geometry.num_leading_pool_blocks(block_ids)
-        first_written = max(num_computed // tokens, in_pool)
+        first_written = max((num_computed - num_unsure) // tokens, in_pool)
         loaded = slice(in_pool, -(-num_computed // tokens))
         written = slice(first_written, last_block + 1)
         loads = merge_runs(block_ids[loaded], copy.blocks[loaded])

@@ -30,6 +30,9 @@ class EngineShape:
         long_contexts: Whether it may be longer than the pool.
         slots: Requests that a step may compute.
         give: The engine's ``give`` option.
+        tokens_per_decode: Most tokens that a request which decodes computes in a step: one, and its drafts where there
+            are any.
+        lookahead_tokens: Slots that the engine gives a request beyond the tokens of a step, for drafts to come.
     """
 
     mode: Mode
@@ -44,6 +47,25 @@ class EngineShape:
     longest_tokens: int = sys.maxsize
     slots: int = sys.maxsize
     give: Give = "park"
+    tokens_per_decode: int = 1
+    lookahead_tokens: int = 0
+
+    @property
+    def drafting_blocks(self) -> int:
+        """Free blocks beside its own that the engine wants for a fetch, because the step after it drafts."""
+        if self.tokens_per_decode == 1:
+            return 0
+        return -(-(self.tokens_per_decode + self.lookahead_tokens) // self.block_tokens)
+
+    @property
+    def step_blocks(self) -> int:
+        """Most blocks that a step of a request which decodes may take."""
+        return self.drafting_blocks or 1
+
+    @property
+    def fetchable_blocks(self) -> int:
+        """Blocks of the largest request that the whole pool could fetch."""
+        return self.pool_blocks - self.drafting_blocks
 
 
 class Running(NamedTuple):

@@ -13,9 +13,10 @@ LAG_SHARE = 1 / 8
 chosen by judgement: the whole of it would be spent on the first prompt."""
 
 
-def may_start(engine: EngineState, load: Load) -> bool:
+def may_start(engine: EngineState, load: Load, tokens_per_decode: int = 1) -> bool:
     """Whether a waiting prompt could start at all: there are tokens for it, and a slot, or somebody may leave one."""
-    has_tokens = load.prefilling_tokens + load.decode_tokens - engine.resuming < engine.budget_tokens
+    decoding = load.decode_tokens - engine.resuming
+    has_tokens = load.prefilling_tokens + decoding * tokens_per_decode < engine.budget_tokens
     somebody_leaves = any(r.prefill_done for r in load.layered) or load.growth_blocks > engine.free_blocks
     return has_tokens and (engine.free_slots > 0 or somebody_leaves or any(r.can_pause for r in load.resident))
 
@@ -32,7 +33,10 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
     Returns:
         What it finds, and seconds of prefill under way by the profile.
     """
-    tokens, steps_ahead, budget = books.shape.block_tokens, engine.steps_ahead, engine.budget_tokens
+    shape, budget = books.shape, engine.budget_tokens
+    tokens, lookahead = shape.block_tokens, shape.lookahead_tokens
+    decode_tokens = shape.tokens_per_decode * (1 + engine.steps_ahead) + lookahead
+    soon_tokens = soon_steps * shape.tokens_per_decode
     step_s, step = books.step_s, engine.step
     tracked_of = books.tracked
     resident: list[ResidentRequest] = []
@@ -69,14 +73,14 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
             if tracked is not None:
                 tracked.prefill_rest_s = tracked.prefill_cost_s * remaining / r.num_tokens
                 under_way_s += tracked.prefill_rest_s
-            new_tokens = min(remaining, budget)
+            new_tokens = min(remaining, budget) + lookahead
         elif r.is_paused:
             num_paused += 1
             new_tokens = 0
         else:
             num_decodes += 1
             context += r.num_computed
-            new_tokens = 1 + steps_ahead
+            new_tokens = decode_tokens
         room = r.num_blocks * tokens - r.num_computed - new_tokens
         missing = -(room // tokens) if room < 0 else 0
         if r.is_layered:
@@ -100,8 +104,8 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
             continue
         num_resident += 1
         growth += missing
-        if room % tokens < soon_steps:
-            soon += 1
+        if (spare := room % tokens) < soon_tokens:
+            soon += -(-(soon_tokens - spare) // tokens)
         if tracked is not None:
             num_blocks = -(-r.num_tokens // tokens) if r.is_prefilling else r.num_blocks
             resident.append(

@@ -93,6 +93,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._policy_source = follow_policy(side.config.policy_path, policy)
         self._policy_source.require = self._require_keepable
         self._controller = controller_for(self, side, self._policy_source.policy)
+        side.lookahead_tokens = self.num_lookahead_tokens
         desk = Desk(self._controller, side.ledger)
         path, rank = side.config.decision_log, self.vllm_config.parallel_config.data_parallel_index
         if path is not None and rank > 0:

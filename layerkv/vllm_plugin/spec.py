@@ -14,7 +14,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from layerkv.core.ledger import KVLedger
@@ -194,13 +194,33 @@ class LayerKVSpec(FullAttentionSpec):
     memory: WorkerMemory | None = field(default=None, compare=False)
     segments: SegmentPlan | None = field(default=None, compare=False)
 
-    @classmethod
-    def of(cls, spec: FullAttentionSpec, memory: WorkerMemory, segments: SegmentPlan | None = None) -> LayerKVSpec:
-        """The same spec as ours."""
-        own = {each.name: getattr(spec, each.name) for each in fields(FullAttentionSpec)}
-        return cls(**own, memory=memory, segments=segments)
+    @staticmethod
+    def of(spec: FullAttentionSpec, memory: WorkerMemory, segments: SegmentPlan | None = None) -> LayerKVSpec:
+        """The same spec as ours, with all that its kind has."""
+        own = {each.name: getattr(spec, each.name) for each in fields(spec)}
+        return OURS[type(spec)](**own, memory=memory, segments=segments)
 
     @classmethod
     def merge(cls, specs: list[LayerKVSpec]) -> LayerKVSpec:
         """vLLM's merge, which does not know our fields."""
         return replace(super().merge(specs), memory=specs[0].memory, segments=specs[0].segments)
+
+
+@register_kv_cache_spec(manager_class=LayerKVManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class LayerKVMLASpec(LayerKVSpec, MLAAttentionSpec):
+    """The same for the latent vectors of MLA, of which each rank holds all."""
+
+    head_size_v: int = 0  # as MLA has it: the default that we inherit first is that of keys and values apart
+
+
+OURS: dict[type[FullAttentionSpec], type[LayerKVSpec]] = {
+    FullAttentionSpec: LayerKVSpec,
+    MLAAttentionSpec: LayerKVMLASpec,
+}
+"""Which of ours stands for which of vLLM's. What derives from these means something else, and is none of them."""
+
+
+def place_of_kv(spec: FullAttentionSpec) -> FullAttentionSpec:
+    """What says where in a block a layer's KV lies: the same for layers that may share a lane. A window does not."""
+    return replace(spec, sliding_window=None, attention_chunk_size=None)

@@ -24,7 +24,7 @@ NAMES: dict[str, str] = {
     "vllm.v1.core.block_pool": "BlockPool",
     "vllm.v1.core.kv_cache_utils": (
         "KVCacheBlock generate_block_hash_extra_keys maybe_convert_block_hash resolve_kv_cache_block_sizes "
-        "to_event_extra_keys"
+        "to_event_extra_keys unify_hybrid_kv_cache_specs"
     ),
     "vllm.v1.core.sched.async_scheduler": "AsyncScheduler",
     "vllm.v1.core.sched.interface": "PauseState",
@@ -32,7 +32,7 @@ NAMES: dict[str, str] = {
     "vllm.v1.core.sched.scheduler": "Scheduler",
     "vllm.v1.core.single_type_kv_cache_manager": "FullAttentionManager",
     "vllm.v1.engine": "EngineCoreOutput EngineCoreOutputs",
-    "vllm.v1.kv_cache_interface": "FullAttentionSpec KVCacheSpec",
+    "vllm.v1.kv_cache_interface": "AttentionSpec FullAttentionSpec KVCacheSpec MLAAttentionSpec",
     "vllm.v1.kv_cache_spec_registry": "KVCacheSpecRegistry register_kv_cache_spec",
     "vllm.v1.metrics.stats": "PrefixCacheStats SchedulerStats",
     "vllm.v1.request": "Request RequestStatus",
@@ -54,8 +54,8 @@ MEMBERS: dict[str, str] = {
     "vllm.config.KVTransferConfig": "kv_connector kv_connector_extra_config kv_load_failure_policy kv_role",
     "vllm.config.LoRAConfig": "max_loras",
     "vllm.config.ModelConfig": (
-        "enable_sleep_mode get_num_layers is_attention_free is_encoder_decoder is_hybrid is_multimodal_model "
-        "logits_processors max_model_len model original_max_model_len runner_type served_model_name use_mla"
+        "enable_sleep_mode get_num_layers is_attention_free is_encoder_decoder is_hybrid logits_processors "
+        "max_model_len model multimodal_config original_max_model_len runner_type served_model_name"
     ),
     "vllm.config.ParallelConfig": (
         "_api_process_count data_parallel_backend data_parallel_index data_parallel_size data_parallel_size_local "
@@ -64,12 +64,12 @@ MEMBERS: dict[str, str] = {
         "worker_cls"
     ),
     "vllm.config.SchedulerConfig": (
-        "async_scheduling enable_chunked_prefill long_prefill_token_threshold max_num_batched_tokens "
-        "prefill_schedule_interval scheduler_cls watermark"
+        "async_scheduling disable_hybrid_kv_cache_manager enable_chunked_prefill long_prefill_token_threshold "
+        "max_num_batched_tokens prefill_schedule_interval scheduler_cls watermark"
     ),
     "vllm.config.VllmConfig": (
-        "aux_output_config cache_config compilation_config device_config diffusion_config kv_transfer_config "
-        "model_config parallel_config scheduler_config speculative_config use_v2_model_runner"
+        "aux_output_config cache_config compilation_config device_config diffusion_config ec_transfer_config "
+        "kv_transfer_config model_config parallel_config scheduler_config speculative_config use_v2_model_runner"
     ),
     "vllm.distributed.kv_transfer.kv_connector.factory.KVConnectorFactory": "register_connector",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1": (
@@ -121,10 +121,10 @@ MEMBERS: dict[str, str] = {
         "adaptive_long_prefill_threshold add_request cache_config connector current_step defer_block_free "
         "deferred_frees deferred_waiting failed_recving_kv_req_ids finish_requests finished_recving_kv_req_ids "
         "get_num_unfinished_requests kv_cache_manager kv_holding_waiting log_stats lora_config max_model_len "
-        "max_num_active_reqs max_num_scheduled_tokens num_waiting_for_streaming_input pause_state policy "
-        "prev_step_scheduled_req_ids processed_step_seq requests reset_connector_cache reset_preempted_req_ids "
-        "reset_prefix_cache running sched_step_seq schedule scheduler_config set_pause_state shutdown "
-        "update_from_output use_v2_model_runner vllm_config waiting"
+        "max_num_active_reqs max_num_scheduled_tokens num_lookahead_tokens num_spec_tokens "
+        "num_waiting_for_streaming_input pause_state policy prev_step_scheduled_req_ids processed_step_seq requests "
+        "reset_connector_cache reset_preempted_req_ids reset_prefix_cache running sched_step_seq schedule "
+        "scheduler_config set_pause_state shutdown update_from_output use_v2_model_runner vllm_config waiting"
     ),
     "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager": (
         "_get_num_evictable_blocks allocate_external_computed_blocks allocate_new_blocks block_pool block_size "
@@ -132,7 +132,9 @@ MEMBERS: dict[str, str] = {
     ),
     "vllm.v1.engine.EngineCoreOutput": "finish_reason new_token_ids request_id",
     "vllm.v1.engine.EngineCoreOutputs": "outputs scheduler_stats",
-    "vllm.v1.kv_cache_interface.FullAttentionSpec": "block_size merge page_size_bytes",
+    "vllm.v1.kv_cache_interface.FullAttentionSpec": (
+        "attention_chunk_size block_size merge page_size_bytes sliding_window"
+    ),
     "vllm.v1.kv_cache_interface.KVCacheConfig": "kv_cache_groups kv_cache_layout kv_cache_tensors num_blocks",
     "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "kv_cache_spec layer_names",
     "vllm.v1.kv_cache_interface.KVCacheTensor": "block_stride layer_stride layers offset",
@@ -228,6 +230,7 @@ PARAMETERS: dict[str, str] = {
     "vllm.v1.core.kv_cache_utils.maybe_convert_block_hash": "hash_bytes",
     "vllm.v1.core.kv_cache_utils.resolve_kv_cache_block_sizes": "kv_cache_config vllm_config",
     "vllm.v1.core.kv_cache_utils.to_event_extra_keys": "extra_keys",
+    "vllm.v1.core.kv_cache_utils.unify_hybrid_kv_cache_specs": "kv_cache_spec",
     "vllm.v1.core.sched.request_queue.RequestQueue.add_request": "request",
     "vllm.v1.core.sched.request_queue.RequestQueue.prepend_request": "request",
     "vllm.v1.core.sched.request_queue.RequestQueue.prepend_requests": "requests",

@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.core.kv_cache_utils import unify_hybrid_kv_cache_specs
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 from layerkv.core.geometry import geometry_for_memory
 from layerkv.errors import ConfigError
@@ -19,7 +20,7 @@ from layerkv.vllm_plugin.elastic_setup import ElasticSizes, elastic_sizes, told_
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
 from layerkv.vllm_plugin.setup import engine_config, geometry_request, require_room_for_one
 from layerkv.vllm_plugin.slo_gate import without_gates
-from layerkv.vllm_plugin.spec import LayerKVSpec
+from layerkv.vllm_plugin.spec import OURS, LayerKVSpec, place_of_kv
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,6 +52,8 @@ class LayerKVWorkerMixin(_VLLMWorker):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, each as ours, so that our manager hands out the blocks."""
         specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
+        if self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            unify_hybrid_kv_cache_specs(specs)  # the engine core does it next, and would not keep what is ours
         if (problem := self._unsupported_layers(specs)) is not None:
             if self._layerkv.on_unsupported == "error":
                 raise ConfigError(
@@ -103,16 +106,35 @@ class LayerKVWorkerMixin(_VLLMWorker):
         if not specs:
             return "a model without KV cache is not supported by layerkv: there is nothing to offload"
         for name, spec in specs.items():
-            if type(spec) is not FullAttentionSpec:
+            if type(spec) not in OURS:
                 return (
                     f"layer {name} has a {type(spec).__name__}, and layerkv supports only full attention in every "
-                    "layer yet: use a model without sliding-window, linear or compressed attention"
+                    f"layer yet: {_instead_of(specs)}"
                 )
-        if len(set(specs.values())) > 1:
+            if vars(spec).get("non_causal"):  # not in all releases
+                return (
+                    f"layer {name} reads tokens that come later, and layerkv computes a prompt in chunks, in order: "
+                    "use a model with causal attention"
+                )
+        # a window does not change what lies where
+        layer_of = {place_of_kv(spec): n for n, spec in specs.items()}
+        if len(layer_of) > 1:
+            one, other = list(layer_of.values())[:2]
             return (
-                "the model's attention layers differ in KV shape, which layerkv does not support yet: use another model"
+                f"the model's attention layers differ in KV shape ({one} from {other}), and those of a lane must not: "
+                "use another model"
             )
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers):  # not all layers have KV
-            return "layers that share another layer's KV are not supported by layerkv yet: use another model"
+            return (
+                "layers that share another layer's KV are not supported by layerkv yet, because that layer's lane is "
+                "written anew before they run: use another model"
+            )
         return None
+
+
+def _instead_of(specs: dict[str, KVCacheSpec]) -> str:
+    """What to set where some layer has no full attention."""
+    if any(type(spec) in OURS for spec in specs.values()) and all(isinstance(s, AttentionSpec) for s in specs.values()):
+        return "set --disable-hybrid-kv-cache-manager, which keeps the KV of all tokens in every layer"
+    return "use a model without sliding-window, linear or compressed attention"
