@@ -68,7 +68,7 @@ def make_mix(
         )
     more = random.Random(f"{seed} more")
     if images:
-        requests = [replace(each, images=_images(more, len(each.prompt), sharing=sharing)) for each in requests]
+        requests = [replace(each, images=_images(each.prompt, more.random(), sharing=sharing)) for each in requests]
     if adapters:
         requests = [
             replace(each, adapter=more.randint(1, adapters) if more.random() < 0.85 else 0) for each in requests
@@ -86,9 +86,10 @@ def _tokens(rng: random.Random, count: int) -> list[int]:
     return [rng.choice(VOCABULARY) for _ in range(count)]
 
 
-def _images(rng: random.Random, num_tokens: int, *, sharing: bool) -> tuple[tuple[int, int], ...]:
-    """Few different ones, so that they meet again in the encoder's cache; where prompts share, early enough for that."""
-    places = [rng.randrange(min(num_tokens, 20) if sharing else num_tokens) for _ in range(rng.randrange(3))]
+def _images(prompt: tuple[int, ...], drawn: float, *, sharing: bool) -> tuple[tuple[int, int], ...]:
+    """Few different ones, so that they meet again in the encoder's cache. Prompts that begin alike have the same."""
+    rng = random.Random(f"{prompt[:20]}" if sharing else drawn)
+    places = [rng.randrange(min(len(prompt), 20) if sharing else len(prompt)) for _ in range(rng.randrange(3))]
     return tuple((place, rng.randrange(NUM_IMAGES)) for place in sorted(places))
 
 
