@@ -12,8 +12,8 @@ shake_pool (a pool that grows and shrinks may hold another number of segments ev
 has_broker (a broker that has plenty of both memories runs where the engine looks for it; with shake_pool, host memory
 is shaken too).
 
-OUT: for each mix the tokens of each request, and what the books say after the mix: everything given back or not, and
-how often each move was made.
+OUT: for each mix the tokens of each request, which gave their KV up and were computed again, and what the books say
+after the mix: everything given back or not, and how often each move was made.
 
 A SPEC may be a mapping of several, by name: their engines run one after the other, since most of an engine's start is
 imports. OUT then has for each name what it would be alone under `results`, or a traceback under `error`.
@@ -225,8 +225,8 @@ def adapter_of(request: MixRequest, spec: dict[str, Any]) -> Any:
     return LoRARequest(f"adapter-{number}", number, spec["adapters"][number - 1]) if number else None
 
 
-def run_mix(engine: Any, requests: list[MixRequest], spec: dict[str, Any]) -> list[list[int]]:
-    """Add and abort by step count; returns each request's tokens, up to its abort."""
+def run_mix(engine: Any, requests: list[MixRequest], spec: dict[str, Any]) -> dict[str, Any]:
+    """Add and abort by step count; returns each request's tokens, up to its abort, and which were computed again."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -265,7 +265,11 @@ def run_mix(engine: Any, requests: list[MixRequest], spec: dict[str, Any]) -> li
         assert step < 20_000, "the engine does not come to an end"
     for _ in range(3):  # let frees that vLLM defers, and fetches of aborted requests, come in
         engine.engine_core.engine_core.step_fn()
-    return [tokens[str(i)] for i in range(len(requests))]
+    recomputed = engine.engine_core.engine_core.scheduler.recomputed
+    return {
+        "tokens": [tokens[str(i)] for i in range(len(requests))],
+        "recomputed": [int(name) for name, request_id in internal.items() if request_id in recomputed],
+    }
 
 
 def books(engine: Any, scheduler: Any) -> dict[str, Any]:
@@ -317,6 +321,20 @@ def count_pauses(scheduler: Any) -> None:
     pausing.pause = count
 
 
+def note_recomputed(scheduler: Any) -> None:
+    """``scheduler.recomputed`` from now on: requests that gave their KV up, if it is ours."""
+    scheduler.recomputed = set()
+    if (arrivals := getattr(scheduler, "_arrivals", None)) is None:
+        return
+    recomputes = arrivals.recomputes
+
+    def note(request: Any) -> None:
+        scheduler.recomputed.add(request.request_id)
+        recomputes(request)
+
+    arrivals.recomputes = note
+
+
 def count_drafts(scheduler: Any) -> None:
     """``scheduler.drafts`` from now on: how many were right, and how many were not."""
     scheduler.drafts = {"accepted_drafts": 0, "rejected_drafts": 0}
@@ -337,10 +355,11 @@ def run(spec: dict[str, Any]) -> list[dict[str, Any]]:
         scheduler = engine.engine_core.engine_core.scheduler
         count_pauses(scheduler)
         count_drafts(scheduler)
+        note_recomputed(scheduler)
         results = []
         for mix in spec["mixes"]:
-            tokens = run_mix(engine, make_mix(**mix), spec)
-            results.append({"tokens": tokens, "books": books(engine, scheduler)})
+            ran = run_mix(engine, make_mix(**mix), spec)
+            results.append({**ran, "books": books(engine, scheduler)})
             engine.reset_prefix_cache(reset_connector=True)
         return results
     finally:

@@ -133,7 +133,13 @@ def deepseek_v3() -> Any:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     config = DeepseekV3Config(
-        architectures=["DeepseekV3ForCausalLM"], num_key_value_heads=4, num_mtp_layers=0, **SHAPE, **LATENT, **ROUTED
+        architectures=["DeepseekV3ForCausalLM"],
+        num_key_value_heads=4,
+        num_mtp_layers=0,
+        topk_method="noaux_tc",
+        **SHAPE,
+        **LATENT,
+        **ROUTED,
     )
     return DeepseekV3ForCausalLM, config
 
@@ -250,23 +256,26 @@ def make_draft_model(tiny_model: Path, folder: Path, *, num_layers: int = 4) -> 
     return folder
 
 
-def make_eagle_head(tiny_model: Path, folder: Path) -> Path:
-    """A head for EAGLE: one layer like the tiny Llama's first, over the embedding and the hidden state as they are."""
+def make_eagle_head(tiny_model: Path, folder: Path, *, num_layers: int = 3) -> Path:
+    """A head for EAGLE: the tiny Llama's first layers, which look at tokens alone. It is right now and then."""
     import torch
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text())
     size = config["hidden_size"]
-    config["num_hidden_layers"] = 1
+    config["num_hidden_layers"] = num_layers
     (folder / "config.json").write_text(json.dumps(config))
     weights = load_file(folder / "model.safetensors")
     of_head = {
         name.removeprefix("model."): weight
         for name, weight in weights.items()
-        if name.startswith("model.layers.0.") and "input_layernorm" not in name
+        if name.startswith(tuple(f"model.layers.{layer}." for layer in range(num_layers)))
     }
-    of_head["fc.weight"] = torch.cat([torch.eye(size), torch.eye(size)], dim=1)
+    del of_head["layers.0.input_layernorm.weight"]  # which vLLM leaves out: the embedding has to be what it makes of it
+    for projection in "qkv":
+        of_head[f"layers.0.self_attn.{projection}_proj.weight"] /= INITIALIZER_RANGE
+    of_head["fc.weight"] = torch.cat([torch.eye(size), torch.zeros(size, size)], dim=1)
     save_file(of_head, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -298,10 +307,11 @@ def can_see() -> None:
         info.get_hf_processor = lambda self, **_: _processor(self.ctx.model_config.model)
 
 
-class _NoVideos:
-    """What Qwen's processors ask of a video processor that never gets a video."""
+def _no_videos() -> Any:
+    """What Qwen's processors and vLLM ask of a video processor that never gets a video."""
+    from transformers.processing_utils import VideosKwargs
 
-    merge_size = temporal_patch_size = 2
+    return types.SimpleNamespace(merge_size=2, temporal_patch_size=2, valid_kwargs=VideosKwargs)
 
 
 @functools.lru_cache
@@ -321,7 +331,7 @@ def _processor(model: str) -> Any:
     images = Qwen2VLImageProcessorPil(
         patch_size=config["vision_config"]["patch_size"], min_pixels=28 * 28, max_pixels=MOST_PIXELS
     )
-    return processor_class(images, AutoTokenizer.from_pretrained(model), _NoVideos())
+    return processor_class(images, AutoTokenizer.from_pretrained(model), _no_videos())
 
 
 MOST_PIXELS = 168 * 168
