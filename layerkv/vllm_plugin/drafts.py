@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 DRAFTS_WITHOUT_KV = ("ngram", "suffix")
 """Methods of speculative decoding that draft from the tokens alone."""
 
-DRAFTS_WITH_KV = ("eagle", "eagle3", "draft_model")
+DRAFTS_WITH_KV = ("eagle", "draft_model")
 """Methods whose KV is that of further layers, which vLLM's model runner lists after the model's."""
 
 

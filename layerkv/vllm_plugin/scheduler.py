@@ -117,6 +117,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._telling = Telling(self, side, self._controller)
         self._telling.capacity()
         self._elastic = side.elastic = elasticity_for(self, side, manager, self._controller, desk)
+        # vLLM's V1 model runner keeps what it is told of a request when that starts, and nothing else.
+        self._keeps_images = self.vllm_config.model_config.is_multimodal_model and not self.use_v2_model_runner
 
     def _require_keepable(self, policy: SloPolicy) -> None:
         """A policy comes into force only if this engine's front end can keep it.
@@ -180,6 +182,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self._manager.stand_aside()
                 output = super().schedule(throttle_prefills)
         self._recovery.scheduled()
+        if self._keeps_images:
+            self._with_all_images(output)
         if output.total_num_scheduled_tokens:
             if self._elastic is not None:
                 self._elastic.note_tokens(output.total_num_scheduled_tokens)
@@ -190,6 +194,13 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 work = self._quiet_work.of(output)
             self._steps_in_flight.append(_Step(started_s, work, is_quiet))
         return output
+
+    def _with_all_images(self, output: SchedulerOutput) -> None:
+        """vLLM leaves out of what workers are told the images that a cached prefix covers. Who gives its KV up later, and
+        does not find that prefix any more, needs them: the engine would end for want of them."""
+        for new in output.scheduled_new_reqs:
+            if new.mm_features:
+                new.mm_features = self.requests[new.req_id].mm_features
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

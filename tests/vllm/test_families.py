@@ -65,6 +65,7 @@ class Family:
         settings: What is tried.
         is_compared: Whether a request's tokens are the same however stock vLLM came by them, given whether it was
             computed again.
+        ranks_differ: Whether stock's tokens change with tensor parallelism: then the reference has as many ranks.
         remark: What the table says of it.
     """
 
@@ -76,6 +77,7 @@ class Family:
     spec: dict[str, Any] = field(default_factory=dict)
     settings: tuple[Setting, ...] = (SCARCE, AHEAD, HOST_SMALL)
     is_compared: Callable[[MixRequest, bool], bool] = lambda request, was_recomputed: True
+    ranks_differ: bool = False
     remark: str = ""
 
 
@@ -114,6 +116,7 @@ FAMILIES = [
             name.replace("-", "_"),
             engine=LATENT,
             is_compared=lambda request, was_recomputed: not was_recomputed,
+            ranks_differ=True,
             settings=(SCARCE, AHEAD, LATENT_HOST_SMALL, *others),
             remark="a request a step, and none that was computed again: on a CPU, stock's tokens change with the batch",
         )
@@ -214,14 +217,21 @@ class Runs:
             self._outcomes |= {(family.name, name): future for name in names}
         for family, setting in cases:  # engines of several processes come last
             if setting.alone:
-                future = self._pool.submit(self._run, family, [setting], has_reference=False)
+                own = family.ranks_differ and "tensor_parallel_size" in setting.engine
+                future = self._pool.submit(self._run, family, [setting], has_reference=own)
                 self._outcomes[family.name, setting.name] = future
+                if own:
+                    self._outcomes[family.name, f"reference of {setting.name}"] = future
 
     def of(self, family: Family, name: str) -> list[dict[str, Any]]:
         """What each mix gave in one of its engines."""
-        outcome = self._outcomes[family.name, name].result()[name]
-        assert "error" not in outcome, outcome["error"]
-        return outcome["results"]
+        return _results(self._outcomes[family.name, name].result()[name])
+
+    def reference(self, family: Family, setting: Setting) -> list[list[list[int]]]:
+        """The tokens that each request of each mix would have, had it not been aborted."""
+        own = self._outcomes.get((family.name, f"reference of {setting.name}"))
+        future = own or self._outcomes[family.name, "reference"]
+        return [result["tokens"] for result in _results(future.result()["reference"])]
 
     def close(self) -> None:
         """Start no more of them."""
@@ -244,7 +254,8 @@ class Runs:
         specs: dict[str, Any] = {}
         if has_reference:
             unaborted = [{**mix, "unaborted": True} for mix in more["mixes"]]
-            engine = {**stock, "kv_cache_memory_bytes": PLENTIFUL_BYTES}
+            ranks = settings[0].engine.get("tensor_parallel_size", 1) if settings else 1
+            engine = {**stock, "kv_cache_memory_bytes": PLENTIFUL_BYTES, "tensor_parallel_size": ranks}
             specs["reference"] = {**more, "engine_args": engine, "mixes": unaborted}
         for setting in settings:
             extra = {"host_memory": "64MiB", **setting.extra}
@@ -264,6 +275,11 @@ class Runs:
                 made = self._forks.run(MAKE_FAMILY, recipe, str(self._tiny_model), str(folder))
                 assert made.returncode == 0, made.stderr[-4000:]
         return folder
+
+
+def _results(outcome: dict[str, Any]) -> list[dict[str, Any]]:
+    assert "error" not in outcome, outcome["error"]
+    return outcome["results"]
 
 
 MAKE_FAMILY = """
@@ -302,8 +318,7 @@ def write_down(ran: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(("family", "setting"), CASES, ids=lambda value: value.name)
 def test_tokens_are_stock_vllms_and_every_block_comes_back(family: Family, setting: Setting, runs: Runs) -> None:
-    reference = [result["tokens"] for result in runs.of(family, "reference")]
-    found = runs.of(family, setting.name)
+    reference, found = runs.reference(family, setting), runs.of(family, setting.name)
     moves = found[-1]["books"]["moves"]
     num_compared = require_same(setting, mixes_of(family), reference, found, family.is_compared)
     counts = {"requests": num_compared, "parks": moves["parks"], "fetches": moves["fetches"]}

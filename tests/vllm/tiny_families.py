@@ -311,7 +311,7 @@ def _no_videos() -> Any:
     """What Qwen's processors and vLLM ask of a video processor that never gets a video."""
     from transformers.processing_utils import VideosKwargs
 
-    return types.SimpleNamespace(merge_size=2, temporal_patch_size=2, valid_kwargs=VideosKwargs)
+    return types.SimpleNamespace(merge_size=2, temporal_patch_size=2, valid_kwargs=VideosKwargs, size=SIZE)
 
 
 @functools.lru_cache
@@ -328,13 +328,12 @@ def _processor(model: str) -> Any:
         """Anything will do for videos."""
 
     processor_class = type(base.__name__, (base,), {"check_argument_for_proper_class": check_argument_for_proper_class})
-    images = Qwen2VLImageProcessorPil(
-        patch_size=config["vision_config"]["patch_size"], min_pixels=28 * 28, max_pixels=MOST_PIXELS
-    )
+    images = Qwen2VLImageProcessorPil(patch_size=config["vision_config"]["patch_size"], size=SIZE)
     return processor_class(images, AutoTokenizer.from_pretrained(model), _no_videos())
 
 
-MOST_PIXELS = 168 * 168
+SIZE = {"shortest_edge": 28 * 28, "longest_edge": 168 * 168}
+"""Pixels of an image."""
 
 
 def image(seed: int) -> Any:
