@@ -33,7 +33,7 @@ def num_drafting_layers(vllm_config: VllmConfig, num_layers: int) -> int:
     if speculation is None or speculation.method in DRAFTS_WITHOUT_KV:
         return 0
     of_model: int = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
-    return num_layers - of_model
+    return max(num_layers - of_model, 0)
 
 
 def num_drafting_slots(vllm_config: VllmConfig) -> int:

@@ -54,8 +54,8 @@ MEMBERS: dict[str, str] = {
     "vllm.config.KVTransferConfig": "kv_connector kv_connector_extra_config kv_load_failure_policy kv_role",
     "vllm.config.LoRAConfig": "max_loras",
     "vllm.config.ModelConfig": (
-        "enable_sleep_mode get_num_layers is_attention_free is_encoder_decoder is_hybrid logits_processors "
-        "max_model_len model multimodal_config original_max_model_len runner_type served_model_name"
+        "enable_sleep_mode get_num_layers is_attention_free is_encoder_decoder is_hybrid is_multimodal_model "
+        "logits_processors max_model_len model multimodal_config original_max_model_len runner_type served_model_name"
     ),
     "vllm.config.ParallelConfig": (
         "_api_process_count data_parallel_backend data_parallel_index data_parallel_size data_parallel_size_local "
@@ -110,7 +110,8 @@ MEMBERS: dict[str, str] = {
     "vllm.v1.core.sched.interface.PauseState": "PAUSED_ALL PAUSED_NEW UNPAUSED",
     "vllm.v1.core.sched.output.KVConnectorBlockState": "resolve_block_ids",
     "vllm.v1.core.sched.output.SchedulerOutput": (
-        "kv_connector_block_state kv_connector_metadata num_scheduled_tokens total_num_scheduled_tokens"
+        "kv_connector_block_state kv_connector_metadata num_scheduled_tokens scheduled_new_reqs "
+        "total_num_scheduled_tokens"
     ),
     "vllm.v1.core.sched.request_queue.RequestQueue": (
         "add_request peek_request pop_request prepend_request prepend_requests remove_request remove_requests"
@@ -149,10 +150,10 @@ MEMBERS: dict[str, str] = {
     "vllm.v1.outputs.ModelRunnerOutput": "kv_connector_output",
     "vllm.v1.request.Request": (
         "all_token_ids arrival_time block_hashes client_index drop_stale_output get_finished_reason is_finished "
-        "is_prefill_chunk lora_request max_tokens num_computed_tokens num_in_flight_tokens num_output_placeholders "
-        "num_output_tokens num_prompt_tokens num_stale_output_tokens num_tokens priority request_id resumable "
-        "sampling_params session_id skip_reading_prefix_cache spec_token_ids status structured_output_request "
-        "take_events trace_headers"
+        "is_prefill_chunk lora_request max_tokens mm_features num_computed_tokens num_in_flight_tokens "
+        "num_output_placeholders num_output_tokens num_prompt_tokens num_stale_output_tokens num_tokens priority "
+        "request_id resumable sampling_params session_id skip_reading_prefix_cache spec_token_ids status "
+        "structured_output_request take_events trace_headers"
     ),
     "vllm.v1.request.RequestStatus": (
         "FINISHED_ABORTED FINISHED_ERROR FINISHED_LENGTH_CAPPED FINISHED_REPETITION FINISHED_STOPPED PREEMPTED RUNNING "
