@@ -196,8 +196,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         return output
 
     def _with_all_images(self, output: SchedulerOutput) -> None:
-        """vLLM does not tell workers of images that a cached prefix covers. Who gives its KV up later, and does not find
-        that prefix any more, needs them: the engine would end for want of them."""
+        """vLLM tells workers nothing of images that a cached prefix covers. Who gives its KV up later, and finds
+        that prefix no more, needs them: the engine would end for want of them."""
         for new in output.scheduled_new_reqs:
             if new.mm_features:
                 new.mm_features = self.requests[new.req_id].mm_features
