@@ -11,12 +11,15 @@ from layerkv.core.transfer import merge_runs, num_blocks
 class LayeredSteps(LedgerBooks):
     """See the module; part of :class:`layerkv.core.ledger.KVLedger`."""
 
-    def step_layered(self, request_id: str, tables: Tables, *, num_computed: int, num_scheduled: int) -> None:
+    def step_layered(
+        self, request_id: str, tables: Tables, *, num_computed: int, num_scheduled: int, num_unsure: int = 0
+    ) -> None:
         """A layered request computes ``num_scheduled`` tokens after ``num_computed`` in this step.
 
         Plans the store of every zone block written that later steps read, and the load of every zone block that holds
         earlier tokens which this one reads, or in its first step those of a cached prefix. The last earlier block may
         be both: it is loaded whole, written on, and stored whole. What no later step reads gives its host block back.
+        The last ``num_unsure`` computed tokens are drafts that may be wrong, and are computed anew then.
 
         Raises:
             CapacityError: host memory has no room for a block beyond the admitted prompt (streamed decode).
@@ -33,7 +36,7 @@ class LayeredSteps(LedgerBooks):
             if not group.keeps_all:
                 copy.spare += copy.drop_before(index, after.start)
             self._use_spare(copy, index, after)
-            written = range(max(num_computed // group.block_tokens, in_pool, after.start), after.stop)
+            written = range(max((num_computed - num_unsure) // group.block_tokens, in_pool, after.start), after.stop)
             stores = merge_runs(table[written.start : written.stop], copy.of(index, written))
             if copy.loads_prefix:
                 self._draft.zone_hits += loads

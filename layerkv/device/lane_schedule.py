@@ -87,6 +87,7 @@ class LaneSchedule:
         *,
         hooks_always_run: bool = True,
         rows: Rows | None = None,
+        num_drafting: int = 0,
     ) -> None:
         """Begin with empty lanes.
 
@@ -98,6 +99,8 @@ class LaneSchedule:
             hooks_always_run: Whether :meth:`layer_done` may be counted on in every step, and not only in those that
                 cannot do without (``StepPlan.needs_layer_hooks``): not where other steps replay CUDA graphs.
             rows: Of which KV-cache group each layer is, and which slot it uses; None: of one group, each its own.
+            num_drafting: So many layers, the last, are of what drafts: they run after the model's, several times in a
+                step or not at all. What they lack or find too much only makes drafts wrong, which are verified.
         """
         self._engine = engine
         self._lane_layers = lane_layers
@@ -105,6 +108,7 @@ class LaneSchedule:
         self._lane_of = {layer: lane for lane, layers in enumerate(lane_layers) for layer in layers}
         self._following = {layer: after for layers in lane_layers for layer, after in pairwise(layers)}
         self._num_layers = len(self._lane_of)
+        self._num_model_layers = self._num_layers - num_drafting
         self._rows = rows or Rows.of_one_group(self._num_layers)
         self._all_slots = range(self._rows.num_slots)
         self._hooks_always_run = hooks_always_run
@@ -170,11 +174,24 @@ class LaneSchedule:
         Raises:
             LostCopyError: a copy that the next layer depends on has not ended.
         """
+        if layer >= self._num_model_layers and layer != self._next_layer:
+            return  # drafting again
         assert layer == self._next_layer, f"layer {layer} ran where {self._next_layer} was expected"
         self._next_layer = layer + 1
         if self._stores:
             self._store_layer(layer)
-        self._hold_compute(layer + 1)  # rules 5 and 8
+        if layer + 1 == self._num_model_layers < self._num_layers:
+            self._hold_drafts()
+        else:
+            self._hold_compute(layer + 1)  # rules 5 and 8
+
+    def _hold_drafts(self) -> None:
+        """Whether what drafts says anything or not, it writes nothing before that is saved or loaded."""
+        for layer in list(self._held):
+            self._hold_compute(layer)
+        if self._stores:
+            for layers in self._lane_layers:
+                self._wait_for_lane_of(layers[-1])
 
     def _store_layer(self, layer: int) -> None:
         lane = self._lane_of[layer]
@@ -189,16 +206,16 @@ class LaneSchedule:
             self._wait_for_lane_of(layer + 1)  # rules 3 and 4
 
     def end_step(self) -> None:
-        """The forward pass of a step that was begun is over (or enqueued).
+        """The forward pass of a step that was begun is over (or enqueued); what drafts may follow.
 
         Raises:
-            TransferError: not every layer said so: KV in the lanes is lost.
+            TransferError: not every layer of the model said so: KV in the lanes is lost.
         """
-        if self._next_layer != self._num_layers:
+        if self._next_layer < self._num_model_layers:
             ran, self._next_layer = self._next_layer, self._num_layers
             raise TransferError(
-                f"the layer hooks of {ran} of {self._num_layers} layers ran in a step that copies layer by layer: vLLM "
-                "replayed a full CUDA graph, or the model's attention does not call them"
+                f"the layer hooks of {ran} of {self._num_model_layers} layers ran in a step that copies layer by "
+                "layer: vLLM replayed a full CUDA graph, or the model's attention does not call them"
             )
 
     def abandon_step(self) -> None:

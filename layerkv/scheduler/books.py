@@ -147,7 +147,7 @@ class RequestBooks:
                 request_id=request_id,
                 deadline_s=deadline_s,
                 num_tokens=num_tokens,
-                num_blocks=self.shape.blocks_at_most(num_tokens),
+                num_blocks=self.shape.blocks_at_most(num_tokens + self.shape.lookahead_tokens),
                 can_layer=tracked.can_layer,
                 weight=tracked.slo.weight,
                 rank=tracked.rank,
@@ -186,7 +186,7 @@ class RequestBooks:
         self.refresh(tracked, num_output)
         tracked.prefill_rest_s = 0.0
         tracked.parked_tokens = num_computed
-        num_blocks = self.shape.blocks_for(max(num_computed + 1, num_tokens), num_computed)
+        num_blocks = self.shape.blocks_for(max(num_computed + 1, num_tokens), num_computed) + self.shape.drafting_blocks
         dry_s = tracked.dry_s(num_output, now_s, self.step_s)  # whatever the policy: the next one may ask
         load_s = self.cost.view.load_s(num_blocks * self.shape.block_bytes)
         if self.policy.policy == "fluid":
@@ -363,7 +363,7 @@ class RequestBooks:
         prompt_tokens = num_tokens - num_output
         most_tokens = min(prompt_tokens + tracked.max_tokens, shape.longest_tokens)
         likely_tokens = min(prompt_tokens + tracked.middle_tokens, most_tokens)
-        if not shape.long_contexts or max(likely_tokens, num_tokens + 1) <= shape.pool_blocks * shape.block_tokens:
+        if not shape.long_contexts or max(likely_tokens, num_tokens + 1) <= shape.fetchable_blocks * shape.block_tokens:
             return 0
         return -(-max(most_tokens, num_tokens) // shape.block_tokens)
 

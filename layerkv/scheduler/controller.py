@@ -173,7 +173,9 @@ class Controller(RequestBooks):
             parked_long=self.parked_long.head(scan_parked, now_s, is_fetchable, stays_ready=stays_fetchable)
             if self.parked_long
             else (),
-            hits=hits(waiting) if hits is not None and waiting and may_start(engine, load) else {},
+            hits=hits(waiting)
+            if hits is not None and waiting and may_start(engine, load, self.shape.tokens_per_decode)
+            else {},
             overtaken=self.overtaken,
             promised=self._still_promised(engine.step),
             gone_blocks=self.gone_blocks,
@@ -204,7 +206,9 @@ class Controller(RequestBooks):
             return False
         self.waits = {}
         self.line.rest()
-        per_request = self._blocks_per_token + steps_ahead + self._limits.ahead_steps // self.shape.block_tokens
+        shape = self.shape
+        ahead_tokens = self._limits.ahead_steps * shape.tokens_per_decode
+        per_request = shape.step_blocks * (1 + steps_ahead) + ahead_tokens // shape.block_tokens
         return free_blocks >= num_running * per_request
 
     def stands(self, step: int, moves: int, num_running: int, free_blocks: int) -> bool:

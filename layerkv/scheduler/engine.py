@@ -33,6 +33,9 @@ class EngineShape:
         give: The engine's ``give`` option.
         groups: The KV-cache groups, unless there is one that keeps all blocks: what a request holds is counted by them.
         zone_block_tokens: Of those, tokens of a block of the lane zone.
+        tokens_per_decode: Most tokens that a request which decodes computes in a step: one, and its drafts where there
+            are any.
+        lookahead_tokens: Slots that the engine gives a request beyond the tokens of a step, for drafts to come.
     """
 
     mode: Mode
@@ -49,6 +52,8 @@ class EngineShape:
     give: Give = "park"
     groups: tuple[Group, ...] = ()
     zone_block_tokens: int = 0
+    tokens_per_decode: int = 1
+    lookahead_tokens: int = 0
 
     def blocks_for(self, num_tokens: int, num_computed: int = 0) -> int:
         """Pool blocks of a request with room for so many tokens, when those computed have given theirs back."""
@@ -83,6 +88,23 @@ class EngineShape:
     def state_blocks(self) -> int:
         """Pool blocks that a layered request holds: its states never pass through lanes."""
         return sum(group.most_blocks for group in self.groups if group.is_state)
+
+    @property
+    def drafting_blocks(self) -> int:
+        """Free blocks beside its own that the engine wants for a fetch, because the step after it drafts."""
+        if self.tokens_per_decode == 1:
+            return 0
+        return -(-(self.tokens_per_decode + self.lookahead_tokens) // self.block_tokens)
+
+    @property
+    def step_blocks(self) -> int:
+        """Most blocks that a step of a request which decodes may take."""
+        return self.drafting_blocks or self.blocks_per_token
+
+    @property
+    def fetchable_blocks(self) -> int:
+        """Blocks of the largest request that the whole pool could fetch."""
+        return self.pool_blocks - self.drafting_blocks
 
 
 class Running(NamedTuple):

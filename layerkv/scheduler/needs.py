@@ -21,7 +21,7 @@ def pool_blocks(s: Snapshot, claim: Claim) -> int:
 
 def blocks_to_resume(s: Snapshot, r: ResidentRequest) -> int:
     """Pool blocks that a paused request takes with its next step."""
-    num_tokens = r.num_tokens + 1 + s.engine.steps_ahead
+    num_tokens = r.num_tokens + s.shape.tokens_per_decode * (1 + s.engine.steps_ahead) + s.shape.lookahead_tokens
     return max(s.shape.blocks_for(num_tokens, r.num_tokens) - r.num_blocks, 0)
 
 
@@ -49,14 +49,14 @@ def pool_blocks_layered(s: Snapshot, w: WaitingRequest) -> int:
 
 def outgrows_pool(s: Snapshot, w: WaitingRequest) -> bool:
     """Whether it is expected to become longer than the pool: then it decodes in the zone."""
-    return layered_blocks(w) > s.shape.pool_blocks
+    return layered_blocks(w) > s.shape.fetchable_blocks
 
 
 def fills_pool(s: Snapshot, r: ResidentRequest) -> bool:
     """Whether it could never be fetched with a block more, and may come to need one."""
     if s.shape.groups:  # the pool holds whatever a request may become
         return False
-    return r.num_blocks >= s.shape.pool_blocks and r.num_blocks * s.shape.block_tokens < s.shape.longest_tokens
+    return r.num_blocks >= s.shape.fetchable_blocks and r.num_blocks * s.shape.block_tokens < s.shape.longest_tokens
 
 
 def can_ever_layer(s: Snapshot, w: WaitingRequest) -> bool:
@@ -92,4 +92,4 @@ def headroom_blocks(s: Snapshot, residents: int, tokens_each: int) -> int:
     """Blocks kept free when one more is let in beside so many residents: room for each to make a few tokens."""
     if residents == 0:
         return 0  # a request that comes into an empty pool fits: progress is certain
-    return -(-(residents + 1) * tokens_each // s.shape.block_tokens)
+    return -(-(residents + 1) * tokens_each * s.shape.tokens_per_decode // s.shape.block_tokens)

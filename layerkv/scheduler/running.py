@@ -13,9 +13,10 @@ LAG_SHARE = 1 / 8
 chosen by judgement: the whole of it would be spent on the first prompt."""
 
 
-def may_start(engine: EngineState, load: Load) -> bool:
+def may_start(engine: EngineState, load: Load, tokens_per_decode: int = 1) -> bool:
     """Whether a waiting prompt could start at all: there are tokens for it, and a slot, or somebody may leave one."""
-    has_tokens = load.prefilling_tokens + load.decode_tokens - engine.resuming < engine.budget_tokens
+    decoding = load.decode_tokens - engine.resuming
+    has_tokens = load.prefilling_tokens + decoding * tokens_per_decode < engine.budget_tokens
     somebody_leaves = any(r.prefill_done for r in load.layered) or load.growth_blocks > engine.free_blocks
     return has_tokens and (engine.free_slots > 0 or somebody_leaves or any(r.can_pause for r in load.resident))
 
@@ -33,7 +34,9 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
         What it finds, and seconds of prefill under way by the profile.
     """
     shape, steps_ahead, budget = books.shape, engine.steps_ahead, engine.budget_tokens
-    tokens, has_groups = shape.block_tokens, bool(shape.groups)
+    tokens, lookahead, has_groups = shape.block_tokens, shape.lookahead_tokens, bool(shape.groups)
+    decode_tokens = shape.tokens_per_decode * (1 + steps_ahead) + lookahead
+    soon_tokens = soon_steps * shape.tokens_per_decode
     step_s, step = books.step_s, engine.step
     tracked_of = books.tracked
     resident: list[ResidentRequest] = []
@@ -70,20 +73,21 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
             if tracked is not None:
                 tracked.prefill_rest_s = tracked.prefill_cost_s * remaining / r.num_tokens
                 under_way_s += tracked.prefill_rest_s
-            new_tokens = min(remaining, budget)
+            new_tokens = min(remaining, budget) + lookahead
         elif r.is_paused:
             num_paused += 1
             new_tokens = 0
         else:
             num_decodes += 1
             context += r.num_computed
-            new_tokens = 1 + steps_ahead
+            new_tokens = decode_tokens
         if has_groups:
             missing, soon_missing = _growth_in_groups(shape, r, new_tokens, steps_ahead, soon_steps)
         else:
             room = r.num_blocks * tokens - r.num_computed - new_tokens
             missing = -(room // tokens) if room < 0 else 0
-            soon_missing = room % tokens < soon_steps
+            spare = room % tokens
+            soon_missing = -(-(soon_tokens - spare) // tokens) if spare < soon_tokens else 0
         if r.is_layered:
             layered.append(
                 LayeredRequest(

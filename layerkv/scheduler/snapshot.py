@@ -292,7 +292,7 @@ class Snapshot:
     @property
     def most_prefill_tokens(self) -> int:
         """Prompt tokens that the step has room for beside those who decode."""
-        return max(self.engine.budget_tokens - self.load.decode_tokens, 0)
+        return max(self.engine.budget_tokens - self.load.decode_tokens * self.shape.tokens_per_decode, 0)
 
 
 class Admission(NamedTuple):

@@ -57,10 +57,12 @@ def standing(snapshot: Snapshot, decision: Decision, every_steps: int) -> Standi
         decision: What was decided.
         every_steps: Rules that act in time look so many steps ahead.
     """
-    engine, load = snapshot.engine, snapshot.load
+    engine, load, shape = snapshot.engine, snapshot.load, snapshot.shape
     if decision.moves_somebody or not _is_settled(engine) or load.layered or load.prefilling_tokens:
         return None
-    spare_blocks = engine.free_blocks - engine.reserved_blocks - load.growth_blocks - engine.resuming
+    spare_blocks = (
+        engine.free_blocks - engine.reserved_blocks - load.growth_blocks - engine.resuming * shape.step_blocks
+    )
     if spare_blocks < load.soon_blocks:
         return None
     reasons = set(decision.waits.values())
@@ -70,7 +72,8 @@ def standing(snapshot: Snapshot, decision: Decision, every_steps: int) -> Standi
     looks_far = snapshot.policy == "fluid"  # others act on what is due within ``every_steps`` only
     if looks_far and num_steps == every_steps and not decision.store_ahead and spare_blocks >= load.num_resident:
         # nobody needs two blocks in so many steps
-        most = min(LOOK_S // snapshot.token_s if snapshot.token_s > 0 else 0, snapshot.shape.block_tokens)
+        in_a_block = shape.block_tokens // shape.tokens_per_decode
+        most = min(LOOK_S // snapshot.token_s if snapshot.token_s > 0 else 0, in_a_block)
         num_steps = max(int(most) // every_steps * every_steps, every_steps)
     num_running = load.num_resident - len(engine.arriving) + engine.resuming
     return Standing(engine.step + num_steps, engine.moves, num_running, engine.free_blocks)

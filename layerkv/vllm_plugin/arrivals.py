@@ -155,9 +155,9 @@ class Arrivals:
             request.skip_reading_prefix_cache = tracked.outgrows_pool
 
     def recomputes(self, request: Request) -> None:
-        """Give the request's KV up: it waits for compute again, with the token that is still on its way."""
+        """Give the request's KV up: it waits for compute again, with the tokens that are still on their way."""
         is_token_coming = request.num_stale_output_tokens > 0 and not request.drop_stale_output
-        num_tokens = request.num_tokens + (1 if is_token_coming else 0)
+        num_tokens = request.num_tokens + (self._controller.shape.tokens_per_decode if is_token_coming else 0)
         num_output, reason = request.num_output_tokens, self._gives_up_for
         self._desk.recomputes(
             request.request_id, num_tokens=num_tokens, num_output=num_output, reason=reason, now_s=time.monotonic()

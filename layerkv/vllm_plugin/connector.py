@@ -160,11 +160,15 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         """Check that the layers did what was planned. Nobody waits: a lane's next user does, and later loads do."""
         if self.worker_side is not None:
+            self._has_layer_work = False
             self.worker_side.end_step()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        self._has_layer_work = False  # the forward pass is over
-        return None, (None if self.worker_side is None else self.worker_side.finished_fetches())
+        if self.worker_side is None:
+            return None, None
+        self._has_layer_work &= self.worker_side.drafts  # the model's forward pass is over
+        self.worker_side.end_step()  # where drafts follow, vLLM ends the save only after them: too late to tell of it
+        return None, self.worker_side.finished_fetches()
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         arrived = self.get_finished(finished_req_ids)[1]

@@ -60,6 +60,8 @@ class SchedulerSide:
         self.ledger = KVLedger(setup.geometry, setup.host_blocks, host_layout)
         self.metrics = MetricSamples()
         self.last_plan: StepPlan | None = None
+        self.lookahead_tokens = 0
+        """Slots that vLLM gives a request beyond its tokens, for drafts to come."""
         self.events: HostPrefixEvents | None = None
         """Of the host prefix cache, where vLLM publishes KV events."""
         self._requests: Mapping[str, Request] = {}
@@ -135,7 +137,8 @@ class SchedulerSide:
     def _reserve_all_of(self, request_id: str, tables: Tables) -> None:
         """Hits on the device that a layered request was admitted with may be gone: their blocks come from the zone."""
         if self.geometry.is_plain and self.ledger.is_layered(request_id):  # else all of it is reserved
-            num_blocks = -(-self._requests[request_id].num_tokens // self.geometry.block_tokens)
+            num_tokens = self._requests[request_id].num_tokens + self.lookahead_tokens
+            num_blocks = -(-num_tokens // self.geometry.block_tokens)
             self.ledger.zone.raise_reservation(request_id, num_blocks - len(tables[0]))
 
     def hashes_to_find(self, request: Request) -> Sequence[Hashable]:
@@ -206,11 +209,13 @@ class SchedulerSide:
         state = output.kv_connector_block_state
         assert state is not None
         for request_id in self.ledger.layered_ids & output.num_scheduled_tokens.keys():
+            request = self._requests[request_id]
             self.ledger.step_layered(
                 request_id,
                 state.resolve_block_ids(request_id),
-                num_computed=self._requests[request_id].num_computed_tokens,
+                num_computed=request.num_computed_tokens,
                 num_scheduled=output.num_scheduled_tokens[request_id],
+                num_unsure=max(request.num_output_placeholders - 1, 0),
             )
         self.last_plan = self.ledger.take_plan(output.total_num_scheduled_tokens)
         if moves or host_moves:

@@ -22,6 +22,7 @@ from layerkv.device.store_watch import host_blocks
 from layerkv.errors import IncompatibleVLLMError, TransferError
 from layerkv.metrics import COPY_WAIT, MetricSamples, Payload
 from layerkv.runtime import checks_books
+from layerkv.vllm_plugin.drafts import num_drafting_layers
 from layerkv.vllm_plugin.failed_copies import FailedCopies
 from layerkv.vllm_plugin.layer_places import LayerPlaces
 from layerkv.vllm_plugin.segment_answers import SegmentAnswer
@@ -50,6 +51,7 @@ class WorkerSide:
         hooks_always_run: bool = True,
         shares_link: bool = False,
         rank: int = 0,
+        num_drafting: int = 0,
     ) -> None:
         """Begin with empty lanes.
 
@@ -60,6 +62,7 @@ class WorkerSide:
             hooks_always_run: See :class:`LaneSchedule`.
             shares_link: Whether other ranks exchange activations over the link that copies take.
             rank: Of this worker among those of its engine, for what it tells of segments.
+            num_drafting: See :class:`LaneSchedule`.
         """
         self._slots = layers.slots
         self._layer_index = layers.layer_index(geometry)
@@ -71,7 +74,10 @@ class WorkerSide:
             shared_link_unit(geometry.page_bytes) if shares_link else None,
             hooks_always_run=hooks_always_run,
             rows=Rows.of(geometry),
+            num_drafting=num_drafting,
         )
+        self.drafts = num_drafting > 0
+        """Whether layers say something after the forward pass is over."""
         self._segments = None
         if mechanism.elastic_arena is not None:
             self._segments = SegmentMover(mechanism.elastic_arena, self._engine.wait_host)
@@ -268,6 +274,7 @@ def make_worker_side(vllm_config: VllmConfig, setup: Setup, kv_cache_config: KVC
         hooks_always_run=device_type == "cpu",
         shares_link=vllm_config.parallel_config.tensor_parallel_size > 1,
         rank=vllm_config.parallel_config.rank,
+        num_drafting=num_drafting_layers(vllm_config, geometry.num_layers),
     )
 
 

@@ -15,6 +15,7 @@ from layerkv.device.libc import HUGE_PAGE_BYTES
 from layerkv.device.mechanism import ALIGNMENT_BYTES
 from layerkv.errors import ConfigError
 from layerkv.units import format_bytes
+from layerkv.vllm_plugin.drafts import drafting_blocks
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -184,6 +185,7 @@ def elastic_sizes(vllm_config: VllmConfig, config: EngineConfig, request: Geomet
     ceiling_bytes = _ceiling_bytes(vllm_config, config)
     request = _aligned(request, ceiling_bytes)
     longest = -(-request.longest_tokens // request.block_tokens) + 1  # vLLM keeps one block as its null block
+    longest += drafting_blocks(vllm_config, request.block_tokens)
     at_floor = (
         _geometry_for_pool(request, longest)
         if config.kv_floor_bytes is None

@@ -16,6 +16,7 @@ from layerkv.metrics import COPY_WAIT
 from layerkv.scheduler.controller import Controller
 from layerkv.scheduler.engine import EngineShape, EngineState, Running
 from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
+from layerkv.vllm_plugin.drafts import num_drafting_slots
 from layerkv.vllm_plugin.prefix_hits import PrefixHits
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
 
@@ -87,7 +88,7 @@ class EngineReader:
             + len(self._controller.paused)
             - len(s.running)
             - len(s.kv_holding_waiting),
-            budget_tokens=s.max_num_scheduled_tokens,
+            budget_tokens=s.max_num_scheduled_tokens - num_drafting_slots(s.vllm_config),
             resuming=len(s.finished_recving_kv_req_ids),
             steps_ahead=steps_ahead(s),
             is_paused=s.pause_state is not PauseState.UNPAUSED,
@@ -110,7 +111,8 @@ class EngineReader:
             request = requests[request_id]
             num_after: int = request.num_computed_tokens
             # after scheduling, vLLM counts the step's tokens as computed
-            if num_tokens == 1 and num_after > request.num_prompt_tokens:
+            may_draft = num_tokens == 1 or self._scheduler.num_spec_tokens > 0
+            if may_draft and num_after - num_tokens >= request.num_prompt_tokens:
                 num_decodes += 1
                 context += num_after
             else:
@@ -205,6 +207,18 @@ class EngineReader:
         return request.lora_request.lora_int_id not in self._active_loras
 
 
+def num_computed_for_good(scheduler: SchedulerView, request: Request) -> int:
+    """Tokens whose KV stays as it is, once the steps in flight have ended.
+
+    vLLM counts the drafts of a step in flight as computed, and takes back those that turn out wrong. Between two steps
+    none is in flight unless steps are scheduled ahead.
+    """
+    num_computed: int = request.num_computed_tokens
+    if scheduler.num_spec_tokens and (num_coming := request.num_output_placeholders):
+        return num_computed - num_coming + 1  # of what the first of those steps computes, one token is no draft
+    return num_computed
+
+
 def steps_ahead(scheduler: SchedulerView) -> int:
     """Steps in flight when a step is scheduled; vLLM defers frees exactly when there are any."""
     return 1 if scheduler.defer_block_free else 0
@@ -230,6 +244,8 @@ def controller_for(scheduler: SchedulerView, side: SchedulerSide, policy: SloPol
         give=config.give,
         groups=() if geometry.is_plain else geometry.groups,
         zone_block_tokens=geometry.block_tokens,
+        tokens_per_decode=1 + scheduler.num_spec_tokens + num_drafting_slots(scheduler.vllm_config),
+        lookahead_tokens=scheduler.num_lookahead_tokens,
     )
     profile = (
         generic_profile(block_bytes // tokens) if config.cost_profile is None else load_profile(config.cost_profile)

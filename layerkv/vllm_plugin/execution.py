@@ -17,6 +17,7 @@ from layerkv.metrics import DECIDE_TIME
 from layerkv.scheduler.prefill import prefill_share
 from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import Decision, Snapshot
+from layerkv.vllm_plugin.engine_reader import num_computed_for_good
 from layerkv.vllm_plugin.pausing import Pausing
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
 from layerkv.vllm_plugin.waiting_queue import WaitingQueue
@@ -68,7 +69,7 @@ class Execution:
         for ahead in decision.store_ahead:
             tables = s.kv_cache_manager.get_block_ids(ahead.request_id)
             try:
-                self._desk.store_ahead(ahead, tables, s.requests[ahead.request_id].num_computed_tokens)
+                self._desk.store_ahead(ahead, tables, num_computed_for_good(s, s.requests[ahead.request_id]))
             except CapacityError as error:  # its park copies it then
                 logger.debug("request %s is not stored ahead in this step: %s", ahead.request_id, error)
         if decision.park:
@@ -116,12 +117,12 @@ class Execution:
             self._desk.park(
                 request_id,
                 tables,
-                num_computed=request.num_computed_tokens,
+                num_computed=num_computed_for_good(s, request),
                 num_tokens=request.num_tokens,
                 num_output=request.num_output_tokens,
                 reason=decision.reasons[request_id],
             )
-            s._preempt_request(request, now_s)  # resets its counts; its in-flight token is still delivered
+            s._preempt_request(request, now_s)  # resets its counts; what it has in flight is still delivered
 
     def give_up(self, request: Request, now_s: float) -> None:
         """vLLM's own preemption: the request's KV is computed again."""
@@ -203,12 +204,14 @@ def limit_prefill(s: SchedulerView, snapshot: Snapshot, decision: Decision) -> l
         single token of a layered prompt would load all its chunks again, and take the token a fetch needs.
     """
     prefilling = [request for request in s.running if request.is_prefill_chunk]
+    num_decodes = snapshot.load.decode_tokens - len(decision.pause) + len(decision.resume)
+    tokens_per_decode = 1 + s.num_spec_tokens
     s.max_num_scheduled_tokens, share = prefill_share(
         s.max_num_scheduled_tokens,
-        decode_tokens=snapshot.load.decode_tokens - len(decision.pause) + len(decision.resume),
+        decode_tokens=num_decodes + _num_drafts(s, snapshot),
         prefill_tokens=decision.prefill_tokens,
         num_prompts=len(prefilling),
-        spare_tokens=(1 if decision.fetch else 0) + len(decision.back_to_zone),
+        spare_tokens=(1 if decision.fetch else 0) + len(decision.back_to_zone) * tokens_per_decode,
     )
     if decision.has_whole_prompt:
         s.scheduler_config.long_prefill_token_threshold = 0
@@ -219,7 +222,16 @@ def limit_prefill(s: SchedulerView, snapshot: Snapshot, decision: Decision) -> l
             s.max_num_active_reqs -= len(prefilling)
             return prefilling
         s.running = decoding + prefilling
+        share = max(share, tokens_per_decode)  # vLLM makes room for drafts, and does not look at the threshold first
         threshold = s.scheduler_config.long_prefill_token_threshold
         s.scheduler_config.long_prefill_token_threshold = min(share, threshold) if threshold else share
         s.adaptive_long_prefill_threshold = False  # it would raise the share again
     return []
+
+
+def _num_drafts(s: SchedulerView, snapshot: Snapshot) -> int:
+    """Tokens that the step computes for requests which decode, beyond one for each."""
+    if not s.num_spec_tokens:
+        return 0
+    drafts = sum(len(request.spec_token_ids) for request in s.running if not request.is_prefill_chunk)
+    return drafts + snapshot.engine.resuming * s.num_spec_tokens  # vLLM makes room for drafts that are not there yet

@@ -65,7 +65,12 @@ DECISIONS: tuple[Decision, ...] = (
     _decide(Verdict.REFUSED, "vLLM would put its connector in layerkv's place", "kv_offloading_size"),
     _decide(Verdict.NO_MATTER, "without kv_offloading_size nothing", "kv_offloading_backend"),
     _decide(Verdict.WORKS, "events of the device's prefix cache; zone blocks are never cached", "kv_events_config"),
-    _decide(Verdict.NO_MATTER, "encoder caches are for multimodal models", "ec_transfer_config ec_manager_config"),
+    _decide(
+        Verdict.REFUSED,
+        "prompts would wait for an encoder elsewhere, beside those that wait for KV",
+        "ec_transfer_config",
+    ),
+    _decide(Verdict.WORKS, "the encoder's cache is vLLM's own", "ec_manager_config"),
     _decide(Verdict.WORKS, "KV of old weights goes with vLLM's prefix-cache reset", "weight_transfer_config"),
     _decide(Verdict.REFUSED, "the arena is not part of its memory pool", "enable_sleep_mode"),
     _decide(
@@ -92,7 +97,11 @@ DECISIONS: tuple[Decision, ...] = (
         "the device's prefix cache is vLLM's own, the host's knows blocks by its hashes",
         "enable_prefix_caching prefix_caching_hash_algo prefix_match_unit",
     ),
-    _decide(Verdict.WORKS, "one group of layers where vLLM makes it one", "disable_hybrid_kv_cache_manager"),
+    _decide(
+        Verdict.WORKS,
+        "layers with a window then keep all their KV, and are served like others",
+        "disable_hybrid_kv_cache_manager",
+    ),
     _decide(Verdict.WORKS, "measures blocks of the pool", "kv_cache_metrics kv_cache_metrics_sample"),
     # Scheduling ------------------------------------------------------------------------------------------------------
     _decide(Verdict.REFUSED, "-1 would count the lane zone as memory", "max_model_len"),
@@ -116,14 +125,18 @@ DECISIONS: tuple[Decision, ...] = (
     # Models ----------------------------------------------------------------------------------------------------------
     _decide(
         Verdict.REFUSED,
-        "decoder-only text models whose layers have full, windowed or chunked attention, or states",
+        "decoder-only models whose layers have full attention (MLA too), windows, chunks or states, of one KV shape",
         "model runner",
     ),
-    _decide(Verdict.REFUSED, "draft KV is not tracked", "speculative_config"),
     _decide(
-        Verdict.NO_MATTER,
-        "speculation is refused",
-        "spec_method spec_model spec_tokens per_request_spec_decode_metrics",
+        Verdict.REFUSED,
+        "ngram, suffix, eagle and draft_model work; what others keep beside the model's KV, and when, is untested",
+        "speculative_config spec_method spec_model",
+    ),
+    _decide(
+        Verdict.WORKS,
+        "drafts are room in pool and step like other tokens; KV of wrong ones is never copied",
+        "spec_tokens per_request_spec_decode_metrics",
     ),
     _decide(Verdict.REFUSED, "its steps write KV more than once", "diffusion_config"),
     _decide(Verdict.REFUSED, "not kept for tokens whose KV comes from host memory", "enable_return_routed_experts"),
@@ -138,12 +151,13 @@ DECISIONS: tuple[Decision, ...] = (
         "sparse_indexer_topk_backend enable_hc_sp",
     ),
     _decide(Verdict.NO_MATTER, "layers that share KV are refused", "kv_sharing_fast_prefill"),
+    _decide(Verdict.REFUSED, "an encoder alone has no KV", "mm_encoder_only"),
     _decide(
-        Verdict.NO_MATTER,
-        "multimodal models are refused",
+        Verdict.WORKS,
+        "images are computed before the KV that holds them; a parked request needs them no more",
         "allowed_local_media_path allowed_media_domains language_model_only limit_mm_per_prompt enable_mm_embeds "
         "interleave_mm_strings media_io_kwargs mm_processor_kwargs mm_processor_cache_gb mm_processor_cache_type "
-        "mm_hasher_algorithm mm_shm_cache_max_object_size_mb mm_encoder_only mm_encoder_tp_mode "
+        "mm_hasher_algorithm mm_shm_cache_max_object_size_mb mm_encoder_tp_mode "
         "mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path mm_encoder_fp8_scale_save_path "
         "mm_encoder_fp8_scale_save_margin skip_mm_profiling video_pruning_rate video_pruning_method mm_tensor_ipc "
         "mm_processor_device mm_ipc_gpu_memory_gb mm_device_do_normalize disable_chunked_mm_input "

@@ -90,6 +90,7 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._policy_source = follow_policy(side.config.policy_path, policy)
         self._policy_source.require = self._require_keepable
         self._controller = controller_for(self, side, self._policy_source.policy)
+        side.lookahead_tokens = self.num_lookahead_tokens
         desk = Desk(self._controller, side.ledger)
         path, rank = side.config.decision_log, self.vllm_config.parallel_config.data_parallel_index
         if path is not None and rank > 0:
@@ -113,6 +114,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
         self._telling = Telling(self, side, self._controller)
         self._telling.capacity()
         self._elastic = side.elastic = elasticity_for(self, side, side.managers, self._controller, desk)
+        # vLLM's V1 model runner keeps what it is told of a request when that starts, and nothing else.
+        self._keeps_images = self.vllm_config.model_config.is_multimodal_model and not self.use_v2_model_runner
 
     def _require_keepable(self, policy: SloPolicy) -> None:
         """A policy comes into force only if this engine's front end can keep it.
@@ -176,6 +179,8 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 self._managers.stand_aside()
                 output = super().schedule(throttle_prefills)
         self._recovery.scheduled()
+        if self._keeps_images:
+            self._with_all_images(output)
         if output.total_num_scheduled_tokens:
             if self._elastic is not None:
                 self._elastic.note_tokens(output.total_num_scheduled_tokens)
@@ -186,6 +191,13 @@ class LayerKVSchedulerMixin(_VLLMScheduler):
                 work = self._quiet_work.of(output)
             self._steps_in_flight.append(_Step(started_s, work, is_quiet))
         return output
+
+    def _with_all_images(self, output: SchedulerOutput) -> None:
+        """vLLM tells workers nothing of images that a cached prefix covers. Who gives its KV up later, and finds
+        that prefix no more, needs them: the engine would end for want of them."""
+        for new in output.scheduled_new_reqs:
+            if new.mm_features:
+                new.mm_features = self.requests[new.req_id].mm_features
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

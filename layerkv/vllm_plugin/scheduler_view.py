@@ -32,6 +32,8 @@ class SchedulerView(Protocol):
     current_step: int
     max_num_scheduled_tokens: int
     max_num_active_reqs: int
+    num_spec_tokens: int
+    num_lookahead_tokens: int
     adaptive_long_prefill_threshold: bool
     defer_block_free: bool
     use_v2_model_runner: bool

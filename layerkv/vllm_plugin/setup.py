@@ -21,6 +21,7 @@ from layerkv.device.mechanism import ALIGNMENT_BYTES
 from layerkv.errors import ConfigError
 from layerkv.scheduler.decision_log import require_writable
 from layerkv.units import format_bytes
+from layerkv.vllm_plugin.drafts import drafting_blocks
 from layerkv.vllm_plugin.elastic_setup import ElasticSizes, HostSizes, elastic_sizes, host_sizes, require_elastic
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
 from layerkv.vllm_plugin.kv_groups import our_groups, require_one_page_size
@@ -99,6 +100,11 @@ def request_for_groups(
     if is_plain(own):
         return geometry_request(vllm_config, config, spec, own[0].num_layers)
     require_without_groups(config)
+    if vllm_config.speculative_config is not None:
+        raise ConfigError(
+            "--speculative-config: not supported by layerkv yet with a model that has several KV-cache groups, sliding "
+            "windows or states, because room for drafts is counted for one group that keeps all blocks; leave it out"
+        )
     return geometry_request(vllm_config, config, spec, 0, own)
 
 
@@ -175,7 +181,8 @@ def require_room_for_one(
         ConfigError: a request of ``max_model_len`` tokens fits neither into the pool nor, with ``long_contexts``, into
             lane zone and host memory, or would not run there.
     """
-    pool_tokens = (geometry.pool_blocks - 1) * geometry.block_tokens  # vLLM keeps one block as its null block
+    num_others = 1 + drafting_blocks(vllm_config, geometry.block_tokens)  # vLLM keeps one block as its null block
+    pool_tokens = (geometry.pool_blocks - num_others) * geometry.block_tokens
     zone_tokens = geometry.zone_blocks * geometry.block_tokens
     max_model_len = vllm_config.model_config.max_model_len
     if not geometry.is_plain:

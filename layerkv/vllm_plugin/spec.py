@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheSpec,
     MambaSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
@@ -202,12 +203,6 @@ class LayerKVSpec(FullAttentionSpec):
     segments: SegmentPlan | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, memory: WorkerMemory, segments: SegmentPlan | None = None) -> LayerKVSpec:
-        """The same spec as ours."""
-        own = {each.name: getattr(spec, each.name) for each in fields(FullAttentionSpec)}
-        return cls(**own, memory=memory, segments=segments)
-
-    @classmethod
     def merge(cls, specs: list[LayerKVSpec]) -> LayerKVSpec:
         """vLLM's merge, which does not know our fields."""
         return replace(super().merge(specs), memory=specs[0].memory, segments=specs[0].segments)
@@ -229,23 +224,33 @@ class LayerKVChunkSpec(ChunkedLocalAttentionSpec):
     memory: WorkerMemory | None = field(default=None, compare=False)
 
 
+@register_kv_cache_spec(manager_class=LayerKVManager, uniform_type_base_spec=FullAttentionSpec)
+@dataclass(frozen=True, kw_only=True)
+class LayerKVMLASpec(LayerKVSpec, MLAAttentionSpec):
+    """The same for the latent vectors of MLA, of which each rank holds all."""
+
+    head_size_v: int = 0  # as MLA has it: the default that we inherit first is that of keys and values apart
+
+
 OUR_SPECS = (LayerKVSpec, LayerKVWindowSpec, LayerKVChunkSpec)
 
-_OURS: dict[type[KVCacheSpec], type[KVCacheSpec]] = {
+OURS: dict[type[KVCacheSpec], type[KVCacheSpec]] = {
     FullAttentionSpec: LayerKVSpec,
+    MLAAttentionSpec: LayerKVMLASpec,
     SlidingWindowSpec: LayerKVWindowSpec,
     ChunkedLocalAttentionSpec: LayerKVChunkSpec,
 }
+"""Which of ours stands for which of vLLM's. What derives from these means something else, and is none of them."""
 
 
 def is_supported(spec: KVCacheSpec) -> bool:
     """Whether layers of this kind may be served."""
-    return type(spec) in _OURS or type(spec) is MambaSpec
+    return type(spec) in OURS or type(spec) is MambaSpec
 
 
 def ours(spec: KVCacheSpec, memory: WorkerMemory) -> KVCacheSpec:
     """The same spec as ours; a state's stays as it is: it never passes through a lane."""
-    if (own := _OURS.get(type(spec))) is None:
+    if (own := OURS.get(type(spec))) is None:
         return spec
     values = {each.name: getattr(spec, each.name) for each in fields(type(spec))}
     return own(**values, memory=memory)  # type: ignore[call-arg]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from layerkv.config import SloPolicy
 from layerkv.errors import ConfigError
+from layerkv.vllm_plugin.drafts import DRAFTS_WITH_KV, DRAFTS_WITHOUT_KV
 from layerkv.vllm_plugin.our_classes import CONNECTOR, OUR_WORKERS, VLLM_WORKERS, is_our_scheduler
 
 if TYPE_CHECKING:
@@ -137,14 +138,17 @@ def _model_problems(c: VllmConfig) -> Iterable[Unsupported]:
         yield Unsupported(
             "an attention-free model", "its states do not grow with the context", "use a model with attention"
         )
-    if model.is_multimodal_model:
-        yield Unsupported("a multimodal model", "encoder inputs are untested with parking", "use a text model")
-    if model.use_mla:
-        yield Unsupported("MLA attention", "its KV layout is untested", "use a model with full attention")
+    if model.multimodal_config is not None and model.multimodal_config.mm_encoder_only:
+        yield Unsupported("--mm-encoder-only", "an encoder alone has no KV", "leave it out, or layerkv")
+    if c.ec_transfer_config is not None:
+        yield Unsupported(
+            "--ec-transfer-config",
+            "prompts would wait for an encoder elsewhere, beside those that wait for KV",
+            "leave it out",
+        )
     if c.diffusion_config is not None:
         yield Unsupported("a diffusion model", "its steps write KV more than once", "leave out --diffusion-config")
-    if c.speculative_config is not None:
-        yield Unsupported("speculative decoding", "draft KV is not tracked", "leave out --speculative-config")
+    yield from _speculation_problems(c)
     if model.enable_sleep_mode:
         yield Unsupported("sleep mode", "the arena is not part of its memory pool", "leave out --enable-sleep-mode")
     if model.original_max_model_len == -1:
@@ -160,6 +164,22 @@ def _model_problems(c: VllmConfig) -> Iterable[Unsupported]:
     if c.cache_config.kv_cache_dtype_skip_layers and c.cache_config.cache_dtype != "auto":
         yield Unsupported(
             "--kv-cache-dtype-skip-layers", "the layers would differ in KV shape", "leave it out, or --kv-cache-dtype"
+        )
+
+
+def _speculation_problems(c: VllmConfig) -> Iterable[Unsupported]:
+    speculation = c.speculative_config
+    if speculation is None:
+        return
+    if speculation.method not in (*DRAFTS_WITHOUT_KV, *DRAFTS_WITH_KV):
+        yield Unsupported(
+            f"speculative decoding by {speculation.method}",
+            "what it keeps beside the model's KV, and when, is untested",
+            f"set method in --speculative-config to one of {', '.join((*DRAFTS_WITHOUT_KV, *DRAFTS_WITH_KV))}",
+        )
+    if speculation.parallel_drafting:
+        yield Unsupported(
+            "parallel drafting", "its drafts' slots are untested", "leave parallel_drafting out of --speculative-config"
         )
 
 

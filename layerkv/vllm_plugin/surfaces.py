@@ -25,7 +25,7 @@ NAMES: dict[str, str] = {
     "vllm.v1.core.block_pool": "BlockPool",
     "vllm.v1.core.kv_cache_utils": (
         "KVCacheBlock generate_block_hash_extra_keys maybe_convert_block_hash resolve_kv_cache_block_sizes "
-        "to_event_extra_keys"
+        "to_event_extra_keys unify_hybrid_kv_cache_specs"
     ),
     "vllm.v1.core.sched.async_scheduler": "AsyncScheduler",
     "vllm.v1.core.sched.interface": "PauseState",
@@ -36,8 +36,8 @@ NAMES: dict[str, str] = {
     ),
     "vllm.v1.engine": "EngineCoreOutput EngineCoreOutputs",
     "vllm.v1.kv_cache_interface": (
-        "AttentionSpec ChunkedLocalAttentionSpec FullAttentionSpec KVCacheGroupSpec KVCacheSpec MambaSpec "
-        "SlidingWindowSpec UniformTypeKVCacheSpecs"
+        "AttentionSpec ChunkedLocalAttentionSpec FullAttentionSpec KVCacheGroupSpec KVCacheSpec MLAAttentionSpec "
+        "MambaSpec SlidingWindowSpec UniformTypeKVCacheSpecs"
     ),
     "vllm.v1.kv_cache_spec_registry": "KVCacheSpecRegistry register_kv_cache_spec",
     "vllm.v1.metrics.stats": "PrefixCacheStats SchedulerStats",
@@ -61,7 +61,7 @@ MEMBERS: dict[str, str] = {
     "vllm.config.LoRAConfig": "max_loras",
     "vllm.config.ModelConfig": (
         "enable_sleep_mode get_num_layers is_attention_free is_encoder_decoder is_multimodal_model logits_processors "
-        "max_model_len model original_max_model_len runner_type served_model_name use_mla"
+        "max_model_len model multimodal_config original_max_model_len runner_type served_model_name"
     ),
     "vllm.config.ParallelConfig": (
         "_api_process_count data_parallel_backend data_parallel_index data_parallel_size data_parallel_size_local "
@@ -74,8 +74,9 @@ MEMBERS: dict[str, str] = {
         "max_num_batched_tokens prefill_schedule_interval scheduler_cls watermark"
     ),
     "vllm.config.VllmConfig": (
-        "aux_output_config cache_config compilation_config device_config diffusion_config kv_transfer_config "
-        "max_in_flight_tokens model_config parallel_config scheduler_config speculative_config use_v2_model_runner"
+        "aux_output_config cache_config compilation_config device_config diffusion_config ec_transfer_config "
+        "kv_transfer_config max_in_flight_tokens model_config parallel_config scheduler_config speculative_config "
+        "use_v2_model_runner"
     ),
     "vllm.distributed.kv_transfer.kv_connector.factory.KVConnectorFactory": "register_connector",
     "vllm.distributed.kv_transfer.kv_connector.v1.base.KVConnectorBase_V1": (
@@ -116,7 +117,8 @@ MEMBERS: dict[str, str] = {
     "vllm.v1.core.sched.interface.PauseState": "PAUSED_ALL PAUSED_NEW UNPAUSED",
     "vllm.v1.core.sched.output.KVConnectorBlockState": "resolve_block_ids",
     "vllm.v1.core.sched.output.SchedulerOutput": (
-        "kv_connector_block_state kv_connector_metadata num_scheduled_tokens total_num_scheduled_tokens"
+        "kv_connector_block_state kv_connector_metadata num_scheduled_tokens scheduled_new_reqs "
+        "total_num_scheduled_tokens"
     ),
     "vllm.v1.core.sched.request_queue.RequestQueue": (
         "add_request peek_request pop_request prepend_request prepend_requests remove_request remove_requests"
@@ -127,10 +129,10 @@ MEMBERS: dict[str, str] = {
         "adaptive_long_prefill_threshold add_request cache_config connector current_step defer_block_free "
         "deferred_frees deferred_waiting failed_recving_kv_req_ids finish_requests finished_recving_kv_req_ids "
         "get_num_unfinished_requests kv_cache_manager kv_holding_waiting log_stats lora_config max_model_len "
-        "max_num_active_reqs max_num_scheduled_tokens num_waiting_for_streaming_input pause_state policy "
-        "prev_step_scheduled_req_ids processed_step_seq requests reset_connector_cache reset_preempted_req_ids "
-        "reset_prefix_cache running sched_step_seq schedule scheduler_config set_pause_state shutdown "
-        "update_from_output use_v2_model_runner vllm_config waiting"
+        "max_num_active_reqs max_num_scheduled_tokens num_lookahead_tokens num_spec_tokens "
+        "num_waiting_for_streaming_input pause_state policy prev_step_scheduled_req_ids processed_step_seq requests "
+        "reset_connector_cache reset_preempted_req_ids reset_prefix_cache running sched_step_seq schedule "
+        "scheduler_config set_pause_state shutdown update_from_output use_v2_model_runner vllm_config waiting"
     ),
     "vllm.v1.core.single_type_kv_cache_manager.SingleTypeKVCacheManager": (
         "_get_num_evictable_blocks allocate_external_computed_blocks allocate_new_blocks block_pool block_size "
@@ -139,7 +141,6 @@ MEMBERS: dict[str, str] = {
     "vllm.v1.engine.EngineCoreOutput": "finish_reason new_token_ids request_id",
     "vllm.v1.engine.EngineCoreOutputs": "outputs scheduler_stats",
     "vllm.v1.kv_cache_interface.AttentionSpec": "block_size dtype kv_quant_mode page_size_bytes",
-    "vllm.v1.kv_cache_interface.ChunkedLocalAttentionSpec": "attention_chunk_size",
     "vllm.v1.kv_cache_interface.FullAttentionSpec": "merge",
     "vllm.v1.kv_cache_interface.KVCacheConfig": "kv_cache_groups kv_cache_layout kv_cache_tensors num_blocks",
     "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "kv_cache_spec layer_names",
@@ -158,10 +159,10 @@ MEMBERS: dict[str, str] = {
     "vllm.v1.outputs.ModelRunnerOutput": "kv_connector_output",
     "vllm.v1.request.Request": (
         "all_token_ids arrival_time block_hashes client_index drop_stale_output get_finished_reason is_finished "
-        "is_prefill_chunk lora_request max_tokens num_computed_tokens num_in_flight_tokens num_output_placeholders "
-        "num_output_tokens num_prompt_tokens num_stale_output_tokens num_tokens priority request_id resumable "
-        "sampling_params session_id skip_reading_prefix_cache spec_token_ids status structured_output_request "
-        "take_events trace_headers"
+        "is_prefill_chunk lora_request max_tokens mm_features num_computed_tokens num_in_flight_tokens "
+        "num_output_placeholders num_output_tokens num_prompt_tokens num_stale_output_tokens num_tokens priority "
+        "request_id resumable sampling_params session_id skip_reading_prefix_cache spec_token_ids status "
+        "structured_output_request take_events trace_headers"
     ),
     "vllm.v1.request.RequestStatus": (
         "FINISHED_ABORTED FINISHED_ERROR FINISHED_LENGTH_CAPPED FINISHED_REPETITION FINISHED_STOPPED PREEMPTED RUNNING "
@@ -239,6 +240,7 @@ PARAMETERS: dict[str, str] = {
     "vllm.v1.core.kv_cache_utils.maybe_convert_block_hash": "hash_bytes",
     "vllm.v1.core.kv_cache_utils.resolve_kv_cache_block_sizes": "kv_cache_config vllm_config",
     "vllm.v1.core.kv_cache_utils.to_event_extra_keys": "extra_keys",
+    "vllm.v1.core.kv_cache_utils.unify_hybrid_kv_cache_specs": "kv_cache_spec",
     "vllm.v1.core.sched.request_queue.RequestQueue.add_request": "request",
     "vllm.v1.core.sched.request_queue.RequestQueue.prepend_request": "request",
     "vllm.v1.core.sched.request_queue.RequestQueue.prepend_requests": "requests",
@@ -264,7 +266,6 @@ PARAMETERS: dict[str, str] = {
         "new_computed_blocks num_tokens request_id"
     ),
     "vllm.v1.engine.EngineCoreOutput": "events finish_reason new_token_ids request_id stop_reason trace_headers",
-    "vllm.v1.kv_cache_interface.FullAttentionSpec": "attention_chunk_size sliding_window",
     "vllm.v1.kv_cache_interface.FullAttentionSpec.merge": "specs",
     "vllm.v1.kv_cache_interface.UniformTypeKVCacheSpecs.is_uniform_type": "kv_cache_specs",
     "vllm.v1.kv_cache_spec_registry.register_kv_cache_spec": "manager_class uniform_type_base_spec",

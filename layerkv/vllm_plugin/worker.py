@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import unify_hybrid_kv_cache_specs
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec, UniformTypeKVCacheSpecs
 
 from layerkv.core.geometry import GeometryRequest, geometry_for_memory
 from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.elastic_setup import ElasticSizes, elastic_sizes, told_kv_bytes
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
-from layerkv.vllm_plugin.kv_groups import as_full_attention, grouped, is_uniform, our_groups, zeroes_blocks
+from layerkv.vllm_plugin.kv_groups import grouped, is_uniform, our_groups, zeroes_blocks
 from layerkv.vllm_plugin.setup import (
     engine_config,
     request_for_groups,
@@ -60,6 +61,8 @@ class LayerKVWorkerMixin(_VLLMWorker):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, each as ours, so that our managers hand out the blocks."""
         specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
+        if self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            unify_hybrid_kv_cache_specs(specs)  # the engine core does it next, and would not keep what is ours
         if (problem := self._unsupported_layers(specs)) is not None:
             if self._layerkv.on_unsupported == "error":
                 raise ConfigError(
@@ -68,8 +71,6 @@ class LayerKVWorkerMixin(_VLLMWorker):
                 )
             logger.warning("layerkv is off, vLLM runs as without it: %s", problem)
             return specs
-        if self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-            specs = as_full_attention(specs)
         memory = self.memory_before_kv()
         self._layerkv_specs = {name: ours(spec, memory) for name, spec in specs.items()}
         self._zeroes_blocks = zeroes_blocks(self._layerkv_specs.values())
@@ -141,6 +142,11 @@ class LayerKVWorkerMixin(_VLLMWorker):
                     "windows, chunked local attention and Mamba-like states yet: use a model without compressed or "
                     "cross attention"
                 )
+            if vars(spec).get("non_causal"):  # not in all releases
+                return (
+                    f"layer {name} reads tokens that come later, and layerkv computes a prompt in chunks, in order: "
+                    "use a model with causal attention"
+                )
         if all(isinstance(spec, MambaSpec) for spec in specs.values()):
             return "a model without attention is not supported by layerkv: its states do not grow with the context"
         has_states = any(isinstance(spec, MambaSpec) for spec in specs.values())
@@ -153,7 +159,10 @@ class LayerKVWorkerMixin(_VLLMWorker):
             return shapes
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers):  # not all layers have KV
-            return "layers that share another layer's KV are not supported by layerkv yet: use another model"
+            return (
+                "layers that share another layer's KV are not supported by layerkv yet, because that layer's lane is "
+                "written anew before they run: use another model"
+            )
         return None
 
 
@@ -161,4 +170,9 @@ def _mixed_shapes(specs: dict[str, KVCacheSpec]) -> str | None:
     """vLLM puts layers of one kind that differ in shape into one group, whose pages then differ in size."""
     if is_uniform(specs) or not UniformTypeKVCacheSpecs.is_uniform_type(specs):
         return None
-    return "the model's attention layers differ in KV shape, which layerkv does not support yet: use another model"
+    (one, first), *others = specs.items()
+    other = next(name for name, spec in others if spec != first)
+    return (
+        f"the model's attention layers differ in KV shape ({one} from {other}), and those of a lane must not: "
+        "use another model"
+    )

@@ -19,6 +19,7 @@ from tests.vllm.hand_engine import HandEngine
 
 BLOCK_BYTES = 6 * 2 * 16 * 2 * 64 * 4
 FAILING_STEPS = 300
+DRAFTS = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2}}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,15 @@ SETTINGS: dict[str, Setting] = {
     "all layered": Setting({"layered": 1}, {"pool_blocks": 60}, {"compare": {"mode": "layered"}}),
     "longer than the pool": Setting(
         {"layered": 1, "came_back": 1}, {"pool_blocks": 8}, {"long_contexts": True}, num_requests=5, longest=190
+    ),
+    "drafts": Setting({"parks": 1, "fetches": 1, "layered": 1}, {"pool_blocks": 30, **DRAFTS}),
+    "drafts ahead": Setting({"parks": 1, "fetches": 1, "layered": 1}, {"pool_blocks": 30, "ahead": True, **DRAFTS}),
+    "drafts and failing fetches": Setting(
+        {"fetches": 1, "recomputes": 1}, {"pool_blocks": 30, "ahead": True, **DRAFTS}, fails=True
+    ),
+    "drafts at few slots": Setting({"paused": 1}, {"pool_blocks": 200, "max_num_seqs": 3, "ahead": True, **DRAFTS}),
+    "drafts of what is longer than the pool": Setting(
+        {"layered": 1}, {"pool_blocks": 8, **DRAFTS}, {"long_contexts": True}, num_requests=5, longest=190
     ),
     "a pool that grows": Setting(
         {"grown": 1}, {}, {"kv_floor": f"{36 * BLOCK_BYTES}B", "kv_ceiling": f"{84 * BLOCK_BYTES}B"}

@@ -8,8 +8,9 @@ wrong that is computed after it, and what is right is known without running anyt
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,13 @@ def _digest(kv: np.ndarray, end: int) -> int:
 
 @dataclass
 class _Known:
-    """What the worker knows of a request."""
+    """What the worker knows of a request: of which tokens KV is there to stay, and what it drafted last, besides."""
 
     num_prompt: int
     tokens: list[int]
     block_ids: list[int]
+    num_valid: int = 0
+    drafts: list[int] = field(default_factory=list)
 
 
 class CheckedWorker:
@@ -84,10 +87,14 @@ class CheckedWorker:
         """``gets_all_tokens``: a request that was not in the last step has its tokens from the scheduler, as in vLLM's
         worker under asynchronous scheduling.
 
-        Set ``num_places`` for vLLM's V2 model runner: it keeps the state of so many requests, and none of one that was
-        preempted.
+        Set ``num_drafts`` for speculative decoding: it drafts so many tokens, of which some at the beginning are right,
+        and under asynchronous scheduling it alone knows which. Set ``num_places`` for vLLM's V2 model runner: it keeps
+        the state of so many requests, and none of one that was preempted.
         """
         self.num_places: int | None = None
+        self.num_drafts = 0
+        self.num_wrong = self.num_right = 0  # drafts that were computed
+        self._draw = random.Random(0)
         self.device = np.full((geometry.total_blocks, geometry.block_tokens), POISON, np.int64)
         self.host = np.full((num_host_blocks, geometry.block_tokens), POISON, np.int64)
         self._block_tokens, self._first_zone_block = geometry.block_tokens, geometry.pool_blocks
@@ -208,7 +215,7 @@ class CheckedWorker:
         for new in scheduled.scheduled_new_reqs:
             tokens = new.prefill_token_ids if is_v2 else new.prompt_token_ids
             self._known[new.req_id] = _Known(len(new.prompt_token_ids), list(tokens), list(new.block_ids[0]))
-            starts[new.req_id] = new.num_computed_tokens
+            starts[new.req_id] = self._known[new.req_id].num_valid = new.num_computed_tokens
         cached = scheduled.scheduled_cached_reqs
         for index, name in enumerate(cached.req_ids):
             known, blocks = self._known[name], cached.new_block_ids[index]
@@ -216,24 +223,54 @@ class CheckedWorker:
             del known.tokens[known.num_prompt + num_output :]  # were discarded
             if name in cached.resumed_req_ids:
                 known.block_ids = []
+                known.num_valid = starts[name]
             if self._gets_all_tokens and num_output and name in cached.all_token_ids:
                 known.tokens = list(cached.all_token_ids[name])
             known.block_ids += blocks[0] if blocks is not None else ()
         assert self.num_places is None or len(self._known) <= self.num_places
         sampled: dict[str, list[int]] = {}
         for name, num_tokens in scheduled.num_scheduled_tokens.items():
-            known, start = self._known[name], starts[name]
+            known = self._known[name]
+            # Of drafts in flight, the scheduler does not know yet which were right.
+            start = min(starts[name], known.num_valid) if self.num_drafts else starts[name]
+            drafts = self._drafts_of(known, scheduled.scheduled_spec_decode_tokens.get(name, ()))
+            num_sure = start + num_tokens - len(drafts)
+            tokens = [*known.tokens[:num_sure], *drafts]
             assert self.mapped[known.block_ids].all(), f"{name} computes in memory that is not there"
             kv = self.device[known.block_ids].reshape(-1)[: start + num_tokens].copy()
             for position in range(start, start + num_tokens):
-                kv[position] = _kv_of(kv[:position], known.tokens[position])
+                kv[position] = _kv_of(kv[:position], tokens[position])
                 block, offset = divmod(position, self._block_tokens)
                 self.device[known.block_ids[block], offset] = kv[position]
             sampled[name] = []
-            if start + num_tokens == len(known.tokens):
-                sampled[name] = [_sample(kv)]
+            known.num_valid = num_sure
+            if num_sure == len(known.tokens):
+                sampled[name] = [_sample(kv[:num_sure])]
+                while (num_right := len(sampled[name]) - 1) < len(drafts) and drafts[num_right] == sampled[name][-1]:
+                    sampled[name].append(_sample(kv[: num_sure + num_right + 1]))
                 known.tokens += sampled[name]
+                known.num_valid += num_right
+                self.num_right, self.num_wrong = self.num_right + num_right, self.num_wrong + len(drafts) - num_right
+                known.drafts = self._draft(known.tokens)
         return sampled
+
+    def _drafts_of(self, known: _Known, scheduled: Sequence[int]) -> list[int]:
+        """The scheduler says how many; which, only if no step was in flight when it did."""
+        return known.drafts[: len(scheduled)] if self._gets_all_tokens and known.drafts else list(scheduled)
+
+    def _draft(self, tokens: Sequence[int]) -> list[int]:
+        if not self.num_drafts:
+            return []
+        right = answer(tokens, self.num_drafts)
+        num_right = self._draw.randint(0, self.num_drafts)
+        return [*right[:num_right], *((token + 1) % VOCABULARY for token in right[num_right:])]
+
+    def drafts(self, names: Iterable[str]) -> Any:
+        """What it drafted last, as the engine core tells the scheduler where no step is in flight."""
+        from vllm.v1.outputs import DraftTokenIds
+
+        known = {name: self._known[name].drafts for name in names if name in self._known}
+        return DraftTokenIds(list(known), list(known.values()))
 
     def _store(self, runs: Iterable[BlockRun]) -> None:
         for device, host, length in runs:

@@ -108,6 +108,7 @@ class HandEngine:
             segments=None if sizes is None else sizes.plan,
             host_layout=None if host_sizes is None else host_sizes.layout,
         )
+        self.worker.num_drafts = self.scheduler.num_spec_tokens
 
     def _configs(self, *args: Any) -> tuple[Any, Any]:
         return configs(*args)
@@ -232,6 +233,8 @@ class HandEngine:
         delivered: dict[str, list[int]] = {}
         with self._at_its_time():
             outputs = self.scheduler.update_from_output(step.scheduled, step.output)
+        if self.worker.num_drafts and not self._is_ahead:
+            self.scheduler.update_draft_token_ids(self.worker.drafts(step.request_ids))
         for of_client in outputs.values():
             for output in of_client.outputs:
                 delivered[output.request_id] = output.new_token_ids

@@ -5,13 +5,15 @@ processed, as under asynchronous scheduling), fail_every (make fetches fail), fa
 layer fail: stores and loads of layered prefill, parks, stores ahead, fetches and prefixes alike),
 reset_while_fetching (as soon as a fetch is under way, once in each mix: pause at once and give all KV up),
 seed_every (each n-th request is sampled, with a seed of its own),
+sees (the model is one of those that see images), encoder_cache (its encoder cache holds so many tokens),
+adapters (folders of LoRA adapters, which requests know by number), embeds_of (the model whose embeddings prompts are),
 pause_step (let what has begun come to its end before that step goes on),
 shake_pool (a pool that grows and shrinks may hold another number of segments every third step, drawn by this seed),
 has_broker (a broker that has plenty of both memories runs where the engine looks for it; with shake_pool, host memory
 is shaken too).
 
-OUT: for each mix the tokens of each request, and what the books say after the mix: everything given back or not, and
-how often each move was made.
+OUT: for each mix the tokens of each request, which gave their KV up and were computed again, and what the books say
+after the mix: everything given back or not, and how often each move was made.
 
 A SPEC may be a mapping of several, by name: their engines run one after the other, since most of an engine's start is
 imports. OUT then has for each name what it would be alone under `results`, or a traceback under `error`.
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.vllm.mix import MixRequest, make_mix
+from tests.vllm.tiny_families import IMAGE_TOKENS, can_see, embedding_table, image
 
 
 def build(spec: dict[str, Any]) -> Any:
@@ -40,7 +43,11 @@ def build(spec: dict[str, Any]) -> Any:
 
     if spec.get("has_broker"):
         start_broker(Path(spec["engine_args"]["kv_transfer_config"]["kv_connector_extra_config"]["broker"]))
+    if spec.get("sees"):
+        can_see()
     config = EngineArgs(**spec["engine_args"]).create_engine_config()
+    if spec.get("encoder_cache"):
+        config.scheduler_config.encoder_cache_size = spec["encoder_cache"]
     if spec.get("ahead"):
         from layerkv.vllm_plugin.our_classes import OUR_ASYNC_SCHEDULER
 
@@ -196,10 +203,31 @@ def is_fetching(engine: Any) -> bool:
     return bool(engine.engine_core.engine_core.scheduler.kv_holding_waiting)
 
 
-def run_mix(engine: Any, requests: list[MixRequest], spec: dict[str, Any]) -> list[list[int]]:
-    """Add and abort by step count; returns each request's tokens, up to its abort."""
+def prompt_of(request: MixRequest, spec: dict[str, Any]) -> Any:
+    """As vLLM takes it."""
+    from vllm.inputs.engine import embeds_input, tokens_input
+
+    if request.is_embedded:
+        return embeds_input(embedding_table(spec["embeds_of"])[list(request.prompt)])
+    if not request.images:
+        return tokens_input(prompt_token_ids=list(request.prompt))
+    token_ids = list(request.prompt)
+    for place, _ in reversed(request.images):
+        token_ids[place + 1 : place + 1] = IMAGE_TOKENS
+    return {"prompt_token_ids": token_ids, "multi_modal_data": {"image": [image(seed) for _, seed in request.images]}}
+
+
+def adapter_of(request: MixRequest, spec: dict[str, Any]) -> Any:
+    """As vLLM takes it; None for the model as it is."""
+    from vllm.lora.request import LoRARequest
+
+    number = request.adapter
+    return LoRARequest(f"adapter-{number}", number, spec["adapters"][number - 1]) if number else None
+
+
+def run_mix(engine: Any, requests: list[MixRequest], spec: dict[str, Any]) -> dict[str, Any]:
+    """Add and abort by step count; returns each request's tokens, up to its abort, and which were computed again."""
     from vllm import SamplingParams
-    from vllm.inputs.engine import tokens_input
     from vllm.sampling_params import RequestOutputKind
 
     tokens: dict[str, list[int]] = {str(i): [] for i in range(len(requests))}
@@ -220,8 +248,9 @@ def run_mix(engine: Any, requests: list[MixRequest], spec: dict[str, Any]) -> li
                 detokenize=False,
                 output_kind=RequestOutputKind.DELTA,
             )
-            prompt = tokens_input(prompt_token_ids=list(request.prompt))
-            internal[str(index)] = engine.add_request(str(index), prompt, params)
+            internal[str(index)] = engine.add_request(
+                str(index), prompt_of(request, spec), params, lora_request=adapter_of(request, spec)
+            )
         for index, request in enumerate(requests):
             if request.abort_step == step and str(index) in internal:
                 engine.abort_request([str(index)])
@@ -236,7 +265,11 @@ def run_mix(engine: Any, requests: list[MixRequest], spec: dict[str, Any]) -> li
         assert step < 20_000, "the engine does not come to an end"
     for _ in range(3):  # let frees that vLLM defers, and fetches of aborted requests, come in
         engine.engine_core.engine_core.step_fn()
-    return [tokens[str(i)] for i in range(len(requests))]
+    recomputed = engine.engine_core.engine_core.scheduler.recomputed
+    return {
+        "tokens": [tokens[str(i)] for i in range(len(requests))],
+        "recomputed": [int(name) for name, request_id in internal.items() if request_id in recomputed],
+    }
 
 
 def books(engine: Any, scheduler: Any) -> dict[str, Any]:
@@ -264,7 +297,7 @@ def books(engine: Any, scheduler: Any) -> dict[str, Any]:
                     "prefix_hit_blocks",
                 )
             }
-            | {"pauses": scheduler.num_pauses},
+            | {"pauses": scheduler.num_pauses, **scheduler.drafts},
         }
     if isinstance(share := getattr(getattr(scheduler, "_elastic", None), "_share", None), ShakenShare):
         scheduler._elastic.check()
@@ -288,16 +321,45 @@ def count_pauses(scheduler: Any) -> None:
     pausing.pause = count
 
 
+def note_recomputed(scheduler: Any) -> None:
+    """``scheduler.recomputed`` from now on: requests that gave their KV up, if it is ours."""
+    scheduler.recomputed = set()
+    if (arrivals := getattr(scheduler, "_arrivals", None)) is None:
+        return
+    recomputes = arrivals.recomputes
+
+    def note(request: Any) -> None:
+        scheduler.recomputed.add(request.request_id)
+        recomputes(request)
+
+    arrivals.recomputes = note
+
+
+def count_drafts(scheduler: Any) -> None:
+    """``scheduler.drafts`` from now on: how many were right, and how many were not."""
+    scheduler.drafts = {"accepted_drafts": 0, "rejected_drafts": 0}
+    note = scheduler.make_spec_decoding_stats
+
+    def count(*args: Any, num_draft_tokens: int, num_accepted_tokens: int, **more: Any) -> Any:
+        scheduler.drafts["accepted_drafts"] += num_accepted_tokens
+        scheduler.drafts["rejected_drafts"] += num_draft_tokens - num_accepted_tokens
+        return note(*args, num_draft_tokens=num_draft_tokens, num_accepted_tokens=num_accepted_tokens, **more)
+
+    scheduler.make_spec_decoding_stats = count
+
+
 def run(spec: dict[str, Any]) -> list[dict[str, Any]]:
     """Start the engine, run the mixes, and end it."""
     engine = build(spec)
     try:
         scheduler = engine.engine_core.engine_core.scheduler
         count_pauses(scheduler)
+        count_drafts(scheduler)
+        note_recomputed(scheduler)
         results = []
         for mix in spec["mixes"]:
-            tokens = run_mix(engine, make_mix(**mix), spec)
-            results.append({"tokens": tokens, "books": books(engine, scheduler)})
+            ran = run_mix(engine, make_mix(**mix), spec)
+            results.append({**ran, "books": books(engine, scheduler)})
             engine.reset_prefix_cache(reset_connector=True)
         return results
     finally:

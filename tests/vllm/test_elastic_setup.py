@@ -41,6 +41,7 @@ def vllm_config(device: str = "cpu", ranks: int = 1, **cache: Any) -> Any:
     return SimpleNamespace(
         cache_config=cache_config,
         device_config=SimpleNamespace(device_type=device),
+        speculative_config=None,
         parallel_config=SimpleNamespace(tensor_parallel_size=ranks),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import product
@@ -19,7 +19,7 @@ import pytest
 
 from layerkv.bench.tiny_model import make_tiny_model
 from tests.vllm.forked import Forks, run_module
-from tests.vllm.mix import make_mix
+from tests.vllm.mix import MixRequest, make_mix
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -258,11 +258,24 @@ def test_tokens_are_stock_vllms_and_every_block_comes_back(setting: Setting, res
 
 def require_exact(setting: Setting, results: Results) -> None:
     """Assert that the setting's tokens are the reference's, and that all is given back."""
-    reference, found = results.reference(), results.of(setting)
-    assert len(found) == len(MIXES)
-    for mix, expected, result in zip(MIXES, reference, found, strict=True):
-        for request, want, got in zip(make_mix(**mix), expected, result["tokens"], strict=True):
+    require_same(setting, MIXES, results.reference(), results.of(setting))
+
+
+def require_same(
+    setting: Setting,
+    mixes: Sequence[dict[str, Any]],
+    reference: Sequence[list[list[int]]],
+    found: Sequence[dict[str, Any]],
+    is_compared: Callable[[MixRequest, bool], bool] = lambda request, was_recomputed: True,
+) -> int:
+    """As :func:`require_exact`, of any mixes; how many requests were compared, by what each is and was through."""
+    num_compared = 0
+    for mix, expected, result in zip(mixes, reference, found, strict=True):
+        for number, (request, want, got) in enumerate(zip(make_mix(**mix), expected, result["tokens"], strict=True)):
             assert len(want) == request.max_tokens
+            if not is_compared(request, number in result["recomputed"]):
+                continue
+            num_compared += 1
             assert got == (want if request.abort_step is None else want[: len(got)]), mix
         books = result["books"]
         moves = books.pop("moves")
@@ -276,3 +289,4 @@ def require_exact(setting: Setting, results: Results) -> None:
         }, mix
     for move in setting.must_move:  # or the setting has not tested what it is there for
         assert moves[move] > 0, moves
+    return num_compared

@@ -6,6 +6,7 @@ import dataclasses
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -52,7 +53,6 @@ def test_no_option_is_decided_about_twice() -> None:
 
 
 # What refuses: arguments, or a change to the configuration where vLLM itself would refuse the arguments on a CPU.
-NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 REJECTING = "configs/slo/overload.yaml"
 MULTI = {
     "kv_connector": "MultiConnector",
@@ -77,7 +77,6 @@ BY_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
         "overload: reject",
     ),
     "runner": ({"runner": "pooling"}, "runner type 'pooling'"),
-    "speculative_config": ({"speculative_config": NGRAM}, "speculative decoding"),
     "pipeline_parallel_size": ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
     "distributed_executor_backend": (
         {"distributed_executor_backend": "external_launcher"},
@@ -97,6 +96,15 @@ def by_change(config: VllmConfig, option: str) -> str:
     if option == "enable_sleep_mode":
         model.enable_sleep_mode = True
         return "sleep mode"
+    if option in ("speculative_config", "spec_method", "spec_model"):
+        config.speculative_config = SimpleNamespace(method="medusa", parallel_drafting=False)  # type: ignore[assignment]
+        return "speculative decoding by medusa"
+    if option == "ec_transfer_config":
+        config.ec_transfer_config = object()  # type: ignore[assignment]
+        return "--ec-transfer-config"
+    if option == "mm_encoder_only":
+        model.multimodal_config = SimpleNamespace(mm_encoder_only=True)  # type: ignore[assignment]
+        return "--mm-encoder-only"
     if option == "diffusion_config":
         config.diffusion_config = object()  # type: ignore[assignment]
         return "a diffusion model"

@@ -22,7 +22,7 @@ def check(max_model_len: int, monkeypatch: pytest.MonkeyPatch, **config: Any) ->
 
     monkeypatch.setattr(setup, "host_blocks_per_worker", lambda *_: 40)
     settings = EngineConfig.from_extra_config({"host_memory": "1MiB", **config})
-    model = SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len))
+    model = SimpleNamespace(model_config=SimpleNamespace(max_model_len=max_model_len), speculative_config=None)
     setup.require_room_for_one(model, settings, GEOMETRY, WorkerMemory.here())
 
 

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.vllm
 
-NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 WORKER, SCHEDULER = "vllm.v1.worker.gpu_worker.Worker", "vllm.v1.core.sched.scheduler.Scheduler"
 PASSTHROUGH = 'or set "on_unsupported": "passthrough" in kv_connector_extra_config to run without layerkv'
 OFF = "layerkv is off, vLLM runs as without it: "
@@ -57,7 +56,6 @@ def check_sentence(sentence: str, what: str, instead: str) -> None:
 UNSUPPORTED = [
     pytest.param({"kv_role": "kv_producer"}, "kv_role 'kv_producer'", "kv_both", id="a-producer"),
     pytest.param({"kv_role": "kv_consumer"}, "kv_role 'kv_consumer'", "kv_both", id="a-consumer"),
-    pytest.param({"speculative_config": NGRAM}, "speculative decoding", "--speculative-config", id="speculation"),
     pytest.param({"pipeline_parallel_size": 2}, "pipeline", "--pipeline-parallel-size 1", id="pipeline"),
     pytest.param({"max_model_len": -1}, "max_model_len -1", "--max-model-len", id="fitted-length"),
     pytest.param({"worker_cls": WORKER}, WORKER, "--worker-cls", id="another-worker"),
@@ -151,15 +149,6 @@ def encoder_decoder() -> Any:
     return WhisperConfig(architectures=["WhisperForConditionalGeneration"], max_target_positions=1024, **sizes)
 
 
-def latent_attention() -> Any:
-    from transformers import DeepseekV2Config
-
-    ranks = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16}
-    return DeepseekV2Config(
-        architectures=["DeepseekV2ForCausalLM"], num_hidden_layers=2, first_k_dense_replace=2, **TINY, **ranks
-    )
-
-
 TINY = {
     "hidden_size": 64,
     "num_attention_heads": 2,
@@ -173,7 +162,7 @@ TINY = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "what"),
-    [(encoder_decoder, "encoder-decoder"), (latent_attention, "MLA")],
+    [(encoder_decoder, "encoder-decoder")],
 )
 def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(
     small_engine: dict[str, Any], tmp_path: Path, make: Callable[[], Any], what: str
@@ -186,22 +175,98 @@ def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(
     check_sentence(str(refused.value), what, "use a")
 
 
-def test_layers_that_share_kv_are_refused_on_either_model_runner() -> None:
-    """By what the layers say: only one of vLLM's model runners knows by itself."""
-    import torch
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
+def problem_of_layers(specs: dict[str, Any], layers: dict[str, Any] | None = None) -> str | None:
+    """What a worker says of a model with these layers; on either model runner, since it asks neither."""
     from layerkv.vllm_plugin.worker import LayerKVWorkerMixin
 
     worker = object.__new__(LayerKVWorkerMixin)
+    worker.vllm_config = SimpleNamespace(  # type: ignore[assignment]
+        compilation_config=SimpleNamespace(static_forward_context=layers or {})
+    )
+    return worker._unsupported_layers(specs)
+
+
+def layer_spec(name: str = "FullAttentionSpec", **more: Any) -> Any:
+    """One of vLLM's, small."""
+    import torch
+    from vllm.v1 import kv_cache_interface
+
+    sizes = {"block_size": 32, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    return getattr(kv_cache_interface, name)(**{**sizes, **more})
+
+
+def test_layers_that_share_kv_are_refused_by_what_the_layers_say() -> None:
     own, shares = SimpleNamespace(kv_sharing_target_layer_name=None), SimpleNamespace(kv_sharing_target_layer_name="a")
-    specs: dict[str, Any] = {"a": FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=8, dtype=torch.float32)}
-    for layers, is_refused in (({"a": own, "moe": object()}, False), ({"a": own, "b": shares}, True)):
-        worker.vllm_config = SimpleNamespace(  # type: ignore[assignment]
-            compilation_config=SimpleNamespace(static_forward_context=layers)
-        )
-        problem = worker._unsupported_layers(specs)
-        assert (problem is not None and "share another layer's KV" in problem) == is_refused
+    assert problem_of_layers({"a": layer_spec()}, {"a": own, "moe": object()}) is None
+    problem = problem_of_layers({"a": layer_spec()}, {"a": own, "b": shares})
+    assert problem is not None
+    assert "share another layer's KV" in problem
+    assert "use another model" in problem
+
+
+def test_layers_that_differ_in_kv_shape_are_refused_by_naming_two() -> None:
+    """As where an indexer has a cache beside the model's."""
+    latent = {"cache_dtype_str": "auto", "head_size": 576}
+    assert (
+        problem_of_layers({"a": layer_spec(), "b": layer_spec(sliding_window=64)}) is None
+    )  # what lies where is alike
+    for other in (
+        layer_spec(num_kv_heads=2),
+        layer_spec("MLAAttentionSpec", **latent),
+    ):
+        problem = problem_of_layers({"a": layer_spec(), "b": other})
+        assert problem is not None
+        assert "differ in KV shape (a from b)" in problem
+    assert problem_of_layers({"a": layer_spec("MLAAttentionSpec", **latent)}) is None
+
+
+def test_where_only_some_layers_have_a_window_the_sentence_says_how_to_serve_them() -> None:
+    window = layer_spec("SlidingWindowSpec", sliding_window=64)
+    problem = problem_of_layers({"a": layer_spec(), "b": window})
+    assert problem is not None
+    assert "layer b has a SlidingWindowSpec" in problem
+    assert "set --disable-hybrid-kv-cache-manager" in problem
+    problem = problem_of_layers({"a": window})
+    assert problem is not None
+    assert "use a model without sliding-window" in problem
+
+
+def test_layers_that_read_ahead_are_refused() -> None:
+    problem = problem_of_layers({"a": layer_spec(non_causal=True)})
+    assert problem is not None
+    assert "use a model with causal attention" in problem
+
+
+def test_a_spec_of_ours_has_all_that_vllms_has_and_its_page() -> None:
+    """The more so where a kind of attention adds to it, merged as vLLM merges the layers of a group."""
+    from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+    from layerkv.vllm_plugin.host_memory import WorkerMemory
+    from layerkv.vllm_plugin.spec import LayerKVManager, LayerKVSpec
+
+    latent = layer_spec("MLAAttentionSpec", head_size=576, max_tp_shards=1, cache_dtype_str="auto", alignment=576)
+    memory = WorkerMemory.here()
+    for spec in (layer_spec(sliding_window=64), latent):
+        ours = LayerKVSpec.of(spec, memory)
+        merged = ours.merge([ours, ours])
+        for each in (ours, merged):
+            assert isinstance(each, type(spec))
+            assert each.page_size_bytes == spec.page_size_bytes
+            assert each.memory is memory
+            assert KVCacheSpecRegistry.get_manager_class(each) is LayerKVManager
+            theirs = KVCacheSpecRegistry.get_uniform_type_base_spec(spec)
+            assert KVCacheSpecRegistry.get_uniform_type_base_spec(each) is theirs
+        assert {name: getattr(ours, name) for name in spec.__dataclass_fields__} == vars(spec)
+
+
+def test_a_way_of_drafting_that_is_untested_is_refused_by_its_name(small_engine: dict[str, Any]) -> None:
+    drafter = {"method": "draft_model", "model": small_engine["model"], "num_speculative_tokens": 2}
+    assert config_of(small_engine, speculative_config=drafter).kv_transfer_config is not None
+    drafter["parallel_drafting"] = True
+    with pytest.raises(ConfigError) as refused:
+        config_of(small_engine, speculative_config=drafter)
+    check_sentence(str(refused.value), "parallel drafting", "parallel_drafting")
+    assert config_of(small_engine, on_unsupported="passthrough", speculative_config=drafter).kv_transfer_config is None
 
 
 # Another vLLM --------------------------------------------------------------------------------------------------------

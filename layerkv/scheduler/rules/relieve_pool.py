@@ -17,7 +17,7 @@ def relieve_pool(now: Outlook, draft: Draft) -> None:
     s = now.s
     growth = s.load.growth_blocks
     if s.load.num_paused and s.load.num_paused == s.load.num_resident:
-        growth += 1  # somebody must go on
+        growth += s.shape.step_blocks  # somebody must go on
     deficit = growth - s.engine.free_blocks
     if deficit <= 0:
         return

@@ -107,7 +107,7 @@ def _has_step_for_all_of_it(now: Outlook, draft: Draft, w: WaitingRequest) -> bo
     """
     s = now.s
     is_first = not draft.admit and s.load.prefilling_tokens == 0
-    return is_first and w.num_tokens + len(draft.fetch) <= s.engine.budget_tokens - s.load.decode_tokens
+    return is_first and w.num_tokens + len(draft.fetch) <= s.most_prefill_tokens
 
 
 def _why_not_layered(now: Outlook, draft: Draft, w: WaitingRequest) -> Reason | None:

@@ -366,3 +366,65 @@ def test_without_layer_hooks_compute_waits_for_all_of_a_park_at_once(
     assert not lanes.has_layer_work
     lanes.end_step()
     assert submitted == [(Direction.STORE, tuple(range(MANY)))]
+
+
+# Layers of what drafts -----------------------------------------------------------------------------------------------
+
+DRAFTING = 2
+
+
+def drafting_lanes(worker: Worker) -> LaneSchedule:
+    """The last two of four layers draft."""
+    return LaneSchedule(worker.engine, small_geometry(NUM_LAYERS, LANES).lane_layers(), num_drafting=DRAFTING)
+
+
+@pytest.mark.parametrize("num_passes", [0, 1, 3])
+def test_what_drafts_may_run_its_layers_again_or_not_at_all(worker: Worker, num_passes: int) -> None:
+    lanes = drafting_lanes(worker)
+    for plan in (OURS, AGAIN, OTHERS):
+        lanes.begin_step(plan)
+        for layer in range(NUM_LAYERS - DRAFTING):
+            lanes.layer_done(layer)
+        lanes.end_step()
+        for _ in range(num_passes):
+            for layer in range(NUM_LAYERS - DRAFTING, NUM_LAYERS):
+                lanes.layer_done(layer)
+    lanes.drain(5.0)
+
+
+def test_a_layer_of_the_model_is_missed_all_the_same(worker: Worker) -> None:
+    lanes = drafting_lanes(worker)
+    lanes.begin_step(OURS)
+    lanes.layer_done(0)
+    with pytest.raises(TransferError, match="the layer hooks of 1 of 2 layers ran"):
+        lanes.end_step()
+
+
+def test_what_drafts_is_held_back_for_all_that_it_could_overwrite_whether_it_says_anything_or_not(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers are in all lanes, and a graph that is replayed runs no hook between them."""
+    submit, wait = worker.engine.submit, worker.engine.wait_compute
+    events: dict[int, tuple[Direction, int]] = {}
+    kept, waited = [], []
+
+    def noting_submit(direction: Direction, layers: Sequence[int], *args: object, **kwargs: object) -> object:
+        event = submit(direction, layers, *args, **kwargs)
+        kept.append(event)
+        events[id(event)] = (direction, layers[0])
+        return event
+
+    def noting_wait(event: object) -> None:
+        waited.append(events[id(event)])
+        wait(event)
+
+    monkeypatch.setattr(worker.engine, "submit", noting_submit)
+    monkeypatch.setattr(worker.engine, "wait_compute", noting_wait)
+    lanes = drafting_lanes(worker)
+    for plan, direction, layers in ((OURS, Direction.STORE, (0, 1)), (AGAIN, Direction.LOAD, (2, 3))):
+        lanes.begin_step(plan)
+        for layer in range(NUM_LAYERS - DRAFTING):
+            waited.clear()
+            lanes.layer_done(layer)
+        assert {(direction, layer) for layer in layers} <= set(waited)
+        lanes.end_step()
