@@ -352,7 +352,8 @@ def _size_rows(facts: ModelFacts, sizes: Sizes) -> Iterable[tuple[str, str]]:
     zone_tokens = "" if sizes.block_tokens is None else f", {sizes.zone_blocks * sizes.block_tokens:,} tokens"
     yield "pool", f"{usable:,} blocks{tokens}: {usable / per_request:.1f} requests of {facts.max_model_len:,} tokens"
     yield "lane zone", f"{sizes.zone_blocks:,} blocks{zone_tokens}, in {format_bytes(sizes.zone_bytes)} ({share:.1%})"
-    yield "host memory", f"{sizes.host_blocks:,} blocks, {format_bytes(sizes.host_bytes)}"
+    few = ", less than such a request: set host_memory" if sizes.host_blocks < per_request else ""
+    yield "host memory", f"{sizes.host_blocks:,} blocks, {format_bytes(sizes.host_bytes)}{few}"
 
 
 def groups_table(facts: ModelFacts) -> list[tuple[str, ...]]:

@@ -263,7 +263,12 @@ def _planning() -> ModuleType:
 
 
 def _groups_of(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
-    groups: list[KVCacheGroupSpec] = _planning().get_kv_cache_groups(config, dict(specs))
+    planning = _planning()
+    groups: list[KVCacheGroupSpec]
+    if hasattr(planning, "get_global_kv_cache_groups"):  # since 0.33
+        groups = planning.get_global_kv_cache_groups(config, [dict(specs)])
+    else:
+        groups = planning.get_kv_cache_groups(config, dict(specs))
     return groups
 
 
@@ -294,7 +299,10 @@ def _configs_of(config: VllmConfig, specs: dict[str, KVCacheSpec], available_byt
     Raises:
         ValueError: it holds no request of ``max_model_len``.
     """
-    configs: list[Any] = _planning().get_kv_cache_configs(config, [specs], [available_bytes])
+    planning = _planning()
+    takes_groups = hasattr(planning, "get_global_kv_cache_groups")
+    more = [_groups_of(config, specs)] if takes_groups else []
+    configs: list[Any] = planning.get_kv_cache_configs(config, [dict(specs)], [available_bytes], *more)
     return configs
 
 

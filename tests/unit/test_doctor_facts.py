@@ -232,6 +232,8 @@ def test_the_division_of_memory_is_told_in_blocks_tokens_and_requests() -> None:
     assert rows["pool"] == "2,600 blocks, 41,600 tokens: 5.1 requests of 8,192 tokens"
     assert rows["lane zone"] == "512 blocks, 8,192 tokens, in 32MiB (3.1%)"
     assert rows["host memory"] == "10,000 blocks, 4GiB"
+    little = dict(model_rows(replace(FACTS, sizes=replace(SIZES, host_blocks=511))))
+    assert little["host memory"] == "511 blocks, 4GiB, less than such a request: set host_memory"
     several = dict(model_rows(replace(FACTS, sizes=replace(SIZES, block_tokens=None))))
     assert several["pool"] == "2,600 blocks: 5.1 requests of 8,192 tokens"
 
