@@ -23,7 +23,7 @@ ZONE = 16  # first zone block
 
 @pytest.fixture
 def worker() -> Worker:
-    return make_worker("slow", small_geometry(NUM_LAYERS, LANES), 8)
+    return make_worker("slow", small_geometry(NUM_LAYERS, LANES), 16)
 
 
 @pytest.fixture
