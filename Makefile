@@ -21,7 +21,7 @@ RUN := env OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STAT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo bench test versions lint format wheel clean distclean
+.PHONY: help setup demo bench test versions ray lint format wheel clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,6 +48,16 @@ versions: $(OVERLAYS:%=%/.ready) ## the contract with vLLM, on the other release
 	for overlay in $(OVERLAYS); do echo "vLLM $$overlay"; \
 	PYTHONPATH=$$overlay:. $(BIN)/python tools/vllm_tree.py $$overlay || exit 1; \
 	PYTHONPATH=$$overlay:. $(RUN) $(BIN)/python -m pytest tests/contract tests/vllm/test_compat.py $(ARGS) || exit 1; done
+
+RAY := out/overlays/ray
+
+$(RAY)/.ready: $(STAMP) requirements/ray.txt
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) -r requirements/ray.txt
+	@touch $@
+
+ray: $(RAY)/.ready ## what `layerkv place --emit ray` writes, started with Ray Serve LLM (150 MB to fetch, once)
+	PYTHONPATH=.:$(CURDIR)/$(RAY) LAYERKV_REQUIRE_RAY=1 $(RUN) $(BIN)/python -m pytest tests/vllm/server/test_ray_app.py $(ARGS)
 
 lint: $(STAMP) ## ruff (lint and format), mypy, import-linter
 	$(BIN)/ruff check .

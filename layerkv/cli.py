@@ -179,7 +179,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     placing.add_argument("fleet", type=Path, metavar="FLEET.yaml", help="such as configs/fleet/example.yaml")
     placing.add_argument("--json", type=Path, metavar="FILE", help="write the placement there as well")
-    placing.add_argument("--emit", choices=("shell", "ray"), help="print its commands, or a sketch for Ray, instead")
+    placing.add_argument(
+        "--emit",
+        choices=("shell", "ray"),
+        help="print its commands, or an application for Ray Serve LLM (on GPUs a sketch to read), instead",
+    )
     placing.set_defaults(run=_place)
 
     bench = commands.add_parser("bench", help="the benchmark suite on real servers, and micro-benchmarks")

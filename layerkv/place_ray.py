@@ -1,11 +1,13 @@
-"""A placement as a Ray Serve LLM application: the text of a Python file, to read. Ray is not needed to write it.
+"""A placement as a Ray Serve LLM application: the text of a Python file. Ray is not needed to write it.
 
-A sketch: Ray Serve LLM chooses vLLM's executor `ray`, which layerkv refuses. Written after Ray's documentation (2.5x),
-compiled, never run.
+For devices of kind cpu it starts, each engine behind its device's broker: `tests/vllm/server/test_ray_app.py` does so
+with Ray 2.60. For GPUs it is a sketch to read, compiled and never run: unless it is told of processors, Ray Serve LLM
+sets vLLM's executor to `ray` and takes no other (its `engines/vllm/vllm_models.py`), and layerkv refuses that one.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pprint import pformat
 from typing import Any
@@ -18,30 +20,37 @@ DEVICE_SHARE = 0.001
 """Of a device's own resource, what a shard asks for: that binds it to the device, and never uses it up."""
 GPU_SHARE = 0.01
 """Of a GPU, as Ray counts: what a model may take of one is the placement's affair and the broker's, not Ray's."""
+CPU_SHARE = 0.01
+"""Of a processor, as Ray counts, on devices of kind cpu: Ray would start no more engines than there are processors."""
 
 _RUN = "@RUN@/"
 _HEAD = '''\
 """Models that share devices, as `layerkv place --emit ray` placed them.
 
-A sketch to read, which cannot start today: in GPU mode Ray Serve LLM chooses vLLM's executor `ray`, and layerkv refuses
-that; on CUDA it also refuses broker, kv_floor and kv_ceiling, unless allow_untested_elastic_cuda is set. `layerkv place
---emit shell` has the same engines without Ray. Each device would be a Ray node of its own, with a resource of its name,
-and a broker:
+{what_it_is}
 
 {commands}
 
-then `serve run MODULE:app`. Engines find their broker by its path: they run on its host, as its user. The floor
-holds the longest request: `max_model_len` says how long that is, and without it the model does.
+then `serve run MODULE:app`. Engines find their broker by its path in RUN, which must be the same folder here and there:
+they run on its host, as its user. The floor holds the longest request: `max_model_len` says how long that is, and
+without it the model does.
 """
 
-import os
-
+from layerkv.runtime import runtime_dir
 from ray.serve.llm import LLMConfig, LLMServingArgs, build_openai_app
 
-RUN = os.environ["XDG_RUNTIME_DIR"] + "/layerkv/"
+RUN = f"{{runtime_dir()}}/"
 
 llm_configs = [
 '''
+_ON_GPUS = """\
+A sketch to read, which cannot start today: in GPU mode Ray Serve LLM sets vLLM's executor to `ray`, takes no other, and
+layerkv refuses that one; on CUDA it also refuses broker, kv_floor and kv_ceiling, unless allow_untested_elastic_cuda is
+set. `layerkv place --emit shell` has the same engines without Ray. Each device would be a Ray node of its own, with a
+resource of its name, and a broker:"""
+_ON_CPUS = """\
+For vLLM's CPU build. Engines take the environment that Ray was started in. A machine has its devices as resources of
+their names, and a broker for each, started first; where one machine has all devices:"""
 _TAIL = """\
 ]
 
@@ -55,24 +64,37 @@ def ray_application(fleet: Fleet, placement: Placement) -> str:
     Each replica is a model to Ray, with a name of its own, since each has a broker of its own. A model over several
     devices gets no broker, and its floor as KV memory.
     """
-    text = _HEAD.format(commands="\n".join(_commands(fleet, placement)))
+    on_gpus = fleet.kind == "gpu"
+    commands = _gpu_commands(fleet, placement) if on_gpus else _cpu_commands(fleet, placement)
+    text = _HEAD.format(what_it_is=_ON_GPUS if on_gpus else _ON_CPUS, commands="\n".join(commands))
     for model in fleet.models:
         for tenant in model.tenants:
             devices = placement.devices_of[tenant.name]
             config = _llm_config(model, tenant, devices, placement.shared_bytes[devices[0]])
+            config |= _on_gpus(devices) if on_gpus else _on_cpus(devices)
             body = pformat(config, width=100, sort_dicts=False).replace("\n", "\n          ")
             text += f"    LLMConfig(\n        **{body}\n    ),\n".replace(f"'{_RUN}", "RUN + '")
     return text + _TAIL
 
 
-def _commands(fleet: Fleet, placement: Placement) -> Iterator[str]:
+def _gpu_commands(fleet: Fleet, placement: Placement) -> Iterator[str]:
     for number, device in enumerate(fleet.devices):
         resource = f"'{{\"{device.name}\": 1}}'"
         yield f"    CUDA_VISIBLE_DEVICES={number} ray start --address HEAD --num-gpus 1 --resources {resource}"
-        if any(tenant.shares for tenant in placement.tenants_on[device.name]):
-            capacity = f"{placement.shared_bytes[device.name]}B"
-            socket = f"$XDG_RUNTIME_DIR/layerkv/{broker_socket(device.name)}"
-            yield f"    layerkv broker --socket {socket} --capacity {capacity}"
+        yield from _broker_command(device.name, placement)
+
+
+def _cpu_commands(fleet: Fleet, placement: Placement) -> Iterator[str]:
+    for device in fleet.devices:
+        yield from _broker_command(device.name, placement)
+    resources = json.dumps({device.name: 1 for device in fleet.devices})
+    yield f"    ray start --head --resources '{resources}'"
+
+
+def _broker_command(device: str, placement: Placement) -> Iterator[str]:
+    if any(tenant.shares for tenant in placement.tenants_on[device]):
+        socket = f"$XDG_RUNTIME_DIR/layerkv/{broker_socket(device)}"
+        yield f"    layerkv broker --socket {socket} --capacity {placement.shared_bytes[device]}B &"
 
 
 def broker_socket(device: str) -> str:
@@ -106,9 +128,26 @@ def _llm_config(model: FleetModel, tenant: Tenant, devices: tuple[str, ...], sha
     return {
         "model_loading_config": {"model_id": tenant.name, "model_source": model.source},
         "engine_kwargs": engine,
+        "deployment_config": {"num_replicas": 1},
+    }
+
+
+def _on_gpus(devices: tuple[str, ...]) -> dict[str, Any]:
+    return {
         "placement_group_config": {
             "bundles": [{"CPU": 1, "GPU": GPU_SHARE, device: DEVICE_SHARE} for device in devices],
         },
         "runtime_env": {"env_vars": {"VLLM_RAY_PER_WORKER_GPUS": str(GPU_SHARE)}},
-        "deployment_config": {"num_replicas": 1},
+    }
+
+
+def _on_cpus(devices: tuple[str, ...]) -> dict[str, Any]:
+    """Ray then has vLLM start the workers by itself, beside the engine: all devices of a model are one machine's."""
+    return {
+        "accelerator_config": {"kind": "cpu"},
+        "placement_group_config": {
+            "bundles": [{"CPU": CPU_SHARE, device: DEVICE_SHARE} for device in devices],
+            "strategy": "STRICT_PACK",
+        },
+        "deployment_config": {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0}},
     }

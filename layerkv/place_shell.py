@@ -18,11 +18,9 @@ _BACKGROUND = '& PIDS="$PIDS $!"'
 _HEAD = """\
 #!/bin/sh
 # What `layerkv place --emit shell` placed: a broker for each device that models share, and a server for each replica.
-# On CUDA layerkv refuses broker, kv_floor and kv_ceiling, which have never run on a GPU, unless
-# allow_untested_elastic_cuda is set beside them. On vLLM's CPU build this starts, with
-# SERVE='python -m vllm.entrypoints.openai.api_server --model'.
+@NOTE@
 set -e
-SERVE=${SERVE:-vllm serve}
+SERVE=${SERVE:-@SERVE@}
 # Where a broker is by default. An environment variable means nothing inside JSON: the shell has to put it there.
 if [ -n "$XDG_RUNTIME_DIR" ]; then RUN=$XDG_RUNTIME_DIR/layerkv; else RUN=${TMPDIR:-/tmp}/layerkv-$(id -u); fi
 PIDS=
@@ -31,13 +29,23 @@ trap exit INT TERM
 
 """
 
+_SERVE = {"gpu": "vllm serve", "cpu": "python -m vllm.entrypoints.openai.api_server --model"}
+_NOTE = {
+    "gpu": """\
+# On CUDA layerkv refuses broker, kv_floor and kv_ceiling, which have never run on a GPU, unless
+# allow_untested_elastic_cuda is set beside them.""",
+    "cpu": """\
+# For vLLM's CPU build, whose command `vllm` ends at once.""",
+}
+
 
 def shell_script(fleet: Fleet, placement: Placement) -> str:
     """The script's text. It starts everything on this machine, ports from 8000 on, and waits for it.
 
     A model over several devices gets no broker, and its floor as KV memory.
     """
-    return _HEAD + "".join(f"{line}\n" for line in (*_brokers(fleet, placement), *_servers(fleet, placement), "wait"))
+    head = _HEAD.replace("@NOTE@", _NOTE[fleet.kind]).replace("@SERVE@", _SERVE[fleet.kind])
+    return head + "".join(f"{line}\n" for line in (*_brokers(fleet, placement), *_servers(fleet, placement), "wait"))
 
 
 def _brokers(fleet: Fleet, placement: Placement) -> Iterator[str]:
@@ -55,8 +63,9 @@ def _servers(fleet: Fleet, placement: Placement) -> Iterator[str]:
     for port, (model, tenant) in enumerate(placed, FIRST_PORT):
         devices = placement.devices_of[tenant.name]
         visible = ",".join(str(numbers[device]) for device in devices)
+        where = f"CUDA_VISIBLE_DEVICES={visible} " if fleet.kind == "gpu" else ""
         flags = " ".join(_flags(model, tenant, devices, placement.shared_bytes[devices[0]]))
-        yield f"CUDA_VISIBLE_DEVICES={visible} $SERVE {shlex.quote(model.source)} --port {port} {flags} {_BACKGROUND}"
+        yield f"{where}$SERVE {shlex.quote(model.source)} --port {port} {flags} {_BACKGROUND}"
     yield ""
 
 

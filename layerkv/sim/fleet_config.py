@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta
@@ -24,6 +24,9 @@ from layerkv.units import format_bytes, format_seconds, parse_seconds
 
 DEFAULT_UTILIZATION: Final = 0.9
 """Share of a device's memory that may be used. Derived: vLLM's ``--gpu-memory-utilization``."""
+
+DeviceKind: TypeAlias = Literal["gpu", "cpu"]
+"""What computes on a device: a GPU with its own memory, or the processors of a machine, whose memory is divided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,11 @@ class FleetModel:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """Devices and models, checked."""
+    """Devices and models, checked. All devices are of one kind."""
 
     devices: tuple[Device, ...]
     models: tuple[FleetModel, ...]
+    kind: DeviceKind
 
 
 _Version: TypeAlias = Annotated[int, Meta(ge=1, le=1, description="the number 1", examples=[1])]
@@ -65,6 +69,7 @@ _Map: TypeAlias = Annotated[
     dict[str, Any], Meta(min_length=1, description="a mapping of at least one model, by name", examples=[{"chat": {}}])
 ]
 _Name: TypeAlias = Annotated[str, Meta(min_length=1, pattern=r"^[\w.-]+$", description="a name", examples=["gpu"])]
+_Kind: TypeAlias = Annotated[DeviceKind, Meta(description="gpu or cpu", examples=["cpu"])]
 _Device: TypeAlias = Annotated[str | None, Meta(description=f"one of {', '.join(DEVICES)}", examples=["H100"])]
 _Model: TypeAlias = Annotated[str | None, Meta(description=f"one of {', '.join(MODELS)}", examples=["llama-3.1-8b"])]
 _Source: TypeAlias = Annotated[
@@ -93,6 +98,7 @@ class _TopKeys(msgspec.Struct, frozen=True):
 class _DeviceKeys(msgspec.Struct, frozen=True):
     name: _Name = "gpu"
     count: _Count = 1
+    kind: _Kind = "gpu"
     preset: _Device = None
     memory: _Size = None
     utilization: _Use = DEFAULT_UTILIZATION
@@ -122,17 +128,20 @@ def load_fleet(path: str | Path) -> Fleet:
     """
     top = f"{path}: $"
     keys = read_keys(load_document(path, what="a fleet", example="configs/fleet/example.yaml"), _TopKeys, where=top)
-    devices = [d for i, raw in enumerate(keys.devices) for d in _devices(raw, where=f"{top}.devices[{i}]")]
+    given = [read_keys(raw, _DeviceKeys, where=f"{top}.devices[{i}]") for i, raw in enumerate(keys.devices)]
+    devices = [d for i, each in enumerate(given) for d in _devices(each, where=f"{top}.devices[{i}]")]
+    kind = given[0].kind
+    if any(each.kind != kind for each in given):
+        raise wrong(f"{top}.devices", "found both kinds, gpu and cpu; expected one", "place each kind's models apart")
     names = [device.name for device in devices]
     for i, name in enumerate(names):
         if name in names[:i]:
             raise wrong(f"{top}.devices", f"found two devices named {name}; expected each once", "set another name")
     models = tuple(_model(name, raw, where=join_path(f"{top}.models", name)) for name, raw in keys.models.items())
-    return Fleet(tuple(devices), models)
+    return Fleet(tuple(devices), models, kind)
 
 
-def _devices(raw: Any, *, where: str) -> list[Device]:
-    keys = read_keys(raw, _DeviceKeys, where=where)
+def _devices(keys: _DeviceKeys, *, where: str) -> list[Device]:
     given = _read_memory(keys.memory, where=f"{where}.memory")
     if (keys.preset is None) == (given is None):
         found = "neither preset nor memory" if given is None else "both preset and memory"
@@ -142,6 +151,8 @@ def _devices(raw: Any, *, where: str) -> list[Device]:
         if keys.preset not in DEVICES:
             problem = f"found {show(keys.preset)}; expected one of {', '.join(DEVICES)}"
             raise wrong(f"{where}.preset", problem, did_you_mean(keys.preset, DEVICES) or "set memory instead")
+        if keys.kind == "cpu":
+            raise wrong(f"{where}.preset", "found a GPU, but kind is cpu; expected memory", "set memory, to 8GiB say")
         given = DEVICES[keys.preset].memory_bytes
     num_bytes = int(given * keys.utilization)
     return [Device(f"{keys.name}{i}" if keys.count > 1 else keys.name, num_bytes) for i in range(keys.count)]

@@ -84,6 +84,15 @@ def test_a_placement_is_printed_and_written(tmp_path: Path, capsys: pytest.Captu
         ({"models__a__tpot": 50}, "$.models.a.tpot: found 50; expected at most 10s for a token"),
         ({"models__a__tpot": "0s"}, "$.models.a.tpot: found '0s'; expected more than zero"),
         ({"devices": [{"memory": "9GiB"}, {"memory": "9GiB"}]}, "$.devices: found two devices named gpu"),
+        ({"devices__0__kind": "tpu"}, "$.devices[0].kind: found 'tpu'; expected gpu or cpu"),
+        (
+            {"devices": [{"memory": "9GiB"}, {"name": "ram", "kind": "cpu", "memory": "9GiB"}]},
+            "$.devices: found both kinds, gpu and cpu; expected one",
+        ),
+        (
+            {"devices": [{"kind": "cpu", "preset": "H100"}]},
+            "$.devices[0].preset: found a GPU, but kind is cpu; expected memory",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_fleet_is_one_line(
@@ -125,11 +134,49 @@ def test_the_ray_application_is_python_that_names_each_models_broker(
         shared = placement["devices"][device]["shared_bytes"]
         assert model["kv_floor_bytes"] <= parse_bytes(options["kv_ceiling"]) <= shared
         assert options["weight"] == (2.0 if config["model_loading_config"]["model_id"] == "rarely" else 1.0)
+    assert "cannot start today" in text
     for device in placement["devices"]:
         asked = [
             bundle["GPU"] for c in configs for bundle in c["placement_group_config"]["bundles"] if device in bundle
         ]
         assert sum(asked) <= 1
+
+
+def test_on_processors_the_ray_application_says_so_and_has_each_device_as_a_resource(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ray's accelerator is what decides about vLLM's executor; the model over both devices has its workers together."""
+    document = fleet(models__c__tensor_parallel=2, models__c__weights="1GiB", models__c__activations="1GiB")
+    document["devices"] = [{"name": "ram", "kind": "cpu", "count": 2, "memory": "20GiB"}]
+    assert place(tmp_path, document, "--emit", "ray") == 0
+    text = capsys.readouterr().out
+    a, b, c = run_with_a_made_up_ray(text, monkeypatch)
+    said = ast.get_docstring(ast.parse(text)) or ""
+    assert 'ray start --head --resources \'{"ram0": 1, "ram1": 1}\'' in said
+    assert said.count("layerkv broker --socket $XDG_RUNTIME_DIR/layerkv/broker-ram") == 2
+    assert "CUDA" not in text
+    assert "GPU" not in text
+    assert all(config["accelerator_config"] == {"kind": "cpu"} for config in (a, b, c))
+    assert {len(config["placement_group_config"]["bundles"]) for config in (a, b)} == {1}
+    assert [name for bundle in c["placement_group_config"]["bundles"] for name in bundle if name != "CPU"] == [
+        "ram0",
+        "ram1",
+    ]
+    assert c["placement_group_config"]["strategy"] == "STRICT_PACK"
+    asked = sum(bundle["CPU"] for config in (a, b, c) for bundle in config["placement_group_config"]["bundles"])
+    assert asked < 1, "as many engines as the memory holds, on however few processors"
+
+
+def test_on_processors_the_shell_script_hides_no_gpus_and_knows_the_cpu_builds_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    document = fleet()
+    document["devices"] = [{"name": "ram", "kind": "cpu", "count": 3, "memory": "20GiB"}]
+    assert place(tmp_path, document, "--emit", "shell") == 0
+    script = capsys.readouterr().out
+    assert "CUDA" not in script
+    assert "SERVE=${SERVE:-python -m vllm.entrypoints.openai.api_server --model}" in script
+    assert script.count("\n$SERVE ") == 3
 
 
 def test_the_shell_script_starts_brokers_then_servers(
