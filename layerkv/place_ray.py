@@ -31,9 +31,9 @@ _HEAD = '''\
 
 {commands}
 
-then `serve run MODULE:app`. Engines find their broker by its path in RUN, which must be the same folder here and there:
-they run on its host, as its user. The floor holds the longest request: `max_model_len` says how long that is, and
-without it the model does.
+then `RAY_ADDRESS=auto serve run MODULE:app` (importing the app asks Ray, which without that variable may start another
+one). Engines find their broker by its path in RUN, which must be the same folder here and there: they run on its host,
+as its user. The floor holds the longest request: `max_model_len` says how long that is, and without it the model does.
 """
 
 from layerkv.runtime import runtime_dir

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -192,6 +193,8 @@ def served(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (tmp_path / "fleet_app.py").write_text(exactly)
 
     environment = os.environ | {"XDG_RUNTIME_DIR": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment["RAY_AUTH_TOKEN"] = secrets.token_hex()  # or Ray writes one into the home folder
+    environment.pop("RAY_ADDRESS", None)
     ours = [str(tmp_path), str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(part for part in ours if part)
     port = free_port()
