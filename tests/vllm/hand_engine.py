@@ -318,7 +318,7 @@ def configs(
     from layerkv.vllm_plugin.elastic_setup import elastic_sizes
     from layerkv.vllm_plugin.host_memory import WorkerMemory
     from layerkv.vllm_plugin.setup import engine_config, geometry_request
-    from layerkv.vllm_plugin.spec import LayerKVSpec
+    from layerkv.vllm_plugin.spec import ours
     from tests.vllm.engines_in_turn import flag
 
     full = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=2, head_size=64, dtype=torch.float32)
@@ -334,7 +334,7 @@ def configs(
         kv_transfer_config=flag(**extra),
         **{**defaults, **engine_args},
     ).create_engine_config()
-    spec, num_blocks = LayerKVSpec.of(full, WorkerMemory.here()), pool_blocks + 1 + ZONE_BLOCKS  # with the null block
+    spec, num_blocks = ours(full, WorkerMemory.here()), pool_blocks + 1 + ZONE_BLOCKS  # with the null block
     if (ours := engine_config(config)).is_elastic:
         sizes = elastic_sizes(config, ours, geometry_request(config, ours, spec, len(layers)))
         spec, num_blocks = replace(spec, segments=sizes.plan), sizes.geometry.total_blocks

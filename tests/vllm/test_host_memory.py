@@ -152,10 +152,10 @@ def test_what_the_first_worker_found_goes_with_the_spec_to_everybody(small_engin
     import torch
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from layerkv.vllm_plugin.spec import LayerKVSpec
+    from layerkv.vllm_plugin.spec import LayerKVSpec, ours
 
     full = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
-    first, second = (LayerKVSpec.of(full, worker_memory(held)) for held in (1, 2))
+    first, second = (ours(full, worker_memory(held)) for held in (1, 2))
     assert first == second  # or vLLM would refuse workers that differ by a byte
     merged = pickle.loads(pickle.dumps(LayerKVSpec.merge([first, second])))
     assert merged == first

@@ -179,10 +179,10 @@ def configs(model: Path, pool_blocks: int, host_blocks: int, *, publishes: bool)
     from layerkv.core.geometry import geometry_for_memory
     from layerkv.vllm_plugin.host_memory import WorkerMemory
     from layerkv.vllm_plugin.setup import engine_config, geometry_request
-    from layerkv.vllm_plugin.spec import LayerKVSpec
+    from layerkv.vllm_plugin.spec import ours
 
     full = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=2, head_size=64, dtype=torch.float32)
-    spec = LayerKVSpec.of(full, WorkerMemory.here())
+    spec = ours(full, WorkerMemory.here())
     block_bytes = spec.page_size_bytes * NUM_LAYERS
     config = EngineArgs(
         model=str(model),

@@ -252,9 +252,9 @@ def connector_of(config: VllmConfig, spec: Any) -> Any:
 
 def ours(spec: Any) -> Any:
     from layerkv.vllm_plugin.host_memory import WorkerMemory
-    from layerkv.vllm_plugin.spec import LayerKVSpec
+    from layerkv.vllm_plugin.spec import ours
 
-    return LayerKVSpec.of(spec, WorkerMemory.here())
+    return ours(spec, WorkerMemory.here())
 
 
 @pytest.fixture

@@ -271,9 +271,9 @@ def test_segments_travel_with_the_spec() -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     from layerkv.vllm_plugin.host_memory import WorkerMemory
-    from layerkv.vllm_plugin.spec import LayerKVSpec
+    from layerkv.vllm_plugin.spec import LayerKVSpec, ours
 
     plain = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32)
-    spec = LayerKVSpec.of(plain, WorkerMemory.here(), PLAN)
+    spec = replace(ours(plain, WorkerMemory.here()), segments=PLAN)
     assert LayerKVSpec.merge([spec, pickle.loads(pickle.dumps(spec))]).segments == PLAN
-    assert LayerKVSpec.of(plain, WorkerMemory.here()).segments is None
+    assert ours(plain, WorkerMemory.here()).segments is None

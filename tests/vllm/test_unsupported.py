@@ -220,15 +220,14 @@ def test_layers_that_differ_in_kv_shape_are_refused_by_naming_two() -> None:
     assert problem_of_layers({"a": layer_spec("MLAAttentionSpec", **latent)}) is None
 
 
-def test_where_only_some_layers_have_a_window_the_sentence_says_how_to_serve_them() -> None:
+def test_layers_with_windows_are_served_and_those_of_another_kind_named() -> None:
     window = layer_spec("SlidingWindowSpec", sliding_window=64)
-    problem = problem_of_layers({"a": layer_spec(), "b": window})
+    assert problem_of_layers({"a": layer_spec(), "b": window}) is None
+    assert problem_of_layers({"a": window}) is None
+    problem = problem_of_layers({"a": layer_spec(), "b": layer_spec("CrossAttentionSpec")})
     assert problem is not None
-    assert "layer b has a SlidingWindowSpec" in problem
-    assert "set --disable-hybrid-kv-cache-manager" in problem
-    problem = problem_of_layers({"a": window})
-    assert problem is not None
-    assert "use a model without sliding-window" in problem
+    assert "layer b has a CrossAttentionSpec" in problem
+    assert "use a model without compressed or cross attention" in problem
 
 
 def test_layers_that_read_ahead_are_refused() -> None:
@@ -242,21 +241,21 @@ def test_a_spec_of_ours_has_all_that_vllms_has_and_its_page() -> None:
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     from layerkv.vllm_plugin.host_memory import WorkerMemory
-    from layerkv.vllm_plugin.spec import LayerKVManager, LayerKVSpec
+    from layerkv.vllm_plugin.spec import LayerKVManager, ours
 
     latent = layer_spec("MLAAttentionSpec", head_size=576, max_tp_shards=1, cache_dtype_str="auto", alignment=576)
     memory = WorkerMemory.here()
     for spec in (layer_spec(sliding_window=64), latent):
-        ours = LayerKVSpec.of(spec, memory)
-        merged = ours.merge([ours, ours])
-        for each in (ours, merged):
+        own: Any = ours(spec, memory)
+        merged = own.merge([own, own])
+        for each in (own, merged):
             assert isinstance(each, type(spec))
             assert each.page_size_bytes == spec.page_size_bytes
             assert each.memory is memory
             assert KVCacheSpecRegistry.get_manager_class(each) is LayerKVManager
             theirs = KVCacheSpecRegistry.get_uniform_type_base_spec(spec)
             assert KVCacheSpecRegistry.get_uniform_type_base_spec(each) is theirs
-        assert {name: getattr(ours, name) for name in spec.__dataclass_fields__} == vars(spec)
+        assert {name: getattr(own, name) for name in spec.__dataclass_fields__} == vars(spec)
 
 
 def test_a_way_of_drafting_that_is_untested_is_refused_by_its_name(small_engine: dict[str, Any]) -> None:
