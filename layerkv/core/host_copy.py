@@ -61,9 +61,13 @@ class HostCopy:
         first = self.firsts[group]
         return self.tables[group][max(entries.start - first, 0) : max(entries.stop - first, 0)]
 
+    def num_before(self, group: int, entry: int) -> int:
+        """How many of a group's entries before this one have a host block."""
+        return max(min(entry - self.firsts[group], len(self.tables[group])), 0)
+
     def drop_before(self, group: int, entry: int) -> list[int]:
         """Forget the host blocks of a group's entries before this one; which they were."""
-        num_dropped = max(min(entry - self.firsts[group], len(self.tables[group])), 0)
+        num_dropped = self.num_before(group, entry)
         dropped = self.tables[group][:num_dropped]
         del self.tables[group][:num_dropped]
         self.firsts[group] = max(self.firsts[group], entry)

@@ -26,6 +26,7 @@ class LayeredSteps(LedgerBooks):
         """
         copy, num_after = self._copies[request_id], num_computed + num_scheduled
         self._take_missing(copy, num_after)
+        left_behind: list[int] = []
         for index, (group, table) in enumerate(zip(self.geometry.groups, tables, strict=True)):
             if group.is_state:  # it never leaves the pool
                 continue
@@ -33,9 +34,9 @@ class LayeredSteps(LedgerBooks):
             before, after = group.needed(num_computed), group.needed(num_after)
             loaded = range(max(in_pool, before.start), before.stop)
             loads = merge_runs(table[loaded.start : loaded.stop], copy.of(index, loaded))
-            if not group.keeps_all:
-                copy.spare += copy.drop_before(index, after.start)
-            self._use_spare(copy, index, after)
+            dropped = [] if group.keeps_all else copy.drop_before(index, after.start)
+            self._give_host_blocks(copy, index, after, dropped)
+            left_behind += dropped
             written = range(max((num_computed - num_unsure) // group.block_tokens, in_pool, after.start), after.stop)
             stores = merge_runs(table[written.start : written.stop], copy.of(index, written))
             if copy.loads_prefix:
@@ -46,6 +47,7 @@ class LayeredSteps(LedgerBooks):
             self.counters.loaded_blocks += num_blocks(loads)
             self.counters.stored_blocks += num_blocks(stores)
         copy.loads_prefix = False
+        copy.spare += left_behind  # not before: rows of other groups store before this group's last rows have loaded
 
     def _take_missing(self, copy: HostCopy, num_tokens: int) -> None:
         """Take the host blocks that a layered request lacks to go on after so many tokens.
@@ -55,19 +57,26 @@ class LayeredSteps(LedgerBooks):
         """
         missing = -len(copy.spare)
         for index, group in enumerate(self.geometry.groups):
-            if not group.is_state:
-                needed = group.needed(num_tokens)
-                missing += copy.missing(index, needed)
-                if not group.keeps_all:
-                    missing -= max(min(needed.start - copy.firsts[index], len(copy.tables[index])), 0)
+            needed = group.needed(num_tokens)
+            lacking = copy.missing(index, needed)
+            if not (group.keeps_all or group.is_state):  # it writes on into what it leaves behind, and no other does
+                lacking = max(lacking - copy.num_before(index, needed.start), 0)
+            missing += lacking  # a state's too: its park is to find the block that was promised
         if missing > 0:
             self.host.unpin()  # what the plan says of prefixes is done before its first layer is stored
             copy.spare += self.host.take(missing)
 
     def _use_spare(self, copy: HostCopy, group: int, entries: range) -> None:
         """Give these entries of a group's table host blocks, as far as they have none."""
+        self._give_host_blocks(copy, group, entries, [])
+
+    def _give_host_blocks(self, copy: HostCopy, group: int, entries: range, own: list[int]) -> None:
+        """The same, of the group's ``own`` first, which are taken out of that list."""
         if (missing := copy.missing(group, entries)) > 0:
             if not copy.tables[group]:
                 copy.firsts[group] = max(copy.firsts[group], entries.start)
-            copy.tables[group] += copy.spare[:missing]
-            del copy.spare[:missing]
+            copy.tables[group] += own[:missing]
+            rest = max(missing - len(own), 0)
+            del own[:missing]
+            copy.tables[group] += copy.spare[:rest]
+            del copy.spare[:rest]

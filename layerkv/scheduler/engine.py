@@ -99,7 +99,7 @@ class EngineShape:
     @property
     def step_blocks(self) -> int:
         """Most blocks that a step of a request which decodes may take."""
-        return self.drafting_blocks or self.blocks_per_token
+        return max(self.drafting_blocks, self.blocks_per_token)
 
     @property
     def fetchable_blocks(self) -> int:

@@ -98,7 +98,7 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
                     missing > 0 and not r.is_prefilling,  # a prompt's room is reserved
                     _host_blocks_missing(shape, r, new_tokens)
                     if has_groups
-                    else r.num_computed + new_tokens > r.num_host_blocks * tokens,
+                    else max(-(-(r.num_computed + new_tokens) // tokens) - r.num_host_blocks, 0),
                     tracked is not None and tracked.outgrows_pool,
                     0 if tracked is None else max(tracked.most_blocks, r.num_zone_blocks),
                     due_s,

@@ -155,6 +155,11 @@ class LayerKVWorkerMixin(_VLLMWorker):
                 "prefix caching in a model with states is not supported by layerkv yet, because states are parked as "
                 "the one of the last token: leave out --enable-prefix-caching"
             )
+        if not has_states and zeroes_blocks(specs.values()):
+            return (
+                "attention layers that keep KV in different number formats are not supported by layerkv yet, because "
+                "vLLM zeroes blocks between them: leave out what sets a format for some layers"
+            )
         if (shapes := _mixed_shapes(specs)) is not None:
             return shapes
         layers = self.vllm_config.compilation_config.static_forward_context.values()
