@@ -105,7 +105,7 @@ class Draft:
         """A layered request goes on, and takes what its next token needs."""
         if not r.outgrows_pool:  # all its room is reserved
             self.zone -= int(r.needs_zone_block)
-            self.host -= int(r.needs_host_block)
+            self.host -= r.needs_host_block
 
     def park_layered(self, r: LayeredRequest, reason: Reason) -> None:
         """Its KV is in host memory already. What it was promised of the zone, and does not hold, is free at once."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
     KVCacheGroupSpec,
     KVCacheSpec,
     MambaSpec,
@@ -39,6 +41,26 @@ def is_uniform(specs: Mapping[str, KVCacheSpec]) -> bool:
     except (AssertionError, ValueError):
         return False
     return True
+
+
+def as_full_attention(specs: Mapping[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """What vLLM makes of the layers when its hybrid KV-cache manager is off: it would do so later, and knows not our
+    specs. Where any layer keeps all blocks, all do."""
+    if not any(isinstance(spec, FullAttentionSpec) for spec in specs.values()):
+        return dict(specs)
+    return {name: _as_full_attention(spec) for name, spec in specs.items()}
+
+
+def _as_full_attention(spec: KVCacheSpec) -> KVCacheSpec:
+    if isinstance(spec, SlidingWindowSpec):
+        return FullAttentionSpec(**_kept(spec), sliding_window=spec.sliding_window)
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return FullAttentionSpec(**_kept(spec), attention_chunk_size=spec.attention_chunk_size)
+    return spec
+
+
+def _kept(spec: AttentionSpec) -> dict[str, Any]:
+    return {each.name: getattr(spec, each.name) for each in fields(AttentionSpec)}
 
 
 def our_groups(vllm_config: VllmConfig, groups: Sequence[KVCacheGroupSpec]) -> tuple[Group, ...] | None:

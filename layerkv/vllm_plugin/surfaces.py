@@ -25,7 +25,7 @@ NAMES: dict[str, str] = {
     "vllm.v1.core.block_pool": "BlockPool",
     "vllm.v1.core.kv_cache_utils": (
         "KVCacheBlock generate_block_hash_extra_keys maybe_convert_block_hash resolve_kv_cache_block_sizes "
-        "to_event_extra_keys unify_hybrid_kv_cache_specs"
+        "to_event_extra_keys"
     ),
     "vllm.v1.core.sched.async_scheduler": "AsyncScheduler",
     "vllm.v1.core.sched.interface": "PauseState",
@@ -141,6 +141,7 @@ MEMBERS: dict[str, str] = {
     "vllm.v1.engine.EngineCoreOutput": "finish_reason new_token_ids request_id",
     "vllm.v1.engine.EngineCoreOutputs": "outputs scheduler_stats",
     "vllm.v1.kv_cache_interface.AttentionSpec": "block_size dtype kv_quant_mode page_size_bytes",
+    "vllm.v1.kv_cache_interface.ChunkedLocalAttentionSpec": "attention_chunk_size",
     "vllm.v1.kv_cache_interface.FullAttentionSpec": "merge",
     "vllm.v1.kv_cache_interface.KVCacheConfig": "kv_cache_groups kv_cache_layout kv_cache_tensors num_blocks",
     "vllm.v1.kv_cache_interface.KVCacheGroupSpec": "kv_cache_spec layer_names",
@@ -240,7 +241,6 @@ PARAMETERS: dict[str, str] = {
     "vllm.v1.core.kv_cache_utils.maybe_convert_block_hash": "hash_bytes",
     "vllm.v1.core.kv_cache_utils.resolve_kv_cache_block_sizes": "kv_cache_config vllm_config",
     "vllm.v1.core.kv_cache_utils.to_event_extra_keys": "extra_keys",
-    "vllm.v1.core.kv_cache_utils.unify_hybrid_kv_cache_specs": "kv_cache_spec",
     "vllm.v1.core.sched.request_queue.RequestQueue.add_request": "request",
     "vllm.v1.core.sched.request_queue.RequestQueue.prepend_request": "request",
     "vllm.v1.core.sched.request_queue.RequestQueue.prepend_requests": "requests",
@@ -266,6 +266,7 @@ PARAMETERS: dict[str, str] = {
         "new_computed_blocks num_tokens request_id"
     ),
     "vllm.v1.engine.EngineCoreOutput": "events finish_reason new_token_ids request_id stop_reason trace_headers",
+    "vllm.v1.kv_cache_interface.FullAttentionSpec": "attention_chunk_size sliding_window",
     "vllm.v1.kv_cache_interface.FullAttentionSpec.merge": "specs",
     "vllm.v1.kv_cache_interface.UniformTypeKVCacheSpecs.is_uniform_type": "kv_cache_specs",
     "vllm.v1.kv_cache_spec_registry.register_kv_cache_spec": "manager_class uniform_type_base_spec",

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
-from vllm.v1.core.kv_cache_utils import unify_hybrid_kv_cache_specs
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec, UniformTypeKVCacheSpecs
 
 from layerkv.core.geometry import GeometryRequest, geometry_for_memory
 from layerkv.errors import ConfigError
 from layerkv.vllm_plugin.elastic_setup import ElasticSizes, elastic_sizes, told_kv_bytes
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
-from layerkv.vllm_plugin.kv_groups import grouped, is_uniform, our_groups, zeroes_blocks
+from layerkv.vllm_plugin.kv_groups import as_full_attention, grouped, is_uniform, our_groups, zeroes_blocks
 from layerkv.vllm_plugin.setup import (
     engine_config,
     request_for_groups,
@@ -62,7 +61,7 @@ class LayerKVWorkerMixin(_VLLMWorker):
         """vLLM's specs, each as ours, so that our managers hand out the blocks."""
         specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
         if self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-            unify_hybrid_kv_cache_specs(specs)  # the engine core does it next, and would not keep what is ours
+            specs = as_full_attention(specs)
         if (problem := self._unsupported_layers(specs)) is not None:
             if self._layerkv.on_unsupported == "error":
                 raise ConfigError(

@@ -28,7 +28,7 @@ def leave_zone(now: Outlook, draft: Draft) -> None:
             continue
         zone, host = draft.zone, draft.host
         if not r.outgrows_pool:
-            zone, host = zone - int(r.needs_zone_block), host - int(r.needs_host_block)
+            zone, host = zone - int(r.needs_zone_block), host - r.needs_host_block
         stream_bytes -= r.num_zone_blocks * (s.shape.streamed_block_bytes or s.shape.block_bytes)
         if r.outgrows_pool or r.num_blocks > s.shape.fetchable_blocks:  # it could not be fetched
             if (zone < 0 or host < 0) and not s.engine.is_paused:
