@@ -136,7 +136,8 @@ def test_a_scheduler_derived_from_ours_is_kept(small_engine: dict[str, Any]) -> 
 
 
 def test_a_scheduler_derived_from_ours_goes_with_us_when_layerkv_passes_through(small_engine: dict[str, Any]) -> None:
-    unsupported = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}
+    drafter = {"method": "draft_model", "model": small_engine["model"], "num_speculative_tokens": 2}
+    unsupported = {"speculative_config": {**drafter, "parallel_drafting": True}}
     transfer = flag(on_unsupported="passthrough")
     config = config_of(small_engine, kv_transfer_config=transfer, scheduler_cls=DERIVED_SCHEDULER, **unsupported)
     assert config.kv_transfer_config is None

@@ -97,7 +97,7 @@ def test_only_steps_that_copy_layer_by_layer_run_without_graphs(
     from layerkv.vllm_plugin.gpu_worker import LayerKVGPUWorker
 
     worker = object.__new__(LayerKVGPUWorker)
-    worker.model_runner = v2_runner()
+    worker.model_runner, worker._zeroes_blocks = v2_runner(), False
     monkeypatch.setattr(Worker, "execute_model", lambda self, output: graph_of_one_token(self.model_runner))
     ran = worker.execute_model(SimpleNamespace(kv_connector_metadata=LayerKVMetadata(plan)))
     assert ran == ("NONE" if needs else "FULL")

@@ -34,9 +34,9 @@ NUM_ADAPTERS = 3
 
 SCARCE = Setting("scarce", {"zone_tokens": 320})
 AHEAD = Setting(
-    "ahead-failing-fetches", {"zone_tokens": 320}, ahead=True, fail_every=3, must_move=("fetches", "recomputes")
+    "ahead-failing-fetches", {"zone_tokens": 320}, ahead=True, fail_every=2, must_move=("fetches", "recomputes")
 )
-FAILING = Setting("failing-fetches", {"zone_tokens": 320}, fail_every=3, must_move=("fetches", "recomputes"))
+FAILING = Setting("failing-fetches", {"zone_tokens": 320}, fail_every=2, must_move=("fetches", "recomputes"))
 HOST_SMALL = Setting(
     "host-memory-too-small",
     {"zone_tokens": 64, "host_memory": "1MiB"},
