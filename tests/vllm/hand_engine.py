@@ -76,9 +76,12 @@ class HandEngine:
 
         config, kv_cache_config = self._configs(model, pool_blocks, host_blocks, extra_config or {}, engine_args)
         scheduler_cls = LayerKVAsyncScheduler if ahead else LayerKVScheduler
-        self.scheduler: Any = scheduler_cls(
-            config, kv_cache_config, StructuredOutputManager(config), _lcm_of_blocks(kv_cache_config), log_stats=False
-        )
+        self._now_s = 1000.0
+        alignment = _lcm_of_blocks(kv_cache_config)
+        with self._at_its_time():  # else how long it has been idle would depend on how long the machine has been up
+            self.scheduler: Any = scheduler_cls(
+                config, kv_cache_config, StructuredOutputManager(config), alignment, log_stats=False
+            )
         self.scheduler.defer_block_free = ahead  # by hand: the CPU platform turns asynchronous scheduling off
         self.ledger = self.scheduler.connector.scheduler_side.ledger
         sizes = self.scheduler.connector.scheduler_side.sizes
@@ -97,7 +100,6 @@ class HandEngine:
         self.keep_in_zone: set[str] = set()
         self._hasher = get_request_block_hasher(BLOCK_TOKENS, hash_fn)
         self._is_ahead = ahead
-        self._now_s = 1000.0
         self.in_flight: deque[Step] = deque()
         self.fail_hits = self.fail_zone_hits = self.fail_fetches = False
         self.requests: dict[str, Any] = {}

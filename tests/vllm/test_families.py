@@ -89,7 +89,13 @@ def sized(setting: Setting, **changes: Any) -> Setting:
 SEEING = {"mix": {"images": True, "max_prompt": 200}, "spec": {"sees": True}}
 LIMITS = {"limit_mm_per_prompt": {"image": 2, "video": 0}, "mm_processor_cache_gb": 0}
 # MLA on a CPU: blocks of 16 tokens and 216 KiB, prompts in one chunk, no prefix caching; tokens change with the batch.
-LATENT = {"block_size": 16, "max_num_seqs": 1, "enable_prefix_caching": False, "kv_cache_memory_bytes": 10 << 20}
+LATENT = {
+    "block_size": 16,
+    "max_num_seqs": 1,
+    "enable_prefix_caching": False,
+    "kv_cache_memory_bytes": 10 << 20,
+    "attention_backend": "CPU_MLA",  # where there is AMX vLLM prefers a backend that takes no float32
+}
 LATENT_HOST_SMALL = replace(
     sized(HOST_SMALL, kv_cache_memory_bytes=9 << 20), extra={"zone_tokens": 64, "host_memory": "2MiB"}
 )
