@@ -269,6 +269,14 @@ def _add_suite(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]"
     run.add_argument("--port", type=int, metavar="PORT", help="of the servers; without it, any free one")
     run.add_argument("--trace", type=Path, metavar="FILE", help="a trace in place of the case's own")
     run.add_argument(
+        "--stretch",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="all times of the case F times longer (arrivals slower, objectives and thinking longer), for a machine "
+        "that is F times slower than the one it was sized on (1)",
+    )
+    run.add_argument(
         "--lmcache-python",
         type=Path,
         metavar="PYTHON",
@@ -323,6 +331,7 @@ def _bench_run(arguments: argparse.Namespace) -> int:
         out_dir=arguments.out,
         port=arguments.port,
         trace_path=arguments.trace,
+        stretch=arguments.stretch,
         lmcache=find_lmcache(Path(lmcache_python)) if lmcache_python else None,
     )
     return run_suite(arguments.case, options)

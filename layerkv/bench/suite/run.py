@@ -44,6 +44,7 @@ from layerkv.bench.suite.result import CaseResult
 from layerkv.bench.suite.room_for_one import check_room_for_one
 from layerkv.bench.suite.scheduler_probe import TIMES_VARIABLE, SchedulerTimes, probe_options, read_scheduler_times
 from layerkv.bench.suite.server import CpuTimes, Server, free_port
+from layerkv.bench.suite.stretch import stretched
 from layerkv.bench.suite.terminal import print_result
 from layerkv.bench.supervise import child_env, run_child
 from layerkv.bench.tiny_model import make_tiny_model
@@ -89,6 +90,7 @@ class RunOptions:
     out_dir: Path = Path("out/bench")
     port: int | None = None
     trace_path: Path | None = None
+    stretch: float = 1.0
     lmcache: Lmcache | None = None
 
 
@@ -122,7 +124,7 @@ def run_suite(path: Path, options: RunOptions, *, serve: ServeCommand = serve_co
 
 
 def _load(path: Path, options: RunOptions) -> Case:
-    case = load_case(path, options.size, trace_path=options.trace_path)
+    case = stretched(load_case(path, options.size, trace_path=options.trace_path), options.stretch)
     chosen = options.engines or case.engines
     for name in chosen:
         if name not in ENGINE_NAMES:
