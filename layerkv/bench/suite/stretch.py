@@ -29,8 +29,8 @@ def stretched(case: Case, factor: float) -> Case:
         return case
     classes = {name: _longer(each, factor) for name, each in case.policy.classes.items()}
     note = (
-        f"All times of the case were stretched by {factor:g}: arrivals {factor:g} times slower than the names of points "
-        f"say, objectives, lags and thinking {factor:g} times longer."
+        f"All times of the case were stretched by {factor:g}: arrivals {factor:g} times slower than points are "
+        f"named, objectives, lags and thinking {factor:g} times longer."
     )
     return replace(
         case,

@@ -43,5 +43,5 @@ def test_one_leaves_the_case_as_it_is_and_no_number_is_refused() -> None:
     case = load_case(CASES / "two_classes.yaml")
     assert stretched(case, 1) is case
     for wrong in (0, -1, math.inf, math.nan):
-        with pytest.raises(ConfigError, match="--stretch: found .*; expected a number above zero"):
+        with pytest.raises(ConfigError, match=r"--stretch: found .*; expected a number above zero"):
             stretched(case, wrong)
