@@ -1,4 +1,4 @@
-"""Makes small random float32 Llama models on the local disk, without downloads.
+"""Makes small random float32 models on the local disk, without downloads.
 
 Runs in whichever process wants a model (the demo, tests). A model lies in a folder named by the hash of
 everything that determines it, and appears there in one rename: a folder that exists is complete.
@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -32,11 +32,20 @@ RECIPE_VERSION = 1
 # Training a tokenizer for more takes longer than a benchmark, and nobody reads what these models say.
 MOST_WORDS = 512
 SPECIAL_TOKENS = ("<s>", "</s>", "<pad>")
+WINDOW_TOKENS = 128  # gpt-oss's
+STATE_LAYERS_TO_ONE_OF_ATTENTION = 2
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
 
 
-class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
-    """The dimensions of a Llama with grouped-query attention."""
+Layers: TypeAlias = Literal["full", "windows", "states"]
+
+
+class ModelShape(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The dimensions of a model with grouped-query attention.
+
+    `layers` are those of a Llama (full attention), of gpt-oss (windows and full attention in turn, two experts) or of
+    Granite 4 H (two layers with a state to one of attention).
+    """
 
     num_layers: int
     hidden_size: int
@@ -46,6 +55,7 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int = 64
     vocab_size: int = 512
     max_position_tokens: int = 8192
+    layers: Layers = "full"
 
     @property
     def num_words(self) -> int:
@@ -54,8 +64,9 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token occupies in all layers together."""
-        return self.num_layers * 2 * self.num_kv_heads * self.head_dim * FLOAT32_BYTES
+        """Bytes of keys and values of one token in all layers together, as long as it is in the windows."""
+        attending = self.num_layers // (STATE_LAYERS_TO_ONE_OF_ATTENTION + 1 if self.layers == "states" else 1)
+        return attending * 2 * self.num_kv_heads * self.head_dim * FLOAT32_BYTES
 
 
 SHAPES = MappingProxyType(
@@ -74,6 +85,8 @@ SHAPES = MappingProxyType(
             head_dim=32,
             max_position_tokens=16384,
         ),
+        "demo-windows": ModelShape(num_layers=12, hidden_size=192, mlp_size=192, num_heads=4, layers="windows"),
+        "demo-states": ModelShape(num_layers=12, hidden_size=192, mlp_size=384, num_heads=4, layers="states"),
         "test": ModelShape(num_layers=6, hidden_size=128, mlp_size=256, num_heads=4),
         # A step reads a large output layer, however many decode, and a prompt's tokens do not need it: so batches pay,
         # and a prompt token costs little beside a step, as on a GPU. A huge page holds 512 tokens of a layer's KV.
@@ -119,30 +132,56 @@ def make_tiny_model(shape_name: str, cache_dir: Path, *, seed: int = 0) -> Path:
 def _write_weights(shape: ModelShape, folder: Path, seed: int) -> None:
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config: Any = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        dtype="float32",
-        num_hidden_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.mlp_size,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        vocab_size=shape.vocab_size,
-        max_position_embeddings=shape.max_position_tokens,
-        initializer_range=INITIALIZER_RANGE,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        weights = LlamaForCausalLM(config).to(torch.float32).state_dict()
-    config.save_pretrained(folder)
+        model = _model(shape).to(torch.float32)
+    model.config.save_pretrained(folder)
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _model(shape: ModelShape) -> Any:
+    common: dict[str, Any] = {
+        "dtype": "float32",
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": shape.mlp_size,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_position_tokens,
+        "initializer_range": INITIALIZER_RANGE,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    if shape.layers == "windows":
+        from transformers import GptOssConfig, GptOssForCausalLM
+
+        few = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": WINDOW_TOKENS}
+        return GptOssForCausalLM(GptOssConfig(architectures=["GptOssForCausalLM"], **few, **common))
+    if shape.layers == "states":
+        from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
+
+        cycle = ["linear_attention"] * STATE_LAYERS_TO_ONE_OF_ATTENTION + ["full_attention"]
+        hybrid: Any = GraniteMoeHybridConfig(
+            architectures=["GraniteMoeHybridForCausalLM"],
+            shared_intermediate_size=shape.mlp_size,
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            layer_types=cycle * (shape.num_layers // len(cycle)),
+            mamba_n_heads=8,
+            mamba_d_state=32,
+            mamba_chunk_size=64,
+            **common,
+        )
+        return GraniteMoeHybridForCausalLM(hybrid)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(architectures=["LlamaForCausalLM"], **common))
 
 
 def _write_tokenizer(shape: ModelShape, folder: Path) -> None:
