@@ -431,7 +431,9 @@ class _CaseRun:
 
     def _block_bytes(self) -> int | None:
         shape = self._case.settings.shape
-        return None if shape is None else shape.kv_bytes_per_token * self._case.settings.block_tokens
+        if shape is None or shape.layers != "full":  # a block of a model with several groups is of some layers only
+            return None
+        return shape.kv_bytes_per_token * self._case.settings.block_tokens
 
     def _fail(self, engine: str, failure: EngineFailure, point: str | None, board: SuiteBoard) -> None:
         self._outcome.fail(engine, failure, point)
