@@ -273,8 +273,8 @@ def _add_suite(benchmarks: "argparse._SubParsersAction[argparse.ArgumentParser]"
         type=float,
         default=1.0,
         metavar="F",
-        help="all times of the case F times longer (arrivals slower, objectives and thinking longer), for a machine "
-        "that is F times slower than the one it was sized on (1)",
+        help="all times of the case F times longer (arrivals slower; objectives, lags and thinking longer), for a "
+        "machine F times slower than the one it was sized on; points keep their names (1)",
     )
     run.add_argument(
         "--lmcache-python",

@@ -153,7 +153,7 @@ def as_case(
     loads = [metrics.as_load(run, point=name, seed=result.seed) for run in runs.values()]
     case = CaseResult(
         case="demo",
-        question="How many readers are served without a pause when KV memory is full, and how soon do they begin?",
+        question="How many readers are served fluidly when KV memory is full, and how soon do they begin?",
         size=f"{load.num_requests} requests",
         complete=result.complete,
         interrupted=result.interrupted,

@@ -43,10 +43,10 @@ RIVALS = ("stock", "stock-watermark", "vllm-cpu-offload", "lmcache")
 
 
 def headline(result: CaseResult) -> str:
-    """One sentence on the main point: whose readers could read without a pause; else, on first tokens."""
+    """One sentence on the main point: whose readers were served fluidly; else, on first tokens."""
     ours, theirs = _readers(result, "layerkv"), _readers(result, "stock")
     if ours and theirs:
-        return f"{ours} readers served without a pause; stock vLLM: {theirs}."
+        return f"{ours} readers served in time, with hardly a pause; stock vLLM: {theirs}."
     return _first_tokens(result) or _nothing(result)
 
 

@@ -216,7 +216,11 @@ def _scheduler_time(figures: Figures) -> str:
 
 
 _ROWS: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
-    ("Fluid", "requests whose reader had to wait neither long nor often", lambda f: percent_cell(f.fluid)),
+    (
+        "Fluid",
+        "first token in time, and at most a second (`max_lag`) of waiting after it",
+        lambda f: percent_cell(f.fluid),
+    ),
     (SLOS_MET, "requests that met TTFT and, on the mean, TPOT", lambda f: percent_cell(f.slo_attainment)),
     ("Fluid goodput", "fluid requests per second", lambda f: number_cell(f.fluid_goodput_rps, 2, "/s")),
     ("Goodput", "requests per second that met TTFT and mean TPOT", lambda f: number_cell(f.goodput_rps, 2, "/s")),

@@ -91,7 +91,7 @@ def test_both_times_to_first_token_and_the_throughput_are_said() -> None:
 def test_the_headline_counts_the_readers_of_all_seeds() -> None:
     result = with_figures(case(), "layerkv", fluid=Spread.of([1.0, 0.95, 1.0]))
     result = with_figures(result, "stock", fluid=Spread.of([0.1, 0.0, 0.25]))
-    assert summary.headline(result) == "236 of 240 readers served without a pause; stock vLLM: 28 of 240."
+    assert summary.headline(result) == "236 of 240 readers served in time, with hardly a pause; stock vLLM: 28 of 240."
 
 
 def test_what_readers_waited_is_said_beside() -> None:
