@@ -109,6 +109,7 @@ def load_digest(case: Case) -> str:
         ", max_lag_s=1.0",
         ", stream=True",
         ", smooth=False",
+        ", layers='full'",
     ):
         said = said.replace(nothing, "")
     said = said.replace(", policy='fluid', ", ", slo_scheduling=True, ")

@@ -22,6 +22,8 @@ NAMES = (
     "plentiful",
     "closed_loop",
     "slots",
+    "demo_windows",
+    "demo_states",
     "unknown_lengths",
     "stop_strings",
     "beyond_memory",
