@@ -96,6 +96,10 @@ class EngineShape:
             return 0
         return -(-(self.tokens_per_decode + self.lookahead_tokens) // self.block_tokens)
 
+    def blocks_to_fetch(self, num_tokens: int, num_computed: int) -> int:
+        """Free pool blocks that a request of so many tokens needs to come back from host memory."""
+        return self.blocks_for(max(num_computed + 1, num_tokens), num_computed) + self.drafting_blocks
+
     @property
     def step_blocks(self) -> int:
         """Most blocks that a step of a request which decodes may take."""

@@ -93,7 +93,7 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
                 LayeredRequest(
                     r.request_id,
                     not r.is_prefilling,
-                    shape.blocks_for(max(r.num_computed + 1, r.num_tokens), r.num_computed),
+                    shape.blocks_to_fetch(r.num_tokens, r.num_computed),
                     r.num_zone_blocks,
                     missing > 0 and not r.is_prefilling,  # a prompt's room is reserved
                     _host_blocks_missing(shape, r, new_tokens)
