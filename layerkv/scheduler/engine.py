@@ -126,6 +126,7 @@ class Running(NamedTuple):
         num_host_blocks: Host blocks it holds, or, resident, leading blocks that host memory holds too.
         num_shared: Of those of a resident one, blocks that it shares: they are not free at once when it gives them up.
         is_paused: It is left out of steps: it keeps its blocks, and has no slot.
+        num_in_flight: Of the tokens computed, those that steps in flight compute.
     """
 
     request_id: str
@@ -139,6 +140,7 @@ class Running(NamedTuple):
     num_host_blocks: int = 0
     num_shared: int = 0
     is_paused: bool = False
+    num_in_flight: int = 0
 
 
 class EngineState(NamedTuple):
