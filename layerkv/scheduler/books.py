@@ -186,7 +186,7 @@ class RequestBooks:
         self.refresh(tracked, num_output)
         tracked.prefill_rest_s = 0.0
         tracked.parked_tokens = num_computed
-        num_blocks = self.shape.blocks_for(max(num_computed + 1, num_tokens), num_computed) + self.shape.drafting_blocks
+        num_blocks = self.shape.blocks_to_fetch(num_tokens, num_computed)
         dry_s = tracked.dry_s(num_output, now_s, self.step_s)  # whatever the policy: the next one may ask
         load_s = self.cost.view.load_s(num_blocks * self.shape.block_bytes)
         if self.policy.policy == "fluid":

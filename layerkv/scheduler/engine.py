@@ -96,6 +96,10 @@ class EngineShape:
             return 0
         return -(-(self.tokens_per_decode + self.lookahead_tokens) // self.block_tokens)
 
+    def blocks_to_fetch(self, num_tokens: int, num_computed: int) -> int:
+        """Free pool blocks that a request of so many tokens needs to come back from host memory."""
+        return self.blocks_for(max(num_computed + 1, num_tokens), num_computed) + self.drafting_blocks
+
     @property
     def step_blocks(self) -> int:
         """Most blocks that a step of a request which decodes may take."""
@@ -122,6 +126,7 @@ class Running(NamedTuple):
         num_host_blocks: Host blocks it holds, or, resident, leading blocks that host memory holds too.
         num_shared: Of those of a resident one, blocks that it shares: they are not free at once when it gives them up.
         is_paused: It is left out of steps: it keeps its blocks, and has no slot.
+        num_in_flight: Of the tokens computed, those that steps in flight compute.
     """
 
     request_id: str
@@ -135,6 +140,7 @@ class Running(NamedTuple):
     num_host_blocks: int = 0
     num_shared: int = 0
     is_paused: bool = False
+    num_in_flight: int = 0
 
 
 class EngineState(NamedTuple):

@@ -82,7 +82,7 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
             context += r.num_computed
             new_tokens = decode_tokens
         if has_groups:
-            missing, soon_missing = _growth_in_groups(shape, r, new_tokens, steps_ahead, soon_steps)
+            missing, soon_missing = _growth_in_groups(shape, r, new_tokens, soon_tokens)
         else:
             room = r.num_blocks * tokens - r.num_computed - new_tokens
             missing = -(room // tokens) if room < 0 else 0
@@ -93,7 +93,7 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
                 LayeredRequest(
                     r.request_id,
                     not r.is_prefilling,
-                    shape.blocks_for(max(r.num_computed + 1, r.num_tokens), r.num_computed),
+                    shape.blocks_to_fetch(r.num_tokens, r.num_computed),
                     r.num_zone_blocks,
                     missing > 0 and not r.is_prefilling,  # a prompt's room is reserved
                     _host_blocks_missing(shape, r, new_tokens)
@@ -168,17 +168,15 @@ def look(books: RequestBooks, engine: EngineState, now_s: float, soon_steps: int
     return load, under_way_s
 
 
-def _growth_in_groups(
-    shape: EngineShape, r: Running, new_tokens: int, steps_ahead: int, soon_steps: int
-) -> tuple[int, int]:
+def _growth_in_groups(shape: EngineShape, r: Running, new_tokens: int, soon_tokens: int) -> tuple[int, int]:
     """Blocks that a request lacks for its next tokens, what its window leaves behind given back, and soon after them.
 
-    What a step in flight still reads comes back only after it.
+    What a step in flight still reads comes back only after it: of a chunk, that is a window before its first token.
     """
     num_after = r.num_computed + new_tokens
-    num_processed = max(r.num_computed - steps_ahead, 0)
+    num_processed = max(r.num_computed - r.num_in_flight, 0)
     needed = shape.blocks_for(num_after, num_processed)
-    soon = shape.blocks_for(num_after + soon_steps, num_processed)
+    soon = shape.blocks_for(num_after + soon_tokens, num_processed)
     return max(needed - r.num_blocks, 0), soon - needed
 
 

@@ -79,7 +79,7 @@ class ParkedRequest(NamedTuple):
         request_id: The request.
         deadline_s: The latest time for its fetch to begin if its objectives are to be kept (see
             ``TrackedRequest.start_by_s``); its arrival where objectives do not count.
-        num_blocks: Pool blocks it needs to run again.
+        num_blocks: Pool blocks it needs to run again, those among them that the engine wants for drafts.
         weight: Its class's weight.
         rank: As for a waiting request.
         tokens_left: Output tokens that it is predicted to make still.
@@ -155,7 +155,7 @@ class LayeredRequest(NamedTuple):
     Attributes:
         request_id: The request.
         prefill_done: Its first token is computed, or on its way.
-        num_blocks: Pool blocks it needs to become resident.
+        num_blocks: Pool blocks it needs to become resident: as many as a parked one.
         num_zone_blocks: Zone blocks it holds.
         needs_zone_block: Its next token needs one more zone block.
         needs_host_block: Host blocks that its next token needs besides those it has.

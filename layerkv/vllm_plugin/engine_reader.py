@@ -172,6 +172,7 @@ class EngineReader:
                 ledger.num_host_blocks_of(request_id),
                 ledger.num_shared_host_blocks_of(request_id),
                 request_id in paused,
+                request.num_in_flight_tokens,
             )
 
     def _arriving(self) -> list[tuple[str, int, int]]:

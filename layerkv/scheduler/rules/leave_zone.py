@@ -30,7 +30,7 @@ def leave_zone(now: Outlook, draft: Draft) -> None:
         if not r.outgrows_pool:
             zone, host = zone - int(r.needs_zone_block), host - r.needs_host_block
         stream_bytes -= r.num_zone_blocks * (s.shape.streamed_block_bytes or s.shape.block_bytes)
-        if r.outgrows_pool or r.num_blocks > s.shape.fetchable_blocks:  # it could not be fetched
+        if r.outgrows_pool or r.num_blocks > s.shape.pool_blocks:  # it could not be fetched
             if (zone < 0 or host < 0) and not s.engine.is_paused:
                 draft.give_up_layered(r, Reason.LONGER_THAN_POOL)
             else:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from layerkv.scheduler.controller import Controller
-from layerkv.scheduler.engine import EngineShape
+from layerkv.scheduler.engine import EngineShape, Running
 from layerkv.scheduler.needs import blocks_to_resume
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.running import look
@@ -79,3 +79,16 @@ def test_a_prompt_takes_slots_for_what_is_drafted_after_it() -> None:
     arrive(c, "a", num_tokens=160)
     [w] = c.waiting.head(1, 10.0, None)
     assert (w.num_tokens, w.num_blocks) == (160, 11)
+
+
+def test_who_decodes_in_the_zone_leaves_it_only_for_a_pool_that_could_fetch_it() -> None:
+    """Its own blocks are not enough where the engine wants some for drafts: it would be parked, and wait."""
+    streams = Running("a", 161, 160, 1, False, 11, num_zone_blocks=11, is_layered=True, num_host_blocks=11)
+    for shape, num_blocks in ((SHAPE, 11), (drafting(), 12), (drafting(lookahead_tokens=BLOCK_TOKENS), 13)):
+        for free_blocks in (num_blocks - 1, num_blocks):
+            c = Controller(policy(streamed_decode=True), shape, profile(), is_measured=True)
+            arrive(c, "a", num_tokens=160)
+            c.admitted("a", layered=True, reason=Reason.FITS, step=1, now_s=10.0)
+            c.first_token("a", 10.2)
+            _, decision = c.decide(engine(streams, free_blocks=free_blocks), 10.3)
+            assert decision.park == (("a",) if free_blocks == num_blocks else ())
