@@ -79,3 +79,11 @@ def test_a_prompt_takes_slots_for_what_is_drafted_after_it() -> None:
     arrive(c, "a", num_tokens=160)
     [w] = c.waiting.head(1, 10.0, None)
     assert (w.num_tokens, w.num_blocks) == (160, 11)
+
+
+def test_who_outgrows_the_pool_is_promised_room_for_drafts_beyond_its_last_token() -> None:
+    for longest_tokens, num_blocks in ((4096, 111), (110 * BLOCK_TOKENS, 110)):
+        c = controller(drafting(long_contexts=True, longest_tokens=longest_tokens))
+        arrive(c, "a", num_tokens=110 * BLOCK_TOKENS - 50)  # and 50 to come
+        [prompt] = c.waiting.views
+        assert prompt.most_blocks == num_blocks
