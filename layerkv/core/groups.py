@@ -70,7 +70,10 @@ class Group:
 
     def needed(self, num_computed: int) -> range:
         """The entries without which a request cannot go on that has computed so many tokens."""
-        return range(self.first_needed(num_computed), self.num_entries(num_computed))
+        first = self.first_needed(num_computed)
+        if self.chunk and num_computed % self.chunk == 0:
+            return range(first, first)  # a new chunk begins, and be it within a block
+        return range(first, self.num_entries(num_computed))
 
     def most_needed(self, num_tokens: int) -> int:
         """Entries needed at most by a request that has computed up to so many tokens."""

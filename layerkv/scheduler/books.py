@@ -365,7 +365,9 @@ class RequestBooks:
         likely_tokens = min(prompt_tokens + tracked.middle_tokens, most_tokens)
         if not shape.long_contexts or max(likely_tokens, num_tokens + 1) <= shape.fetchable_blocks * shape.block_tokens:
             return 0
-        return -(-max(most_tokens, num_tokens) // shape.block_tokens)
+        num_drafts = 2 * (shape.tokens_per_decode - 1) + shape.lookahead_tokens  # of a step in flight and of the next
+        most_tokens = min(max(most_tokens, num_tokens) + num_drafts, shape.longest_tokens)
+        return -(-most_tokens // shape.block_tokens)
 
     def _predict(self, tracked: TrackedRequest, num_output: int) -> None:
         """Without anything known: slack as if it made all it may, memory for a while ahead."""

@@ -50,7 +50,8 @@ def standing(snapshot: Snapshot, decision: Decision, every_steps: int) -> Standi
     """For how long a decision stands; None if the next step must decide again.
 
     Until the next step whose number is a multiple of ``every_steps``. One that had all there is to decide, and no copy
-    to make in the background, stands for as many steps as fit :data:`LOOK_S`, if the pool has a block for everybody.
+    to make in the background, stands for as many steps as fit :data:`LOOK_S`, if the pool has a block for everybody, of
+    each KV-cache group.
 
     Args:
         snapshot: What it was decided from.
@@ -70,8 +71,9 @@ def standing(snapshot: Snapshot, decision: Decision, every_steps: int) -> Standi
         return None  # the next step has more of what they wait for
     num_steps = every_steps - engine.step % every_steps
     looks_far = snapshot.policy == "fluid"  # others act on what is due within ``every_steps`` only
-    if looks_far and num_steps == every_steps and not decision.store_ahead and spare_blocks >= load.num_resident:
-        # nobody needs two blocks in so many steps
+    for_all = load.num_resident * shape.blocks_per_token
+    if looks_far and num_steps == every_steps and not decision.store_ahead and spare_blocks >= for_all:
+        # nobody needs two blocks of a KV-cache group in so many steps
         in_a_block = shape.block_tokens // shape.tokens_per_decode
         most = min(LOOK_S // snapshot.token_s if snapshot.token_s > 0 else 0, in_a_block)
         num_steps = max(int(most) // every_steps * every_steps, every_steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.sched.interface import PauseState
@@ -195,17 +195,33 @@ class EngineReader:
         )
 
     def _full_loras(self) -> set[int] | None:
-        """Adapters in use when no further one may start; None when any may."""
-        lora_config = self._scheduler.lora_config
-        if lora_config is None:
+        """Adapters of which more requests may start when no further adapter may; None when any may.
+
+        Who is being fetched has its adapter's place from then on. While those who run leave it none, it waits with its
+        blocks in the pool, and nobody else comes in who would keep that place.
+        """
+        s = self._scheduler
+        if s.lora_config is None:
             return None
-        active = {r.lora_request.lora_int_id for r in self._scheduler.running if r.lora_request is not None}
-        return active if len(active) >= lora_config.max_loras else None
+        running, coming = adapters(s.running), adapters(filter(_wants_to_run, s.kv_holding_waiting))
+        taken = running | coming
+        if len(taken) > s.lora_config.max_loras:
+            return running & coming
+        return taken if len(taken) == s.lora_config.max_loras else None
 
     def _lacks_lora(self, request: Request) -> bool:
         if self._active_loras is None or request.lora_request is None:
             return False
         return request.lora_request.lora_int_id not in self._active_loras
+
+
+def adapters(requests: Iterable[Request]) -> set[int]:
+    """Those that these requests use."""
+    return {request.lora_request.lora_int_id for request in requests if request.lora_request is not None}
+
+
+def _wants_to_run(request: Request) -> bool:
+    return request.status is not RequestStatus.WAITING_FOR_STREAMING_REQ
 
 
 def num_computed_for_good(scheduler: SchedulerView, request: Request) -> int:

@@ -17,7 +17,7 @@ from layerkv.metrics import DECIDE_TIME
 from layerkv.scheduler.prefill import prefill_share
 from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import Decision, Snapshot
-from layerkv.vllm_plugin.engine_reader import num_computed_for_good
+from layerkv.vllm_plugin.engine_reader import adapters, num_computed_for_good
 from layerkv.vllm_plugin.pausing import Pausing
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
 from layerkv.vllm_plugin.waiting_queue import WaitingQueue
@@ -85,6 +85,7 @@ class Execution:
             s.adaptive_long_prefill_threshold,
             s.max_num_active_reqs,
         )
+        max_loras = 0 if s.lora_config is None else s.lora_config.max_loras
         held: list[Request] = []
         self._metrics.add(DECIDE_TIME, time.monotonic() - now_s)
         try:
@@ -99,6 +100,8 @@ class Execution:
                 s.adaptive_long_prefill_threshold,
                 s.max_num_active_reqs,
             ) = saved
+            if s.lora_config is not None:
+                s.lora_config.max_loras = max_loras
             s.running += held
             self._queue.show(())
             if decision.back_to_zone:  # whom vLLM skips that has computed tokens, it takes for one with KV
@@ -220,6 +223,8 @@ def limit_prefill(s: SchedulerView, snapshot: Snapshot, decision: Decision) -> l
         if decision.prefill_tokens == 0 and decoding:
             s.running = decoding
             s.max_num_active_reqs -= len(prefilling)
+            if s.lora_config is not None:  # nor is the place of an adapter free that comes back with the next step
+                s.lora_config.max_loras -= len(adapters(prefilling) - adapters(decoding))
             return prefilling
         s.running = decoding + prefilling
         share = max(share, tokens_per_decode)  # vLLM makes room for drafts, and does not look at the threshold first

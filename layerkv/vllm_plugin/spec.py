@@ -127,10 +127,15 @@ class LayeredBlocks(SingleTypeKVCacheManager):
         """Pool blocks needed: for a layered request only its hits on the device that nobody holds yet.
 
         With the zone or host memory full the answer is more than the pool has, so that ``allocate_slots`` declines.
+        With ``apply_admission_cap`` vLLM asks for all that a request may come to need. Of one under way, it keeps that
+        of the pool, room for drafts included: nothing.
         """
         if self._ledger is None or not self._ledger.is_layered(request_id):
             return super().get_num_blocks_to_allocate(request_id, num_tokens, new_computed_blocks, *args, **kwargs)
-        num_held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
+        held = self.req_to_blocks.get(request_id, ())
+        if held and kwargs.get("apply_admission_cap"):
+            return 0
+        num_held = len(held) + len(new_computed_blocks)
         num_from_zone = max(cdiv(num_tokens, self.block_size) - num_held, 0)
         can_take = self._ledger.zone.can_take(request_id, num_from_zone, self.kv_cache_group_id)
         if not can_take or self._ledger.lacks_host_blocks(request_id):

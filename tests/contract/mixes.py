@@ -68,7 +68,11 @@ SETTINGS: dict[str, Setting] = {
     ),
 }
 
-_GROUPS = {"full and window": ("full", "window"), "full, two windows, chunk": ("full", "window", "window", "chunk")}
+_GROUPS = {
+    "full and window": ("full", "window"),
+    "full, two windows, chunk": ("full", "window", "window", "chunk"),
+    "blocks of two sizes": ("full", "wide"),
+}
 _STATES = {"states and full": ("state", "state", "full"), "window and state": ("window", "state")}
 for _name, _kinds in {**_GROUPS, **_STATES}.items():
     _engine: dict[str, Any] = {

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from layerkv.core.groups import NULL_BLOCK, Group
+from layerkv.core.groups import NULL_BLOCK, Group, host_blocks
 from tests.vllm.checked_model import VOCABULARY, CheckedWorker, _digest
 from tests.vllm.hand_engine import BLOCK_TOKENS, ZONE_BLOCKS, HandEngine
 
 WINDOW, CHUNK = 40, 48
+WIDE_BLOCK_TOKENS = 2 * BLOCK_TOKENS
 MAX_TOKENS = 256
 
 
@@ -137,7 +138,8 @@ class GroupsWorker(CheckedWorker):
 
 
 class GroupsEngine(HandEngine):
-    """A hand-driven engine of a model with these kinds of layers, two or one of each: full, window, chunk, state."""
+    """A hand-driven engine of a model with two layers of each of these kinds: full, window, chunk, state, and wide: a
+    window whose blocks have twice as many tokens as others'."""
 
     def __init__(self, model: Path, *, kinds: Sequence[str], **options: Any) -> None:
         self._kinds = kinds
@@ -153,14 +155,22 @@ class GroupsEngine(HandEngine):
             KVCacheGroupSpec([f"layers.{i}.{kind}.{slot}" for slot in range(2)], _spec(kind, full))
             for i, kind in enumerate(self._kinds)
         ]
-        with_lanes = sum(kind != "state" for kind in self._kinds)
-        num_blocks = pool_blocks + 1 + (0 if extra_config.get("mode") == "resident" else ZONE_BLOCKS) * with_lanes
+        num_ids = sum(
+            ZONE_BLOCKS * BLOCK_TOKENS // group.kv_cache_spec.block_size
+            for kind, group in zip(self._kinds, groups, strict=True)
+            if kind != "state" and extra_config.get("mode") != "resident"
+        )
+        num_blocks = pool_blocks + 1 + num_ids
         config.cache_config.num_gpu_blocks = num_blocks
         return config, KVCacheConfig(num_blocks, [], groups)
 
     def _worker(self, **options: Any) -> CheckedWorker:
         self.model = GroupsModel(self.ledger.geometry.groups)
         return GroupsWorker(self.model, self.ledger.geometry, self.ledger.host.count, **options)
+
+    def _layered_room(self, name: str) -> tuple[int, int]:
+        geometry, num_tokens = self.ledger.geometry, self.requests[name].num_tokens
+        return -(-num_tokens // geometry.block_tokens), host_blocks(geometry.groups, num_tokens)
 
     def _answer(self, prompt: Sequence[int], num_tokens: int) -> list[int]:
         return self.model.answer(prompt, num_tokens)
@@ -193,7 +203,9 @@ def _spec(kind: str, full: Any) -> Any:
         page = full.page_size_bytes
         return MambaSpec(block_size=MAX_TOKENS, shapes=((4,),), dtypes=(torch.float32,), page_size_padded=page)
     shape = {"block_size": BLOCK_TOKENS, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
-    if kind == "window":
+    if kind == "wide":
+        shape |= {"block_size": WIDE_BLOCK_TOKENS, "head_size": 32}
+    if kind in ("window", "wide"):
         return ours(SlidingWindowSpec(sliding_window=WINDOW, **shape), full.memory)
     assert kind == "chunk"
     return ours(ChunkedLocalAttentionSpec(attention_chunk_size=CHUNK, **shape), full.memory)

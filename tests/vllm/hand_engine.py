@@ -11,7 +11,6 @@ every run of a test decides alike.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -69,7 +68,11 @@ class HandEngine:
     ) -> None:
         """Build the scheduler; ``ahead`` schedules each step before the last one's output is processed."""
         from vllm.utils.hashing import get_hash_fn_by_name
-        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.core.kv_cache_utils import (
+            get_request_block_hasher,
+            init_none_hash,
+            resolve_kv_cache_block_sizes,
+        )
         from vllm.v1.structured_output import StructuredOutputManager
 
         from layerkv.vllm_plugin.scheduler import LayerKVAsyncScheduler, LayerKVScheduler
@@ -77,10 +80,15 @@ class HandEngine:
         config, kv_cache_config = self._configs(model, pool_blocks, host_blocks, extra_config or {}, engine_args)
         scheduler_cls = LayerKVAsyncScheduler if ahead else LayerKVScheduler
         self._now_s = 1000.0
-        alignment = _lcm_of_blocks(kv_cache_config)
+        alignment, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, config)
         with self._at_its_time():  # else how long it has been idle would depend on how long the machine has been up
             self.scheduler: Any = scheduler_cls(
-                config, kv_cache_config, StructuredOutputManager(config), alignment, log_stats=False
+                config,
+                kv_cache_config,
+                StructuredOutputManager(config),
+                alignment,
+                hash_block_size=hash_tokens,
+                log_stats=False,
             )
         self.scheduler.defer_block_free = ahead  # by hand: the CPU platform turns asynchronous scheduling off
         self.ledger = self.scheduler.connector.scheduler_side.ledger
@@ -98,7 +106,7 @@ class HandEngine:
         self._forced_tokens: int | None = None
         self.held: set[str] = set()
         self.keep_in_zone: set[str] = set()
-        self._hasher = get_request_block_hasher(BLOCK_TOKENS, hash_fn)
+        self._hasher = get_request_block_hasher(hash_tokens, hash_fn)
         self._is_ahead = ahead
         self.in_flight: deque[Step] = deque()
         self.fail_hits = self.fail_zone_hits = self.fail_fetches = False
@@ -123,9 +131,12 @@ class HandEngine:
 
     # What clients do -----------------------------------------------------------------------------------------
 
-    def add(self, name: str, prompt: Sequence[int], max_tokens: int = 8, *, is_session: bool = False) -> None:
-        """A request arrives; a session waits, once answered, for its next input and keeps its KV."""
+    def add(
+        self, name: str, prompt: Sequence[int], max_tokens: int = 8, *, is_session: bool = False, adapter: int = 0
+    ) -> None:
+        """A request arrives; a session waits, once answered, for its next input and keeps its KV. 0: no adapter."""
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
         from vllm.v1.request import Request
 
         params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
@@ -133,7 +144,13 @@ class HandEngine:
         self.tokens[name] = []
         with self._at_its_time():
             self.requests[name] = Request(
-                name, list(prompt), params, None, block_hasher=self._hasher, resumable=is_session
+                name,
+                list(prompt),
+                params,
+                None,
+                lora_request=LoRARequest(f"adapter{adapter}", adapter, "nowhere") if adapter else None,
+                block_hasher=self._hasher,
+                resumable=is_session,
             )
             self.scheduler.add_request(self.requests[name])
 
@@ -346,7 +363,3 @@ def configs(
 
 def _ids(verdicts: Iterable[Any]) -> Iterable[str]:
     return (verdict if isinstance(verdict, str) else verdict.request_id for verdict in verdicts)
-
-
-def _lcm_of_blocks(kv_cache_config: Any) -> int:
-    return math.lcm(*(group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups))

@@ -13,7 +13,7 @@ import pytest
 
 from layerkv.core.residency import Residency
 from layerkv.errors import ConfigError
-from tests.vllm.hand_engine import BLOCK_TOKENS, HandEngine
+from tests.vllm.hand_engine import BLOCK_TOKENS, ZONE_BLOCKS, HandEngine
 
 pytestmark = pytest.mark.vllm
 
@@ -116,3 +116,45 @@ def test_streams_that_are_paused_go_on(tiny_model: Path, ahead: bool) -> None:
         engine.add(f"r{index}", [index, *range(30)], max_tokens=100)
     engine.run(2000)
     assert min(engine.worker.num_right, engine.worker.num_wrong) > 0
+
+
+def test_a_prompt_that_fills_the_zone_leaves_the_pool_to_others(tiny_model: Path) -> None:
+    """vLLM asks what each prompt under way may come to need, drafts after its last token included, and keeps that of
+    the pool. Of one in a zone that has no room for more, it would keep all."""
+    engine = HandEngine(tiny_model, **drafting(FEW))
+    engine.add("parked", range(40), max_tokens=20)
+    engine.step()
+    engine.held = {"parked"}
+    engine.force(park=["parked"])
+    engine.step()
+    engine.add("layered", range(100, 100 + ZONE_BLOCKS * BLOCK_TOKENS - 2), max_tokens=2)
+    engine.force(layered=["layered"], prefill_tokens=64)
+    engine.step()
+    assert engine.residency("layered") is Residency.LAYERED
+    assert engine.scheduler.requests["layered"].is_prefill_chunk
+    engine.force(fetch=["parked"], prefill_tokens=64)
+    engine.step()
+    assert engine.residency("parked") is not Residency.PARKED
+    engine.held.clear()
+    engine.run()
+
+
+@AHEAD
+def test_who_outgrows_the_pool_has_room_for_its_last_drafts(tiny_model: Path, ahead: bool) -> None:
+    """They are computed and stored though they lie beyond its last token, and somebody else has the rest of host
+    memory."""
+    engine = HandEngine(
+        tiny_model, ahead=ahead, pool_blocks=10, host_blocks=17, extra_config={"long_contexts": True}, **drafting(FEW)
+    )
+    engine.add("other", range(20), max_tokens=20)
+    engine.step()
+    engine.drain()
+    engine.held = {"other"}
+    engine.force(park=["other"])
+    engine.step()
+    engine.add("long", range(200), max_tokens=15 * BLOCK_TOKENS - 200)
+    for _ in range(60):
+        engine.step()
+    engine.held = set()
+    engine.run(2000)
+    assert engine.ledger.counters.layered_admissions > 0

@@ -121,12 +121,19 @@ def another_device(config: VllmConfig) -> None:
     config.device_config.device_type = "xpu"
 
 
+def images_in_both_directions(config: VllmConfig) -> None:
+    """As vLLM says it of Gemma 3 with images."""
+    config.model_config.multimodal_config = SimpleNamespace(mm_encoder_only=False)
+    vars(config.model_config)["is_mm_prefix_lm"] = True  # a cached property
+
+
 @pytest.mark.parametrize(
     ("change", "what", "instead"),
     [
         (sleep_mode, "sleep mode", "--enable-sleep-mode"),
         (context_parallel, "context parallel", "context parallel"),
         (another_device, "'xpu'", "cpu"),
+        (images_in_both_directions, "both directions", "--language-model-only"),
     ],
 )
 def test_what_vllm_itself_refuses_on_a_cpu_layerkv_refuses_elsewhere(

@@ -115,8 +115,12 @@ def _why_not_layered(now: Outlook, draft: Draft, w: WaitingRequest) -> Reason | 
     s = now.s
     if host_blocks_to_take(s, w) > draft.host:
         return Reason.HOST_FULL
-    if zone_blocks(s, w) > draft.zone or pool_blocks_layered(s, w) > max(draft.pool, 0):
+    pool_blocks_too = pool_blocks_layered(s, w)
+    if zone_blocks(s, w) > draft.zone or pool_blocks_too > max(draft.pool, 0):
         return Reason.ZONE_FULL
+    first = draft.blocked
+    if pool_blocks_too and first is not None and first.request_id in now.next_in_pool - {w.request_id}:
+        return Reason.BEHIND_OVERDUE
     if draft.tokens < min(tokens_to_compute(s, w), now.prefill_tokens // 2):
         return Reason.SMALL_REST
     if _waiting_is_shorter(now, draft, w):

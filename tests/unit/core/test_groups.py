@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -40,10 +41,12 @@ def test_a_window_needs_the_blocks_that_the_next_token_reads() -> None:
         assert WINDOW.first_needed(num_computed) == max(num_computed - 7, 0) // 4, "as vLLM counts it"
 
 
-def test_a_chunk_needs_what_is_of_the_next_tokens_chunk() -> None:
+@pytest.mark.parametrize("chunk", [12, 10])  # a chunk may begin within a block
+def test_a_chunk_needs_what_is_of_the_next_tokens_chunk(chunk: int) -> None:
+    group = replace(CHUNK, chunk=chunk)
     for num_computed in range(60):
-        reads = range(num_computed // 12 * 12, num_computed)
-        assert {token // 4 for token in reads} == set(CHUNK.needed(num_computed))
+        reads = range(num_computed // chunk * chunk, num_computed)
+        assert {token // 4 for token in reads} == set(group.needed(num_computed))
 
 
 def test_a_state_is_one_block_however_long_the_request_is() -> None:

@@ -92,3 +92,11 @@ def test_who_decodes_in_the_zone_leaves_it_only_for_a_pool_that_could_fetch_it()
             c.first_token("a", 10.2)
             _, decision = c.decide(engine(streams, free_blocks=free_blocks), 10.3)
             assert decision.park == (("a",) if free_blocks == num_blocks else ())
+
+
+def test_who_outgrows_the_pool_is_promised_room_for_drafts_beyond_its_last_token() -> None:
+    for longest_tokens, num_blocks in ((4096, 111), (110 * BLOCK_TOKENS, 110)):
+        c = controller(drafting(long_contexts=True, longest_tokens=longest_tokens))
+        arrive(c, "a", num_tokens=110 * BLOCK_TOKENS - 50)  # and 50 to come
+        [prompt] = c.waiting.views
+        assert prompt.most_blocks == num_blocks

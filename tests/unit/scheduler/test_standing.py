@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from layerkv.core.groups import Group, growth_tokens
 from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
@@ -121,6 +122,16 @@ def test_short_steps_are_looked_at_by_time(
     by_mean = standing(replace(s, policy="slo"), Decision(**does), EVERY)
     assert by_mean is not None
     assert by_mean.until_step <= s.engine.step + EVERY, "its rules act on what is due before"
+
+
+@pytest.mark.parametrize(("free_blocks", "num_steps"), [(10, EVERY), (11, 2 * EVERY)])
+def test_of_several_groups_everybody_may_need_a_block_of_each(free_blocks: int, num_steps: int) -> None:
+    groups = (Group(16, 3), Group(16, 3, window=64))
+    shape: dict[str, Any] = {"groups": groups, "block_tokens": growth_tokens(groups)}
+    s = snapshot(**{**FULL, "free_blocks": free_blocks}, **shape, token_s=LOOK_S / 11)
+    found = standing(replace(s, policy="fluid"), Decision(), EVERY)
+    assert found is not None
+    assert found.until_step - s.engine.step == num_steps
 
 
 def test_an_idle_engine_stands() -> None:

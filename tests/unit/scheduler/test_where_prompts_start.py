@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from layerkv.core.groups import Group
+from layerkv.scheduler.limits import PolicyLimits
 from layerkv.scheduler.policy import decide
 from layerkv.scheduler.reasons import Reason
 from layerkv.scheduler.refusals import refusal_text
 from layerkv.scheduler.snapshot import LayeredRequest, PrefixHit, Snapshot
-from tests.fakes.snapshots import POOL, admitted, changed, cost, crowd, parked, prompt, resident, snapshot
+from tests.fakes.snapshots import BLOCK, POOL, admitted, changed, cost, crowd, parked, prompt, resident, snapshot
 
 # The pool or the zone -------------------------------------------------------------------------------------------------
 
@@ -79,6 +81,30 @@ def test_waiting_for_pool_blocks_must_be_in_time_and_of_use(changes: dict[str, A
         }
     )
     assert admitted(decide(s)) == [("a", True)]
+
+
+STATES = {
+    "groups": (Group(BLOCK, 1), Group(1 << 20, 1, window=2, is_state=True, most_blocks=1)),
+    "zone_block_tokens": BLOCK,
+}
+
+
+@pytest.mark.parametrize(
+    "takes", [STATES, {"hits": {"a": PrefixHit(num_blocks=1, num_evictable=1)}}], ids=["states", "hits"]
+)
+def test_nobody_passes_who_is_next_in_the_pool_by_the_blocks_that_layered_prompts_take_there(
+    takes: dict[str, Any],
+) -> None:
+    """It needs all of the pool, and there would always be one prompt more."""
+    first = parked("first", blocks=POOL)
+    s = snapshot(waiting=[prompt("a")], parked=[first], free_blocks=POOL - 1, **takes)
+    assert admitted(decide(s)) == [("a", True)]
+    overdue = changed(s, overtaken={"first": PolicyLimits().max_overtakes})
+    assert admitted(decide(overdue)) == []
+    assert decide(overdue).waits["a"] is Reason.BEHIND_OVERDUE
+    assert decide(changed(overdue, free_blocks=POOL)).fetch == ("first",)
+    without = changed(overdue, hits={}, groups=())
+    assert admitted(decide(without)) == [("a", True)], "the zone is no part of the pool"
 
 
 # A step's tokens ------------------------------------------------------------------------------------------------------
