@@ -222,6 +222,23 @@ def lfm2() -> Any:
     return Lfm2ForCausalLM(config)
 
 
+def qwen3_next() -> Any:
+    """Three layers of gated delta nets to one of attention: four groups of two layers, three of them of states."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        architectures=["Qwen3NextForCausalLM"],
+        num_hidden_layers=8,
+        intermediate_size=256,
+        num_experts=0,  # they have no KV
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        **{**_ATTENTION, "head_dim": 256},
+        **_COMMON,
+    )
+    return Qwen3NextForCausalLM(config)
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     make.__name__: make
     for make in (
@@ -237,6 +254,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         falcon_h1,
         nemotron_h,
         lfm2,
+        qwen3_next,
     )
 }
 
