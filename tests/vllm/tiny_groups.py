@@ -213,6 +213,9 @@ def lfm2() -> Any:
         architectures=["Lfm2ForCausalLM"],
         num_hidden_layers=6,
         intermediate_size=256,
+        conv_dim=256,  # as checkpoints say it, and vLLM asks for it
+        block_dim=256,
+        block_auto_adjust_ff_dim=False,
         layer_types=["conv", "conv", _FULL] * 2,
         hidden_size=256,
         num_attention_heads=4,
