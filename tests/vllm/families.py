@@ -47,7 +47,6 @@ class Family:
         is_compared: Whether a request's tokens are the same however stock vLLM came by them, given whether it was
             computed again.
         ranks_differ: Whether stock's tokens change with tensor parallelism: then the reference has as many ranks.
-        least_moves: How often at least each setting makes each move that it is there for.
         remark: What the table says of it.
         is_grouped: Whether its recipe is in :mod:`tests.vllm.tiny_groups`.
     """
@@ -62,7 +61,6 @@ class Family:
     settings: tuple[Setting, ...] = (SCARCE, AHEAD, HOST_SMALL)
     is_compared: Callable[[MixRequest, bool], bool] = lambda request, was_recomputed: True
     ranks_differ: bool = False
-    least_moves: int = 1
     remark: str = ""
     is_grouped: bool = False
 
@@ -188,78 +186,76 @@ FAMILIES = [
 
 # Several KV-cache groups ----------------------------------------------------------------------------------------------
 
+RESIDENT = Setting("resident", {"mode": "resident"}, must_move=("parks", "fetches"))
+JUST_AHEAD = Setting("scheduled-ahead", SCARCE.extra, ahead=True)
+NO_CACHE = {"enable_prefix_caching": False}  # vLLM keeps states at block boundaries otherwise
+BATCH_DEPENDENT = (
+    "a request a step, prompts whole, and none that was computed again: on a CPU, stock's tokens change with the batch"
+)
+
 
 def _grouped(
     name: str,
     title: str,
     remark: str,
     *,
-    kib: tuple[int, int],
+    kib: int,
+    resident_kib: int = 0,
     host_kib: int = 1024,
-    zone_tokens: int = 320,
+    engine: dict[str, Any] | None = None,
     **more: Any,
 ) -> Family:
-    """A family as vLLM groups its layers.
+    """A family as vLLM groups its layers, with its recipe in :mod:`tests.vllm.tiny_groups`.
 
     Args:
         name: Its recipe's, with dashes.
         title: In the table of the docs.
         remark: Likewise.
-        kib: KV memory in which two or three requests find room, without and with a zone.
-        host_kib: Host memory that is too small.
-        zone_tokens: Of the zone.
-        more: Of :class:`Family`; its ``engine`` is added to what all have.
+        kib: KV memory, zone included, in which two or three requests find room.
+        resident_kib: The same without a zone, where residents outgrow the pool; 0 where they do not, since what they
+            leave behind makes room for what they add.
+        host_kib: Host memory that holds one request or two.
+        engine: Further arguments of its engines.
+        more: Of :class:`Family`.
     """
-    resident, layered = (size << 10 for size in kib)
-    zone = {"zone_tokens": zone_tokens}
-    engine = {"skip_tokenizer_init": True, "kv_cache_memory_bytes": layered, **more.pop("engine", {})}
+    small = replace(SCARCE, name="host-memory-small", extra={**SCARCE.extra, "host_memory": f"{host_kib}KiB"})
+    first = sized(RESIDENT, kv_cache_memory_bytes=resident_kib << 10) if resident_kib else JUST_AHEAD
     return Family(
         name,
         title,
         name.replace("-", "_"),
+        engine={"skip_tokenizer_init": True, "kv_cache_memory_bytes": kib << 10, **(engine or {})},
+        settings=(first, SCARCE, AHEAD, small),
         remark=remark,
         is_grouped=True,
-        engine=engine,
-        settings=(
-            Setting(
-                "resident", {"mode": "resident"}, {"kv_cache_memory_bytes": resident}, must_move=("parks", "fetches")
-            ),
-            replace(SCARCE, extra=zone),
-            replace(AHEAD, extra=zone),
-            replace(HOST_SMALL, extra={**zone, "host_memory": f"{host_kib}KiB"}, engine={}),
-        ),
         **more,
     )
 
 
-NO_CACHE = {"enable_prefix_caching": False}  # vLLM keeps states at block boundaries otherwise
-ONE_BY_ONE = {
-    **NO_CACHE,
-    "max_num_seqs": 1,
-    "max_num_batched_tokens": 400,
-    "enable_chunked_prefill": False,
-}
-BATCH_DEPENDENT = (
-    "a request a step, prompts whole, and none that was computed again: on a CPU, stock's tokens change with the batch"
-)
-
 FAMILIES += [
-    _grouped("gemma4", "Gemma 4", "windows with smaller heads: blocks of 64 and of 32 tokens", kib=(2560, 3072)),
-    _grouped("olmo3", "Olmo 3", "three windows to one full attention: four groups", kib=(3072, 3584)),
-    _grouped("cohere2", "Cohere 2", "four groups of one layer each", kib=(1536, 2048)),
-    _grouped(
-        "mistral", "Mistral", "windows in all layers: one group that gives blocks back", kib=(1280, 2048), host_kib=512
-    ),
+    _grouped("gemma4", "Gemma 4", "windows in blocks of 64 tokens, full attention of 32", kib=3072, resident_kib=2560),
+    _grouped("olmo3", "Olmo 3", "three windows to one full attention: four groups", kib=3584),
+    _grouped("cohere2", "Cohere 2", "four groups of one layer each", kib=2048),
+    _grouped("mistral", "Mistral", "windows in all layers: one group that gives blocks back", kib=2048, host_kib=512),
     _grouped(
         "llama4",
         "Llama 4",
         "three layers of chunks to one of full attention: four groups",
-        kib=(3072, 3584),
+        kib=3584,
         env={"VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE": "1"},  # vLLM makes one group of them otherwise
     ),
-    _grouped("falcon-h1", "Falcon H1", "attention and a state in every layer", kib=(4096, 6144), engine=NO_CACHE),
     _grouped(
-        "nemotron-h", "Nemotron H", "layers of states, of attention and of neither", kib=(2048, 3072), engine=NO_CACHE
+        "falcon-h1", "Falcon H1", "attention and a state in every layer", kib=6144, resident_kib=4096, engine=NO_CACHE
     ),
-    _grouped("lfm2", "LFM2", "short convolutions beside attention", kib=(2048, 2560), engine=NO_CACHE),
+    _grouped(
+        "nemotron-h", "Nemotron H", "layers of states beside attention", kib=3072, resident_kib=2048, engine=NO_CACHE
+    ),
+    _grouped(
+        "lfm2",
+        "LFM2",
+        f"short convolutions beside attention; {BATCH_DEPENDENT}",
+        kib=2560,
+        engine={**NO_CACHE, "max_num_seqs": 1, "max_num_batched_tokens": 400},
+        is_compared=lambda request, was_recomputed: not was_recomputed,
+    ),
 ]

@@ -149,6 +149,4 @@ def test_tokens_are_stock_vllms_and_every_block_comes_back(family: Family, setti
     reference, found = runs.reference(family, setting), runs.of(family, setting.name)
     moves = found[-1]["books"]["moves"]
     num_compared = require_same(setting, mixes_of(family), reference, found, family.is_compared)
-    for move in setting.must_move:
-        assert moves[move] >= family.least_moves, moves
     runs.rows.note(family.name, setting.name, moves, num_compared=num_compared)
