@@ -130,7 +130,7 @@ DECISIONS: tuple[Decision, ...] = (
     ),
     _decide(
         Verdict.REFUSED,
-        "ngram, suffix, eagle and draft_model work; what others keep beside the model's KV, and when, is untested",
+        "ngram, eagle and draft_model work, suffix is untested; what others keep beside the model's KV, and when, too",
         "speculative_config spec_method spec_model",
     ),
     _decide(

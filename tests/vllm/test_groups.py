@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.vllm.family_rows import Head, Rows
 from tests.vllm.forked import Forks
-from tests.vllm.test_exact import MIXES, STREAMED, Results, Setting, engine_args, require_exact, run_engine
+from tests.vllm.test_exact import MIXES, STREAMED, Results, Setting, engine_args, require_same, run_engine
 from tests.vllm.tiny_groups import make_tiny
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -27,12 +28,16 @@ _POOLS: dict[str, dict[str, Any]] = {
     "gemma3": {"kv_cache_memory_bytes": 3 << 20},
     "granite_h": {"kv_cache_memory_bytes": 4 << 20, **NO_CACHE},
 }
-"""Engine arguments of each: a pool that holds two or three requests. (tests/vllm/tiny_groups.py makes others too.)"""
+"""Engine arguments of each: a pool that holds two or three requests. (Others are tried in test_families.py.)"""
+TITLES = {
+    "gpt_oss": ("gpt-oss-groups", "gpt-oss", "windows and full attention in turn: two groups"),
+    "gemma3": ("gemma3-groups", "Gemma 3", "two windows to one full attention: three groups"),
+    "granite_h": ("granite-h", "Granite 4 H", "two states to one attention: three groups"),
+}
+"""Of each its name, title and remark in the docs' table."""
 FAMILIES = {family: {"skip_tokenizer_init": True, **args} for family, args in _POOLS.items()}
 
 RESIDENT, ZONE = {"mode": "resident"}, {"zone_tokens": 384}
-ENVIRONMENTS = {"llama4": {"VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE": "1"}}
-"""vLLM makes one group of chunked and full attention otherwise."""
 
 EVERY = [
     Setting("resident", RESIDENT, must_move=("parks", "fetches")),
@@ -90,12 +95,12 @@ class FamilyResults(Results):
     """What each setting's engine did for one family."""
 
     def __init__(self, family: str, forks: Forks, model: Path, folder: Path, settings: list[Setting]) -> None:
-        self._args, self._env = FAMILIES[family], ENVIRONMENTS.get(family, {})
+        self._args = FAMILIES[family]
         super().__init__(
             forks,
             model,
             folder,
-            [replace(each, engine={**self._args, **each.engine}, env=self._env) for each in settings],
+            [replace(each, engine={**self._args, **each.engine}) for each in settings],
         )
 
     def _run_reference(self) -> list[list[list[int]]]:
@@ -104,7 +109,7 @@ class FamilyResults(Results):
         mixes = [{**mix, "unaborted": True} for mix in MIXES]
         args = {**engine_args(self._model), **self._args, "kv_cache_memory_bytes": PLENTIFUL_BYTES}
         spec = {"engine_args": args, "mixes": mixes}
-        return [result["tokens"] for result in run_engine(self._forks, folder, spec, self._env)]
+        return [result["tokens"] for result in run_engine(self._forks, folder, spec)]
 
 
 class AllResults:
@@ -113,6 +118,7 @@ class AllResults:
     def __init__(self, forks: Forks, folder: Path, asked: list[tuple[str, Setting]]) -> None:
         self._forks, self._folder, self._asked = forks, folder, asked
         self._found: dict[str, FamilyResults] = {}
+        self.rows = Rows()
 
     def of(self, family: str) -> FamilyResults:
         if family not in self._found:
@@ -136,9 +142,17 @@ def results(
     found = AllResults(forks, tmp_path_factory.mktemp("groups"), asked)
     yield found
     found.close()
+    heads = {}
+    for family, (name, title, remark) in TITLES.items():
+        heads[name] = Head(title, remark, sum(family == each for each, _ in CASES))
+    found.rows.write_if_asked(heads)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1].name}")
 def test_tokens_are_stock_vllms_and_every_block_comes_back(case: tuple[str, Setting], results: AllResults) -> None:
     family, setting = case
-    require_exact(setting, results.of(family))  # type: ignore[arg-type]
+    of_family = results.of(family)
+    found = of_family.of(setting)
+    moves = found[-1]["books"]["moves"]
+    num_compared = require_same(setting, MIXES, of_family.reference(), found)
+    results.rows.note(TITLES[family][0], setting.name, moves, num_compared=num_compared)

@@ -275,6 +275,17 @@ def test_a_way_of_drafting_that_is_untested_is_refused_by_its_name(small_engine:
     assert config_of(small_engine, on_unsupported="passthrough", speculative_config=drafter).kv_transfer_config is None
 
 
+def test_suffix_drafting_is_let_through_and_without_its_package_refused_by_vllm(
+    small_engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drafter = {"method": "suffix", "num_speculative_tokens": 2}
+    monkeypatch.setattr("vllm.config.speculative.has_arctic_inference", lambda: False)
+    with pytest.raises(ImportError, match="Arctic Inference is required"):
+        config_of(small_engine, speculative_config=drafter)
+    monkeypatch.setattr("vllm.config.speculative.has_arctic_inference", lambda: True)
+    assert config_of(small_engine, speculative_config=drafter).kv_transfer_config is not None
+
+
 # Another vLLM --------------------------------------------------------------------------------------------------------
 
 

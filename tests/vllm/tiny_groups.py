@@ -213,6 +213,9 @@ def lfm2() -> Any:
         architectures=["Lfm2ForCausalLM"],
         num_hidden_layers=6,
         intermediate_size=256,
+        conv_dim=256,  # as checkpoints say it, and vLLM asks for it
+        block_dim=256,
+        block_auto_adjust_ff_dim=False,
         layer_types=["conv", "conv", _FULL] * 2,
         hidden_size=256,
         num_attention_heads=4,
@@ -220,6 +223,26 @@ def lfm2() -> Any:
         **{**_COMMON, "tie_word_embeddings": True},
     )
     return Lfm2ForCausalLM(config)
+
+
+def qwen3_next() -> Any:
+    """Three layers of gated delta nets to one of attention: four groups of two layers, three of them of states."""
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        architectures=["Qwen3NextForCausalLM"],
+        num_hidden_layers=8,
+        intermediate_size=256,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        **{**_ATTENTION, "head_dim": 256},
+        **_COMMON,
+    )
+    return Qwen3NextForCausalLM(config)
 
 
 FAMILIES: dict[str, Callable[[], Any]] = {
@@ -237,8 +260,13 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         falcon_h1,
         nemotron_h,
         lfm2,
+        qwen3_next,
     )
 }
+
+
+_IN_PARTS = ("qwen3_next",)
+"""Families whose checkpoints have each expert by itself, and transformers in memory all in one."""
 
 
 def make_tiny(family: str, folder: Path) -> Path:
@@ -251,6 +279,9 @@ def make_tiny(family: str, folder: Path) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = FAMILIES[family]().to(torch.float32)
+    if family in _IN_PARTS:
+        model.save_pretrained(target)
+        return target
     model.config.save_pretrained(target)
     weights = {name: weight.contiguous().clone() for name, weight in model.state_dict().items()}
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})

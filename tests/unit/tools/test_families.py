@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+from tests.vllm.families import FAMILIES as TRIED
+from tests.vllm.test_groups import TITLES
 from tools.families import COLUMNS, DOCS, END, main, table
 
 FAMILIES = json.loads((DOCS / "families.json").read_text())
@@ -11,6 +13,10 @@ FAMILIES = json.loads((DOCS / "families.json").read_text())
 
 def test_the_docs_have_the_table_of_what_ran() -> None:
     assert main() == 0
+
+
+def test_each_family_that_is_tried_has_a_row_and_no_other() -> None:
+    assert set(FAMILIES) == {family.name for family in TRIED} | {name for name, _, _ in TITLES.values()}
 
 
 def test_each_family_ran_at_least_a_hundred_requests_and_was_moved_without_a_wrong_token() -> None:
