@@ -1,7 +1,7 @@
 """The table of model families in ``docs/models.md``, made from what the tests ran (``docs/families.json``).
 
 ``python tools/families.py --write`` writes it; without the flag it says whether it is what it should be.
-``LAYERKV_WRITE_FAMILIES=1 pytest tests/vllm/test_families.py`` writes the JSON.
+``LAYERKV_WRITE_FAMILIES=1 pytest tests/vllm/test_families.py tests/vllm/test_groups.py`` writes the JSON.
 """
 
 from __future__ import annotations

@@ -258,4 +258,14 @@ FAMILIES += [
         engine={**NO_CACHE, "max_num_seqs": 1, "max_num_batched_tokens": 400},
         is_compared=lambda request, was_recomputed: not was_recomputed,
     ),
+    _grouped(
+        "qwen3-next",
+        "Qwen3-Next",
+        "gated delta nets beside attention, in bfloat16; a request a step, prompts whole, and none that was computed "
+        "again: on a CPU, stock's tokens change with the chunks",
+        kib=6144,
+        host_kib=3072,
+        engine={**NO_CACHE, "max_num_seqs": 1, "max_num_batched_tokens": 400, "dtype": "bfloat16"},
+        is_compared=lambda request, was_recomputed: not was_recomputed,
+    ),
 ]

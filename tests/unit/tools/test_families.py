@@ -16,7 +16,8 @@ def test_the_docs_have_the_table_of_what_ran() -> None:
 
 
 def test_each_family_that_is_tried_has_a_row_and_no_other() -> None:
-    assert set(FAMILIES) == {family.name for family in TRIED} | {name for name, _, _ in TITLES.values()}
+    tried = {family.name for family in TRIED}
+    assert tried <= set(FAMILIES) <= tried | {name for name, _, _ in TITLES.values()}
 
 
 def test_each_family_ran_at_least_a_hundred_requests_and_was_moved_without_a_wrong_token() -> None:
