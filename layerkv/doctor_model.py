@@ -239,6 +239,9 @@ def _our_worker(weight_bytes: int) -> type[Any]:
             is_in_it = self.vllm_config.device_config.device_type == "cpu"
             return replace(here, held_bytes=here.held_bytes + weight_bytes) if is_in_it else here
 
+        def unsupported_drafter(self, specs: dict[str, KVCacheSpec]) -> None:
+            """Nothing is said of what drafts: its layers are not made."""
+
     return Worker
 
 

@@ -11,6 +11,14 @@ from layerkv.config import Give, Mode
 from layerkv.core.groups import Group, blocks_held, host_blocks, most_blocks_held, whole_blocks
 
 
+def drafting_blocks(tokens_per_decode: int, lookahead_tokens: int, block_tokens: int) -> int:
+    """Free blocks beside a request's own that the engine wants for a fetch, because the step after it drafts.
+
+    Arguments as in :class:`EngineShape`.
+    """
+    return -(-(tokens_per_decode + lookahead_tokens) // block_tokens) if tokens_per_decode > 1 else 0
+
+
 @dataclass(frozen=True, slots=True)
 class EngineShape:
     """What does not change while the engine runs.
@@ -91,10 +99,8 @@ class EngineShape:
 
     @property
     def drafting_blocks(self) -> int:
-        """Free blocks beside its own that the engine wants for a fetch, because the step after it drafts."""
-        if self.tokens_per_decode == 1:
-            return 0
-        return -(-(self.tokens_per_decode + self.lookahead_tokens) // self.block_tokens)
+        """See the function of that name."""
+        return drafting_blocks(self.tokens_per_decode, self.lookahead_tokens, self.block_tokens)
 
     def blocks_to_fetch(self, num_tokens: int, num_computed: int) -> int:
         """Free pool blocks that a request of so many tokens needs to come back from host memory."""

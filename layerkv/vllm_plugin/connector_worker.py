@@ -257,6 +257,9 @@ def make_worker_side(vllm_config: VllmConfig, setup: Setup, kv_cache_config: KVC
     """
     places = _layers_in_order(vllm_config, kv_cache_config, setup.geometry)
     geometry = places.geometry(setup.geometry)
+    place_of = places.layer_index(geometry)
+    num_drafting = num_drafting_layers(vllm_config, sorted(place_of, key=place_of.__getitem__))
+    assert num_drafting is not None, "our worker refuses what this cannot tell"
     device_type: str = vllm_config.device_config.device_type
     if device_type == "cuda":
         logger.warning("layerkv's CUDA path has not been measured on a GPU yet: run benchmarks/gpu first")
@@ -274,7 +277,7 @@ def make_worker_side(vllm_config: VllmConfig, setup: Setup, kv_cache_config: KVC
         hooks_always_run=device_type == "cpu",
         shares_link=vllm_config.parallel_config.tensor_parallel_size > 1,
         rank=vllm_config.parallel_config.rank,
-        num_drafting=num_drafting_layers(vllm_config, geometry.num_layers),
+        num_drafting=num_drafting,
     )
 
 

@@ -16,7 +16,7 @@ from layerkv.metrics import COPY_WAIT
 from layerkv.scheduler.controller import Controller
 from layerkv.scheduler.engine import EngineShape, EngineState, Running
 from layerkv.scheduler.snapshot import ParkedRequest, WaitingRequest
-from layerkv.vllm_plugin.drafts import num_drafting_slots
+from layerkv.vllm_plugin.drafts import num_drafting_slots, tokens_per_decode
 from layerkv.vllm_plugin.prefix_hits import PrefixHits
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
 
@@ -261,7 +261,7 @@ def controller_for(scheduler: SchedulerView, side: SchedulerSide, policy: SloPol
         give=config.give,
         groups=() if geometry.is_plain else geometry.groups,
         zone_block_tokens=geometry.block_tokens,
-        tokens_per_decode=1 + scheduler.num_spec_tokens + num_drafting_slots(scheduler.vllm_config),
+        tokens_per_decode=tokens_per_decode(scheduler.vllm_config),
         lookahead_tokens=scheduler.num_lookahead_tokens,
     )
     profile = (

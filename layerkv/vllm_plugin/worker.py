@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec, UniformTypeKVCach
 
 from layerkv.core.geometry import GeometryRequest, geometry_for_memory
 from layerkv.errors import ConfigError
+from layerkv.vllm_plugin.drafts import num_drafting_layers
 from layerkv.vllm_plugin.elastic_setup import ElasticSizes, elastic_sizes, told_kv_bytes
 from layerkv.vllm_plugin.host_memory import WorkerMemory, host_blocks_per_worker
 from layerkv.vllm_plugin.kv_groups import as_full_attention, grouped, is_uniform, our_groups, zeroes_blocks
@@ -62,7 +63,8 @@ class LayerKVWorkerMixin(_VLLMWorker):
         specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
         if self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             specs = as_full_attention(specs)
-        if (problem := self._unsupported_layers(specs)) is not None:
+        problem = self._unsupported_layers(specs) or self.unsupported_drafter(specs)
+        if problem is not None:
             if self._layerkv.on_unsupported == "error":
                 raise ConfigError(
                     f'{problem}, or set "on_unsupported": "passthrough" in kv_connector_extra_config to run '
@@ -86,6 +88,16 @@ class LayerKVWorkerMixin(_VLLMWorker):
     def memory_before_kv(self) -> WorkerMemory:
         """What this process has of memory: the weights are loaded, the KV cache is not made yet."""
         return WorkerMemory.here()
+
+    def unsupported_drafter(self, specs: dict[str, KVCacheSpec]) -> str | None:
+        """Why what drafts cannot be served beside these layers, its own among them; None if it can, or nothing does."""
+        if num_drafting_layers(self.vllm_config, names := list(specs)) is not None:
+            return None
+        return (
+            f"speculative decoding by {self.vllm_config.speculative_config.method} is not supported by layerkv with "
+            "this model, because the names of the layers with KV do not tell which are of what drafts (they are "
+            f"{names[0]} to {names[-1]}): leave out --speculative-config"
+        )
 
     def determine_available_memory(self) -> int:
         """The *virtual* size of the KV range whose physical memory fits what vLLM found available."""

@@ -158,3 +158,18 @@ def test_who_outgrows_the_pool_has_room_for_its_last_drafts(tiny_model: Path, ah
     engine.held = set()
     engine.run(2000)
     assert engine.ledger.counters.layered_admissions > 0
+
+
+@pytest.mark.parametrize("num_drafts", [FEW, BLOCK_TOKENS // 2 - 1, BLOCK_TOKENS // 2, MANY])
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_start_up_fetches_and_vllm_count_the_same_room_for_drafts(
+    tiny_model: Path, method: str, num_drafts: int
+) -> None:
+    """In the line for the pool less would be declined again and again, and a pool without it could not fetch all."""
+    from layerkv.vllm_plugin.drafts import drafting_blocks
+
+    how = {"prompt_lookup_max": 2} if method == "ngram" else {"model": str(tiny_model)}
+    engine = HandEngine(tiny_model, speculative_config={"method": method, "num_speculative_tokens": num_drafts, **how})
+    room = engine.scheduler._spec_decode_step_blocks
+    assert engine.scheduler._controller.shape.drafting_blocks == room
+    assert drafting_blocks(engine.scheduler.vllm_config, BLOCK_TOKENS) == room

@@ -20,29 +20,28 @@ import json, sys
 from tests.vllm.mix import MixRequest
 from tests.vllm.mix_engine import build, prompt_of
 
-def serve(engine, names, most_steps=10_000):
+def serve(engine, reset_step=None, most_steps=10_000):
     from vllm import SamplingParams
-    scheduler = engine.engine_core.engine_core.scheduler
-    tokens = {name: [] for name in names}
+    core = engine.engine_core.engine_core
     params = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, detokenize=False)
-    for name in names:
-        request = MixRequest(tuple(range(10, 90)), 12, 0, None, images=((5, 1),))
-        engine.add_request(name, prompt_of(request, {}), params)
-    steps = 0
-    while engine.has_unfinished_requests():
-        if steps == 4 and names == ["again"]:
-            assert scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+    request = MixRequest(tuple(range(10, 90)), 12, 0, None, images=((5, 1),))
+    engine.add_request("r", prompt_of(request, {}), params)
+    tokens, num_covered = [], 0
+    for step in range(most_steps):
+        if not engine.has_unfinished_requests():
+            return tokens, num_covered
+        if step == reset_step:  # as when the weights change
+            core.reset_encoder_cache()
+            assert core.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
         for output in engine.step():
+            num_covered = max(num_covered, output.num_cached_tokens or 0)
             if output.finished:
-                tokens[output.request_id] = list(output.outputs[0].token_ids)
-        steps += 1
-        assert steps < most_steps
-    return tokens
+                tokens = list(output.outputs[0].token_ids)
+    raise AssertionError("the engine does not come to an end")
 
 engine = build(json.loads(sys.argv[1]))
-first = serve(engine, ["first"])
-again = serve(engine, ["again"])
-print("SAME", first["first"] == again["again"] and len(first["first"]) == 12, flush=True)
+served = [serve(engine), *(serve(engine, int(step)) for step in sys.argv[2:])]
+print("SERVED", json.dumps(served), flush=True)
 engine.engine_core.shutdown()
 """
 
@@ -50,10 +49,28 @@ engine.engine_core.shutdown()
 def test_a_reset_computes_an_image_again_that_a_prefix_had_covered(
     forks: Forks, tiny_model: Path, tmp_path: Path
 ) -> None:
+    """Served a second time, its prefix is cached with all of its image; then KV is given up, and what was encoded."""
     folder = tmp_path / "model"
     assert forks.run(MAKE_FAMILY, "qwen2_5_vl", str(tiny_model), str(folder)).returncode == 0
-    args: dict[str, Any] = {**engine_args(folder), **LIMITS, "kv_transfer_config": flag(host_memory="64MiB")}
-    ran = forks.run(
-        PROGRAM, json.dumps({"engine_args": args, "sees": True}), VLLM_ENABLE_V1_MULTIPROCESSING="0", limit_s=200
-    )
-    assert "SAME True" in ran.stdout, ran.stdout[-3000:] + ran.stderr[-3000:]
+    stock: dict[str, Any] = {**engine_args(folder), **LIMITS}
+    ours = {**stock, "kv_transfer_config": flag(host_memory="64MiB")}
+    running = [
+        forks.start(
+            PROGRAM,
+            json.dumps({"engine_args": args, "sees": True}),
+            *reset_steps,
+            VLLM_ENABLE_V1_MULTIPROCESSING="0",
+            limit_s=200,
+        )
+        for args, reset_steps in ((stock, ()), (ours, ("4",)))
+    ]
+    served = []
+    for ran in (each.result() for each in running):
+        found = [line for line in ran.stdout.splitlines() if line.startswith("SERVED ")]
+        assert found, ran.stdout[-3000:] + ran.stderr[-3000:]
+        served.append(json.loads(found[0].removeprefix("SERVED ")))
+    [[expected, _]], [[first, _], [again, num_covered]] = served
+    assert num_covered >= 64, "of the second prompt the image was cached"
+    assert len(expected) == 12
+    assert first == expected
+    assert again == expected
