@@ -49,6 +49,7 @@ class Family:
         ranks_differ: Whether stock's tokens change with tensor parallelism: then the reference has as many ranks.
         remark: What the table says of it.
         is_grouped: Whether its recipe is in :mod:`tests.vllm.tiny_groups`.
+        cpu_flag: What a CPU has to have for it, as Linux calls that.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Family:
     ranks_differ: bool = False
     remark: str = ""
     is_grouped: bool = False
+    cpu_flag: str = ""
 
 
 def sized(setting: Setting, **changes: Any) -> Setting:
@@ -266,6 +268,7 @@ FAMILIES += [
         kib=6144,
         host_kib=3072,
         engine={**NO_CACHE, "max_num_seqs": 1, "max_num_batched_tokens": 400, "dtype": "bfloat16"},
+        cpu_flag="avx512_bf16",
         is_compared=lambda request, was_recomputed: not was_recomputed,
     ),
 ]

@@ -29,11 +29,13 @@ from tests.vllm.tiny_families import make_adapter, make_draft_model, make_eagle_
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 HAS_TIME = bool(os.environ.get("LAYERKV_WRITE_FAMILIES"))
+CPU_FLAGS = set(Path("/proc/cpuinfo").read_text().split())
 CASES = [
     (family, setting)
     for family in FAMILIES
     for setting in family.settings
-    if HAS_TIME or not family.is_grouped or setting in (SCARCE, AHEAD)
+    if (HAS_TIME or not family.is_grouped or setting in (SCARCE, AHEAD))
+    and (not family.cpu_flag or family.cpu_flag in CPU_FLAGS)
 ]
 
 
