@@ -99,28 +99,24 @@ def request_for_groups(
     spec: Any = next(g.kv_cache_spec for g in groups if isinstance(g.kv_cache_spec, OUR_SPECS))
     if is_plain(own):
         return geometry_request(vllm_config, config, spec, own[0].num_layers)
-    require_without_groups(config)
-    if vllm_config.speculative_config is not None:
-        raise ConfigError(
-            "--speculative-config: not supported by layerkv yet with a model that has several KV-cache groups, sliding "
-            "windows or states, because room for drafts is counted for one group that keeps all blocks; leave it out"
-        )
+    if (problem := unsupported_with_groups(vllm_config, config)) is not None:
+        raise ConfigError(problem)
     return geometry_request(vllm_config, config, spec, 0, own)
 
 
-def require_without_groups(config: EngineConfig) -> None:
-    """Refuse what needs one KV-cache group that keeps all its blocks.
-
-    Raises:
-        ConfigError: something is set that does.
-    """
-    for key, is_set in (("long_contexts", config.long_contexts), ("kv_floor, kv_ceiling or broker", config.is_elastic)):
+def unsupported_with_groups(vllm_config: VllmConfig, config: EngineConfig) -> str | None:
+    """What is set that needs one KV-cache group which keeps all its blocks, and why; None if nothing is."""
+    for name, is_set, why in (
+        ("kv_connector_extra_config.long_contexts", config.long_contexts, "its needs are"),
+        ("kv_connector_extra_config.kv_floor, kv_ceiling or broker", config.is_elastic, "its needs are"),
+        ("--speculative-config", vllm_config.speculative_config is not None, "room for drafts is"),
+    ):
         if is_set:
-            raise ConfigError(
-                f"kv_connector_extra_config.{key}: not supported by layerkv yet with a model that has several KV-cache "
-                "groups, sliding windows or states, because its needs are counted for one group that keeps all blocks; "
-                "leave it out"
+            return (
+                f"{name}: not supported by layerkv yet with a model that has several KV-cache groups, sliding windows "
+                f"or states, because {why} counted for one group that keeps all blocks; leave it out"
             )
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec, UniformTypeKVCacheSpecs
 
 from layerkv.core.geometry import GeometryRequest, geometry_for_memory
 from layerkv.errors import ConfigError
@@ -24,10 +24,10 @@ from layerkv.vllm_plugin.setup import (
     engine_config,
     request_for_groups,
     require_room_for_one,
-    require_without_groups,
+    unsupported_with_groups,
 )
 from layerkv.vllm_plugin.slo_gate import without_gates
-from layerkv.vllm_plugin.spec import OUR_SPECS, LayerKVSpec, is_supported, ours
+from layerkv.vllm_plugin.spec import OUR_SPECS, is_supported, ours
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,6 +64,8 @@ class LayerKVWorkerMixin(_VLLMWorker):
         if self.vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             specs = as_full_attention(specs)
         problem = self._unsupported_layers(specs) or self.unsupported_drafter(specs)
+        if problem is None and not all(isinstance(spec, FullAttentionSpec) for spec in specs.values()):
+            problem = unsupported_with_groups(self.vllm_config, self._layerkv)  # vLLM will make such of these layers
         if problem is not None:
             if self._layerkv.on_unsupported == "error":
                 raise ConfigError(
@@ -76,8 +78,6 @@ class LayerKVWorkerMixin(_VLLMWorker):
         self._layerkv_specs = {name: ours(spec, memory) for name, spec in specs.items()}
         self._zeroes_blocks = zeroes_blocks(self._layerkv_specs.values())
         if self._layerkv.is_elastic:
-            if not all(isinstance(spec, LayerKVSpec) for spec in self._layerkv_specs.values()):
-                require_without_groups(self._layerkv)
             segments = self._elastic_sizes().plan
             self._layerkv_specs = {
                 name: replace(spec, segments=segments)  # type: ignore[call-arg]

@@ -265,3 +265,14 @@ def test_a_table_tells_it_to_people(forks: Forks, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     for part in ("LlamaForCausalLM", "KV-cache groups", "lane zone", "Everything is all right."):
         assert part in run.stdout
+
+
+def test_what_drafts_is_no_reason_to_refuse_a_model(forks: Forks, tmp_path: Path) -> None:
+    """Its layers are not made here, and so not among the names that tell whose a layer is."""
+    folder = write_config(llama, tmp_path / "model")
+    drafter = {"method": "draft_model", "model": str(write_config(llama, tmp_path / "drafter"))}
+    args = {**ENGINE, "speculative_config": {**drafter, "num_speculative_tokens": 3}}
+    run = doctor(forks, folder, "--engine-args", json.dumps(args), "--json")
+    told = json.loads(run.stdout)["model"]
+    assert not told["refused"]
+    assert told["supported"]

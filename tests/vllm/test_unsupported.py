@@ -237,6 +237,56 @@ def test_layers_with_windows_are_served_and_those_of_another_kind_named() -> Non
     assert "use a model without compressed or cross attention" in problem
 
 
+def worker_with(specs: dict[str, Any], *, drafts: bool = False, **extra_config: Any) -> Any:
+    """A worker that has loaded a model with these layers."""
+    from layerkv.config import EngineConfig
+    from layerkv.vllm_plugin.worker import LayerKVWorkerMixin
+
+    class Stock:
+        def get_kv_cache_spec(self) -> dict[str, Any]:
+            return dict(specs)
+
+    class Worker(LayerKVWorkerMixin, Stock):
+        def __init__(self) -> None:
+            self._layerkv = EngineConfig.from_extra_config(extra_config)
+            self._layerkv_specs = None
+            speculation = SimpleNamespace(method="ngram") if drafts else None
+            self.vllm_config = SimpleNamespace(  # type: ignore[assignment]
+                scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+                compilation_config=SimpleNamespace(static_forward_context={}),
+                speculative_config=speculation,
+            )
+
+    return Worker()
+
+
+@pytest.mark.parametrize(
+    ("set_besides", "what"),
+    [
+        ({"long_contexts": True}, "kv_connector_extra_config.long_contexts"),
+        ({"kv_floor": "4MiB", "kv_ceiling": "8MiB"}, "kv_floor, kv_ceiling or broker"),
+        ({"drafts": True}, "--speculative-config"),
+    ],
+    ids=["long-contexts", "elastic", "drafts"],
+)
+def test_what_needs_one_group_is_refused_or_left_to_vllm_before_there_is_a_kv_cache(
+    set_besides: dict[str, Any], what: str
+) -> None:
+    """Before vLLM divides the layers into groups, by what they are."""
+    for specs in (
+        {"a": layer_spec(), "b": layer_spec("SlidingWindowSpec", sliding_window=64)},
+        {"a": layer_spec("SlidingWindowSpec", sliding_window=64)},
+    ):
+        with pytest.raises(ConfigError) as refused:
+            worker_with(specs, **set_besides).get_kv_cache_spec()
+        assert what in str(refused.value)
+        assert "several KV-cache groups, sliding windows or states" in str(refused.value)
+        assert str(refused.value).endswith(PASSTHROUGH)
+        worker = worker_with(specs, on_unsupported="passthrough", **set_besides)
+        assert worker.get_kv_cache_spec() == specs
+        assert worker._layerkv_specs is None
+
+
 def test_layers_that_read_ahead_are_refused() -> None:
     problem = problem_of_layers({"a": layer_spec(non_causal=True)})
     assert problem is not None
@@ -380,13 +430,23 @@ def test_a_wrong_value_ends_start_up_even_where_unsupported_things_pass(
 # Engines -------------------------------------------------------------------------------------------------------------
 
 
+def with_tokenizer(family: str, folder: Path, tiny_model: Path) -> str:
+    made = make_tiny(family, folder)
+    weights = shutil.ignore_patterns("*.safetensors", "config.json")
+    shutil.copytree(tiny_model, made, ignore=weights, dirs_exist_ok=True)
+    return str(made)
+
+
 @pytest.fixture(scope="module")
 def sharing_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A random Gemma whose last layers have no KV of their own."""
-    folder = make_tiny("gemma4_shared", tmp_path_factory.mktemp("sharing"))
-    weights = shutil.ignore_patterns("*.safetensors", "config.json")
-    shutil.copytree(tiny_model, folder, ignore=weights, dirs_exist_ok=True)  # its tokenizer
-    return str(folder)
+    return with_tokenizer("gemma4_shared", tmp_path_factory.mktemp("sharing"), tiny_model)
+
+
+@pytest.fixture(scope="module")
+def grouped_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random gpt-oss: two KV-cache groups."""
+    return with_tokenizer("gpt_oss", tmp_path_factory.mktemp("grouped"), tiny_model)
 
 
 FITTING_LEN = 1984
@@ -395,13 +455,20 @@ TOO_LONG = {"max_model_len": 2200}
 
 @pytest.fixture(scope="module")
 def turns(
-    forks: Forks, small_engine: dict[str, Any], sharing_model: str, tmp_path_factory: pytest.TempPathFactory
+    forks: Forks,
+    small_engine: dict[str, Any],
+    sharing_model: str,
+    grouped_model: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Turns:
     """Engines that cannot be served by layerkv, or start with wrong sizes."""
     stock = small_engine
     sharing = {**stock, "model": sharing_model}
+    grouped = {**stock, "model": grouped_model}
     scheduled = {**stock, "scheduler_cls": SCHEDULER}
-    off = {"kv_transfer_config": flag(on_unsupported="passthrough")}
+
+    def passing(**extra_config: Any) -> dict[str, Any]:
+        return {"kv_transfer_config": flag(on_unsupported="passthrough", **extra_config)}
 
     def sized(**extra_config: Any) -> dict[str, Any]:
         return {**stock, "kv_transfer_config": flag(**extra_config)}
@@ -410,9 +477,12 @@ def turns(
     cases = [
         Case("sharing stock", sharing, calls),
         Case("sharing refused", {**sharing, "kv_transfer_config": flag()}),
-        Case("sharing off", {**sharing, **off}, calls),
+        Case("sharing off", {**sharing, **passing()}, calls),
+        Case("groups stock", grouped, calls),
+        Case("groups long contexts off", {**grouped, **passing(long_contexts=True)}, calls),
+        Case("groups elastic off", {**grouped, **passing(kv_floor="4MiB", kv_ceiling="8MiB")}, calls),
         Case("another scheduler stock", scheduled, calls),
-        Case("another scheduler off", {**scheduled, **off}, calls),
+        Case("another scheduler off", {**scheduled, **passing()}, calls),
         Case("zone too large", sized(zone_tokens=100_000)),
         Case("zone too small", sized(zone_tokens=31)),
         Case("zone just large enough", sized(zone_tokens=32), calls),
@@ -433,9 +503,12 @@ def test_a_model_whose_layers_share_kv_is_refused(turns: Turns) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sharing", "another scheduler"])
-def test_passthrough_gives_stocks_tokens(turns: Turns, name: str) -> None:
-    stock, off = turns[f"{name} stock"], turns[f"{name} off"]
+@pytest.mark.parametrize(
+    ("model", "set_besides"),
+    [("sharing", ""), ("groups", "long contexts "), ("groups", "elastic "), ("another scheduler", "")],
+)
+def test_passthrough_gives_stocks_tokens(turns: Turns, model: str, set_besides: str) -> None:
+    stock, off = turns[f"{model} stock"], turns[f"{model} {set_besides}off"]
     assert stock.failure is None
     assert off.failure is None
     assert off.calls == stock.calls
@@ -445,7 +518,13 @@ def test_passthrough_gives_stocks_tokens(turns: Turns, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "reason"), [("sharing", "share another layer's KV"), ("another scheduler", "scheduler class")]
+    ("name", "reason"),
+    [
+        ("sharing", "share another layer's KV"),
+        ("groups long contexts", "long_contexts: not supported"),
+        ("groups elastic", "kv_floor, kv_ceiling or broker: not supported"),
+        ("another scheduler", "scheduler class"),
+    ],
 )
 def test_passthrough_warns_once_that_layerkv_is_off(turns: Turns, name: str, reason: str) -> None:
     of_case = turns.log.partition(f"case {name} off\n")[2].partition("\ncase ")[0]
