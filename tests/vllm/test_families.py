@@ -35,7 +35,8 @@ CASES = [
     for family in FAMILIES
     for setting in family.settings
     if (HAS_TIME or not family.is_grouped or setting in (SCARCE, AHEAD))
-    and (not family.cpu_flag or family.cpu_flag in CPU_FLAGS)
+    # In bfloat16 tokens are not sure to be equal: one of a run's 157 requests once began with another.
+    and (not family.cpu_flag or (HAS_TIME and family.cpu_flag in CPU_FLAGS))
 ]
 
 
