@@ -60,8 +60,8 @@ MEMBERS: dict[str, str] = {
     "vllm.config.KVTransferConfig": "kv_connector kv_connector_extra_config kv_load_failure_policy kv_role",
     "vllm.config.LoRAConfig": "max_loras",
     "vllm.config.ModelConfig": (
-        "enable_sleep_mode get_num_layers is_attention_free is_encoder_decoder is_multimodal_model logits_processors "
-        "max_model_len model multimodal_config original_max_model_len runner_type served_model_name"
+        "enable_sleep_mode get_num_layers is_attention_free is_encoder_decoder is_mm_prefix_lm is_multimodal_model "
+        "logits_processors max_model_len model multimodal_config original_max_model_len runner_type served_model_name"
     ),
     "vllm.config.ParallelConfig": (
         "_api_process_count data_parallel_backend data_parallel_index data_parallel_size data_parallel_size_local "
