@@ -140,7 +140,7 @@ def _model_problems(c: VllmConfig) -> Iterable[Unsupported]:
         )
     if model.multimodal_config is not None and model.multimodal_config.mm_encoder_only:
         yield Unsupported("--mm-encoder-only", "an encoder alone has no KV", "leave it out, or layerkv")
-    if model.is_multimodal_model and getattr(model, "is_mm_prefix_lm", False):  # not in all releases
+    if model.is_multimodal_model and model.is_mm_prefix_lm:
         yield Unsupported(
             "a model in which an image's tokens read each other in both directions",
             "a prompt is computed in chunks of what a step has time for, which may end within an image",
