@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tests.vllm.engines_in_turn import flag
+from tests.vllm.families import LIMITS
 from tests.vllm.forked import Forks
 from tests.vllm.test_exact import engine_args
-from tests.vllm.test_families import LIMITS, MAKE_FAMILY
+from tests.vllm.test_families import MAKE_FAMILY
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
