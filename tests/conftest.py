@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import tempfile
 
 import pytest
@@ -14,6 +15,8 @@ settings.load_profile("layerkv")
 
 def pytest_configure() -> None:
     """Give a bare `pytest` the environment of `make test`; of what is already set, only the log is not kept."""
+    # What a script starts in the background is deaf to SIGINT, as are all its children: tests end programs by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Tests read what a user sees in the log with vLLM's default settings, and a machine may have made vLLM silent.
     for name in ("VLLM_CONFIGURE_LOGGING", "VLLM_LOGGING_CONFIG_PATH", "VLLM_LOGGING_PREFIX", "VLLM_PLUGINS"):
         os.environ.pop(name, None)

@@ -50,10 +50,13 @@ class SegmentPlan:
     Attributes:
         layout: Of the pool at its ceiling; whoever has a geometry has all its segments as pool blocks.
         num_mapped: Segments with memory at the start, the lowest.
+        by_touch: Whether memory comes by the first touch, which cannot fail: a segment is in service in the step that
+            names it. Otherwise ranks map it, and it is when all of them have answered.
     """
 
     layout: SegmentLayout
     num_mapped: int
+    by_touch: bool = False
 
 
 def layout_for_blocks(
@@ -78,7 +81,8 @@ class SegmentState(Enum):
     """What a segment is for the pool and for whoever counts memory.
 
     UNMAPPED -> ARRIVING -> MAPPED -> LEAVING -> RELEASING -> UNMAPPED; a map that failed goes from ARRIVING to
-    RELEASING, and a segment that is wanted again from LEAVING to MAPPED. Host memory goes from UNMAPPED to MAPPED.
+    RELEASING, and a segment that is wanted again from LEAVING to MAPPED. Memory that comes by the first touch goes from
+    UNMAPPED to MAPPED.
     """
 
     UNMAPPED = "unmapped"
@@ -95,8 +99,8 @@ class SegmentState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SegmentMoves:
-    """What every rank begins with one step, ids ascending. The step itself uses none of them, but for copies that it
-    begins with: ``unmaps`` come after those."""
+    """What every rank begins with one step, ids ascending. The step uses none of them, but for ``maps`` whose memory comes
+    by the first touch, and for copies that it begins with: ``unmaps`` come after those."""
 
     maps: tuple[int, ...] = ()
     unmaps: tuple[int, ...] = ()
@@ -145,6 +149,11 @@ class SegmentTable:
     def is_moving(self) -> bool:
         """Whether ranks have something to do, or will have with the next plan."""
         return bool(self._in[SegmentState.ARRIVING] or self._in[SegmentState.RELEASING])
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether somebody uses blocks of segments that are out of service."""
+        return bool(self._in[SegmentState.LEAVING])
 
     def arrive(self, num_segments: int) -> list[int]:
         """Begin to map up to so many segments, the lowest first: as many as there are and as the limit allows.

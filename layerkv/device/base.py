@@ -79,6 +79,16 @@ class SegmentMemory(Protocol):
         """
 
 
+class TouchedMemory(SegmentMemory, Protocol):
+    """Memory that comes by the first touch, which cannot fail, and goes segment by segment."""
+
+    def put(self, segments: Sequence[int]) -> None:
+        """These are in service from now on, zero at first, and count as held whether they are touched or not.
+
+        Only segments that were never in service, or whose :meth:`unmap` has ended. The first one always is.
+        """
+
+
 class ElasticArena(Arena, SegmentMemory, Protocol):
     """An arena whose pool has memory segment by segment. The zone always has memory."""
 
@@ -110,14 +120,8 @@ class HostMemory(Protocol):
         """Block until the device copies from and to it by itself, or the time is up; whether it does."""
 
 
-class ElasticHostMemory(HostMemory, SegmentMemory, Protocol):
-    """Host blocks whose memory goes segment by segment. It comes by the first touch, which cannot fail."""
-
-    def put(self, segments: Sequence[int]) -> None:
-        """These are in service from now on: copies use them, and they count as held whether they are touched or not.
-
-        Only segments that were never in service, or whose :meth:`unmap` has ended. The first one always is.
-        """
+class ElasticHostMemory(HostMemory, TouchedMemory, Protocol):
+    """Host blocks whose memory goes segment by segment."""
 
 
 class TransferEngine(Protocol):

@@ -50,6 +50,10 @@ class ElasticMmapArena(MmapArena):
         self._thread = SegmentThread()
         weakref.finalize(self, self._thread.end)
 
+    def put(self, segments: Sequence[int]) -> None:
+        self._unprepared.difference_update(segments)
+        self.map(segments)
+
     def prepare_map(self, segments: Sequence[int]) -> Event:
         self._unprepared.difference_update(segments)
         return self._thread.prepare(lambda: None, segments)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.segments import SegmentLayout, SegmentPlan
-from layerkv.device.base import Arena, ElasticArena, ElasticHostMemory, HostMemory, TransferEngine
+from layerkv.device.base import Arena, ElasticArena, ElasticHostMemory, HostMemory, TouchedMemory, TransferEngine
 
 ALIGNMENT_BYTES = MappingProxyType({"cpu": 4 << 10, "cuda": 2 << 20})
 """What sizes of pool and lanes are multiples of: the granularity of mapping memory."""
@@ -17,14 +18,15 @@ ALIGNMENT_BYTES = MappingProxyType({"cpu": 4 << 10, "cuda": 2 << 20})
 class Mechanism:
     """KV memory, host blocks, and the engine that copies between them. Lives as long as its worker.
 
-    ``elastic_arena`` is the arena, where its pool grows and shrinks, and ``elastic_host`` the host blocks, where their
-    memory does.
+    ``elastic_arena`` is the arena, where its pool grows and shrinks and segments are mapped, ``touched_arena`` where
+    they come by the first touch, and ``elastic_host`` the host blocks, where their memory comes and goes.
     """
 
     arena: Arena
     host: HostMemory
     engine: TransferEngine
     elastic_arena: ElasticArena | None = None
+    touched_arena: TouchedMemory | None = None
     elastic_host: ElasticHostMemory | None = None
 
     def wait_ready(self, timeout_s: float) -> bool:
@@ -64,20 +66,22 @@ def make_mechanism(
     from layerkv.device.mmap_arena import MmapArena
 
     arena: MmapArena
-    elastic: ElasticArena | None = None
+    host: MmapHostMemory
+    elastic: dict[str, Any] = {}
     if segments is None:
         arena = MmapArena(geometry)
     else:
         from layerkv.device.elastic_mmap_arena import ElasticMmapArena
 
-        arena = elastic = ElasticMmapArena(geometry, segments.layout, num_mapped=segments.num_mapped, guards=guards)
+        arena = ElasticMmapArena(geometry, segments.layout, num_mapped=segments.num_mapped, guards=guards)
+        elastic["touched_arena" if segments.by_touch else "elastic_arena"] = arena
     if host_layout is None:
         host = MmapHostMemory(geometry, num_host_blocks)
-        return Mechanism(arena, host, CPUTransferEngine(arena, host), elastic)
-    from layerkv.device.elastic_host_memory import ElasticMmapHostMemory
+    else:
+        from layerkv.device.elastic_host_memory import ElasticMmapHostMemory
 
-    host = elastic_host = ElasticMmapHostMemory(geometry, host_layout, guards=guards)
-    return Mechanism(arena, host, CPUTransferEngine(arena, host), elastic, elastic_host)
+        host = elastic["elastic_host"] = ElasticMmapHostMemory(geometry, host_layout, guards=guards)
+    return Mechanism(arena, host, CPUTransferEngine(arena, host), **elastic)
 
 
 def _make_cuda(geometry: KVGeometry, num_host_blocks: int, segments: SegmentPlan | None) -> Mechanism:

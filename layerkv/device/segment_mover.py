@@ -4,7 +4,7 @@ One per worker and memory (KV, host). The thread that runs the model calls it, o
 moves and once at the end of every step. Rules, by the number they have in the docs:
 
 11. a segment has memory before any step uses it: a map is told when it is done, and nobody uses the segment before
-    every rank has told so.
+    every rank has told so. Memory that comes by the first touch is there in the step that says so.
 12. a segment's memory is given back after the compute of all steps before and after every store submitted so far, those
     in the background and those of the step that says so among them.
 13. a segment that is mapped again is prepared after what is still being given back of it, which would wipe new KV.
@@ -15,9 +15,9 @@ No step waits for a move: the device prepares and gives back in the background, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from layerkv.device.base import ElasticArena, Event, SegmentMemory, of_same_kind
+from layerkv.device.base import ElasticArena, Event, SegmentMemory, TouchedMemory, of_same_kind
 from layerkv.errors import TransferError
 
 
@@ -33,23 +33,15 @@ class EndedMove(NamedTuple):
     error: MemoryError | None = None
 
 
-class SegmentReleaser:
-    """Of memory that comes by the first touch: it only goes.
-
-    Args:
-        memory: Whose segments go.
-        wait_host: Blocks this thread until an event ends or so many seconds are over (a transfer engine's).
-    """
-
-    def __init__(self, memory: SegmentMemory, wait_host: Callable[[Event, float], bool]) -> None:
-        self._memory = memory
-        self._wait_host = wait_host
-        self._leaving: dict[int, Event] = {}
+class Mover(Protocol):
+    """What a step begins with segments, and what has ended of it."""
 
     @property
     def num_under_way(self) -> int:
         """Moves that were begun and are not told yet."""
-        return len(self._leaving)
+
+    def begin_maps(self, segments: Sequence[int]) -> None:
+        """Before the copies of the step that says so: these come."""
 
     def begin_unmaps(self, segments: Sequence[int], after: Callable[[], Sequence[Event]]) -> None:
         """Give these back when the copies of the step that says so are submitted.
@@ -58,11 +50,6 @@ class SegmentReleaser:
             segments: Nothing in that step uses them, but stores that it begins.
             after: Tells what they come after (rule 12).
         """
-        if not segments:
-            return
-        assert self._leaving.keys().isdisjoint(segments), f"segments {segments} leave already"
-        given_back = self._memory.unmap(segments, after=after())
-        self._leaving.update(dict.fromkeys(segments, given_back))
 
     def take_ended(self, wait_s: float = 0.0) -> list[EndedMove]:
         """Moves that have ended since the last call.
@@ -74,6 +61,28 @@ class SegmentReleaser:
             LostCopyError: a copy of a segment that leaves has not ended: its memory is not given back.
             TransferError: the device does not take a segment's memory back.
         """
+
+
+class _Leaving:
+    """What goes, of any memory."""
+
+    def __init__(self, memory: SegmentMemory, wait_host: Callable[[Event, float], bool]) -> None:
+        self._memory = memory
+        self._wait_host = wait_host
+        self._leaving: dict[int, Event] = {}
+
+    @property
+    def num_under_way(self) -> int:
+        return len(self._leaving)
+
+    def begin_unmaps(self, segments: Sequence[int], after: Callable[[], Sequence[Event]]) -> None:
+        if not segments:
+            return
+        assert self._leaving.keys().isdisjoint(segments), f"segments {segments} leave already"
+        given_back = self._memory.unmap(segments, after=after())
+        self._leaving.update(dict.fromkeys(segments, given_back))
+
+    def take_ended(self, wait_s: float = 0.0) -> list[EndedMove]:
         if not self.num_under_way:
             return []
         if wait_s > 0:
@@ -92,12 +101,30 @@ class SegmentReleaser:
         return ended
 
 
-class SegmentMover(SegmentReleaser):
-    """Of memory that is got and mapped as well; what is mapped has memory from the call on that tells so.
+class TouchedSegments(_Leaving):
+    """Of memory that comes by the first touch: the step that says so may use it, and nobody is told.
+
+    Args:
+        memory: Whose segments come and go.
+        wait_host: Blocks this thread until an event ends or so many seconds are over (a transfer engine's).
+    """
+
+    def __init__(self, memory: TouchedMemory, wait_host: Callable[[Event, float], bool]) -> None:
+        super().__init__(memory, wait_host)
+        self._touched = memory
+
+    def begin_maps(self, segments: Sequence[int]) -> None:
+        """Put these into service."""
+        if segments:
+            self._touched.put(segments)
+
+
+class SegmentMover(_Leaving):
+    """Of memory that is got and mapped first; what is mapped has memory from the call on that tells so.
 
     Args:
         arena: Whose segments move.
-        wait_host: As of :class:`SegmentReleaser`.
+        wait_host: As of :class:`TouchedSegments`.
     """
 
     def __init__(self, arena: ElasticArena, wait_host: Callable[[Event, float], bool]) -> None:
@@ -107,11 +134,10 @@ class SegmentMover(SegmentReleaser):
 
     @property
     def num_under_way(self) -> int:
-        """Moves that were begun and are not told yet."""
         return len(self._arriving) + len(self._leaving)
 
     def begin_maps(self, segments: Sequence[int]) -> None:
-        """Get memory for these: before the copies of the step that says so, none of which uses them."""
+        """Get memory for these: nothing in the step that says so uses them."""
         for segment in segments:  # one by one: where one does not fit, another may
             assert segment not in self._arriving, f"segment {segment} is on its way already"
             self._arriving[segment] = self._arena.prepare_map([segment])  # rule 13

@@ -38,7 +38,7 @@ class PoolView(NamedTuple):
         num_releasing: and out: held, but nobody's any more.
         used_blocks: Blocks in use, the null block and those in segments that leave included.
         free_blocks: Free blocks in service.
-        kept_blocks: Of those, blocks promised to prompts under way.
+        kept_blocks: Of those, blocks promised to prompts under way and to who comes back from host memory.
         wanted_blocks: Blocks that those who wait, those who are parked, and the growth of those who run need besides.
         parkable_blocks: Blocks in use that could be given up without losing anything: host memory has room.
         idle_s: Seconds since the engine last had requests; 0 while it has any.

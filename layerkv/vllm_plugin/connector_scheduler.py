@@ -202,7 +202,7 @@ class SchedulerSide:
             if self._checks_books:
                 self._check_books()
             # While something moves, too: without a plan, workers take the step for one to wait in.
-            if self.elastic is not None and (self.elastic.is_moving or host_moves):
+            if self.elastic is not None and (self.elastic.is_moving or moves or host_moves):
                 num_tokens = output.total_num_scheduled_tokens
                 self.last_plan = StepPlan(num_tokens=num_tokens, moves=moves, host_moves=host_moves)
             return self.last_plan

@@ -17,7 +17,7 @@ from layerkv.device.base import COPY_TIMEOUT_S, Direction
 from layerkv.device.lane_schedule import LaneSchedule, device_blocks, shared_link_unit
 from layerkv.device.mechanism import Mechanism, make_mechanism
 from layerkv.device.rows import Rows
-from layerkv.device.segment_mover import SegmentMover, SegmentReleaser
+from layerkv.device.segment_mover import Mover, SegmentMover, TouchedSegments
 from layerkv.device.store_watch import host_blocks
 from layerkv.errors import IncompatibleVLLMError, TransferError
 from layerkv.metrics import COPY_WAIT, MetricSamples, Payload
@@ -78,13 +78,14 @@ class WorkerSide:
         )
         self.drafts = num_drafting > 0
         """Whether layers say something after the forward pass is over."""
-        self._segments = None
-        if mechanism.elastic_arena is not None:
+        self._segments: Mover | None = None
+        if mechanism.touched_arena is not None:
+            self._segments = TouchedSegments(mechanism.touched_arena, self._engine.wait_host)
+        elif mechanism.elastic_arena is not None:
             self._segments = SegmentMover(mechanism.elastic_arena, self._engine.wait_host)
-        self._elastic_host = mechanism.elastic_host
-        self._host_segments = None
+        self._host_segments: Mover | None = None
         if mechanism.elastic_host is not None:
-            self._host_segments = SegmentReleaser(mechanism.elastic_host, self._engine.wait_host)
+            self._host_segments = TouchedSegments(mechanism.elastic_host, self._engine.wait_host)
         self._rank = rank
         self._is_idle_step = False
         self._raised_before: BaseException | None = None
@@ -128,8 +129,8 @@ class WorkerSide:
         self._is_copying_step, self._is_at_rest, self._has_copied = True, False, True
         if self._segments is not None:
             self._segments.begin_maps(plan.moves.maps)
-        if self._elastic_host is not None and plan.host_moves.maps:
-            self._elastic_host.put(plan.host_moves.maps)  # copies of this very step use them
+        if self._host_segments is not None:
+            self._host_segments.begin_maps(plan.host_moves.maps)
         self._lanes.begin_step(plan)
         if self._segments is not None:
             self._segments.begin_unmaps(plan.moves.unmaps, self._lanes.before_unmap)

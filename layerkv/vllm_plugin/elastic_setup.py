@@ -210,9 +210,9 @@ def elastic_sizes(vllm_config: VllmConfig, config: EngineConfig, request: Geomet
         )
     geometry = replace(at_floor, pool_blocks=layout.num_segments * layout.segment_blocks)
     is_alone = config.broker is None
-    least_blocks = LEAST_CUDA_BLOCKS if vllm_config.device_config.device_type == "cuda" else 1
-    num_mapped = floor if is_alone else layout.num_segments_for(least_blocks)
-    return ElasticSizes(geometry, SegmentPlan(layout, num_mapped), floor, is_alone)
+    is_cuda = vllm_config.device_config.device_type == "cuda"
+    num_mapped = floor if is_alone else layout.num_segments_for(LEAST_CUDA_BLOCKS if is_cuda else 1)
+    return ElasticSizes(geometry, SegmentPlan(layout, num_mapped, by_touch=not is_cuda), floor, is_alone)
 
 
 @contextmanager

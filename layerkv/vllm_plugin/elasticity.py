@@ -3,6 +3,7 @@
 Four books agree at every step: which segments have memory (:class:`~layerkv.core.segments.SegmentTable`), which blocks
 are in service (:class:`~.segment_queue.SegmentQueue`), what the workers are told to do (the step's plan), and what is
 held (:mod:`.memory_share`). Memory is held before workers are told to map it, and until all of them have unmapped it.
+Where it comes by the first touch, a step may use it that is scheduled then.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Elasticity:
         """What makes host memory grow and shrink; None where it does neither."""
         self._queue: SegmentQueue = managers.segments
         self._layout = plan.layout
+        self._by_touch = plan.by_touch
         self._table = SegmentTable(self._layout.num_segments, num_ranks=num_ranks, num_mapped=plan.num_mapped)
         self.choose: Callable[[PoolView], Resize] = resize
         """What comes and goes before a step; measurements put something else in its place."""
@@ -77,7 +79,7 @@ class Elasticity:
         self._waits = waits  # who is in the way goes on there: nothing to decide about it
         self._limit = -1
         self._busy_s = self._looked_s = self._asked_s = time.monotonic()
-        self._looked_at = -1  # the version of residencies then
+        self._looked_at = -1, 0  # the version of residencies then, and how many ran: who was fetched may be in the way
         self._asked: tuple[int, int, int] | None = None
         self._is_told_idle = False
         self._is_told_resting = False
@@ -132,13 +134,14 @@ class Elasticity:
         if self.host is not None:  # first: who is to be parked needs room there
             is_idle = now_s - self._busy_s >= self._idle_after_s
             self.host.before_step(now_s, is_idle=is_idle, is_resting=is_resting)
-        limit, moves = self._share.limit(), self._ledger.residency.version
+        limit, moves = self._share.limit(), (self._ledger.residency.version, len(self._scheduler.running))
         is_fresh = limit == self._limit and now_s - self._looked_s < LOOK_EVERY_S
         self._is_told_resting = self._is_told_resting and is_resting
         if is_resting and not self._is_told_resting:
             is_fresh = False
         if is_fresh and not (self._table.is_moving or self._can_release()):
-            if is_busy and (moves == self._looked_at or not (self.vacating or self._lacks_blocks(limit))):
+            is_settled = not (self._table.is_leaving or self._lacks_blocks(limit))
+            if is_busy and (moves == self._looked_at or is_settled):
                 return
             if not is_busy and now_s - self._busy_s < self._idle_after_s:
                 time.sleep(self._idle_wait_s)
@@ -233,7 +236,9 @@ class Elasticity:
     def _view(self, limit: int, now_s: float) -> PoolView:
         s, queue, table = self._scheduler, self._queue, self._table
         num_used = queue.blocks.num_used
-        free, kept = queue.num_free_blocks, s._inflight_prefill_reserved_blocks() if s._inflight_prefills else 0
+        free, kept = queue.num_free_blocks, len(s._inflight_prefills)  # who was fetched grows before it can be parked
+        if kept:
+            kept += s._inflight_prefill_reserved_blocks()
         return PoolView(
             segment_blocks=self._layout.segment_blocks,
             ceiling=self._layout.num_segments,
@@ -304,7 +309,11 @@ class Elasticity:
         num_new = min(num_segments, self._layout.num_segments - held)
         if num_new > 0 and self._share.try_hold(held + num_new):
             self._table.limit = held + num_new
-            self._table.arrive(num_new)
+            if not self._by_touch:
+                self._table.arrive(num_new)
+                return
+            for segment in self._table.put(num_new):
+                self._queue.restore(segment)
 
     def _blocks_in(self, segments: set[int]) -> Mapping[str, int]:
         """How many blocks running requests have there."""

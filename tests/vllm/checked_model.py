@@ -112,7 +112,8 @@ class CheckedWorker:
             self.host_put[host_layout.segment_blocks :] = False
         self._host_answers: list[tuple[int, int]] = []  # (steps left, segment)
         self.answer_steps = 1
-        self.fail_maps = False
+        self.fail_maps = False  # where they are mapped
+        self._is_touched = segments is not None and segments.by_touch
         if segments is not None:
             self.mapped[segments.num_mapped * segments.layout.segment_blocks : geometry.pool_blocks] = False
 
@@ -127,7 +128,7 @@ class CheckedWorker:
         plan: StepPlan = scheduled.kv_connector_metadata.plan
         invalid: set[int] = set()
         for segment in plan.moves.maps:
-            if not self.fail_maps:
+            if self._is_touched or not self.fail_maps:
                 self._set_mapped(segment, is_mapped=True)
         for segment in plan.host_moves.maps:
             self._set_host_put(segment, is_put=True)
@@ -161,8 +162,9 @@ class CheckedWorker:
             unloaded = frozenset(host_blocks((*plan.loads, *plan.zone_hits)))
             received.kv_connector_worker_meta = FailedCopies(unloaded=unloaded)
         if plan.moves or self._answers or plan.host_moves or self._host_answers:
-            assert received.kv_connector_worker_meta is None
-            received.kv_connector_worker_meta = self._take_answers(plan)
+            answers = self._take_answers(plan)
+            assert answers is None or received.kv_connector_worker_meta is None
+            received.kv_connector_worker_meta = answers or received.kv_connector_worker_meta
         names = list(sampled)
         return ModelRunnerOutput(
             req_ids=names,
@@ -188,7 +190,8 @@ class CheckedWorker:
     def _take_answers(self, plan: StepPlan) -> Any:
         from layerkv.vllm_plugin.segment_answers import SegmentAnswer, SegmentAnswers
 
-        self._answers += [(self.answer_steps, segment, self.fail_maps) for segment in plan.moves.maps]
+        if not self._is_touched:
+            self._answers += [(self.answer_steps, segment, self.fail_maps) for segment in plan.moves.maps]
         self._answers += [(self.answer_steps, segment, False) for segment in plan.moves.unmaps]
         self._answers = [(left - 1, segment, has_failed) for left, segment, has_failed in self._answers]
         ended = [SegmentAnswer(segment, 0, has_failed) for left, segment, has_failed in self._answers if left <= 0]

@@ -59,13 +59,23 @@ class FakeShare:
 
 
 class ElasticEngine(HandEngine):
-    """A hand engine whose pool has segments, and a share that the test changes. Books are checked after every step."""
+    """A hand engine whose pool has segments, and a share that the test changes. Books are checked after every step.
 
-    def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch, *, extra: Any = None, **engine: Any) -> None:
+    With ``maps``, workers map memory and answer, as on CUDA; otherwise it comes by the first touch.
+    """
+
+    def __init__(
+        self, model: Path, monkeypatch: pytest.MonkeyPatch, *, extra: Any = None, maps: bool = False, **engine: Any
+    ) -> None:
         from layerkv.vllm_plugin import elastic_setup
 
         small = partial(elastic_setup.layout_for_blocks, most_segments=CEILING)
         monkeypatch.setattr(elastic_setup, "layout_for_blocks", small)
+        if maps:
+            plan = elastic_setup.SegmentPlan
+            monkeypatch.setattr(
+                elastic_setup, "SegmentPlan", lambda layout, num_mapped, by_touch: plan(layout, num_mapped)
+            )
         sizes = {"kv_floor": f"{36 * BLOCK_BYTES}B", "kv_ceiling": f"{84 * BLOCK_BYTES}B", "zone_tokens": 256}
         super().__init__(model, extra_config={**sizes, **(extra or {})}, **engine)
         self.elastic: Any = self.scheduler._elastic
@@ -418,7 +428,10 @@ def test_who_cannot_be_parked_is_not_looked_for_in_each_step(tiny_model: Path, m
     engine.run()
 
 
-def test_memory_that_is_not_there_is_told_once_and_tried_again_later(engine: ElasticEngine) -> None:
+def test_memory_that_is_not_there_is_told_once_and_tried_again_later(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ElasticEngine(tiny_model, monkeypatch, maps=True)
     engine.worker.fail_maps = True
     for i in range(8):
         engine.add(f"r{i}", prompt(120, seed=i), 100)
@@ -447,6 +460,8 @@ def test_memory_that_is_not_there_is_told_once_and_tried_again_later(engine: Ela
         {"enable_prefix_caching": False},
         {"host_blocks": 30},
         {"ahead": True, "fetch_steps": 3, "host_blocks": 60},
+        {"maps": True},
+        {"maps": True, "ahead": True, "fetch_steps": 3, "host_blocks": 60},
     ],
     ids=lambda how: "-".join(how) or "plain",
 )
@@ -503,3 +518,18 @@ def under_random_targets(
     engine.share.allowed = num_segments
     engine.run(3000)
     return num_held
+
+
+def test_memory_that_comes_by_the_first_touch_is_used_in_the_step_that_it_comes_in(engine: ElasticEngine) -> None:
+    num_floor, most = engine.table.num_held, engine.queue.layout.num_segments
+    while engine.table.num_held > 1:
+        engine.share.allowed = 1
+        engine.add("idle", prompt(5, seed=0), 1)
+        engine.run()
+    engine.share.allowed = most
+    engine.add("r", prompt(120, seed=1), 8)
+    plan = engine.schedule().scheduled.kv_connector_metadata.plan
+    assert plan.num_tokens == 120
+    assert plan.moves.maps
+    assert 1 + len(plan.moves.maps) == engine.table.num_held < num_floor
+    engine.run()

@@ -317,6 +317,8 @@ def test_a_pause_ends_though_host_memory_is_owed(engine: SharingEngine) -> None:
         {"enable_prefix_caching": False},
         {"host_blocks": 60},
         {"ahead": True, "fetch_steps": 3, "host_blocks": 60},
+        {"maps": True},
+        {"maps": True, "ahead": True, "fetch_steps": 3, "host_blocks": 60},
     ],
     ids=lambda how: "-".join(how) or "plain",
 )
