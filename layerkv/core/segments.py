@@ -99,8 +99,8 @@ class SegmentState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SegmentMoves:
-    """What every rank begins with one step, ids ascending. The step uses none of them, but for ``maps`` whose memory comes
-    by the first touch, and for copies that it begins with: ``unmaps`` come after those."""
+    """What every rank begins with one step, ids ascending. The step uses none of them, but for copies that it begins
+    with, after which ``unmaps`` come, and for ``maps`` whose memory comes by the first touch."""
 
     maps: tuple[int, ...] = ()
     unmaps: tuple[int, ...] = ()
