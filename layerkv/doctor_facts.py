@@ -17,6 +17,7 @@ from layerkv.strict_yaml import above_zero, wrong
 from layerkv.units import format_bytes, parse_bytes
 
 __all__ = [
+    "NOT_COUNTED",
     "Group",
     "ModelFacts",
     "Question",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 EXAMPLE_TOKENS: Final = 1000
+NOT_COUNTED: Final = "whose layers and KV are not counted here"
+"""What is said of a drafter of which nothing else is known."""
 _CONFIGS: Final = ("config.json", "params.json")  # params.json: a checkpoint in Mistral's own format
 _LONGEST_LINE: Final = 400
 _SPLIT: Final = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
@@ -229,6 +232,7 @@ class ModelFacts:
         num_layers: Decoder layers, by the configuration.
         most_token_bytes: KV bytes of a token by the configuration, if every decoder layer kept all; None: unknown.
         weight_bytes: Of all parameters; None where the model could not be made.
+        drafter: What drafts, and whether its layers are counted among the others; "": nothing does.
         block_bytes: Of one block in the pool: as many layers as the largest group has.
         groups: Its KV-cache groups, as vLLM divides the layers; empty where they could not be asked.
         by_config: Why the layers could not be asked, so that nothing but the configuration speaks; "": they were.
@@ -247,6 +251,7 @@ class ModelFacts:
     num_layers: int
     most_token_bytes: int | None = None
     weight_bytes: int | None = None
+    drafter: str = ""
     block_bytes: int = 0
     groups: tuple[Group, ...] = ()
     by_config: str = ""
@@ -294,6 +299,8 @@ def model_rows(facts: ModelFacts) -> list[tuple[str, str]]:
         rows.append(("weights", format_bytes(facts.weight_bytes)))
     kv_layers = f", {facts.num_kv_layers} with a KV cache or state" if facts.groups else ""
     rows.append(("layers", f"{facts.num_layers} decoder layers by the configuration{kv_layers}"))
+    if facts.drafter:
+        rows.append(("drafter", facts.drafter))
     if facts.by_config:
         rows.append(("groups", f"by the configuration only: {facts.by_config}"))
         if facts.most_token_bytes is not None:

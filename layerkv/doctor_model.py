@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from layerkv.bench.engine_args import layerkv_connector
-from layerkv.doctor_facts import Group, ModelFacts, Question, Sizes, check_checkpoint, kind_of, one_line
+from layerkv.doctor_facts import (
+    NOT_COUNTED,
+    Group,
+    ModelFacts,
+    Question,
+    Sizes,
+    check_checkpoint,
+    kind_of,
+    one_line,
+)
 from layerkv.errors import ConfigError, LayerKVError
 from layerkv.strict_yaml import wrong
 from layerkv.units import format_bytes
@@ -48,13 +57,14 @@ def examine_model(question: Question) -> ModelFacts:
         facts = replace(facts, refused=str(error))
     with _alone(config):
         try:
-            weight_bytes = _make_layers(config)
+            weight_bytes, drafter = _make_layers(config)
+            facts = replace(facts, weight_bytes=weight_bytes, drafter=drafter)
             specs = _stock_worker()(config).get_kv_cache_spec()
             _resolve_layout(config, specs)
             groups = _groups_of(config, specs)
         except Exception as error:  # models are many, and what their making needs is theirs
             return replace(facts, by_config=f"vLLM could not make it without weights: {one_line(error)}")
-        facts = replace(facts, weight_bytes=weight_bytes, **_groups_told(config, groups))
+        facts = replace(facts, **_groups_told(config, groups))
         return _with_sizes(facts, config, specs)
 
 
@@ -63,7 +73,7 @@ def _with_sizes(facts: ModelFacts, config: VllmConfig, specs: dict[str, KVCacheS
     kv_bytes: int | None = config.cache_config.kv_cache_memory_bytes
     worker: Any = None
     if not facts.refused:
-        worker = _our_worker(facts.weight_bytes or 0)(config)
+        worker = _our_worker(facts.weight_bytes or 0, has_drafter=NOT_COUNTED not in facts.drafter)(config)
         try:
             specs = worker.get_kv_cache_spec()
         except LayerKVError as error:
@@ -197,17 +207,69 @@ def _alone(config: VllmConfig) -> Iterator[None]:
             destroy_distributed_environment()
 
 
-def _make_layers(config: VllmConfig) -> int:
-    """Make the model's layers, which the configuration then knows, and choose block sizes; the bytes of its weights."""
-    import torch
+def _make_layers(config: VllmConfig) -> tuple[int, str]:
+    """Make the layers of the model, and of what drafts, which the configuration then knows, and choose block sizes.
+
+    Layers with which a checkpoint could draft by itself (MTP) are made where speculation asks for them, as in vLLM: in
+    an engine without, they have no KV.
+
+    Returns:
+        The bytes of all weights, as if a drafter shared none with the model; and what is to be said of the drafter.
+    """
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.platforms import current_platform
-    from vllm.utils.torch_utils import set_default_torch_dtype
 
-    with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
-        model = initialize_model(config)
+    weight_bytes = _bytes_of(config.model_config, lambda: initialize_model(config))
+    drafter_bytes, drafter = _make_drafter(config)
     current_platform.update_block_size_for_backend(config)
     config.validate_block_size()
+    return weight_bytes + drafter_bytes, drafter
+
+
+def _make_drafter(config: VllmConfig) -> tuple[int, str]:
+    """As :func:`_make_layers`, of what drafts: as vLLM's proposers would make it."""
+    from vllm.config.utils import replace as changed
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    from layerkv.vllm_plugin.drafts import DRAFTS_WITH_KV, DRAFTS_WITHOUT_KV
+
+    speculation = config.speculative_config
+    if speculation is None:
+        return 0, ""
+    method, model_config = speculation.method, speculation.draft_model_config
+    if method in DRAFTS_WITHOUT_KV:
+        return 0, f"{method}, which keeps no KV"
+    if method not in DRAFTS_WITH_KV:
+        return 0, f"{method}, {NOT_COUNTED}: layerkv does not serve it"
+
+    def make() -> Any:
+        backend, cache_dtype = speculation.attention_backend, speculation.kv_cache_dtype
+        own: dict[str, Any] = {"attention_config": changed(config.attention_config, backend=backend)}
+        if cache_dtype is not None:
+            own["cache_config"] = changed(config.cache_config, cache_dtype=cache_dtype)
+        if method != "draft_model":
+            return initialize_model(changed(config, **own), model_config=model_config)
+        own |= {"model_config": model_config, "parallel_config": speculation.draft_parallel_config}
+        return initialize_model(changed(config, **own, quant_config=None), prefix=method)
+
+    layers = config.compilation_config.static_forward_context
+    of_model = set(layers)
+    try:
+        drafter_bytes = _bytes_of(model_config, make)
+    except Exception as error:  # as with models
+        for name in set(layers) - of_model:
+            del layers[name]
+        return 0, f"{method}, {NOT_COUNTED}: vLLM could not make it without weights ({one_line(error)})"
+    return drafter_bytes, f"{method}, its layers counted with the model's"
+
+
+def _bytes_of(model_config: Any, make: Callable[[], Any]) -> int:
+    """Make a model without weights; the bytes that they would take."""
+    import torch
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with set_default_torch_dtype(model_config.dtype), torch.device("meta"):
+        model = make()
     return sum(each.numel() * each.element_size() for each in model.parameters())
 
 
@@ -228,8 +290,13 @@ def _stock_worker() -> type[Any]:
     return Worker
 
 
-def _our_worker(weight_bytes: int) -> type[Any]:
-    """layerkv's worker over that one, as if it had loaded its weights."""
+def _our_worker(weight_bytes: int, *, has_drafter: bool) -> type[Any]:
+    """layerkv's worker over that one, as if it had loaded its weights.
+
+    Args:
+        weight_bytes: Of those.
+        has_drafter: Whether all layers are there that an engine would have.
+    """
     from layerkv.vllm_plugin.host_memory import WorkerMemory
     from layerkv.vllm_plugin.worker import LayerKVWorkerMixin
 
@@ -239,8 +306,9 @@ def _our_worker(weight_bytes: int) -> type[Any]:
             is_in_it = self.vllm_config.device_config.device_type == "cpu"
             return replace(here, held_bytes=here.held_bytes + weight_bytes) if is_in_it else here
 
-        def unsupported_drafter(self, specs: dict[str, KVCacheSpec]) -> None:
-            """Nothing is said of what drafts: its layers are not made."""
+        def unsupported_drafter(self, specs: dict[str, KVCacheSpec]) -> str | None:
+            """Nothing is said of what drafts where its layers could not be made."""
+            return super().unsupported_drafter(specs) if has_drafter else None
 
     return Worker
 

@@ -26,6 +26,7 @@ class LayeredSteps(LedgerBooks):
         """
         copy, num_after = self._copies[request_id], num_computed + num_scheduled
         self._take_missing(copy, num_after)
+        self._draft.uses_lanes = True
         left_behind: list[int] = []
         for index, (group, table) in enumerate(zip(self.geometry.groups, tables, strict=True)):
             if group.is_state:  # it never leaves the pool

@@ -26,6 +26,7 @@ class PlanDraft:
     prefixes: list[BlockRun] = field(default_factory=list)
     settle: bool = False
     fetches: list[FetchPlan] = field(default_factory=list)
+    uses_lanes: bool = False
 
     @property
     def has_copies(self) -> bool:
@@ -61,6 +62,7 @@ class PlanDraft:
             settle=self.settle,
             fetches=tuple(self.fetches),
             num_tokens=num_tokens,
+            uses_lanes=self.uses_lanes,
         )
 
     def _store_prefixes_first(self) -> None:

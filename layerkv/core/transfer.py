@@ -40,6 +40,8 @@ class StepPlan(NamedTuple):
         num_tokens: Tokens computed in this step; with 0 there is no forward pass to overlap with.
         moves: Segments to get memory for, and to give back that nothing in this step uses.
         host_moves: Segments of host memory that are in service from now on, and to give back.
+        uses_lanes: Whether layered requests compute in this step. Stores say so too; but where all layers attend within
+            chunks, a step that computes up to the end of one leaves nothing to store.
     """
 
     parks: tuple[BlockRun, ...] = ()
@@ -53,22 +55,23 @@ class StepPlan(NamedTuple):
     num_tokens: int = 0
     moves: SegmentMoves = SegmentMoves()
     host_moves: SegmentMoves = SegmentMoves()
+    uses_lanes: bool = False
 
     @property
     def has_copies(self) -> bool:
-        """Whether workers have anything to do."""
-        copies = self.parks or self.stores or self.hits or self.ahead or self.settle or self.fetches
+        """Whether workers have anything to do; and be it to wait, before they compute in lanes, for earlier stores."""
+        copies = self.parks or self.is_layered or self.hits or self.ahead or self.settle or self.fetches
         return bool(copies or self.moves or self.host_moves)
 
     @property
     def needs_layer_hooks(self) -> bool:
         """Whether layers must tell when they are done: without, the copies of this step cannot be ordered."""
-        return self.num_tokens > 0 and bool(self.stores or self.hits)
+        return self.num_tokens > 0 and bool(self.is_layered or self.hits)
 
     @property
     def is_layered(self) -> bool:
         """Whether layered requests compute in this step."""
-        return bool(self.stores)
+        return self.uses_lanes or bool(self.stores)
 
 
 def merge_runs(device_blocks: Sequence[int], host_blocks: Sequence[int]) -> tuple[BlockRun, ...]:

@@ -125,8 +125,8 @@ class LaneSchedule:
         self._failed_hits: FailedLoads | None = None
         self._failed_loads: FailedLoads | None = None
         self._watch = StoreWatch()
-        self._stores: Sequence[BlockRun] = ()
         self._loads: Sequence[BlockRun] = ()
+        self._is_layered = False
         self._stores_of: Sequence[Sequence[BlockRun]] = ()  # by group, of the step under way
         self._loads_of: Sequence[Sequence[BlockRun]] = ()
         self._next_layer = self._num_layers
@@ -141,10 +141,10 @@ class LaneSchedule:
         self._watch.look()
         if (lost := self._watch.lost) is not None:  # who was to wait for it may have been enqueued long ago
             raise LostCopyError(f"a store of an earlier step is lost: {lost}") from lost
-        self._stores = plan.stores
+        self._is_layered = plan.is_layered
         self._loads = (*plan.loads, *plan.zone_hits) if plan.zone_hits else plan.loads
         hooks_run = plan.needs_layer_hooks or (self._hooks_always_run and plan.num_tokens > 0)
-        self._next_layer = 0 if hooks_run and (plan.stores or plan.hits or plan.parks) else self._num_layers
+        self._next_layer = 0 if hooks_run and (plan.is_layered or plan.hits or plan.parks) else self._num_layers
         if plan.settle and self._last_ahead is not None:
             self._wait_for(self._last_ahead)  # rule 7
             self._last_ahead = None
@@ -154,7 +154,7 @@ class LaneSchedule:
         self._submit_parks_and_hits(plan, compute, self._slot_groups if hooks_run else [(0, self._all_slots)])
         self._hold_compute(0)  # rules 5 and 8
         if plan.is_layered:
-            self._stores_of, self._loads_of = self._rows.divide(self._stores), self._rows.divide(self._loads)
+            self._stores_of, self._loads_of = self._rows.divide(plan.stores), self._rows.divide(self._loads)
             zone_hits_of = self._rows.divide(plan.zone_hits)
             for lane, layers in enumerate(self._lane_layers):
                 ready = self._lane_stored[lane]  # rule 4, across steps
@@ -178,7 +178,7 @@ class LaneSchedule:
             return  # drafting again
         assert layer == self._next_layer, f"layer {layer} ran where {self._next_layer} was expected"
         self._next_layer = layer + 1
-        if self._stores:
+        if self._is_layered:
             self._store_layer(layer)
         if layer + 1 == self._num_model_layers < self._num_layers:
             self._hold_drafts()
@@ -189,7 +189,7 @@ class LaneSchedule:
         """Whether what drafts says anything or not, it writes nothing before that is saved or loaded."""
         for layer in list(self._held):
             self._hold_compute(layer)
-        if self._stores:
+        if self._is_layered:
             for layers in self._lane_layers:
                 self._wait_for_lane_of(layers[-1])
 

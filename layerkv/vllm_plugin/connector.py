@@ -135,7 +135,12 @@ class LayerKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._begun = None
 
     def bind_before_zeroing(self, connector_metadata: Any) -> None:
-        """Our worker's word of a step before vLLM's model runner zeroes blocks that it gives out: parks come first."""
+        """Our worker's word of a step before vLLM's model runner zeroes blocks that it gives out: parks come first.
+
+        So loads begin before that too. None fills a block that is zeroed: vLLM leaves those of asynchronous loads out
+        (0.31 takes them off its list, later releases put none on it), and zone blocks, which our managers give out,
+        never get there. The contract's tests (``tests/contract``) check it, on each release.
+        """
         if self.worker_side is not None and connector_metadata is not None:
             assert isinstance(connector_metadata, LayerKVMetadata)
             self._has_layer_work = self.worker_side.begin_step(connector_metadata.plan)

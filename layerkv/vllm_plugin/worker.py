@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec, MambaSpec, UniformTypeKVCacheSpecs
 
 from layerkv.core.geometry import GeometryRequest, geometry_for_memory
 from layerkv.errors import ConfigError
@@ -166,10 +166,11 @@ class LayerKVWorkerMixin(_VLLMWorker):
                 "prefix caching in a model with states is not supported by layerkv yet, because states are parked as "
                 "the one of the last token: leave out --enable-prefix-caching"
             )
-        if not has_states and zeroes_blocks(specs.values()):
+        if zeroes_blocks(spec for spec in specs.values() if isinstance(spec, AttentionSpec)):
             return (
                 "attention layers that keep KV in different number formats are not supported by layerkv yet, because "
-                "vLLM zeroes blocks between them: leave out what sets a format for some layers"
+                "vLLM zeroes blocks between them, and layers of a lane would read each other's: leave out what sets a "
+                "format for some layers"
             )
         if (shapes := _mixed_shapes(specs)) is not None:
             return shapes

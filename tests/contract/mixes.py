@@ -72,6 +72,7 @@ _GROUPS = {
     "full and window": ("full", "window"),
     "full, two windows, chunk": ("full", "window", "window", "chunk"),
     "blocks of two sizes": ("full", "wide"),
+    "chunks alone": ("chunk",),
 }
 _STATES = {"states and full": ("state", "state", "full"), "window and state": ("window", "state")}
 for _name, _kinds in {**_GROUPS, **_STATES}.items():
@@ -91,7 +92,14 @@ for _name, _kinds in {**_GROUPS, **_STATES}.items():
             f"{_name}, resets": Setting({"parks": 1, "recomputes": 1}, _engine, kinds=_kinds, resets=True),
             f"{_name}, little host memory": Setting({"recomputes": 1}, {**_ahead, "host_blocks": 20}, kinds=_kinds),
         }
-WEAKENED = ("a small pool", "scheduled ahead", "a pause that drains", "host memory too small", "shared prefixes")
+WEAKENED = (
+    "a small pool",
+    "scheduled ahead",
+    "a pause that drains",
+    "host memory too small",
+    "shared prefixes",
+    "states and full, ahead",
+)
 """Settings under which a change of vLLM's must be noticed."""
 
 

@@ -102,6 +102,27 @@ def blocks_are_allocated_under_another_name(patch: Patch) -> None:
     patch.setattr("layerkv.vllm_plugin.spec.LayerKVManager.allocate_new_blocks", _manager().allocate_new_blocks)
 
 
+def blocks_are_zeroed_though_a_fetch_fills_them(patch: Patch) -> None:
+    """Beside states, new blocks that an asynchronous load fills are zeroed like others."""
+    from vllm.v1.request import RequestStatus
+
+    found = _scheduler()._get_new_block_ids_to_zero
+    loading: set[str] = set()
+
+    def other(self: Any) -> list[int]:
+        zeroed, before = list(found(self) or ()), set(loading)
+        loading.clear()
+        for request in self.requests.values():
+            if request.status is RequestStatus.WAITING_FOR_REMOTE_KVS:
+                loading.add(request.request_id)
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            for request_id in loading - before if manager.records_new_block_ids else ():
+                zeroed += [block.block_id for block in manager.req_to_blocks[request_id]]
+        return zeroed
+
+    patch.setattr(_scheduler(), "_get_new_block_ids_to_zero", other)
+
+
 CHANGES: list[Callable[[Patch], None]] = [
     ends_are_not_told,
     blocks_go_to_one_pool,
@@ -111,6 +132,7 @@ CHANGES: list[Callable[[Patch], None]] = [
     arrivals_are_not_told,
     the_scan_ignores_what_is_shown,
     blocks_are_allocated_under_another_name,
+    blocks_are_zeroed_though_a_fetch_fills_them,
 ]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from layerkv.doctor_facts import (
+    NOT_COUNTED,
     Group,
     ModelFacts,
     Sizes,
@@ -137,6 +138,12 @@ def test_an_exception_is_told_on_one_line_without_what_surrounds_it() -> None:
     assert one_line(ValueError("a\n  b")) == "a b"
     assert one_line(AssertionError()) == "AssertionError"
     assert len(one_line(ValueError("x" * 5000))) == 400
+
+
+def test_what_drafts_is_told_and_whether_it_is_counted() -> None:
+    assert "drafter" not in dict(model_rows(FACTS))
+    told = f"mtp, {NOT_COUNTED}: layerkv does not serve it"
+    assert dict(model_rows(replace(FACTS, drafter=told)))["drafter"] == told
 
 
 # What a layer keeps ---------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from layerkv.core.groups import NULL_BLOCK, Group, host_blocks
+from layerkv.device.lane_schedule import device_blocks
 from tests.vllm.checked_model import VOCABULARY, CheckedWorker, _digest
 from tests.vllm.hand_engine import BLOCK_TOKENS, ZONE_BLOCKS, HandEngine
 
@@ -91,9 +92,12 @@ class GroupsWorker(CheckedWorker):
         return block, 0 if group.is_state else position % group.block_tokens
 
     def _compute(self, scheduled: Any) -> dict[str, list[int]]:
-        model = self._model
-        for block in scheduled.new_block_ids_to_zero or ():
-            self.device[block] = 0
+        model, plan = self._model, scheduled.kv_connector_metadata.plan
+        zeroed = scheduled.new_block_ids_to_zero or ()
+        assert all(block < self._first_zone_block for block in zeroed), "a lane is zeroed, which is other layers' too"
+        filled = {block for _, _, runs, _ in self._fetching for block in device_blocks(runs)}
+        assert filled.isdisjoint(zeroed), "a block is zeroed that a fetch fills, which begins before that"
+        self.device[list(zeroed)] = 0
         for name in scheduled.finished_req_ids:
             self._known.pop(name, None)
         starts: dict[str, int] = {}
@@ -116,6 +120,8 @@ class GroupsWorker(CheckedWorker):
         for name, num_tokens in scheduled.num_scheduled_tokens.items():
             known = self._known[name]
             end = starts[name] + num_tokens
+            in_zone = any(block >= self._first_zone_block for table in known.tables for block in table)
+            assert plan.is_layered or not in_zone, f"{name} computes in lanes, and the plan does not say so"
             for position in range(starts[name], end):
                 new_kv = model.kv(self._read(known.tables, position), known.tokens[position])
                 for index, value in enumerate(new_kv):

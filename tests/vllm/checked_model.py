@@ -137,6 +137,7 @@ class CheckedWorker:
         self._background += plan.ahead
         self._store(plan.parks)
         self._load(plan.hits, invalid if fail_hits else None)
+        assert plan.is_layered or not (plan.loads or plan.zone_hits), "no other step loads layer by layer"
         self._load(plan.loads, None)
         self._load(plan.zone_hits, set() if fail_zone_hits else None)
         for fetch in plan.fetches:

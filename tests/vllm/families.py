@@ -45,7 +45,7 @@ class Family:
         env: Of its engines' processes.
         settings: What is tried.
         is_compared: Whether a request's tokens are the same however stock vLLM came by them, given whether it was
-            computed again.
+            computed in other steps than stock's: again, or its prompt in parts (a step's budget follows the clock).
         ranks_differ: Whether stock's tokens change with tensor parallelism: then the reference has as many ranks.
         remark: What the table says of it.
         is_grouped: Whether its recipe is in :mod:`tests.vllm.tiny_groups`.
@@ -60,7 +60,7 @@ class Family:
     spec: dict[str, Any] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     settings: tuple[Setting, ...] = (SCARCE, AHEAD, HOST_SMALL)
-    is_compared: Callable[[MixRequest, bool], bool] = lambda request, was_recomputed: True
+    is_compared: Callable[[MixRequest, bool], bool] = lambda request, in_other_steps: True
     ranks_differ: bool = False
     remark: str = ""
     is_grouped: bool = False
@@ -107,7 +107,7 @@ FAMILIES = [
             title,
             name.replace("-", "_"),
             engine=LATENT,
-            is_compared=lambda request, was_recomputed: not was_recomputed,
+            is_compared=lambda request, in_other_steps: not in_other_steps,
             ranks_differ=True,
             settings=(SCARCE, AHEAD, LATENT_HOST_SMALL, *others),
             remark="a request a step, and none that was computed again: on a CPU, stock's tokens change with the batch",
@@ -168,7 +168,7 @@ FAMILIES = [
         mix={"adapters": NUM_ADAPTERS},
         engine={"enable_lora": True, "max_loras": 1, "max_lora_rank": 8, "max_cpu_loras": NUM_ADAPTERS},
         spec={"adapters": None},
-        is_compared=lambda request, was_recomputed: request.adapter > 0,
+        is_compared=lambda request, in_other_steps: request.adapter > 0,
         remark="`--max-loras 1`; of requests with an adapter: on a CPU, stock's tokens of others change with the batch",
     ),
     Family("embeds", "prompt embeddings", mix={"embeds": True}, engine={"enable_prompt_embeds": True}),
@@ -258,7 +258,7 @@ FAMILIES += [
         f"short convolutions beside attention; {BATCH_DEPENDENT}",
         kib=2560,
         engine={**NO_CACHE, "max_num_seqs": 1, "max_num_batched_tokens": 400},
-        is_compared=lambda request, was_recomputed: not was_recomputed,
+        is_compared=lambda request, in_other_steps: not in_other_steps,
     ),
     _grouped(
         "qwen3-next",
@@ -269,6 +269,6 @@ FAMILIES += [
         host_kib=3072,
         engine={**NO_CACHE, "max_num_seqs": 1, "max_num_batched_tokens": 400, "dtype": "bfloat16"},
         cpu_flag="avx512_bf16",
-        is_compared=lambda request, was_recomputed: not was_recomputed,
+        is_compared=lambda request, in_other_steps: not in_other_steps,
     ),
 ]

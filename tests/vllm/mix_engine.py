@@ -12,8 +12,8 @@ shake_pool (a pool that grows and shrinks may hold another number of segments ev
 has_broker (a broker that has plenty of both memories runs where the engine looks for it; with shake_pool, host memory
 is shaken too).
 
-OUT: for each mix the tokens of each request, which gave their KV up and were computed again, and what the books say
-after the mix: everything given back or not, and how often each move was made.
+OUT: for each mix the tokens of each request, which gave their KV up and were computed again, of which prompts a step
+computed a part, and what the books say after the mix: everything given back or not, and how often each move was made.
 
 A SPEC may be a mapping of several, by name: their engines run one after the other, since most of an engine's start is
 imports. OUT then has for each name what it would be alone under `results`, or a traceback under `error`.
@@ -226,7 +226,8 @@ def adapter_of(request: MixRequest, spec: dict[str, Any]) -> Any:
 
 
 def run_mix(engine: Any, requests: list[MixRequest], spec: dict[str, Any]) -> dict[str, Any]:
-    """Add and abort by step count; returns each request's tokens, up to its abort, and which were computed again."""
+    """Add and abort by step count; returns each request's tokens, up to its abort, which were computed again, and of
+    which prompts a step computed a part."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -265,10 +266,11 @@ def run_mix(engine: Any, requests: list[MixRequest], spec: dict[str, Any]) -> di
         assert step < 20_000, "the engine does not come to an end"
     for _ in range(3):  # let frees that vLLM defers, and fetches of aborted requests, come in
         engine.engine_core.engine_core.step_fn()
-    recomputed = engine.engine_core.engine_core.scheduler.recomputed
+    scheduler = engine.engine_core.engine_core.scheduler
     return {
         "tokens": [tokens[str(i)] for i in range(len(requests))],
-        "recomputed": [int(name) for name, request_id in internal.items() if request_id in recomputed],
+        "recomputed": [int(name) for name, request_id in internal.items() if request_id in scheduler.recomputed],
+        "cut": [int(name) for name, request_id in internal.items() if request_id in scheduler.cut],
     }
 
 
@@ -335,6 +337,22 @@ def note_recomputed(scheduler: Any) -> None:
     arrivals.recomputes = note
 
 
+def note_cut(scheduler: Any) -> None:
+    """``scheduler.cut`` from now on: requests of whose prompt a step has computed a part."""
+    scheduler.cut = set()
+    schedule = scheduler.schedule
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        for request_id in output.num_scheduled_tokens:
+            request = scheduler.requests[request_id]
+            if request.num_computed_tokens < request.num_prompt_tokens:  # the step's tokens are counted already
+                scheduler.cut.add(request_id)
+        return output
+
+    scheduler.schedule = note
+
+
 def count_drafts(scheduler: Any) -> None:
     """``scheduler.drafts`` from now on: how many were right, and how many were not."""
     scheduler.drafts = {"accepted_drafts": 0, "rejected_drafts": 0}
@@ -356,6 +374,7 @@ def run(spec: dict[str, Any]) -> list[dict[str, Any]]:
         count_pauses(scheduler)
         count_drafts(scheduler)
         note_recomputed(scheduler)
+        note_cut(scheduler)
         results = []
         for mix in spec["mixes"]:
             ran = run_mix(engine, make_mix(**mix), spec)

@@ -43,6 +43,13 @@ def llama() -> Any:
     return LlamaConfig(architectures=["LlamaForCausalLM"], num_hidden_layers=6, **TINY)
 
 
+def drafter() -> Any:
+    """What drafts for it, as a draft model or an EAGLE head."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(architectures=["LlamaForCausalLM"], num_hidden_layers=2, **TINY)
+
+
 def mixtral() -> Any:
     from transformers import MixtralConfig
 
@@ -111,6 +118,8 @@ def granite_4_h() -> Any:
 # What each of the model's groups keeps, and how many layers it has.
 FAMILIES: dict[str, tuple[Callable[[], Any], list[tuple[str, int]]]] = {
     "llama": (llama, [("full", 6)]),
+    "llama-eagle": (llama, [("full", 8)]),
+    "llama-draft_model": (llama, [("full", 8)]),
     "mixtral": (mixtral, [("full", 4)]),
     "deepseek-v2": (deepseek_v2, [("full, latent (MLA)", 2)]),
     "gemma-3": (gemma_3, [("full", 2), ("window of 64", 2), ("window of 64", 2)]),
@@ -118,13 +127,20 @@ FAMILIES: dict[str, tuple[Callable[[], Any], list[tuple[str, int]]]] = {
     "granite-4-h": (granite_4_h, [("full", 1), *[("state (mamba2)", 1)] * 3]),
 }
 DENSE = ("llama", "mixtral")
-CERTAINLY_SERVED = {"llama", "mixtral"}
+DRAFTING = {"llama-eagle": "eagle", "llama-draft_model": "draft_model"}
+CERTAINLY_SERVED = {"llama", "mixtral", *DRAFTING}
 
 
 def write_config(make: Callable[[], Any], folder: Path) -> Path:
     """A checkpoint's folder with nothing but its configuration."""
     make().save_pretrained(folder)
     return folder
+
+
+def speculation(method: str, make: Callable[[], Any], folder: Path) -> dict[str, Any]:
+    """For an engine: what drafts, of which the folder has the configuration."""
+    model = str(write_config(make, folder / "drafter"))
+    return {"method": method, "model": model, "num_speculative_tokens": 3}
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +152,8 @@ def pairs(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         args: dict[str, Any] = {**ENGINE, "model": str(write_config(make, folder / "model"))}
         if name == "deepseek-v2":
             args["attention_backend"] = "CPU_MLA"  # where there is AMX vLLM prefers a backend that takes no float32
+        if name in DRAFTING:
+            args["speculative_config"] = speculation(DRAFTING[name], drafter, folder)
         if name in CERTAINLY_SERVED:
             args["kv_transfer_config"] = flag(host_memory="256MiB")
         given, taken = folder / "engine.json", folder / "out.json"
@@ -168,6 +186,7 @@ def test_each_group_is_told_by_what_it_keeps(pairs: Callable[[str], dict[str, An
     told = pairs(name)["told"]["model"]
     assert sorted((group["kind"], group["num_layers"]) for group in told["groups"]) == sorted(FAMILIES[name][1])
     assert told["kv_dtype"] == "float32"
+    assert told["drafter"] == (f"{DRAFTING[name]}, its layers counted with the model's" if name in DRAFTING else "")
     if name == "llama":
         assert told["groups"][0]["token_bytes"] == 6 * 2 * 2 * 32 * 4
         of_layers = 6 * (4 * 64 * 64 + 3 * 64 * 64 + 2 * 64)
@@ -269,12 +288,15 @@ def test_a_table_tells_it_to_people(forks: Forks, tmp_path: Path) -> None:
         assert part in run.stdout
 
 
-def test_what_drafts_is_no_reason_to_refuse_a_model(forks: Forks, tmp_path: Path) -> None:
-    """Its layers are not made here, and so not among the names that tell whose a layer is."""
+def test_a_drafter_of_another_kv_shape_is_refused_before_a_start(forks: Forks, tmp_path: Path) -> None:
+    def narrower() -> Any:
+        config = drafter()
+        config.num_key_value_heads = 1
+        return config
+
     folder = write_config(llama, tmp_path / "model")
-    drafter = {"method": "draft_model", "model": str(write_config(llama, tmp_path / "drafter"))}
-    args = {**ENGINE, "speculative_config": {**drafter, "num_speculative_tokens": 3}}
+    args = {**ENGINE, "speculative_config": speculation("draft_model", narrower, tmp_path)}
     run = doctor(forks, folder, "--engine-args", json.dumps(args), "--json")
     told = json.loads(run.stdout)["model"]
-    assert not told["refused"]
-    assert told["supported"]
+    assert "differ in KV shape" in told["refused"]
+    assert "draft_model." in told["refused"]

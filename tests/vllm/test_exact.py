@@ -267,14 +267,14 @@ def require_same(
     mixes: Sequence[dict[str, Any]],
     reference: Sequence[list[list[int]]],
     found: Sequence[dict[str, Any]],
-    is_compared: Callable[[MixRequest, bool], bool] = lambda request, was_recomputed: True,
+    is_compared: Callable[[MixRequest, bool], bool] = lambda request, in_other_steps: True,
 ) -> int:
     """As :func:`require_exact`, of any mixes; how many requests were compared, by what each is and was through."""
     num_compared = 0
     for mix, expected, result in zip(mixes, reference, found, strict=True):
         for number, (request, want, got) in enumerate(zip(make_mix(**mix), expected, result["tokens"], strict=True)):
             assert len(want) == request.max_tokens
-            if not is_compared(request, number in result["recomputed"]):
+            if not is_compared(request, number in {*result["recomputed"], *result["cut"]}):
                 continue
             num_compared += 1
             assert got == (want if request.abort_step is None else want[: len(got)]), mix

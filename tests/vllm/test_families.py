@@ -35,7 +35,7 @@ CASES = [
     for family in FAMILIES
     for setting in family.settings
     if (HAS_TIME or not family.is_grouped or setting in (SCARCE, AHEAD))
-    # In bfloat16 tokens are not sure to be equal: one of a run's 157 requests once began with another.
+    # Few CPUs have kernels for bfloat16, and it has run seldom: so it stands in the way of no change yet.
     and (not family.cpu_flag or (HAS_TIME and family.cpu_flag in CPU_FLAGS))
 ]
 

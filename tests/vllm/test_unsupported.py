@@ -188,7 +188,8 @@ def problem_of_layers(specs: dict[str, Any], layers: dict[str, Any] | None = Non
 
     worker = object.__new__(LayerKVWorkerMixin)
     worker.vllm_config = SimpleNamespace(  # type: ignore[assignment]
-        compilation_config=SimpleNamespace(static_forward_context=layers or {})
+        cache_config=SimpleNamespace(mamba_cache_mode="none"),
+        compilation_config=SimpleNamespace(static_forward_context=layers or {}),
     )
     return worker._unsupported_layers(specs)
 
@@ -225,6 +226,23 @@ def test_layers_that_differ_in_kv_shape_are_refused_by_naming_two() -> None:
         assert problem is not None
         assert "differ in KV shape (a from b)" in problem
     assert problem_of_layers({"a": layer_spec("MLAAttentionSpec", **latent)}) is None
+
+
+@pytest.mark.parametrize("has_states", [False, True], ids=["attention-alone", "beside-states"])
+def test_attention_layers_that_differ_in_number_format_are_refused(has_states: bool) -> None:
+    """In a lane one would find what the other has left; vLLM zeroes blocks of the pool between them, and none there."""
+    import torch
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    state = MambaSpec(block_size=32, shapes=((4,),), dtypes=(torch.float32,))
+    besides = {"c": state} if has_states else {}
+    window = {"name": "SlidingWindowSpec", "sliding_window": 64}
+    assert problem_of_layers({"a": layer_spec(), "b": layer_spec(**window), **besides}) is None
+    problem = problem_of_layers(
+        {"a": layer_spec(), "b": layer_spec(**window, dtype=torch.bfloat16, head_size=16), **besides}
+    )
+    assert problem is not None
+    assert "different number formats" in problem
 
 
 def test_layers_with_windows_are_served_and_those_of_another_kind_named() -> None:

@@ -88,7 +88,7 @@ def mistral() -> Any:
     return MistralForCausalLM(config)
 
 
-def llama4() -> Any:
+def llama4(**changes: Any) -> Any:
     """Three layers of chunked local attention to one of full attention, experts: four groups of two layers."""
     from transformers import Llama4ForCausalLM, Llama4TextConfig
 
@@ -101,9 +101,15 @@ def llama4() -> Any:
         num_experts_per_tok=1,
         attention_chunk_size=64,
         **_ATTENTION,
-        **_COMMON,
+        **{**_COMMON, **changes},
     )
     return Llama4ForCausalLM(config)
+
+
+def llama4_chunks() -> Any:
+    """Chunked local attention in all layers, as no checkpoint has it: one group, of which nothing is kept where a chunk
+    ends."""
+    return llama4(no_rope_layers=[1] * 8)
 
 
 def granite_h() -> Any:
@@ -256,6 +262,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         cohere2,
         mistral,
         llama4,
+        llama4_chunks,
         granite_h,
         falcon_h1,
         nemotron_h,

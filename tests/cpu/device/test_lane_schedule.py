@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import pytest
 
@@ -111,6 +112,8 @@ def fetched(lanes: LaneSchedule, host_block: int, num_blocks: int = 3) -> BaseEx
 OURS = StepPlan(stores=(BlockRun(ZONE, 0, 3),), num_tokens=12)
 OTHERS = StepPlan(stores=(BlockRun(ZONE + 4, 8, 3),), num_tokens=12)
 AGAIN = StepPlan(stores=(BlockRun(ZONE, 0, 3),), loads=(BlockRun(ZONE, 0, 2),), num_tokens=4)
+LAST_OF_CHUNK = StepPlan(loads=(BlockRun(ZONE, 0, 3),), num_tokens=4, uses_lanes=True)
+WHOLE_CHUNK = StepPlan(num_tokens=12, uses_lanes=True)
 
 
 @pytest.mark.parametrize("num_steps_later", [0, 1, 2])
@@ -428,3 +431,55 @@ def test_what_drafts_is_held_back_for_all_that_it_could_overwrite_whether_it_say
             lanes.layer_done(layer)
         assert {(direction, layer) for layer in layers} <= set(waited)
         lanes.end_step()
+
+
+# Steps that use lanes and store nothing: where all layers attend within chunks, and one ends with the step ------------
+
+
+def zone_bytes(worker: Worker, layer: int) -> memoryview:
+    """Three zone blocks of a layer's."""
+    geometry = small_geometry(NUM_LAYERS, LANES)
+    memory = memoryview(worker.arena.tensor().numpy()).cast("B")
+    return memory[geometry.offset(layer, ZONE) :][: 3 * geometry.page_bytes]
+
+
+def test_a_step_that_stores_nothing_loads_layer_by_layer(real: tuple[Worker, LaneSchedule]) -> None:
+    worker, lanes = real
+    lanes.begin_step(OURS)
+    for layer in range(NUM_LAYERS):
+        zone_bytes(worker, layer)[:] = bytes([layer + 1]) * len(zone_bytes(worker, layer))
+        lanes.layer_done(layer)
+    lanes.end_step()
+    lanes.drain(5.0)
+    for layer in range(NUM_LAYERS):
+        zone_bytes(worker, layer)[:] = bytes(len(zone_bytes(worker, layer)))
+    lanes.begin_step(LAST_OF_CHUNK)
+    for layer in range(NUM_LAYERS):
+        assert set(zone_bytes(worker, layer)) == {layer + 1}, "what this layer left, though others use its lane"
+        assert lanes.has_layer_work
+        lanes.layer_done(layer)
+    lanes.end_step()
+    assert not lanes.has_layer_work
+
+
+def test_a_step_that_copies_nothing_writes_in_lanes_after_they_have_been_stored() -> None:
+    """In the step before another request's KV was stored out of them."""
+    worker = make_worker("slow", small_geometry(NUM_LAYERS, LANES), 16)
+    lanes = LaneSchedule(worker.engine, small_geometry(NUM_LAYERS, LANES).lane_layers())
+    for plan, first in ((OURS, 1), (WHOLE_CHUNK, 101)):
+        assert plan.has_copies
+        lanes.begin_step(plan)
+        for layer in range(NUM_LAYERS):
+            zone = zone_bytes(worker, layer)
+            worker.compute(partial(zone.__setitem__, slice(None), bytes([first + layer]) * len(zone)))
+            lanes.layer_done(layer)
+        lanes.end_step()
+    worker.engine.synchronize()
+    lanes.drain(5.0)
+    lanes.begin_step(LAST_OF_CHUNK)
+    seen: list[set[int]] = []
+    for layer in range(NUM_LAYERS):
+        worker.compute(partial(lambda zone: seen.append(set(zone)), zone_bytes(worker, layer)))
+        lanes.layer_done(layer)
+    worker.engine.synchronize()
+    assert seen == [{layer + 1} for layer in range(NUM_LAYERS)]

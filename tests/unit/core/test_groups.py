@@ -205,7 +205,7 @@ class Server:
 
 
 def all_groups() -> list[tuple[Group, ...]]:
-    return [GROUPS, (FULL,), (WINDOW,), (FULL, SMALL), (STATE, FULL), (CHUNK, WINDOW, STATE)]
+    return [GROUPS, (FULL,), (WINDOW,), (CHUNK,), (FULL, SMALL), (STATE, FULL), (STATE, CHUNK), (CHUNK, WINDOW, STATE)]
 
 
 @pytest.mark.parametrize("groups", all_groups(), ids=str)
@@ -259,6 +259,9 @@ def test_a_layered_prompt_comes_back_with_all_that_it_needs(groups: tuple[Group,
         ledger.step_layered("a", server.tables, num_computed=num_computed, num_scheduled=num_new)
         ledger.check()
         plan = ledger.take_plan(num_new)
+        assert plan.is_layered, "also where a chunk ends with the step, and nothing of it is stored"
+        assert plan.has_copies
+        assert plan.needs_layer_hooks
         server.carry_out(plan)
         assert server.state(num_computed) == before
         server.write(num_computed, num_computed + num_new)

@@ -37,10 +37,11 @@ def test_runs_hold_exactly_the_pairs_and_none_could_be_longer(devices: list[int]
     assert not ends & {(run.device_block, run.host_block) for run in runs}
 
 
-def test_a_plan_without_stores_has_no_work_for_the_layer_hooks() -> None:
+def test_a_plan_is_layered_if_it_stores_or_says_so() -> None:
     run = (BlockRun(0, 0, 1),)
     assert not StepPlan(parks=run, num_tokens=4).is_layered
     assert StepPlan(stores=run).is_layered
+    assert StepPlan(loads=run, num_tokens=4, uses_lanes=True).is_layered, "a chunk ends with the step"
 
 
 @given(
