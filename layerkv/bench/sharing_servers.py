@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from layerkv.bench.load import PlannedRequest
-from layerkv.bench.priorities import Priorities, allowed_here
+from layerkv.bench.priorities import Priorities, allowed_here, prioritise
 from layerkv.bench.records import EngineFailure, LoadRun, read_json, write_json
 from layerkv.bench.sharing_load import Setting, engine_case
 from layerkv.bench.suite.engines import SERVED_NAME, serve_command
@@ -216,6 +216,8 @@ def started(ways: Sequence[Way], setting: Setting, num_engines: int, folder: Pat
             for engine, server in enumerate(group.servers):
                 group.check_for(server.wait_until_ready(), engine)
                 server.prioritise(priorities)
+            if group.broker is not None:  # needs as little as a front end, and would starve as they do
+                prioritise(group.broker.pid, priorities)
         yield groups
 
 
