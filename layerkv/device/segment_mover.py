@@ -7,7 +7,8 @@ moves and once at the end of every step. Rules, by the number they have in the d
     every rank has told so. Memory that comes by the first touch is there in the step that says so.
 12. a segment's memory is given back after the compute of all steps before and after every store submitted so far, those
     in the background and those of the step that says so among them.
-13. a segment that is mapped again is prepared after what is still being given back of it, which would wipe new KV.
+13. a segment that is mapped again is prepared after what is still being given back of it, which would wipe new KV; one
+    that comes by the first touch comes back when every rank has told that it is given back.
 
 No step waits for a move: the device prepares and gives back in the background, however many steps that takes.
 """
@@ -115,6 +116,7 @@ class TouchedSegments(_Leaving):
 
     def begin_maps(self, segments: Sequence[int]) -> None:
         """Put these into service."""
+        assert self._leaving.keys().isdisjoint(segments), f"segments {segments} are still being given back"  # rule 13
         if segments:
             self._touched.put(segments)
 

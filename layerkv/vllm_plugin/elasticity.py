@@ -240,7 +240,9 @@ class Elasticity:
     def _view(self, limit: int, now_s: float) -> PoolView:
         s, queue, table = self._scheduler, self._queue, self._table
         num_used = queue.blocks.num_used
-        free, kept = queue.num_free_blocks, len(s._inflight_prefills)  # who was fetched grows before it can be parked
+        free, layered_ids = queue.num_free_blocks, self._ledger.layered_ids  # those take no blocks of the pool
+        # Who was fetched grows before it can be parked.
+        kept = sum(request.request_id not in layered_ids for request in s._inflight_prefills)
         if kept:
             kept += s._inflight_prefill_reserved_blocks()
         return PoolView(

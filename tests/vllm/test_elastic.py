@@ -19,7 +19,7 @@ import pytest
 from layerkv.core.segments import SegmentState
 from layerkv.scheduler.reasons import Reason
 from tests.vllm.engines_in_turn import prompt
-from tests.vllm.hand_engine import HandEngine, Step
+from tests.vllm.hand_engine import BLOCK_TOKENS, HandEngine, Step
 
 pytestmark = pytest.mark.vllm
 
@@ -533,3 +533,28 @@ def test_memory_that_comes_by_the_first_touch_is_used_in_the_step_that_it_comes_
     assert plan.moves.maps
     assert 1 + len(plan.moves.maps) == engine.table.num_held < num_floor
     engine.run()
+
+
+def test_a_prompt_in_the_zone_keeps_no_segment_that_nobody_uses(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes no block of the pool, however long it is under way."""
+    engine = ElasticEngine(tiny_model, monkeypatch, max_num_batched_tokens=16)
+    num_blocks = engine.queue.layout.segment_blocks - 1  # beside the null block
+    engine.share.allowed = 2
+    engine.add("fills", prompt(BLOCK_TOKENS * (num_blocks - 1) + 1, seed=0), 15)
+    while not engine.tokens["fills"]:
+        engine.step()
+    engine.add("zone", prompt(100, seed=1), 2)
+    engine.force(layered=["zone"])
+    engine.step()
+    assert engine.table.num_held == 2
+    assert engine.queue.num_free_blocks == engine.queue.layout.segment_blocks, "one is full, and one is empty"
+    engine.share.allowed = 1
+    engine.step()
+    assert {each.request_id for each in engine.scheduler._inflight_prefills} == engine.ledger.layered_ids == {"zone"}
+    engine.step()
+    assert engine.table.num_held == 1
+    engine.share.allowed = 2
+    engine.run()
+    assert engine.lost == 0

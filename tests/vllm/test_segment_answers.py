@@ -30,10 +30,10 @@ GEOMETRY = KVGeometry(num_layers=3, page_bytes=1024, block_tokens=4, pool_blocks
 LAYERS = [f"layer.{layer}" for layer in range(3)]
 
 
-def make_worker(rank: int = 0) -> tuple[WorkerSide, Mechanism]:
+def make_worker(rank: int = 0, plan: SegmentPlan = PLAN) -> tuple[WorkerSide, Mechanism]:
     from layerkv.vllm_plugin.connector_worker import WorkerSide
 
-    mechanism = make_mechanism("cpu", GEOMETRY, 8, PLAN, guards=True)
+    mechanism = make_mechanism("cpu", GEOMETRY, 8, plan, guards=True)
     return WorkerSide(GEOMETRY, LayerPlaces([LAYERS]), mechanism, rank=rank), mechanism
 
 
@@ -65,6 +65,39 @@ def test_steps_without_tokens_carry_moves_out_and_answer_them() -> None:
     assert answers_of_step(worker, moves(unmaps=[2])) == [(2, 3, False)]
     assert answers_of_step(worker, moves(maps=[2])) == [(2, 3, False)]
     assert not pool_of(mechanism)[:, 8:12].any(), "nobody's old KV"
+    worker.shutdown()
+
+
+def test_memory_that_comes_by_the_first_touch_is_there_for_the_copies_of_the_step_that_names_it() -> None:
+    """A process that copies into other memory is killed here."""
+    worker, mechanism = make_worker(plan=replace(PLAN, by_touch=True))
+    pool_of(mechanism)[:, 4:8] = 7
+    load = (BlockRun(8, 0, 2),)
+    worker.begin_step(moves(maps=[2], parks=(BlockRun(4, 0, 2),), hits=load))
+    worker.end_step()
+    worker.finished_fetches()
+    assert worker.take_answers() == [], "nobody waits for that"
+    assert (pool_of(mechanism)[:, 8:10] == 7).all()
+    assert answers_of_step(worker, moves(unmaps=[2], parks=(BlockRun(8, 4, 1),))) == [(2, 0, False)]
+    assert answers_of_step(worker, moves(maps=[2, 3], unmaps=[1])) == [(1, 0, False)]
+    assert not pool_of(mechanism)[:, 8:].any(), "nobody's old KV"
+    worker.shutdown()
+
+
+def test_what_is_still_being_given_back_is_not_put_into_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be wiped under whoever uses it."""
+    worker, mechanism = make_worker(plan=replace(PLAN, by_touch=True))
+    given_back = CopyEvent()
+    assert mechanism.touched_arena is not None
+    monkeypatch.setattr(mechanism.touched_arena, "unmap", lambda segments, after: given_back)
+    worker.begin_step(moves(unmaps=[1]))
+    worker.end_step()
+    with pytest.raises(AssertionError, match="still being given back"):
+        worker.begin_step(moves(maps=[1]))
+    given_back.end()
+    assert [tuple(answer) for answer in worker.take_answers()] == [(1, 0, False)]
+    worker.begin_step(moves(maps=[1]))
+    worker.end_step()
     worker.shutdown()
 
 
