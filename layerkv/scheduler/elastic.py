@@ -138,7 +138,7 @@ def _leavers(pool: PoolView, excess: int) -> tuple[int, ...]:
         if len(chosen) >= min(excess, MOST_LEAVING):
             break
         num_free = pool.segment_blocks - num_used
-        if num_free > spare and pool.kept_blocks:
+        if num_free > max(spare, 0) and pool.kept_blocks:  # a full one takes nobody's blocks away
             continue
         spare -= num_free
         chosen.append(segment)

@@ -73,6 +73,12 @@ def test_blocks_that_prompts_under_way_count_on_do_not_leave() -> None:
     assert len(resized(limit=5, kept_blocks=0, free_blocks=0).leave) == 5, "who decodes is parked for want of blocks"
 
 
+def test_a_full_segment_leaves_though_more_is_counted_on_than_is_free() -> None:
+    """Else nothing would, as long as anybody is on the way back from host memory."""
+    decided = resized(in_service=[(1, 4), (2, 10), (3, 10)], limit=2, used_blocks=25, free_blocks=6, kept_blocks=9)
+    assert (decided.leave, decided.vacate) == ((3, 2), (3, 2))
+
+
 def test_a_fuller_segment_leaves_where_an_emptier_one_must_stay_and_the_rest_is_owed() -> None:
     decided = resized(in_service=[(1, 0), (2, 8), (3, 9)], limit=1, used_blocks=18, free_blocks=22, kept_blocks=18)
     assert decided.leave == (2, 3), "with 4 blocks to spare, 2 and 1 leave"
