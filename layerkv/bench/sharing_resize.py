@@ -55,7 +55,7 @@ class ResizeSpeed(msgspec.Struct, frozen=True, kw_only=True):
     """How long memory takes to come and go, of moves of `move_bytes`, `moves` in all.
 
     `p50` and `p99` are those of `shrink`: from the order until the memory is the machine's again. `grow`: until the
-    pool may use it, which on a CPU is no more than a word to the thread; `first_touch`: writing it for the first time,
+    pool may use it, which on a CPU is at once; `first_touch`: writing it for the first time,
     which is where it really comes.
     """
 
@@ -129,8 +129,7 @@ def measure_arena(*, rounds: int = ROUNDS, num_segments: int = NUM_SEGMENTS) -> 
         come = []
         for batch in batches:
             began_s = time.perf_counter()
-            _wait(arena.prepare_map(batch))
-            arena.map(batch)
+            arena.put(batch)
             grown_s = time.perf_counter()
             for segment in batch:
                 its = layout.blocks(segment)
