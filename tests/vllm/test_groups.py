@@ -1,12 +1,11 @@
 """Greedy tokens are stock vLLM's with several KV-cache groups, in float32, whatever the mix; every block comes back.
 
 As tests/vllm/test_exact.py, of whose settings those are here that groups have a part in, for models with windows,
-chunks and states. With ``LAYERKV_WRITE_FAMILIES`` set, of as many mixes as there; otherwise of four, for time's sake.
+chunks and states.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,12 @@ import pytest
 
 from tests.vllm.family_rows import Head, Rows
 from tests.vllm.forked import Forks
-from tests.vllm.test_exact import MIXES, STREAMED, Results, Setting, engine_args, require_same, run_engine
+from tests.vllm.test_exact import STREAMED, Results, Setting, engine_args, require_same, run_engine
 from tests.vllm.tiny_groups import make_tiny
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PLENTIFUL_BYTES = 128 << 20
-HAS_TIME = bool(os.environ.get("LAYERKV_WRITE_FAMILIES"))
 
 NO_CACHE = {"enable_prefix_caching": False}
 _POOLS: dict[str, dict[str, Any]] = {
@@ -95,8 +93,6 @@ CASES = sorted(ASKED, key=lambda case: list(FAMILIES).index(case[0]))  # the eng
 
 class FamilyResults(Results):
     """What each setting's engine did for one family."""
-
-    mixes = MIXES if HAS_TIME else MIXES[::3]  # of each kind one
 
     def __init__(self, family: str, forks: Forks, model: Path, folder: Path, settings: list[Setting]) -> None:
         self._args = FAMILIES[family]
