@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from layerkv.core.geometry import KVGeometry
 from layerkv.core.segments import SegmentLayout, SegmentPlan
 from layerkv.device.base import Arena, ElasticArena, ElasticHostMemory, HostMemory, TouchedMemory, TransferEngine
+
+if TYPE_CHECKING:
+    from layerkv.device.elastic_mmap_arena import ElasticMmapArena
 
 ALIGNMENT_BYTES = MappingProxyType({"cpu": 4 << 10, "cuda": 2 << 20})
 """What sizes of pool and lanes are multiples of: the granularity of mapping memory."""
@@ -67,21 +70,29 @@ def make_mechanism(
 
     arena: MmapArena
     host: MmapHostMemory
-    elastic: dict[str, Any] = {}
+    elastic: ElasticMmapArena | None = None
+    elastic_host: ElasticHostMemory | None = None
+    by_touch = segments is not None and segments.by_touch
     if segments is None:
         arena = MmapArena(geometry)
     else:
         from layerkv.device.elastic_mmap_arena import ElasticMmapArena
 
-        arena = ElasticMmapArena(geometry, segments.layout, num_mapped=segments.num_mapped, guards=guards)
-        elastic["touched_arena" if segments.by_touch else "elastic_arena"] = arena
+        arena = elastic = ElasticMmapArena(geometry, segments.layout, num_mapped=segments.num_mapped, guards=guards)
     if host_layout is None:
         host = MmapHostMemory(geometry, num_host_blocks)
     else:
         from layerkv.device.elastic_host_memory import ElasticMmapHostMemory
 
-        host = elastic["elastic_host"] = ElasticMmapHostMemory(geometry, host_layout, guards=guards)
-    return Mechanism(arena, host, CPUTransferEngine(arena, host), **elastic)
+        host = elastic_host = ElasticMmapHostMemory(geometry, host_layout, guards=guards)
+    return Mechanism(
+        arena,
+        host,
+        CPUTransferEngine(arena, host),
+        elastic_arena=None if by_touch else elastic,
+        touched_arena=elastic if by_touch else None,
+        elastic_host=elastic_host,
+    )
 
 
 def _make_cuda(geometry: KVGeometry, num_host_blocks: int, segments: SegmentPlan | None) -> Mechanism:

@@ -167,7 +167,7 @@ def run_engine(forks: Forks, folder: Path, spec: dict[str, Any], env: dict[str, 
     return json.loads(out_path.read_text())
 
 
-def spec_of(setting: Setting, model: Path, folder: Path, mixes: Sequence[dict[str, Any]] = MIXES) -> dict[str, Any]:
+def spec_of(setting: Setting, model: Path, folder: Path) -> dict[str, Any]:
     extra = {"host_memory": "64MiB", **setting.extra}
     if setting.policy is not None:
         policy_path = folder / f"{setting.name}.yaml"
@@ -179,7 +179,7 @@ def spec_of(setting: Setting, model: Path, folder: Path, mixes: Sequence[dict[st
     connector = {"kv_connector": "LayerKVConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     return {
         "engine_args": {**engine_args(model), **setting.engine, "kv_transfer_config": connector},
-        "mixes": mixes,
+        "mixes": MIXES,
         "ahead": setting.ahead,
         "fail_every": setting.fail_every,
         "fail_copies_every": setting.fail_copies_every,
@@ -196,8 +196,6 @@ class Results:
     Two processes at a time, since an engine in its own process keeps one core busy. Engines of several processes come
     last and alone.
     """
-
-    mixes = MIXES
 
     def __init__(self, forks: Forks, model: Path, folder: Path, settings: Sequence[Setting]) -> None:
         self._forks, self._model, self._folder = forks, model, folder
@@ -230,7 +228,7 @@ class Results:
     def _run_reference(self) -> list[list[list[int]]]:
         folder = self._folder / "reference"
         folder.mkdir()
-        mixes = [{**mix, "unaborted": True} for mix in self.mixes]
+        mixes = [{**mix, "unaborted": True} for mix in MIXES]
         args = {**engine_args(self._model), "kv_cache_memory_bytes": PLENTIFUL_BYTES}
         return [result["tokens"] for result in run_engine(self._forks, folder, {"engine_args": args, "mixes": mixes})]
 
@@ -238,8 +236,9 @@ class Results:
         wait(before)
         folder = self._folder / group[0].name
         folder.mkdir()
-        specs = {each.name: spec_of(each, self._model, folder, self.mixes) for each in group}
-        return run_engine(self._forks, folder, specs, group[0].env)
+        return run_engine(
+            self._forks, folder, {each.name: spec_of(each, self._model, folder) for each in group}, group[0].env
+        )
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +258,7 @@ def test_tokens_are_stock_vllms_and_every_block_comes_back(setting: Setting, res
 
 def require_exact(setting: Setting, results: Results) -> None:
     """Assert that the setting's tokens are the reference's, and that all is given back."""
-    require_same(setting, results.mixes, results.reference(), results.of(setting))
+    require_same(setting, MIXES, results.reference(), results.of(setting))
 
 
 def require_same(

@@ -15,7 +15,7 @@ import pytest
 
 from tests.vllm.family_rows import Head, Rows
 from tests.vllm.forked import Forks
-from tests.vllm.test_exact import STREAMED, Results, Setting, engine_args, require_same, run_engine
+from tests.vllm.test_exact import MIXES, STREAMED, Results, Setting, engine_args, require_same, run_engine
 from tests.vllm.tiny_groups import make_tiny
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -106,7 +106,7 @@ class FamilyResults(Results):
     def _run_reference(self) -> list[list[list[int]]]:
         folder = self._folder / "reference"
         folder.mkdir()
-        mixes = [{**mix, "unaborted": True} for mix in self.mixes]
+        mixes = [{**mix, "unaborted": True} for mix in MIXES]
         args = {**engine_args(self._model), **self._args, "kv_cache_memory_bytes": PLENTIFUL_BYTES}
         spec = {"engine_args": args, "mixes": mixes}
         return [result["tokens"] for result in run_engine(self._forks, folder, spec)]
@@ -154,5 +154,5 @@ def test_tokens_are_stock_vllms_and_every_block_comes_back(case: tuple[str, Sett
     of_family = results.of(family)
     found = of_family.of(setting)
     moves = found[-1]["books"]["moves"]
-    num_compared = require_same(setting, of_family.mixes, of_family.reference(), found)
+    num_compared = require_same(setting, MIXES, of_family.reference(), found)
     results.rows.note(TITLES[family][0], setting.name, moves, num_compared=num_compared)
