@@ -16,6 +16,9 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 # Further arguments: `make test ARGS="-k park -x"`, `make demo ARGS=--quick`, `make bench ARGS="--size ci"`.
 ARGS ?=
 
+# How many tests run at a time, each file's in one process; 0 for a debugger.
+WORKERS ?= 2
+
 # One OpenMP thread and no binding keep timings steady on a shared machine; the others keep vLLM off the network.
 RUN := env OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1
 
@@ -35,7 +38,7 @@ bench: $(STAMP) ## the benchmark suite, all cases in full (hours); results and r
 	$(RUN) $(BIN)/layerkv bench run benchmarks/cases/all.yaml --json out/bench --html out/bench $(ARGS)
 
 test: $(STAMP) ## all tests; those that need a GPU skip themselves where there is none
-	$(RUN) $(BIN)/python -m pytest $(ARGS)
+	$(RUN) $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder $(ARGS)
 
 OVERLAYS := out/overlays/0.31.0 out/overlays/0.33.0
 

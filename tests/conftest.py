@@ -1,12 +1,25 @@
-"""What every test needs: an environment that keeps vLLM quiet and steady, and skips for what is not here."""
+"""What every test needs: an environment that keeps vLLM quiet and steady, its turn, and skips for what is not here."""
 
+import fcntl
 import importlib.util
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+
+ALONE = (
+    "tests/monitoring/test_scrape.py",
+    "tests/vllm/server/",
+    "tests/vllm/test_demo_runner.py",
+    "tests/vllm/test_sharing_bench.py",
+    "tests/vllm/test_suite_case.py",
+)
+"""Real servers and their clients, which need both cores: no other test runs beside these, whose names begin so."""
 
 # Without a deadline: on a shared machine the first example of a test may take seconds.
 settings.register_profile("layerkv", deadline=None)
@@ -30,12 +43,42 @@ def pytest_configure() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Where tests run in several processes: a file's all in one, for its fixtures, and all that run alone in one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "alone" if nodeid.startswith(ALONE) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run."""
+    """Skip what this machine cannot run; and what takes longest comes first, so that no process ends with it alone."""
+    items.sort(key=lambda item: (not item.nodeid.startswith(ALONE), not item.get_closest_marker("vllm")))
     if any(item.get_closest_marker("vllm") for item in items) and not importlib.util.find_spec("vllm"):
         _skip(items, "vllm", "vLLM is not installed; pip install layerkv[cpu]")
     if any(item.get_closest_marker("gpu") for item in items) and not _sees_cuda():
         _skip(items, "gpu", "no CUDA device is visible")
+
+
+@pytest.fixture(autouse=True)
+def turn(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In several processes, a test of :data:`ALONE` waits for those of the others to end, and they for it."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        yield
+        return
+    is_alone = request.node.nodeid.startswith(ALONE)
+    name = Path(tempfile.gettempdir(), f"layerkv-tests-{run}")
+    with name.with_suffix(".door").open("w") as door, name.with_suffix(".room").open("w") as room:
+        # Who waits for the room keeps the door: one that wants to be alone would wait for as long as others come.
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(room, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        yield
 
 
 def _sees_cuda() -> bool:

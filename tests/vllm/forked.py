@@ -2,7 +2,7 @@
 
 Importing vLLM takes several times as long as most of what tests do in a process of their own. A fork has the imports
 for nothing and is otherwise fresh: no plugin is loaded, no engine was made, and what it does ends with it. Two run at
-a time, since an engine in its own process keeps one core busy; more than that wait.
+a time, since an engine in its own process keeps one core busy, or one where tests run in two processes; others wait.
 
 `python -m tests.vllm.forked` is that process. It reads a :class:`Program` as JSON from each line of its standard
 input, and for each that has ended writes a line to its standard output: its number and exit status.
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
-AT_ONCE = 2
+AT_ONCE = 1 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1 else 2
 IMPORTED = (
     "vllm.entrypoints.llm",
     "vllm.model_executor.models.llama",
