@@ -76,6 +76,7 @@ class Elasticity:
         self._queue: SegmentQueue = managers.segments
         self._layout = plan.layout
         self._by_touch = plan.by_touch
+        self._ahead = side.sizes.floor  # it holds the longest request
         self._table = SegmentTable(self._layout.num_segments, num_ranks=num_ranks, num_mapped=plan.num_mapped)
         self.choose: Callable[[PoolView], Resize] = resize
         """What comes and goes before a step; measurements put something else in its place."""
@@ -83,7 +84,8 @@ class Elasticity:
         self._waits = waits  # who is in the way goes on there: nothing to decide about it
         self._limit = -1
         self._busy_s = self._looked_s = self._asked_s = time.monotonic()
-        self._looked_at = -1, 0  # the version of residencies then, and how many ran: who was fetched may be in the way
+        # The version of residencies then, how many ran (who was fetched may be in the way), and who came last.
+        self._looked_at: tuple[int, int, str | None] = -1, 0, None
         self._asked: tuple[int, int, int] | None = None
         self._is_told_idle = False
         self._is_told_resting = False
@@ -138,11 +140,12 @@ class Elasticity:
         if self.host is not None:  # first: who is to be parked needs room there
             is_idle = now_s - self._busy_s >= self._idle_after_s
             self.host.before_step(now_s, is_idle=is_idle, is_resting=is_resting)
-        limit, moves = self._share.limit(), (self._ledger.residency.version, len(self._scheduler.running))
-        is_fresh = limit == self._limit and now_s - self._looked_s < LOOK_EVERY_S
+        s, limit = self._scheduler, self._share.limit()
+        moves = self._ledger.residency.version, len(s.running), next(reversed(s.requests), None)
+        # Who has just come may need more than may be held: the broker hears of it now, not at the next look.
+        is_fresh = (limit, moves[-1]) == (self._limit, self._looked_at[-1]) and now_s - self._looked_s < LOOK_EVERY_S
         self._is_told_resting = self._is_told_resting and is_resting
-        if is_resting and not self._is_told_resting:
-            is_fresh = False
+        is_fresh &= self._is_told_resting or not is_resting
         if is_fresh and not (self._table.is_moving or self._can_release()):
             is_settled = not (self._table.is_leaving or self._lacks_blocks(limit))
             if is_busy and (moves == self._looked_at or is_settled):
@@ -258,6 +261,7 @@ class Elasticity:
             kept_blocks=kept,
             wanted_blocks=self._wanted_blocks(),
             parkable_blocks=self._parkable_blocks(),
+            ahead=self._ahead,
             idle_s=now_s - self._busy_s,
             idle_after_s=self._idle_after_s,
         )
