@@ -41,7 +41,7 @@ class PoolView(NamedTuple):
         kept_blocks: Of those, blocks promised to prompts under way and to who comes back from host memory.
         wanted_blocks: Blocks that those who wait, those who are parked, and the growth of those who run need besides.
         parkable_blocks: Blocks in use that could be given up without losing anything: host memory has room.
-        ahead: Segments that it likes to be allowed beside those held, for a request that comes.
+        ahead: Segments of the longest request: while there are requests, it likes to be allowed so many more.
         idle_s: Seconds since the engine last had requests; 0 while it has any.
         idle_after_s: After so many it gives back all but segment 0.
     """

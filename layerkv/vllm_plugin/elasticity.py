@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -21,14 +20,13 @@ from layerkv.core.segments import SegmentMoves, SegmentState, SegmentTable
 from layerkv.core.sharing import TokenRate
 from layerkv.scheduler.elastic import GROWTH_TOKENS, LOOK_EVERY_S, PoolView, Resize, resize
 from layerkv.vllm_plugin.host_elasticity import HostElasticity
-from layerkv.vllm_plugin.memory_share import BrokerShare, HostTerms, OwnShare, Share
+from layerkv.vllm_plugin.memory_share import Share
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
 from layerkv.vllm_plugin.segment_answers import SegmentAnswer
 from layerkv.vllm_plugin.segment_queue import SegmentQueue
 
 if TYPE_CHECKING:
     from layerkv.scheduler.controller import Controller
-    from layerkv.scheduler.desk import Desk
     from layerkv.vllm_plugin.block_managers import BlockManagers
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
 
@@ -76,7 +74,7 @@ class Elasticity:
         self._queue: SegmentQueue = managers.segments
         self._layout = plan.layout
         self._by_touch = plan.by_touch
-        self._ahead = side.sizes.floor  # it holds the longest request
+        self._ahead = -(-scheduler.max_model_len // (controller.shape.block_tokens * self._layout.segment_blocks))
         self._table = SegmentTable(self._layout.num_segments, num_ranks=num_ranks, num_mapped=plan.num_mapped)
         self.choose: Callable[[PoolView], Resize] = resize
         """What comes and goes before a step; measurements put something else in its place."""
@@ -238,7 +236,8 @@ class Elasticity:
         waits = controller.waiting or controller.num_parked or s._inflight_prefills
         if not waits and self._queue.num_free_blocks >= 2 * len(s.running):
             return False
-        return self._table.num_held < min(limit, self._layout.num_segments)
+        need = limit if self._asked is None else self._asked[0]  # who comes, and longer streams, have raised it already
+        return self._table.num_held < min(limit, need, self._layout.num_segments)
 
     def _view(self, limit: int, now_s: float) -> PoolView:
         s, queue, table = self._scheduler, self._queue, self._table
@@ -351,52 +350,3 @@ class Elasticity:
             token_rate=self._rate.per_s,
             tpot_s=slo.tpot_s if slo.tpot_s < math.inf else 1.0,
         )
-
-
-def elasticity_for(
-    scheduler: SchedulerView, side: SchedulerSide, managers: BlockManagers, controller: Controller, desk: Desk
-) -> Elasticity | None:
-    """What makes this engine's memory grow and shrink; None where it does neither. Waits for a broker if there is one.
-
-    Raises:
-        BrokerError: the broker does not answer, or has not this engine's floors to give.
-    """
-    sizes, config = side.sizes, side.config
-    if sizes is None:
-        return None
-    num_ranks = scheduler.vllm_config.parallel_config.tensor_parallel_size
-    share: Share = OwnShare(sizes.plan.layout.num_segments)
-    host: HostElasticity | None = None
-    if config.broker is not None:
-        host_sizes = side.host_sizes
-        share = of_broker = BrokerShare(  # all ranks' memory is one machine's
-            Path(config.broker),
-            title=scheduler.vllm_config.model_config.served_model_name or scheduler.vllm_config.model_config.model,
-            segment_bytes=sizes.segment_bytes * num_ranks,
-            zone_bytes=sizes.zone_bytes * num_ranks,
-            floor=sizes.floor,
-            ceiling=sizes.plan.layout.num_segments,
-            held=sizes.plan.num_mapped,
-            token_bytes=max(sizes.geometry.block_bytes // sizes.geometry.block_tokens, 1) * num_ranks,
-            weight=config.weight,
-            host=None
-            if host_sizes is None
-            else HostTerms(
-                segment_bytes=host_sizes.segment_bytes * num_ranks,
-                floor=host_sizes.floor,
-                ceiling=host_sizes.layout.num_segments,
-            ),
-        )
-        if of_broker.host is not None:
-            host = HostElasticity(scheduler, side, managers, controller, desk, of_broker.host, num_ranks=num_ranks)
-    return Elasticity(
-        scheduler,
-        side,
-        managers,
-        controller,
-        share,
-        num_ranks=num_ranks,
-        idle_after_s=config.idle_after_s,
-        waits=config.give == "wait",
-        host=host,
-    )
