@@ -28,7 +28,7 @@ class Wish:
         ceiling: More it cannot use.
         held: Has memory now, what is coming or leaving included.
         need: Requests need it: those that run, wait or are parked.
-        like: Would be of use: caches, and what it has mapped.
+        like: Would be of use: caches, what it has mapped, and what the next request would need.
         can_leave: Of what is needed and held, what could be given up without losing anything: free, or of requests that
             could be parked.
         weight: Its share among others, see :func:`token_pressure`.
@@ -84,13 +84,14 @@ def token_pressure(token_rate: float, token_bytes: int, tpot_s: float, weight: f
 def divide(wishes: Mapping[str, Wish], capacity: int) -> dict[str, int]:
     """What each engine should have, in whole segments, together at most ``capacity``.
 
-    First floors as far as they are needed, then what cannot leave, then needs, then likes. Within each a segment at a
-    time goes to whoever has got least by weight; one whose next segment does not fit gets no more. So an engine may get
-    less than what cannot leave, where others' floors need it: it gives that back as its requests end.
+    First floors as far as they are needed, then what cannot leave, then needs, then what is held and liked, then other
+    likes: for those nobody gives up what it has. Within each a segment at a time goes to whoever has got least by
+    weight; one whose next segment does not fit gets no more. So an engine may get less than what cannot leave, where
+    others' floors need it: it gives that back as its requests end.
     """
     got = dict.fromkeys(wishes, 0)
     left = capacity
-    for wanted in (_entitled, _stuck, _needed, _liked):
+    for wanted in (_entitled, _stuck, _needed, _kept, _liked):
         goals = {engine: wanted(wish) for engine, wish in wishes.items()}
         line = [(got[engine] / wish.weight, engine) for engine, wish in wishes.items() if got[engine] < goals[engine]]
         heapq.heapify(line)
@@ -116,6 +117,10 @@ def _stuck(wish: Wish) -> int:
 
 def _needed(wish: Wish) -> int:
     return wish.whole(wish.need)
+
+
+def _kept(wish: Wish) -> int:
+    return wish.whole(max(wish.need, min(wish.held, wish.like)))
 
 
 def _liked(wish: Wish) -> int:

@@ -16,7 +16,8 @@ NEED_MEMORY_S = 1.5
 other without end. Not measured: chosen by trials of a prototype (2026-11-22, no result file)."""
 
 LOWER_EVERY_S = 0.3
-"""Seconds between times at which limits fall. Not measured: chosen by trials, together with that."""
+"""Seconds between times at which limits fall, but for what is not held and others need. Not measured: chosen by trials,
+together with that."""
 
 MISSING_FOR_S = 60.0
 """Seconds for which memory that somebody else has taken counts as missing. Not measured: chosen by judgement: long
@@ -166,8 +167,7 @@ class SharingLedger:
         wishes = {engine: replace(a.wish, need=_lasting_need(a, now_s)) for engine, a in self._accounts.items()}
         goals = divide(wishes, self.capacity)
         before = self.limits
-        if now_s - self._last_lowered_s >= LOWER_EVERY_S or self.committed > self.capacity:
-            self._lower(goals, now_s)
+        self._lower(goals, now_s, is_short=self._lack(goals, wishes) > self.capacity - self.committed)
         if not self._expected:
             for is_for_need in (True, False):
                 self._raise(goals, wishes, is_for_need=is_for_need)
@@ -184,12 +184,25 @@ class SharingLedger:
             assert account.limit <= max(account.wish.ceiling, account.wish.held)
             assert all(told < account.revision for told in account.unseen)
 
-    def _lower(self, goals: Mapping[str, int], now_s: float) -> None:
+    def _lack(self, goals: Mapping[str, int], wishes: Mapping[str, Wish]) -> int:
+        """Bytes that engines need, should have, and may not hold yet."""
+        return sum(
+            max(min(goals[engine], wishes[engine].whole(wishes[engine].need)) - account.limit, 0)
+            for engine, account in self._accounts.items()
+        )
+
+    def _lower(self, goals: Mapping[str, int], now_s: float, *, is_short: bool) -> None:
         is_over = self.committed > self.capacity
+        is_due = is_over or now_s - self._last_lowered_s >= LOWER_EVERY_S
+        if not (is_due or is_short):
+            return
         for engine, account in self._accounts.items():
-            if goals[engine] < account.limit and (account.has_reported or is_over):
-                self._tell(account, goals[engine])
-                self._last_lowered_s = now_s
+            # What is not held may go before its time to who needs it: no memory moves.
+            goal = goals[engine] if is_due else max(goals[engine], account.wish.held)
+            if goal < account.limit and (account.has_reported or is_over):
+                self._tell(account, goal)
+                if is_due:
+                    self._last_lowered_s = now_s
 
     def _raise(self, goals: Mapping[str, int], wishes: Mapping[str, Wish], *, is_for_need: bool) -> None:
         left = max(self.capacity - self.committed, 0)

@@ -41,6 +41,7 @@ class PoolView(NamedTuple):
         kept_blocks: Of those, blocks promised to prompts under way and to who comes back from host memory.
         wanted_blocks: Blocks that those who wait, those who are parked, and the growth of those who run need besides.
         parkable_blocks: Blocks in use that could be given up without losing anything: host memory has room.
+        ahead: Segments of the longest request: while there are requests, it likes to be allowed so many more.
         idle_s: Seconds since the engine last had requests; 0 while it has any.
         idle_after_s: After so many it gives back all but segment 0.
     """
@@ -57,6 +58,7 @@ class PoolView(NamedTuple):
     kept_blocks: int
     wanted_blocks: int
     parkable_blocks: int
+    ahead: int
     idle_s: float
     idle_after_s: float
 
@@ -85,7 +87,8 @@ class Resize(NamedTuple):
         stay: Leaving segments that are wanted again.
         vacate: Segments that leave and have blocks in use: whose they are should be parked.
         need: Segments that requests need, those that wait and are parked included.
-        like: Segments that are of use: besides those needed, what is there, for caches.
+        like: Segments that are of use: besides those needed, what is there, for caches; and while there are requests
+            some for the next one, which would wait a step for them if it asked when it comes.
         can_leave: Of those needed and held, what could be given up without losing anything: free blocks, and those of
             requests that could be parked.
         owed_blocks: Blocks in service that should be given back and cannot be yet: nobody new may count on them.
@@ -124,7 +127,7 @@ def resize(pool: PoolView) -> Resize:
         stay=stay,
         vacate=tuple(segment for segment in leaving if num_used[segment]),
         need=need,
-        like=max(need, 1 if pool.is_idle else staying),
+        like=max(need, 1 if pool.is_idle else staying) + (0 if pool.idle_s else pool.ahead),
         can_leave=max(min(pool.num_held, need) - stuck, 0),
         owed_blocks=(excess - len(leave)) * pool.segment_blocks,
     )

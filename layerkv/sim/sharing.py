@@ -3,8 +3,8 @@
 The ledger and the division are the broker's own (:mod:`layerkv.core.sharing_ledger`, :mod:`layerkv.core.sharing`); an
 engine reports and hears of its limit before each of its steps, as a real one does. A pool shrinks by free blocks
 first; what more is to leave looks to the scheduler like a shortage, so that it parks residents in its own order. Not
-modelled: which blocks lie in which segment (any free blocks make one), the time to map and unmap, the way of messages,
-a host link that engines share, host memory that moves between them.
+modelled: which blocks lie in which segment (any free blocks make one), the time to map and unmap, the way of messages
+and what engines like to be allowed ahead of it, a host link that engines share, host memory that moves between them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -21,14 +20,13 @@ from layerkv.core.segments import SegmentMoves, SegmentState, SegmentTable
 from layerkv.core.sharing import TokenRate
 from layerkv.scheduler.elastic import GROWTH_TOKENS, LOOK_EVERY_S, PoolView, Resize, resize
 from layerkv.vllm_plugin.host_elasticity import HostElasticity
-from layerkv.vllm_plugin.memory_share import BrokerShare, HostTerms, OwnShare, Share
+from layerkv.vllm_plugin.memory_share import Share
 from layerkv.vllm_plugin.scheduler_view import SchedulerView
 from layerkv.vllm_plugin.segment_answers import SegmentAnswer
 from layerkv.vllm_plugin.segment_queue import SegmentQueue
 
 if TYPE_CHECKING:
     from layerkv.scheduler.controller import Controller
-    from layerkv.scheduler.desk import Desk
     from layerkv.vllm_plugin.block_managers import BlockManagers
     from layerkv.vllm_plugin.connector_scheduler import SchedulerSide
 
@@ -76,6 +74,7 @@ class Elasticity:
         self._queue: SegmentQueue = managers.segments
         self._layout = plan.layout
         self._by_touch = plan.by_touch
+        self._ahead = -(-scheduler.max_model_len // (controller.shape.block_tokens * self._layout.segment_blocks))
         self._table = SegmentTable(self._layout.num_segments, num_ranks=num_ranks, num_mapped=plan.num_mapped)
         self.choose: Callable[[PoolView], Resize] = resize
         """What comes and goes before a step; measurements put something else in its place."""
@@ -83,7 +82,8 @@ class Elasticity:
         self._waits = waits  # who is in the way goes on there: nothing to decide about it
         self._limit = -1
         self._busy_s = self._looked_s = self._asked_s = time.monotonic()
-        self._looked_at = -1, 0  # the version of residencies then, and how many ran: who was fetched may be in the way
+        # The version of residencies then, how many ran (who was fetched may be in the way), and who came last.
+        self._looked_at: tuple[int, int, str | None] = -1, 0, None
         self._asked: tuple[int, int, int] | None = None
         self._is_told_idle = False
         self._is_told_resting = False
@@ -138,11 +138,12 @@ class Elasticity:
         if self.host is not None:  # first: who is to be parked needs room there
             is_idle = now_s - self._busy_s >= self._idle_after_s
             self.host.before_step(now_s, is_idle=is_idle, is_resting=is_resting)
-        limit, moves = self._share.limit(), (self._ledger.residency.version, len(self._scheduler.running))
-        is_fresh = limit == self._limit and now_s - self._looked_s < LOOK_EVERY_S
+        s, limit = self._scheduler, self._share.limit()
+        moves = self._ledger.residency.version, len(s.running), next(reversed(s.requests), None)
+        # Who has just come may need more than may be held: the broker hears of it now, not at the next look.
+        is_fresh = (limit, moves[-1]) == (self._limit, self._looked_at[-1]) and now_s - self._looked_s < LOOK_EVERY_S
         self._is_told_resting = self._is_told_resting and is_resting
-        if is_resting and not self._is_told_resting:
-            is_fresh = False
+        is_fresh &= self._is_told_resting or not is_resting
         if is_fresh and not (self._table.is_moving or self._can_release()):
             is_settled = not (self._table.is_leaving or self._lacks_blocks(limit))
             if is_busy and (moves == self._looked_at or is_settled):
@@ -235,7 +236,8 @@ class Elasticity:
         waits = controller.waiting or controller.num_parked or s._inflight_prefills
         if not waits and self._queue.num_free_blocks >= 2 * len(s.running):
             return False
-        return self._table.num_held < min(limit, self._layout.num_segments)
+        need = limit if self._asked is None else self._asked[0]  # who comes, and longer streams, have raised it already
+        return self._table.num_held < min(limit, need, self._layout.num_segments)
 
     def _view(self, limit: int, now_s: float) -> PoolView:
         s, queue, table = self._scheduler, self._queue, self._table
@@ -258,6 +260,7 @@ class Elasticity:
             kept_blocks=kept,
             wanted_blocks=self._wanted_blocks(),
             parkable_blocks=self._parkable_blocks(),
+            ahead=self._ahead,
             idle_s=now_s - self._busy_s,
             idle_after_s=self._idle_after_s,
         )
@@ -347,52 +350,3 @@ class Elasticity:
             token_rate=self._rate.per_s,
             tpot_s=slo.tpot_s if slo.tpot_s < math.inf else 1.0,
         )
-
-
-def elasticity_for(
-    scheduler: SchedulerView, side: SchedulerSide, managers: BlockManagers, controller: Controller, desk: Desk
-) -> Elasticity | None:
-    """What makes this engine's memory grow and shrink; None where it does neither. Waits for a broker if there is one.
-
-    Raises:
-        BrokerError: the broker does not answer, or has not this engine's floors to give.
-    """
-    sizes, config = side.sizes, side.config
-    if sizes is None:
-        return None
-    num_ranks = scheduler.vllm_config.parallel_config.tensor_parallel_size
-    share: Share = OwnShare(sizes.plan.layout.num_segments)
-    host: HostElasticity | None = None
-    if config.broker is not None:
-        host_sizes = side.host_sizes
-        share = of_broker = BrokerShare(  # all ranks' memory is one machine's
-            Path(config.broker),
-            title=scheduler.vllm_config.model_config.served_model_name or scheduler.vllm_config.model_config.model,
-            segment_bytes=sizes.segment_bytes * num_ranks,
-            zone_bytes=sizes.zone_bytes * num_ranks,
-            floor=sizes.floor,
-            ceiling=sizes.plan.layout.num_segments,
-            held=sizes.plan.num_mapped,
-            token_bytes=max(sizes.geometry.block_bytes // sizes.geometry.block_tokens, 1) * num_ranks,
-            weight=config.weight,
-            host=None
-            if host_sizes is None
-            else HostTerms(
-                segment_bytes=host_sizes.segment_bytes * num_ranks,
-                floor=host_sizes.floor,
-                ceiling=host_sizes.layout.num_segments,
-            ),
-        )
-        if of_broker.host is not None:
-            host = HostElasticity(scheduler, side, managers, controller, desk, of_broker.host, num_ranks=num_ranks)
-    return Elasticity(
-        scheduler,
-        side,
-        managers,
-        controller,
-        share,
-        num_ranks=num_ranks,
-        idle_after_s=config.idle_after_s,
-        waits=config.give == "wait",
-        host=host,
-    )

@@ -27,7 +27,7 @@ from layerkv.scheduler.desk import Desk
 from layerkv.scheduler.reasons import Reason
 from layerkv.vllm_plugin.arrivals import Arrivals
 from layerkv.vllm_plugin.connector import LayerKVConnector
-from layerkv.vllm_plugin.elasticity import elasticity_for
+from layerkv.vllm_plugin.elastic_engine import elasticity_for
 from layerkv.vllm_plugin.engine_reader import EngineReader, controller_for
 from layerkv.vllm_plugin.execution import Execution
 from layerkv.vllm_plugin.pausing import Pausing

@@ -152,6 +152,19 @@ def test_it_starts_at_its_floor_and_grows_for_who_waits(engine: ElasticEngine) -
     assert engine.lost == 0
 
 
+def test_the_broker_hears_in_the_same_step_of_who_comes_and_may_not_grow_yet(engine: ElasticEngine) -> None:
+    """Its limit is what it holds, so that nothing could grow: it would say so only at its next look."""
+    engine.share.allowed = engine.table.num_held
+    engine.step()
+    for i in range(3):
+        engine.add(f"r{i}", prompt(200, seed=i), 40)
+        needed = engine.share.asked[-1]["need"]
+        engine.step()
+        assert engine.share.asked[-1]["need"] > needed
+    engine.share.allowed = engine.queue.layout.num_segments
+    engine.run()
+
+
 @WAYS
 def test_a_lowered_limit_parks_who_is_in_the_way_and_loses_nothing(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool

@@ -55,7 +55,7 @@ class SharingEngine(ElasticEngine):
     """An elastic engine with a broker: `host_share` is what that says of host memory, which the test changes."""
 
     def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch, *, is_divided: bool = True, **engine: Any) -> None:
-        monkeypatch.setattr("layerkv.vllm_plugin.elasticity.BrokerShare", BrokerShare)
+        monkeypatch.setattr("layerkv.vllm_plugin.elastic_engine.BrokerShare", BrokerShare)
         super().__init__(model, monkeypatch, extra={"broker": "broker.sock"}, **engine)
         self.host: Any = self.elastic.host
         self.host_table, self.tier = self.host._table, self.ledger.host

@@ -374,6 +374,7 @@ POOL = PoolView(
     kept_blocks=0,
     wanted_blocks=0,
     parkable_blocks=0,
+    ahead=0,
     idle_s=0.0,
     idle_after_s=2.0,
 )

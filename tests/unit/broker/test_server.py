@@ -254,7 +254,7 @@ def test_a_process_that_cannot_be_watched_ends_one_connection(broker: Broker) ->
         thread.join()
     assert f"process {thread.native_id} cannot be watched" in reason
     assert broker.ledgers["device"].limits == {}
-    step_until(broker, lambda: len(os.listdir("/proc/self/fd")) == num_open)
+    step_until(broker, lambda: len(os.listdir("/proc/self/fd")) <= num_open)
 
 
 def test_an_engine_of_tiny_segments_keeps_nobody_waiting(path: Path) -> None:

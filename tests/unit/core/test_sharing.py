@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +19,15 @@ def test_floors_go_before_needs_and_needs_before_likes() -> None:
     assert divide(wishes, 10) == {"a": 5, "b": 4, "c": 1}
     assert divide(wishes, 20) == {"a": 9, "b": 6, "c": 5}, "likes go to who has least"
     assert divide(wishes, 99) == {"a": 9, "b": 9, "c": 9}
+
+
+@pytest.mark.parametrize("weight", [0.1, 1.0, 7.0])
+def test_for_likes_nobody_gives_up_what_it_has(weight: float) -> None:
+    a = Wish(1, 10, 100, held=70, need=20, like=94, can_leave=20, weight=weight)
+    b = Wish(1, 10, 100, held=40, need=40, like=64, can_leave=40)
+    assert divide({"a": a, "b": b}, 110) == {"a": 70, "b": 40}
+    assert divide({"a": a, "b": b}, 158) == {"a": 94, "b": 64}
+    assert divide({"a": a, "b": replace(b, need=50)}, 110) == {"a": 60, "b": 50}, "for a need it does"
 
 
 def test_whoever_makes_more_tokens_in_less_time_gets_more() -> None:

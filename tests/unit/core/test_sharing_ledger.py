@@ -68,6 +68,26 @@ def test_a_need_lasts_for_a_while_and_limits_do_not_fall_all_the_time() -> None:
     assert ledger.settle(1 + NEED_MEMORY_S + 1.1 * LOWER_EVERY_S)["a"].num_bytes == 2
 
 
+def test_what_an_engine_may_have_and_does_not_hold_goes_to_who_needs_it_at_once() -> None:
+    ledger = SharingLedger(20)
+    ledger.join("a", wish(10, like=15))
+    ledger.join("b", wish(0))
+    ledger.join("c", wish(5))
+    limits = ledger.settle(0)
+    assert {engine: limit.num_bytes for engine, limit in limits.items()} == {"a": 15, "c": 5}
+    ledger.report("a", wish(10, held=11, like=15), limits["a"].revision, 0)
+    ledger.report("b", wish(0), 1, 0)
+    ledger.report("c", wish(0, held=3), limits["c"].revision, 0)
+    assert {engine: limit.num_bytes for engine, limit in ledger.settle(9).items()} == {"c": 0}, "held memory has to go"
+    for need, limit in ((6, 14), (9, 11)):
+        ledger.report("b", wish(need), 1, 9 + need / 100)
+        assert {e: limit.num_bytes for e, limit in ledger.settle(9 + need / 100).items()} == {"a": limit}
+    ledger.report("b", wish(10), 1, 9.1)
+    assert ledger.settle(9.1) == {}
+    assert ledger.settle(9 + 1.1 * LOWER_EVERY_S)["a"].num_bytes == 10, "in its time what is held has to go as well"
+    ledger.check()
+
+
 def test_an_engine_that_is_gone_leaves_its_bytes_to_others() -> None:
     ledger = two_engines()
     ledger.leave("a")

@@ -24,6 +24,7 @@ BUSY = PoolView(
     kept_blocks=0,
     wanted_blocks=0,
     parkable_blocks=0,
+    ahead=0,
     idle_s=0.0,
     idle_after_s=2.0,
 )
@@ -38,6 +39,14 @@ def test_with_blocks_for_all_nothing_moves_whatever_the_limit() -> None:
         decided = resized(limit=limit)
         assert (decided.arrive, decided.leave, decided.stay, decided.vacate) == (0, (), (), ())
         assert (decided.need, decided.like) == (5, 10), "what is there is of use for caches"
+
+
+def test_while_there_are_requests_it_likes_to_be_allowed_what_the_next_one_needs() -> None:
+    assert resized(ahead=3).like == 13
+    assert resized(ahead=3).arrive == 0, "nothing is held ahead"
+    assert resized(ahead=3, wanted_blocks=75).like == 16
+    for idle_s in (0.1, 2.0):
+        assert resized(ahead=3, idle_s=idle_s).like == resized(idle_s=idle_s).like
 
 
 @pytest.mark.parametrize(
