@@ -17,7 +17,7 @@ from layerkv.strict_yaml import above_zero, wrong
 from layerkv.units import format_bytes, parse_bytes
 
 __all__ = [
-    "NOT_COUNTED",
+    "Drafter",
     "Group",
     "ModelFacts",
     "Question",
@@ -31,8 +31,6 @@ __all__ = [
 ]
 
 EXAMPLE_TOKENS: Final = 1000
-NOT_COUNTED: Final = "whose layers and KV are not counted here"
-"""What is said of a drafter of which nothing else is known."""
 _CONFIGS: Final = ("config.json", "params.json")  # params.json: a checkpoint in Mistral's own format
 _LONGEST_LINE: Final = 400
 _SPLIT: Final = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
@@ -195,6 +193,28 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Drafter:
+    """What drafts.
+
+    Attributes:
+        method: vLLM's name of the way.
+        keeps_kv: Whether layers of its own keep KV.
+        not_counted: Why those are not counted among the model's; "": they are, or there are none.
+    """
+
+    method: str
+    keeps_kv: bool = True
+    not_counted: str = ""
+
+    def __str__(self) -> str:
+        if not self.keeps_kv:
+            return f"{self.method}, which keeps no KV"
+        if self.not_counted:
+            return f"{self.method}, whose layers and KV are not counted here: {self.not_counted}"
+        return f"{self.method}, its layers counted with the model's"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """What becomes of the KV memory with layerkv, and of host memory beside it.
 
@@ -232,7 +252,7 @@ class ModelFacts:
         num_layers: Decoder layers, by the configuration.
         most_token_bytes: KV bytes of a token by the configuration, if every decoder layer kept all; None: unknown.
         weight_bytes: Of all parameters; None where the model could not be made.
-        drafter: What drafts, and whether its layers are counted among the others; "": nothing does.
+        drafter: What drafts; None: nothing does.
         block_bytes: Of one block in the pool: as many layers as the largest group has.
         groups: Its KV-cache groups, as vLLM divides the layers; empty where they could not be asked.
         by_config: Why the layers could not be asked, so that nothing but the configuration speaks; "": they were.
@@ -251,7 +271,7 @@ class ModelFacts:
     num_layers: int
     most_token_bytes: int | None = None
     weight_bytes: int | None = None
-    drafter: str = ""
+    drafter: Drafter | None = None
     block_bytes: int = 0
     groups: tuple[Group, ...] = ()
     by_config: str = ""
@@ -282,6 +302,7 @@ class ModelFacts:
         counts = sorted({EXAMPLE_TOKENS, self.max_model_len})
         return {
             **asdict(self),
+            "drafter": "" if self.drafter is None else str(self.drafter),
             "groups": [{**asdict(group), "token_bytes": group.token_bytes} for group in self.groups],
             "kv_layers": self.num_kv_layers,
             "request_bytes": {str(count): self.request_bytes(count) for count in counts} if self.groups else {},
@@ -299,8 +320,8 @@ def model_rows(facts: ModelFacts) -> list[tuple[str, str]]:
         rows.append(("weights", format_bytes(facts.weight_bytes)))
     kv_layers = f", {facts.num_kv_layers} with a KV cache or state" if facts.groups else ""
     rows.append(("layers", f"{facts.num_layers} decoder layers by the configuration{kv_layers}"))
-    if facts.drafter:
-        rows.append(("drafter", facts.drafter))
+    if facts.drafter is not None:
+        rows.append(("drafter", str(facts.drafter)))
     if facts.by_config:
         rows.append(("groups", f"by the configuration only: {facts.by_config}"))
         if facts.most_token_bytes is not None:

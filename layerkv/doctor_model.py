@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerkv.bench.engine_args import layerkv_connector
 from layerkv.doctor_facts import (
-    NOT_COUNTED,
+    Drafter,
     Group,
     ModelFacts,
     Question,
@@ -73,7 +73,7 @@ def _with_sizes(facts: ModelFacts, config: VllmConfig, specs: dict[str, KVCacheS
     kv_bytes: int | None = config.cache_config.kv_cache_memory_bytes
     worker: Any = None
     if not facts.refused:
-        worker = _our_worker(facts.weight_bytes or 0, has_drafter=NOT_COUNTED not in facts.drafter)(config)
+        worker = _our_worker(facts)(config)
         try:
             specs = worker.get_kv_cache_spec()
         except LayerKVError as error:
@@ -207,14 +207,14 @@ def _alone(config: VllmConfig) -> Iterator[None]:
             destroy_distributed_environment()
 
 
-def _make_layers(config: VllmConfig) -> tuple[int, str]:
+def _make_layers(config: VllmConfig) -> tuple[int, Drafter | None]:
     """Make the layers of the model, and of what drafts, which the configuration then knows, and choose block sizes.
 
     Layers with which a checkpoint could draft by itself (MTP) are made where speculation asks for them, as in vLLM: in
     an engine without, they have no KV.
 
     Returns:
-        The bytes of all weights, as if a drafter shared none with the model; and what is to be said of the drafter.
+        The bytes of all weights, as if a drafter shared none with the model; and the drafter, if there is one.
     """
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.platforms import current_platform
@@ -226,7 +226,7 @@ def _make_layers(config: VllmConfig) -> tuple[int, str]:
     return weight_bytes + drafter_bytes, drafter
 
 
-def _make_drafter(config: VllmConfig) -> tuple[int, str]:
+def _make_drafter(config: VllmConfig) -> tuple[int, Drafter | None]:
     """As :func:`_make_layers`, of what drafts: as vLLM's proposers would make it."""
     from vllm.config.utils import replace as changed
     from vllm.model_executor.model_loader.utils import initialize_model
@@ -235,12 +235,12 @@ def _make_drafter(config: VllmConfig) -> tuple[int, str]:
 
     speculation = config.speculative_config
     if speculation is None:
-        return 0, ""
+        return 0, None
     method, model_config = speculation.method, speculation.draft_model_config
     if method in DRAFTS_WITHOUT_KV:
-        return 0, f"{method}, which keeps no KV"
+        return 0, Drafter(method=method, keeps_kv=False)
     if method not in DRAFTS_WITH_KV:
-        return 0, f"{method}, {NOT_COUNTED}: layerkv does not serve it"
+        return 0, Drafter(method=method, not_counted="layerkv does not serve it")
 
     def make() -> Any:
         backend, cache_dtype = speculation.attention_backend, speculation.kv_cache_dtype
@@ -259,8 +259,9 @@ def _make_drafter(config: VllmConfig) -> tuple[int, str]:
     except Exception as error:  # as with models
         for name in set(layers) - of_model:
             del layers[name]
-        return 0, f"{method}, {NOT_COUNTED}: vLLM could not make it without weights ({one_line(error)})"
-    return drafter_bytes, f"{method}, its layers counted with the model's"
+        why = f"vLLM could not make it without weights ({one_line(error)})"
+        return 0, Drafter(method=method, not_counted=why)
+    return drafter_bytes, Drafter(method=method)
 
 
 def _bytes_of(model_config: Any, make: Callable[[], Any]) -> int:
@@ -290,25 +291,22 @@ def _stock_worker() -> type[Any]:
     return Worker
 
 
-def _our_worker(weight_bytes: int, *, has_drafter: bool) -> type[Any]:
-    """layerkv's worker over that one, as if it had loaded its weights.
-
-    Args:
-        weight_bytes: Of those.
-        has_drafter: Whether all layers are there that an engine would have.
-    """
+def _our_worker(facts: ModelFacts) -> type[Any]:
+    """layerkv's worker over that one, as if it had loaded its weights."""
     from layerkv.vllm_plugin.host_memory import WorkerMemory
     from layerkv.vllm_plugin.worker import LayerKVWorkerMixin
+
+    has_all_layers = facts.drafter is None or not facts.drafter.not_counted
 
     class Worker(LayerKVWorkerMixin, _stock_worker()):  # type: ignore[misc]
         def memory_before_kv(self) -> WorkerMemory:
             here = super().memory_before_kv()
             is_in_it = self.vllm_config.device_config.device_type == "cpu"
-            return replace(here, held_bytes=here.held_bytes + weight_bytes) if is_in_it else here
+            return replace(here, held_bytes=here.held_bytes + (facts.weight_bytes or 0)) if is_in_it else here
 
         def unsupported_drafter(self, specs: dict[str, KVCacheSpec]) -> str | None:
             """Nothing is said of what drafts where its layers could not be made."""
-            return super().unsupported_drafter(specs) if has_drafter else None
+            return super().unsupported_drafter(specs) if has_all_layers else None
 
     return Worker
 

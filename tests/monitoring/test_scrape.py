@@ -26,13 +26,17 @@ from tests.vllm.engines_in_turn import prompt
 from tests.vllm.server.served import (
     BLOCK_BYTES,
     KV_BLOCKS,
+    LANES,
     POLL_LIMIT_S,
     POLL_S,
+    SHAPE,
     STOP_LIMIT_S,
     Samples,
     Server,
     body,
     free_port,
+    is_idle,
+    top_once,
 )
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -129,6 +133,7 @@ class Prometheus:
 class Monitored:
     """The server after a load under which it parked, all of it scraped."""
 
+    broker: Path
     server: Server
     prometheus: Prometheus
     samples: Samples
@@ -152,7 +157,7 @@ def monitored(prometheus_binary: str, tmp_path_factory: pytest.TempPathFactory) 
             # A series that appears with its first event gives a rate only after another: so one burst is scraped to its
             # end before the next begins.
             wait_until_scraped(prometheus, samples)
-        yield Monitored(server, prometheus, samples)
+        yield Monitored(broker, server, prometheus, samples)
 
 
 @contextmanager
@@ -273,6 +278,33 @@ def test_every_foreign_metric_on_the_list_is_exported_by_the_server(monitored: M
 def test_every_metric_of_layerkv_is_scraped(monitored: Monitored) -> None:
     scraped = set(monitored.prometheus.get("label/__name__/values"))
     assert shipped.layerkv_names() <= scraped
+
+
+def test_layerkv_top_shows_what_broker_and_server_tell_of_one_engine_in_one_row(monitored: Monitored) -> None:
+    server = monitored.server
+    samples = server.wait_for(lambda samples: is_idle(samples) and holds_one_segment(samples))
+    picture = top_once("--socket", str(monitored.broker), "--url", server.url)
+    assert picture["errors"] == []
+    [row] = picture["engines"]
+    assert row["title"] == server.client.get("/v1/models").json()["data"][0]["id"]
+    assert row["url"] == f"{server.url}/metrics"
+    assert row["is_connected"]
+    assert set(row["pids"]) <= {process.pid for process in server.processes()}
+    assert row["requests"] == samples.residencies()
+    assert row["tokens"]["on_time"] + row["tokens"]["late"] > 0
+    device = row["device"]
+    assert device["segments"] * device["segment_bytes"] == device["held"]
+    assert device["limit"] <= picture["broker"]["device"]["committed"] <= picture["broker"]["device"]["capacity"]
+    assert samples("layerkv_kv_bytes", "held") == device["segment_bytes"]
+    zone_bytes = samples("layerkv_zone_blocks") * BLOCK_BYTES * LANES / SHAPE.num_layers
+    assert device["segments"] == 1 + math.ceil(zone_bytes / device["segment_bytes"])
+    assert device["need"] == device["held"]
+    assert row["host"] is None
+
+
+def holds_one_segment(samples: Samples) -> bool:
+    """Whether the pool has given back all but vLLM's null block, as when it has been idle for a while."""
+    return samples("layerkv_pool_blocks") == 0
 
 
 def test_a_park_whose_request_is_aborted_is_never_counted_by_vllm(monitored: Monitored) -> None:

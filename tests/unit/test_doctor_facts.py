@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from layerkv.doctor_facts import (
-    NOT_COUNTED,
+    Drafter,
     Group,
     ModelFacts,
     Sizes,
@@ -140,10 +140,27 @@ def test_an_exception_is_told_on_one_line_without_what_surrounds_it() -> None:
     assert len(one_line(ValueError("x" * 5000))) == 400
 
 
-def test_what_drafts_is_told_and_whether_it_is_counted() -> None:
+def test_where_nothing_drafts_nothing_is_told_of_it() -> None:
     assert "drafter" not in dict(model_rows(FACTS))
-    told = f"mtp, {NOT_COUNTED}: layerkv does not serve it"
-    assert dict(model_rows(replace(FACTS, drafter=told)))["drafter"] == told
+    assert FACTS.as_json()["drafter"] == ""
+
+
+@pytest.mark.parametrize(
+    ("drafter", "told"),
+    [
+        (Drafter(method="ngram", keeps_kv=False), "ngram, which keeps no KV"),
+        (Drafter(method="eagle"), "eagle, its layers counted with the model's"),
+        (
+            Drafter(method="mtp", not_counted="layerkv does not serve it"),
+            "mtp, whose layers and KV are not counted here: layerkv does not serve it",
+        ),
+    ],
+    ids=["without-kv", "counted", "not-counted"],
+)
+def test_what_drafts_is_told_and_whether_it_is_counted(drafter: Drafter, told: str) -> None:
+    facts = replace(FACTS, drafter=drafter)
+    assert dict(model_rows(facts))["drafter"] == told
+    assert facts.as_json()["drafter"] == told
 
 
 # What a layer keeps ---------------------------------------------------------------------------------------------------

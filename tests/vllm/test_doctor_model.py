@@ -16,6 +16,24 @@ from tests.vllm.forked import Ended, Forks, run_module
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 DOCTOR = "import sys; from layerkv.cli import main; sys.exit(main(sys.argv[1:]))"
+BROKEN_DRAFTER = """
+import sys
+from layerkv import doctor_model
+from layerkv.cli import main
+
+bytes_of = doctor_model._bytes_of
+
+
+def without_drafters(model_config, make):
+    made_bytes = bytes_of(model_config, make)
+    if model_config.runner_type == "draft":
+        raise RuntimeError("it needs them")
+    return made_bytes
+
+
+doctor_model._bytes_of = without_drafters
+sys.exit(main(sys.argv[1:]))
+"""
 TINY = {
     "hidden_size": 64,
     "num_attention_heads": 2,
@@ -286,6 +304,21 @@ def test_a_table_tells_it_to_people(forks: Forks, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     for part in ("LlamaForCausalLM", "KV-cache groups", "lane zone", "Everything is all right."):
         assert part in run.stdout
+
+
+def test_nothing_is_held_against_a_drafter_that_could_not_be_made(forks: Forks, tmp_path: Path) -> None:
+    """Its layers are not there by name, for which one that was made would be refused."""
+    args = {**ENGINE, "speculative_config": speculation("draft_model", drafter, tmp_path)}
+    folder = write_config(llama, tmp_path / "model")
+    flags = ["--engine-args", json.dumps(args), "--json"]
+    run = forks.run(BROKEN_DRAFTER, "doctor", "--model", str(folder), *flags, limit_s=300, HF_HUB_OFFLINE="1")
+    told = json.loads(run.stdout)["model"]
+    why = "vLLM could not make it without weights (it needs them)"
+    assert told["drafter"] == f"draft_model, whose layers and KV are not counted here: {why}"
+    assert [(group["kind"], group["num_layers"]) for group in told["groups"]] == [("full", 6)]
+    assert told["refused"] == ""
+    assert told["supported"]
+    assert told["sizes"]["pool_blocks"]
 
 
 def test_a_drafter_of_another_kv_shape_is_refused_before_a_start(forks: Forks, tmp_path: Path) -> None:

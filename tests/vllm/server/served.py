@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ MAX_MODEL_LEN = 1024
 KV_BLOCKS = 72
 """Device memory for two of the longest requests, or for five to six of those that the pressure tests send."""
 LANES = 2
+LAYERKV = [sys.executable, "-c", "import sys; from layerkv.cli import main; sys.exit(main(sys.argv[1:]))"]
+"""layerkv's command, of this environment."""
 
 # All are limits for what should take a fraction of them: they end a hang, they measure nothing.
 START_LIMIT_S = 180.0
@@ -57,6 +60,15 @@ def vllm_serve(model: Path, *options: str) -> list[str]:
 def kv_transfer_config(**extra_config: Any) -> str:
     """The one flag's value."""
     return json.dumps(flag(**extra_config))
+
+
+def top_once(*arguments: str) -> dict[str, Any]:
+    """The picture that a `layerkv top` of its own process gives now."""
+    command = [*LAYERKV, "top", "--once", "--json", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=POLL_LIMIT_S, check=False)
+    assert (run.returncode, run.stderr) == (0, ""), run
+    picture: dict[str, Any] = json.loads(run.stdout)
+    return picture
 
 
 def free_port() -> int:
@@ -164,7 +176,8 @@ class Server:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", **_CLIENT_OPTIONS)
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self.url, **_CLIENT_OPTIONS)
         try:
             self._wait_until_ready()
         except BaseException:

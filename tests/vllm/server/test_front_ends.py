@@ -19,7 +19,7 @@ import pytest
 from layerkv.cli import main
 from layerkv.runtime import running_engines
 from tests.vllm.engines_in_turn import prompt
-from tests.vllm.server.served import POLL_LIMIT_S, POLL_S, REQUEST_LIMIT_S, Server, body
+from tests.vllm.server.served import POLL_LIMIT_S, POLL_S, REQUEST_LIMIT_S, Server, body, top_once
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -155,3 +155,17 @@ def test_both_refuse_under_overload_and_let_in_again_after_it(two: TwoFrontEnds)
     assert server.metrics()("layerkv_overload_refused_total", "long") - counted_before == found.count(429)
     wait_until_all_are_let_in()
     assert answers(server, [(long(300), 0.0)])[0].status_code == 200
+
+
+def test_layerkv_top_shows_them_as_one_engine_with_all_that_both_counted(two: TwoFrontEnds) -> None:
+    assert statuses(two.server, "patient") == {200}
+    two.server.wait_until_idle()
+    [row] = top_once("--url", two.server.url)["engines"]
+    samples = two.server.metrics()
+    assert row["requests"] == samples.residencies()
+    counted = {
+        outcome: sum(value for (name, _), value in samples.values.items() if name == f"layerkv_tokens_{outcome}_total")
+        for outcome in ("on_time", "late")
+    }
+    assert {outcome: row["tokens"][outcome] for outcome in counted} == counted
+    assert counted["on_time"] >= 2 * ENOUGH

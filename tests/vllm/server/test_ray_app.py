@@ -32,7 +32,16 @@ from layerkv.bench.tiny_model import make_tiny_model
 from layerkv.broker.watch import read_roster
 from layerkv.cli import main
 from tests.vllm.engines_in_turn import prompt
-from tests.vllm.server.served import POLL_LIMIT_S, POLL_S, REQUEST_LIMIT_S, SHAPE, STOP_LIMIT_S, body, free_port
+from tests.vllm.server.served import (
+    LAYERKV,
+    POLL_LIMIT_S,
+    POLL_S,
+    REQUEST_LIMIT_S,
+    SHAPE,
+    STOP_LIMIT_S,
+    body,
+    free_port,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -42,7 +51,6 @@ MIB = 1 << 20
 FLOOR = 24 * MIB
 CAPACITY = 120 * MIB
 MODELS = ("chat", "summaries")
-COMMAND = [sys.executable, "-c", "import sys; from layerkv.cli import main; sys.exit(main(sys.argv[1:]))"]
 
 DRIVER = """
 import json, sys
@@ -201,7 +209,7 @@ def served(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     arguments = [argument.replace("$XDG_RUNTIME_DIR", str(folder)) for argument in arguments]
     socket = Path(arguments[arguments.index("--socket") + 1])
     with (tmp_path / "broker.log").open("wb") as broker_log, (tmp_path / "ray.log").open("wb") as ray_log:
-        broker = start([*COMMAND, *arguments], broker_log, environment)
+        broker = start([*LAYERKV, *arguments], broker_log, environment)
         driver = start([sys.executable, "-c", DRIVER, str(folder / "ray"), str(port), resources], ray_log, environment)
     its = RayServe(socket, f"http://127.0.0.1:{port}", broker, driver, tmp_path / "ray.log")
     try:
