@@ -73,11 +73,11 @@ def turn(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     is_alone = request.node.nodeid.startswith(ALONE)
     name = Path(tempfile.gettempdir(), f"layerkv-tests-{run}")
-    with name.with_suffix(".door").open("w") as door, name.with_suffix(".room").open("w") as room:
+    with name.with_suffix(".door").open("w+") as door, name.with_suffix(".room").open("w+") as room:
         # Who waits for the room keeps the door: one that wants to be alone would wait for as long as others come.
-        fcntl.flock(door, fcntl.LOCK_EX)
-        fcntl.flock(room, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
-        fcntl.flock(door, fcntl.LOCK_UN)
+        fcntl.lockf(door, fcntl.LOCK_EX)
+        fcntl.lockf(room, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)
+        fcntl.lockf(door, fcntl.LOCK_UN)
         yield
 
 

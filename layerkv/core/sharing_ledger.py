@@ -16,8 +16,8 @@ NEED_MEMORY_S = 1.5
 other without end. Not measured: chosen by trials of a prototype (2026-11-22, no result file)."""
 
 LOWER_EVERY_S = 0.3
-"""Seconds between times at which limits fall, but for what is not held and others need. Not measured: chosen by trials,
-together with that."""
+"""Seconds between times at which limits fall below what is held; and between those at which they fall to it though
+nobody needs that. Not measured: chosen by trials, together with that."""
 
 MISSING_FOR_S = 60.0
 """Seconds for which memory that somebody else has taken counts as missing. Not measured: chosen by judgement: long
@@ -72,7 +72,7 @@ class SharingLedger:
         self._missing: deque[tuple[float, int]] = deque()  # (until when, bytes)
         self._accounts: dict[str, _Account] = {}
         self._expected: set[str] = set()
-        self._last_lowered_s = float("-inf")
+        self._took_held_s = self._took_unheld_s = float("-inf")
 
     @property
     def capacity(self) -> int:
@@ -193,16 +193,20 @@ class SharingLedger:
 
     def _lower(self, goals: Mapping[str, int], now_s: float, *, is_short: bool) -> None:
         is_over = self.committed > self.capacity
-        is_due = is_over or now_s - self._last_lowered_s >= LOWER_EVERY_S
-        if not (is_due or is_short):
-            return
+        takes_held = is_over or now_s - self._took_held_s >= LOWER_EVERY_S
+        takes_unheld = is_over or is_short or now_s - self._took_unheld_s >= LOWER_EVERY_S
         for engine, account in self._accounts.items():
-            # What is not held may go before its time to who needs it: no memory moves.
-            goal = goals[engine] if is_due else max(goals[engine], account.wish.held)
-            if goal < account.limit and (account.has_reported or is_over):
-                self._tell(account, goal)
-                if is_due:
-                    self._last_lowered_s = now_s
+            held, goal = account.wish.held, goals[engine]
+            if goal >= account.limit or not (account.has_reported or is_over):
+                continue
+            if goal < held and takes_held:
+                self._took_held_s = now_s
+            elif takes_unheld and held < account.limit:  # no memory moves for that
+                goal = max(goal, held)
+                self._took_unheld_s = now_s
+            else:
+                continue
+            self._tell(account, goal)
 
     def _raise(self, goals: Mapping[str, int], wishes: Mapping[str, Wish], *, is_for_need: bool) -> None:
         left = max(self.capacity - self.committed, 0)

@@ -236,7 +236,7 @@ class Elasticity:
         waits = controller.waiting or controller.num_parked or s._inflight_prefills
         if not waits and self._queue.num_free_blocks >= 2 * len(s.running):
             return False
-        need = limit if self._asked is None else self._asked[0]  # who comes, and longer streams, have raised it already
+        need = limit if self._asked is None else self._asked[0]  # as of the last look, which who comes brings about
         return self._table.num_held < min(limit, need, self._layout.num_segments)
 
     def _view(self, limit: int, now_s: float) -> PoolView:

@@ -83,7 +83,7 @@ class Turns:
 
 
 def run_in_turn(forks: Forks, cases: Sequence[Case], folder: Path, **environment: str) -> Turns:
-    """Run the first half of the cases in a process of their own, and the others at the same time in another."""
+    """Run the first half of the cases in a process of their own, and the others in another, beside it if it may."""
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
     program, middle = run_module("tests.vllm.engines_in_turn"), -(-len(cases) // 2)
     running = []

@@ -161,6 +161,7 @@ def test_the_broker_hears_in_the_same_step_of_who_comes_and_may_not_grow_yet(eng
         needed = engine.share.asked[-1]["need"]
         engine.step()
         assert engine.share.asked[-1]["need"] > needed
+        assert engine.share.asked[-1]["like"] > max(engine.share.asked[-1]["need"], engine.table.num_held), "and ahead"
     engine.share.allowed = engine.queue.layout.num_segments
     engine.run()
 
@@ -425,6 +426,20 @@ def test_who_waits_but_not_for_blocks_costs_no_look_in_each_step(engine: Elastic
         engine.step()
     assert engine.table.num_held < engine.share.limit()
     assert looks(engine, "_view", 50) <= 10
+
+
+def test_who_leaves_costs_no_look_where_all_have_blocks(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ElasticEngine(tiny_model, monkeypatch, max_num_seqs=24)
+    engine.held = {"waits"}
+    engine.add("waits", prompt(20, seed=0), 5)
+    for i in range(20):
+        engine.add(f"r{i}", prompt(20, seed=i), 12 + 2 * i)
+    for _ in range(10):
+        engine.step()
+    num_running = len(engine.scheduler.running)
+    assert engine.table.num_held < engine.share.limit()
+    assert looks(engine, "_view", 36) <= 8
+    assert num_running - len(engine.scheduler.running) >= 15
 
 
 def test_who_cannot_be_parked_is_not_looked_for_in_each_step(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,21 @@ def test_what_an_engine_may_have_and_does_not_hold_goes_to_who_needs_it_at_once(
     ledger.check()
 
 
+def test_likes_alone_take_what_is_not_held_in_their_time_and_keep_no_need_waiting() -> None:
+    ledger = SharingLedger(20)
+    ledger.join("a", wish(10, like=20))
+    ledger.join("b", wish(2))
+    revision = ledger.settle(0)["a"].revision
+    ledger.report("a", wish(10, held=12, like=20), revision, 0)
+    ledger.report("b", wish(2, held=2, like=4), 2, 0)
+    assert ledger.settle(0.1)["a"].num_bytes == 16
+    ledger.report("b", wish(2, held=2, like=8), 2, 0.1)
+    assert ledger.settle(0.2) == {}, "nobody needs it"
+    assert ledger.settle(0.1 + LOWER_EVERY_S)["a"].num_bytes == 12
+    ledger.report("b", wish(10, held=2), 2, 0.5)
+    assert ledger.settle(0.5)["a"].num_bytes == 10, "what likes took a moment ago is no reason to wait"
+
+
 def test_an_engine_that_is_gone_leaves_its_bytes_to_others() -> None:
     ledger = two_engines()
     ledger.leave("a")
