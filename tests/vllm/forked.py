@@ -145,6 +145,7 @@ def _become(program: Program) -> int:
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where tests run under nohup
     os.environ.clear()
     os.environ.update(program.environment)
     sys.argv = ["-c", *program.arguments]
