@@ -19,7 +19,8 @@ ALONE = (
     "tests/vllm/test_sharing_bench.py",
     "tests/vllm/test_suite_case.py",
 )
-"""Real servers and their clients, which need both cores: no other test runs beside these, whose names begin so."""
+"""Real servers and their clients, which need both cores: no other test runs beside these, whose names begin so.
+Fixtures of files and of the session come before a test's turn: what those start, and run, may be beside others."""
 
 # Without a deadline: on a shared machine the first example of a test may take seconds.
 settings.register_profile("layerkv", deadline=None)
