@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.vllm.engines_in_turn import prompt
-from tests.vllm.server.served import STOP_LIMIT_S, Completion, Server, body
+from tests.vllm.server.served import POLL_LIMIT_S, STOP_LIMIT_S, Completion, Server, body
 
 if TYPE_CHECKING:
     import psutil
@@ -31,9 +31,11 @@ def test_sigterm_ends_a_busy_server_and_leaves_nothing_behind(server_to_stop: Se
     shared = shared_memory_of(processes)
     assert len(processes) > 2  # the API server, the engine and its worker
     log_before: list[str] = []
+    end_s = time.monotonic() + POLL_LIMIT_S
 
     def until(completions: list[Completion]) -> None:
         while not all(completion.token_ids for completion in completions):  # six of them resident, the others parked
+            assert time.monotonic() < end_s
             time.sleep(0.001)
         log_before.append(server.log())
         server.terminate()
