@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from layerkv.vllm_plugin.elasticity import Elasticity
 
+_SEGMENTED = "layerkv_kv_bytes", "layerkv_host_bytes"
+"""The gauges of the pool's segments and of host memory's, in bytes."""
+
 _COUNTED = {
     "parks": "layerkv_parks",
     "fetches": "layerkv_fetches",
@@ -72,7 +75,7 @@ class SchedulerSide:
         self._leaves: Callable[[Request], None]
         self._checks_books = checks_books()
         self._reported = LedgerCounters()
-        self._reported_version: tuple[int, ...] | None = None
+        self._reported_version: tuple[object, ...] | None = None
         self._reported_gauges: dict[tuple[str, str | None], float] = {}
 
     def attach(self, kv_cache_manager: KVCacheManager) -> None:
@@ -246,6 +249,7 @@ class SchedulerSide:
             ledger.host.num_cached,
             ledger.host.num_in_service,
             self.pool_blocks,
+            self._amounts(),
         )
         if version == self._reported_version and not self.metrics.has_more_than(DECIDE_TIME):
             return None
@@ -272,10 +276,14 @@ class SchedulerSide:
         gauges["layerkv_pool_blocks", None] = self.pool_blocks
         gauges["layerkv_zone_blocks_used", None] = ledger.zone.num_taken
         gauges["layerkv_zone_blocks", None] = self.geometry.zone_blocks
-        if self.elastic is not None and self.sizes is not None:
-            for amount, num_segments in self.elastic.amounts.items():
-                gauges["layerkv_kv_bytes", amount] = num_segments * self.sizes.segment_bytes
-        if self.elastic is not None and self.elastic.host is not None and self.host_sizes is not None:
-            for amount, num_segments in self.elastic.host.amounts.items():
-                gauges["layerkv_host_bytes", amount] = num_segments * self.host_sizes.segment_bytes
+        for name, sizes, amounts in zip(_SEGMENTED, (self.sizes, self.host_sizes), self._amounts(), strict=False):
+            assert sizes is not None  # known before a scheduler decides its first step
+            gauges.update(((name, amount), num * sizes.segment_bytes) for amount, num in amounts.items())
         return gauges
+
+    def _amounts(self) -> tuple[Mapping[str, int], ...]:
+        """Segments of the pool, and of host memory, by what they are said to be; of those that grow and shrink."""
+        if self.elastic is None:
+            return ()
+        host = self.elastic.host
+        return (self.elastic.amounts,) if host is None else (self.elastic.amounts, host.amounts)

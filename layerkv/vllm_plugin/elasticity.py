@@ -304,7 +304,7 @@ class Elasticity:
         for segment in decided.stay:
             queue.restore(segment)
         empty = [segment for segment in table.all_in(SegmentState.LEAVING) if queue.is_empty(segment)]
-        for segment in empty:
+        for segment in set(empty).difference(decided.leave):  # those that were withheld now have been forgotten
             queue.forget(segment)
         table.release(empty)
         if decided.arrive and now_s >= self._grows_from_s:

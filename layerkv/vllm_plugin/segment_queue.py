@@ -115,7 +115,10 @@ class SegmentQueue:
 
     def forget(self, segment: int) -> None:
         """Before a withheld segment loses its memory: who was still in it has cached what it filled since."""
-        self._pool.evict_blocks(set(self.layout.blocks(segment)))
+        its = self.layout.blocks(segment)
+        # Most cache nothing where memory was plenty, and vLLM goes through all it is given one by one.
+        if cached := {block.block_id for block in self._of_id[its.start : its.stop] if block.block_hash is not None}:
+            self._pool.evict_blocks(cached)
 
     def check(self) -> None:
         """Assert that pool and books agree (tests call it after every operation)."""

@@ -113,7 +113,7 @@ MEMBERS: dict[str, str] = {
     "vllm.v1.core.kv_cache_utils.FreeKVCacheBlockQueue": (
         "append append_n get_all_free_blocks num_free_blocks popleft popleft_n prepend_n remove"
     ),
-    "vllm.v1.core.kv_cache_utils.KVCacheBlock": "block_id pool ref_cnt",
+    "vllm.v1.core.kv_cache_utils.KVCacheBlock": "block_hash block_id pool ref_cnt",
     "vllm.v1.core.sched.interface.PauseState": "PAUSED_ALL PAUSED_NEW UNPAUSED",
     "vllm.v1.core.sched.output.KVConnectorBlockState": "resolve_block_ids",
     "vllm.v1.core.sched.output.SchedulerOutput": (

@@ -303,8 +303,9 @@ def test_layerkv_top_shows_what_broker_and_server_tell_of_one_engine_in_one_row(
 
 
 def holds_one_segment(samples: Samples) -> bool:
-    """Whether the pool has given back all but vLLM's null block, as when it has been idle for a while."""
-    return samples("layerkv_pool_blocks") == 0
+    """Whether the pool has given back all but vLLM's null block, as when it has been idle for a while, and says so."""
+    needed = samples("layerkv_kv_bytes", "need")  # told once more by an engine that then falls silent
+    return samples("layerkv_pool_blocks") == 0 and needed == samples("layerkv_kv_bytes", "held")
 
 
 def test_a_park_whose_request_is_aborted_is_never_counted_by_vllm(monitored: Monitored) -> None:
