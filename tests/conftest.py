@@ -1,12 +1,13 @@
 """What every test needs: an environment that keeps vLLM quiet and steady, its turn, and skips for what is not here."""
 
+import atexit
 import fcntl
 import importlib.util
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +37,8 @@ def pytest_configure() -> None:
         os.environ.pop(name, None)
     os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
     # Engines under test announce themselves here, and not among the user's own, whom `layerkv policy reload` signals.
-    os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="layerkv-tests-")
+    os.environ["XDG_RUNTIME_DIR"] = folder = tempfile.mkdtemp(prefix="layerkv-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # Before torch is imported: OpenMP reads its variable once.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -66,15 +68,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def turn(request: pytest.FixtureRequest) -> Iterator[None]:
+def turn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """In several processes, a test of :data:`ALONE` waits for those of the others to end, and they for it."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if run is None:
+    if "PYTEST_XDIST_TESTRUNUID" not in os.environ:
         yield
         return
     is_alone = request.node.nodeid.startswith(ALONE)
-    name = Path(tempfile.gettempdir(), f"layerkv-tests-{run}")
-    with name.with_suffix(".door").open("w+") as door, name.with_suffix(".room").open("w+") as room:
+    folder = tmp_path_factory.getbasetemp().parent  # of this run, over those of its processes
+    with (folder / "door").open("w+") as door, (folder / "room").open("w+") as room:
         # Who waits for the room keeps the door: one that wants to be alone would wait for as long as others come.
         fcntl.lockf(door, fcntl.LOCK_EX)
         fcntl.lockf(room, fcntl.LOCK_EX if is_alone else fcntl.LOCK_SH)

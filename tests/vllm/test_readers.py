@@ -38,6 +38,11 @@ class Reported:
         found = self._all.get("counters", {})
         return Counter({kind: found[key] for kind in kinds if (key := f"layerkv_{kind}|default") in found})
 
+    def gauges(self, name: str) -> dict[str, float]:
+        """By their label."""
+        found = (key.partition("|") for key in self._all.get("gauges", {}))
+        return {label: self._all["gauges"][f"{each}|{label}"] for each, _, label in found if each == name}
+
     def pauses_s(self) -> list[float]:
         found: list[float] = self._all.get("histograms", {}).get("layerkv_longest_pause_seconds|default", [])
         return found

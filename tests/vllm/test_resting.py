@@ -12,6 +12,7 @@ from layerkv.core.segments import SegmentState
 from tests.vllm.engines_in_turn import prompt
 from tests.vllm.test_elastic import ElasticEngine
 from tests.vllm.test_elastic_host import SharingEngine
+from tests.vllm.test_readers import Reported
 
 pytestmark = pytest.mark.vllm
 
@@ -76,6 +77,30 @@ def test_host_memory_gives_back_at_rest_what_became_empty_after_the_last_look(
     leaving = engine.host_table.all_in(SegmentState.LEAVING)
     assert not [segment for segment in leaving if engine.tier.is_empty(segment)]
     assert engine.host_table.num_held == 1
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("rests", ["idle", "paused"])
+def test_before_it_falls_silent_an_engine_has_told_what_it_holds_and_needs(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool, rests: str
+) -> None:
+    engine = SharingEngine(tiny_model, monkeypatch, ahead=ahead)
+    reported = Reported(engine)
+    for i in range(6):
+        engine.add(f"r{i}", prompt(120, seed=i), 40)
+    for _ in range(20):
+        engine.step()
+    if rests == "paused":
+        abort_all(engine)
+        pause(engine)
+    until_still(engine)
+    side = engine.scheduler.connector.scheduler_side
+    for name, sizes, amounts in (
+        ("layerkv_kv_bytes", side.sizes, side.elastic.amounts),
+        ("layerkv_host_bytes", side.host_sizes, side.elastic.host.amounts),
+    ):
+        told = reported.gauges(name)
+        assert told == {amount: num * sizes.segment_bytes for amount, num in amounts.items()}
 
 
 def test_a_resting_engine_offers_no_host_memory(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
