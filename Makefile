@@ -9,7 +9,7 @@ TORCH       := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 # The lock was made with 3.11; newer ones work where every locked package has a wheel for them.
-PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3; do \
 	$$python -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null \
 	&& { echo $$python; break; }; done)
 
@@ -50,7 +50,8 @@ $(OVERLAYS:%=%/.ready): $(STAMP) tools/vllm_overlay.py
 versions: $(OVERLAYS:%=%/.ready) ## the contract with vLLM, on the other releases that are supported
 	for overlay in $(OVERLAYS); do echo "vLLM $$overlay"; \
 	PYTHONPATH=$$overlay:. $(BIN)/python tools/vllm_tree.py $$overlay || exit 1; \
-	PYTHONPATH=$$overlay:. $(RUN) $(BIN)/python -m pytest tests/contract tests/vllm/test_compat.py $(ARGS) || exit 1; done
+	PYTHONPATH=$$overlay:. $(RUN) $(BIN)/python -m pytest -n $(WORKERS) --no-loadscope-reorder \
+	tests/contract tests/vllm/test_compat.py $(ARGS) || exit 1; done
 
 RAY := out/overlays/ray
 
@@ -84,7 +85,7 @@ distclean: clean ## remove .venv too
 
 $(STAMP): pyproject.toml requirements/cpu.txt requirements/dev.txt
 	@test -n "$(PYTHON)" || { \
-	echo "layerkv needs Python 3.11 to 3.14 with the venv module; none was found as python3.11, python3.12, python3.13" \
+	echo "layerkv needs Python 3.11 to 3.14 with the venv module; none was found as python3.11 to python3.14" \
 	"or python3. Install one, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo "Setting up $(VENV) (once; about 1 GB to fetch on a fresh machine)"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

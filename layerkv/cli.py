@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "layerkv").partition(".")[0] == "layerkv":
             raise  # a mistake of ours, not a missing extra
-        return _fail(f"{error.name} is not installed; install layerkv[cpu,bench]", status=1)
+        return _fail(f"{error.name} is not installed; from layerkv's folder: pip install '.[cpu,bench]'", status=1)
     except KeyboardInterrupt:
         return _fail("interrupted", status=130)
     return status or 0
@@ -107,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     simulation.add_argument(
         "--capacity",
         action="store_true",
-        help="search the highest rate at which 90 %% of requests are fluid, for stock, layerkv and the oracle",
+        help="search the highest rate at which 90 %% of requests are fluid, for stock, layerkv (also with policy slo), "
+        "and the oracle",
     )
     simulation.add_argument(
         "--offline", action="store_true", help="say as well what could be fluid if all requests were known beforehand"
@@ -134,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     again = policies.add_parser(
         "reload",
         help="have running engines read their policy files again",
-        description="Check the policy files of all of this user's running engines and send them SIGHUP (only one of "
-        "them with --pid). New objectives hold "
+        description="Check the policy files of all of this user's running engines and tell those to read them again "
+        "(only one of them with --pid). New objectives hold "
         "for requests that come from then on. An invalid file is refused and the old policy stays.",
     )
     again.add_argument("--pid", type=int, metavar="PID", help="only this engine (the process of `vllm serve`)")
@@ -148,7 +149,10 @@ def _parser() -> argparse.ArgumentParser:
         "engines keep what they have.",
     )
     broker.add_argument(
-        "--socket", type=Path, metavar="PATH", help="where engines find it ($XDG_RUNTIME_DIR/layerkv/broker.sock)"
+        "--socket",
+        type=Path,
+        metavar="PATH",
+        help="where engines find it ($XDG_RUNTIME_DIR/layerkv/broker.sock, without that /tmp/layerkv-UID/broker.sock)",
     )
     broker.add_argument("--capacity", required=True, metavar="SIZE", help="device memory for KV in all, such as 4GiB")
     broker.add_argument(
@@ -163,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         "what they wait for and how fast KV is copied (from servers' /metrics). Refreshed each second in a terminal, "
         "until Ctrl-C; else one table. Where neither is named, the broker at its usual place is asked.",
     )
-    top.add_argument("--socket", type=Path, metavar="PATH", help="the broker's ($XDG_RUNTIME_DIR/layerkv/broker.sock)")
+    top.add_argument("--socket", type=Path, metavar="PATH", help="the broker's (as of `broker`)")
     top.add_argument(
         "--url", action="append", default=[], metavar="URL", help="a server, such as http://localhost:8000; repeatable"
     )

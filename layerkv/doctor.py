@@ -228,7 +228,10 @@ def _check_smooth(policy: SloPolicy) -> list[Check]:
 
 
 def _missing(subject: str) -> Check:
-    advice = "install layerkv[cpu] (or layerkv[cuda] on a machine with a CUDA device)"
+    advice = (
+        "from layerkv's folder: pip install '.[cpu]' --extra-index-url https://download.pytorch.org/whl/cpu "
+        "(or '.[cuda]' on a machine with a CUDA device)"
+    )
     return Check(subject=subject, found="not installed", verdict="problem", advice=advice)
 
 

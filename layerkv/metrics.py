@@ -78,7 +78,11 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("layerkv_prefix_hit_blocks", "counter", "Blocks of prompts loaded from cached prefixes, not computed."),
     MetricSpec("layerkv_decisions", "counter", "What was decided about requests, by reason.", "reason"),
     MetricSpec("layerkv_declined", "counter", "Decided starts that vLLM put off: a few are normal, many are a bug."),
-    MetricSpec("layerkv_refused", "counter", "Requests that the engine ended because they can never run here."),
+    MetricSpec(
+        "layerkv_refused",
+        "counter",
+        "Requests that the engine ended with an error: they cannot run here, or their copies go on failing.",
+    ),
     MetricSpec("layerkv_overload_refused", "counter", "Requests refused with HTTP 429, by SLO class.", "slo_class"),
     MetricSpec("layerkv_host_blocks_used", "gauge", "Host blocks that requests hold."),
     MetricSpec("layerkv_host_blocks_cached", "gauge", "Host blocks that cache prefixes, and give way to requests."),

@@ -29,6 +29,7 @@ _HEAD = '''\
 
 {what_it_is}
 
+    RUN=${{XDG_RUNTIME_DIR:+$XDG_RUNTIME_DIR/layerkv}}; RUN=${{RUN:-${{TMPDIR:-/tmp}}/layerkv-$(id -u)}}
 {commands}
 
 then `RAY_ADDRESS=auto serve run MODULE:app` (importing the app asks Ray, which without that variable may start another
@@ -93,8 +94,7 @@ def _cpu_commands(fleet: Fleet, placement: Placement) -> Iterator[str]:
 
 def _broker_command(device: str, placement: Placement) -> Iterator[str]:
     if any(tenant.shares for tenant in placement.tenants_on[device]):
-        socket = f"$XDG_RUNTIME_DIR/layerkv/{broker_socket(device)}"
-        yield f"    layerkv broker --socket {socket} --capacity {placement.shared_bytes[device]}B &"
+        yield f"    layerkv broker --socket $RUN/{broker_socket(device)} --capacity {placement.shared_bytes[device]}B &"
 
 
 def broker_socket(device: str) -> str:

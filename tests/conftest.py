@@ -62,7 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what this machine cannot run; and what takes longest comes first, so that no process ends with it alone."""
     items.sort(key=lambda item: (not item.nodeid.startswith(ALONE), not item.get_closest_marker("vllm")))
     if any(item.get_closest_marker("vllm") for item in items) and not importlib.util.find_spec("vllm"):
-        _skip(items, "vllm", "vLLM is not installed; pip install layerkv[cpu]")
+        _skip(items, "vllm", "vLLM is not installed; pip install '.[cpu]'")
     if any(item.get_closest_marker("gpu") for item in items) and not _sees_cuda():
         _skip(items, "gpu", "no CUDA device is visible")
 

@@ -19,7 +19,7 @@ class PolicyLimits:
         min_prefill_tokens: Prompt tokens computed although decodes have no slack. Not measured: chosen by judgement.
         max_idle_steps: So many steps without any prompt tokens come before those. Not measured: chosen by judgement.
         scan: How many waiting prompts are looked at in one step. Not measured: chosen by judgement; with it a decision
-            took 0.30 ms (median, 1,000 waiting; Intel Xeon with 2 cores, 2026-11-21,
+            of policy slo took 0.30 ms (median, 1,000 waiting; Intel Xeon with 2 cores, 2026-11-21,
             benchmarks/results/2026-11-21-decide.json).
         scan_parked: How many parked requests are. Not measured: chosen by simulated loads (2026-11-28, no result
             file).

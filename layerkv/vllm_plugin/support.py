@@ -118,7 +118,9 @@ def _device_problems(c: VllmConfig) -> Iterable[Unsupported]:
 def _cuda_problems(c: VllmConfig) -> Iterable[Unsupported]:
     if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
         yield Unsupported(
-            "CUDA without the package cuda-bindings", "the arena maps memory through it", "install layerkv[cuda]"
+            "CUDA without the package cuda-bindings",
+            "the arena maps memory through it",
+            "pip install cuda-bindings (layerkv's extra cuda brings it)",
         )
     if c.parallel_config.use_ubatching:
         yield Unsupported(

@@ -143,7 +143,7 @@ def test_a_wrong_command_line_ends_with_status_2(arguments: list[str]) -> None:
         (
             ModuleNotFoundError("No module named 'jinja2.ext'", name="jinja2.ext"),
             1,
-            "layerkv: jinja2.ext is not installed; install layerkv[cpu,bench]\n",
+            "layerkv: jinja2.ext is not installed; from layerkv's folder: pip install '.[cpu,bench]'\n",
         ),
         (KeyboardInterrupt(), 130, "layerkv: interrupted\n"),
     ],

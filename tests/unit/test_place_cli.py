@@ -153,7 +153,7 @@ def test_on_processors_the_ray_application_says_so_and_has_each_device_as_a_reso
     a, b, c = run_with_a_made_up_ray(text, monkeypatch)
     said = ast.get_docstring(ast.parse(text)) or ""
     assert 'ray start --head --resources \'{"ram0": 1, "ram1": 1}\'' in said
-    assert said.count("layerkv broker --socket $XDG_RUNTIME_DIR/layerkv/broker-ram") == 2
+    assert said.count("layerkv broker --socket $RUN/broker-ram") == 2
     assert "CUDA" not in text
     assert "GPU" not in text
     assert all(config["accelerator_config"] == {"kind": "cpu"} for config in (a, b, c))

@@ -14,6 +14,8 @@ from typing import Any
 from tests.vllm.forked import ROOT
 
 FAMILIES_JSON = ROOT / "docs" / "families.json"
+WRITES_ROWS = bool(os.environ.get("LAYERKV_WRITE_FAMILIES"))
+"""Whether a run has the time for all there is to try."""
 _COUNTED = {
     "parks": "parks",
     "fetches": "fetches",
@@ -49,7 +51,7 @@ class Rows:
 
     def write_if_asked(self, families: Mapping[str, Head]) -> None:
         """Put them in the place of what stood there of the same families, and new ones behind all others."""
-        if not os.environ.get("LAYERKV_WRITE_FAMILIES"):
+        if not WRITES_ROWS:
             return
         import vllm
 

@@ -7,6 +7,7 @@ reset_while_fetching (as soon as a fetch is under way, once in each mix: pause a
 seed_every (each n-th request is sampled, with a seed of its own),
 sees (the model is one of those that see images), encoder_cache (its encoder cache holds so many tokens),
 adapters (folders of LoRA adapters, which requests know by number), embeds_of (the model whose embeddings prompts are),
+enough (after so many mixes the others are left out if each of these moves has been made),
 pause_step (let what has begun come to its end before that step goes on),
 shake_pool (a pool that grows and shrinks may hold another number of segments every third step, drawn by this seed),
 has_broker (a broker that has plenty of both memories runs where the engine looks for it; with shake_pool, host memory
@@ -29,6 +30,7 @@ import sys
 import threading
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -366,6 +368,11 @@ def count_drafts(scheduler: Any) -> None:
     scheduler.make_spec_decoding_stats = count
 
 
+def is_enough(results: list[dict[str, Any]], mixes: int | None = None, moves: Sequence[str] = ()) -> bool:
+    """Whether the mixes so far have shown what the engine is there for."""
+    return mixes is not None and len(results) >= mixes and all(results[-1]["books"]["moves"][move] for move in moves)
+
+
 def run(spec: dict[str, Any]) -> list[dict[str, Any]]:
     """Start the engine, run the mixes, and end it."""
     engine = build(spec)
@@ -380,6 +387,8 @@ def run(spec: dict[str, Any]) -> list[dict[str, Any]]:
             ran = run_mix(engine, make_mix(**mix), spec)
             results.append({**ran, "books": books(engine, scheduler)})
             engine.reset_prefix_cache(reset_connector=True)
+            if is_enough(results, **spec.get("enough", {})):
+                break
         return results
     finally:
         engine.engine_core.shutdown()

@@ -11,7 +11,6 @@ for time's sake, in those that ask most.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,14 +20,13 @@ from typing import Any
 import pytest
 
 from tests.vllm.families import AHEAD, FAMILIES, HOST_SMALL, MIXES, NUM_ADAPTERS, SCARCE, Family
-from tests.vllm.family_rows import Head, Rows
+from tests.vllm.family_rows import WRITES_ROWS, Head, Rows
 from tests.vllm.forked import Forks
 from tests.vllm.test_exact import PLENTIFUL_BYTES, Setting, engine_args, require_same, run_engine
 from tests.vllm.tiny_families import make_adapter, make_draft_model, make_eagle_head
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-HAS_TIME = bool(os.environ.get("LAYERKV_WRITE_FAMILIES"))
 WITH_LITTLE_HOST_MEMORY = "qwen3-moe"
 CPU_FLAGS = set(Path("/proc/cpuinfo").read_text().split())
 
@@ -45,9 +43,9 @@ CASES = [
     (family, setting)
     for family in FAMILIES
     for setting in family.settings
-    if (HAS_TIME or is_quick(family, setting))
+    if (WRITES_ROWS or is_quick(family, setting))
     # Few CPUs have kernels for bfloat16, and it has run seldom: so it stands in the way of no change yet.
-    and (not family.cpu_flag or (HAS_TIME and family.cpu_flag in CPU_FLAGS))
+    and (not family.cpu_flag or (WRITES_ROWS and family.cpu_flag in CPU_FLAGS))
 ]
 
 

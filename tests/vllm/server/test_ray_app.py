@@ -206,7 +206,7 @@ def served(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ours = [str(tmp_path), str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(part for part in ours if part)
     port = free_port()
-    arguments = [argument.replace("$XDG_RUNTIME_DIR", str(folder)) for argument in arguments]
+    arguments = [argument.replace("$RUN", str(folder / "layerkv")) for argument in arguments]
     socket = Path(arguments[arguments.index("--socket") + 1])
     with (tmp_path / "broker.log").open("wb") as broker_log, (tmp_path / "ray.log").open("wb") as ray_log:
         broker = start([*LAYERKV, *arguments], broker_log, environment)
