@@ -40,6 +40,8 @@ class ToyServer:
         self.behaviour = behaviour
         self.arrivals_s: list[float] = []
         self.bodies: list[dict] = []
+        self.num_given: list[int] = []
+        """Tokens that each request was given."""
         self.num_asked = 0
         self.released = asyncio.Event()
 
@@ -85,6 +87,8 @@ class ToyServer:
         self.arrivals_s.append(time.monotonic())
         body = await request.json()
         self.bodies.append(body)
+        number = len(self.num_given)
+        self.num_given.append(0)
         if self.behaviour == "dies" and len(self.arrivals_s) == 10:
             os._exit(7)
         if self.behaviour == "fades" and len(self.arrivals_s) == 9:
@@ -114,6 +118,7 @@ class ToyServer:
                 end = "abort"
             choice = {"index": 0, "text": text[-1], "token_ids": [token_id], "finish_reason": end}
             await response.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+            self.num_given[number] += 1
             if end is not None:
                 break
         await response.write(b"data: [DONE]\n\n")

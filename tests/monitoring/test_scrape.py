@@ -216,10 +216,15 @@ def test_the_server_parked_under_this_load(monitored: Monitored) -> None:
 
 
 def test_the_target_is_up_under_the_name_that_the_alerts_look_for(monitored: Monitored) -> None:
-    [target] = monitored.prometheus.get("targets")["activeTargets"]
-    assert (target["health"], target["lastError"]) == ("up", "")
-    [(labels, value)] = monitored.prometheus.query('up{job="vllm"}')
-    assert value == 1
+    def health() -> list[tuple[str, str]]:
+        targets = monitored.prometheus.get("targets")["activeTargets"]
+        return [(target["health"], target["lastError"]) for target in targets]
+
+    monitored.prometheus.wait_for(lambda: health() == [("up", "")], "the only target is up")
+    monitored.prometheus.wait_for(
+        lambda: [value for _, value in monitored.prometheus.query('up{job="vllm"}')] == [1.0], "it is up"
+    )
+    [(labels, _)] = monitored.prometheus.query('up{job="vllm"}')
     assert f":{monitored.server.client.base_url.port}" in labels["instance"]
 
 

@@ -10,7 +10,8 @@ import pytest
 from layerkv.bench.suite.compare import compare
 from layerkv.bench.suite.result import CaseResult
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+# Disturbed loads are run again, three times in all: this ends a hang.
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(2000)]
 
 ROOT = Path(__file__).parents[2]
 MAIN = "import sys; from layerkv.cli import main; sys.exit(main())"
@@ -23,7 +24,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Compl
     files = ["--json", str(folder / "result.json"), "--html", str(folder / "report.html"), "--out", str(folder)]
     case = str(ROOT / "benchmarks" / "cases" / "rate_sweep.yaml")
     command = [sys.executable, "-c", MAIN, "bench", "run", case, "--size", "ci", "--seeds", "1", *files]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False), folder
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False), folder
 
 
 @pytest.fixture(scope="module")

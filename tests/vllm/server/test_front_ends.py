@@ -151,7 +151,8 @@ def test_both_refuse_under_overload_and_let_in_again_after_it(two: TwoFrontEnds)
     at_once = [(long(100 + index), 0.0) for index in range(60)]
     found = [response.status_code for response in answers(server, [*patient, *at_once])]
     assert set(found[:40]) == {200}
-    assert set(found[40:]) == {200, 429}
+    # Some are let in before and after: whether one of these is, is a matter of milliseconds.
+    assert {429} <= set(found[40:]) <= {200, 429}
     assert server.metrics()("layerkv_overload_refused_total", "long") - counted_before == found.count(429)
     wait_until_all_are_let_in()
     assert answers(server, [(long(300), 0.0)])[0].status_code == 200

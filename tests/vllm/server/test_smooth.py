@@ -26,7 +26,7 @@ MESSAGES: Any = [{"role": "user", "content": "Tell me something long."}]
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[Any]:
     """An OpenAI client of the server."""
-    http = httpx.Client(trust_env=False, timeout=REQUEST_LIMIT_S)
+    http = httpx.Client(trust_env=False, timeout=REQUEST_LIMIT_S, limits=httpx.Limits(keepalive_expiry=1.0))
     with openai.OpenAI(
         base_url=f"{str(server.client.base_url).rstrip(chr(47))}/v1", api_key="none", http_client=http, max_retries=0
     ) as made:

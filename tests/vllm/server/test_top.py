@@ -19,7 +19,7 @@ from tests.vllm.engines_in_turn import prompt
 from tests.vllm.server.served import (
     BLOCK_BYTES,
     BLOCK_TOKENS,
-    LAYERKV,
+    PATIENT_TOP,
     POLL_LIMIT_S,
     Completion,
     Samples,
@@ -102,9 +102,12 @@ def test_under_a_load_every_request_is_somewhere_and_the_pool_holds_no_more_than
 
     def until(_: list[Completion]) -> None:
         server.wait_for(has_them_all)
-        found.update(top_once("--url", server.url))
+        wait_for_lines(lines, 3)  # the last one's two readings came after that
+        found.update(lines[-1])
 
-    completions = server.stream([body(prompt(prompt_tokens, seed=seed), 700) for seed in range(620, 644)], until)
+    with live(server) as lines:
+        wait_for_lines(lines, 1)
+        completions = server.stream([body(prompt(prompt_tokens, seed=seed), 700) for seed in range(620, 644)], until)
     assert not any(completion.finish_reason for completion in completions), "all were there all the time"
     row, after = row_of(found, server), settled(server)
     requests = row["requests"]
@@ -123,7 +126,7 @@ def test_under_a_load_every_request_is_somewhere_and_the_pool_holds_no_more_than
 @contextmanager
 def live(server: Server) -> Iterator[list[dict[str, Any]]]:
     """The lines of `layerkv top --json` so far, one a second, until this context ends; then it must end well."""
-    command = [*LAYERKV, "top", "--json", "--url", server.url]
+    command = [*PATIENT_TOP, "--json", "--url", server.url]
     lines: list[dict[str, Any]] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -14,7 +14,7 @@ from layerkv.bench.suite.generator import Generator, GeneratorRun
 from layerkv.bench.suite.health_probe import HealthProbe
 from layerkv.bench.suite.http_stream import StreamError
 from layerkv.bench.suite.plan import LoadPlan
-from tests.fakes.toy_server import STARVED_S, TOKEN_S, ToyServer
+from tests.fakes.toy_server import STARVED_S, ToyServer
 
 
 def request(number: int, arrival_s: float = 0.0, **more: Any) -> PlannedRequest:
@@ -106,7 +106,8 @@ def test_the_next_turn_says_everything_again_and_waits_for_the_answer() -> None:
     assert third[: len(second)] == second
     assert len(third) == len(second) + 4 + 1
     records = by_id(run)
-    assert records["r2"].arrival_s == pytest.approx(records["r1"].token_times_s[-1] + 0.03, abs=0.02)
+    due_s = records["r1"].token_times_s[-1] + 0.03
+    assert due_s - 0.005 <= records["r2"].arrival_s <= records["r2"].token_times_s[0]
     assert records["r3"].prompt_tokens == len(third)
 
 
@@ -131,7 +132,7 @@ def test_a_client_that_asks_for_more_than_it_wants_hangs_up() -> None:
     for record in run.requests:
         assert record.error is None
         assert len(record.token_times_s) == 4
-    assert run.wall_s < 50 * TOKEN_S  # or else it would have waited for all of them
+    assert toy.num_given[0] < 50, "it would have waited for all of them"
 
 
 def test_an_answer_that_ends_by_a_stop_string_is_whole() -> None:
@@ -156,7 +157,7 @@ def test_a_client_hangs_up_though_no_stop_string_came_yet() -> None:
     records = by_id(run)
     assert (records["r0"].end, len(records["r0"].token_times_s), records["r0"].error) == ("hang_up", 4, None)
     assert records["r26"].end == "stop"  # in the very token after which its client would have left
-    assert run.wall_s < 60 * TOKEN_S
+    assert toy.num_given[0] < 60
 
 
 def test_an_answer_that_reaches_the_models_length_without_its_stop_string_is_whole() -> None:
