@@ -221,6 +221,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     sharing.add_argument("--engines", type=int, default=2, metavar="N", help="how many (%(default)s)")
     sharing.add_argument("--burst", type=int, default=12, metavar="N", help="requests of a burst (%(default)s)")
+    sharing.add_argument(
+        "--period",
+        type=float,
+        default=5.0,
+        metavar="S",
+        help="seconds from one engine's burst to the next one's (%(default)s)",
+    )
     sharing.add_argument("--seeds", type=int, default=3, metavar="N", help="how often (%(default)s)")
     sharing.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
     sharing.set_defaults(run=_sharing)
@@ -472,6 +479,7 @@ def _sharing(arguments: argparse.Namespace) -> int:
         arguments.json,
         num_engines=arguments.engines,
         burst_requests=arguments.burst,
+        period_s=arguments.period,
         num_seeds=arguments.seeds,
         only=arguments.only,
     )

@@ -36,7 +36,10 @@ from layerkv.bench.sharing_load import (
     BURSTS,
     DONOR,
     GIVE,
+    MOST_PERIOD_S,
+    PERIOD_S,
     TAKEN_AT,
+    WITHIN_S,
     Bursts,
     Setting,
     give_planned,
@@ -59,7 +62,13 @@ Load: TypeAlias = Callable[[int, int], list[PlannedRequest]]
 
 
 def run_sharing(
-    json_path: Path | None, *, num_engines: int, burst_requests: int, num_seeds: int, only: Sequence[str] = ()
+    json_path: Path | None,
+    *,
+    num_engines: int,
+    burst_requests: int,
+    period_s: float = PERIOD_S,
+    num_seeds: int,
+    only: Sequence[str] = (),
 ) -> int:
     """Measure, print tables, and write JSON if asked to: anew after each part, so that a later one costs no result.
 
@@ -70,13 +79,14 @@ def run_sharing(
         ConfigError: a part or a number is not one.
         LayerKVError: an engine or a request failed. Nothing that was started runs any more.
     """
-    parts, bursts = chosen_parts(only), Bursts(num_engines, burst_requests)
+    parts, bursts = chosen_parts(only), Bursts(num_engines, burst_requests, period_s)
     _check_numbers(bursts, num_seeds)
     console, seeds = Console(), list(range(num_seeds))
     result = SharingResult(
         parts=[],
         engines=num_engines,
         burst_requests=burst_requests,
+        period_s=period_s,
         priorities=allowed_here(),
         seeds=seeds,
         commit=source_commit(),
@@ -116,6 +126,8 @@ def _check_numbers(bursts: Bursts, num_seeds: int) -> None:
     ):
         if not least <= found <= most:
             raise ConfigError(f"{flag}: found {found}; expected {least} to {most}")
+    if not WITHIN_S <= bursts.period_s <= MOST_PERIOD_S:
+        raise ConfigError(f"--period: found {bursts.period_s:g}; expected {WITHIN_S:g} to {MOST_PERIOD_S:g} seconds")
 
 
 def _measure(

@@ -52,22 +52,26 @@ NUM_BURSTS = 2
 WITHIN_S = 1.0
 """A burst's requests come within so long, at random."""
 PERIOD_S = 5.0
-"""Between a burst to one engine and the next one to another."""
+"""Between a burst to one engine and the next one to another, if nobody says otherwise."""
+
+MOST_PERIOD_S = 600.0
+"""A longer one is a slip: bursts last for seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bursts:
-    """So many requests in each burst, to so many engines in turn."""
+    """So many requests in each burst, to so many engines in turn, one every `period_s`."""
 
     num_engines: int
     burst_requests: int
+    period_s: float = PERIOD_S
 
 
 def planned(bursts: Bursts, engine: int, seed: int) -> list[PlannedRequest]:
     """What one engine is asked for, in order of arrival."""
     rng = Random(f"{seed}: {engine}")
     arrivals = sorted(
-        (burst * bursts.num_engines + engine) * PERIOD_S + rng.uniform(0.0, WITHIN_S)
+        (burst * bursts.num_engines + engine) * bursts.period_s + rng.uniform(0.0, WITHIN_S)
         for burst in range(NUM_BURSTS)
         for _ in range(bursts.burst_requests)
     )

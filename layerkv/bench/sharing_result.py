@@ -26,7 +26,7 @@ from layerkv.bench.sharing_figures import (
     idle_figures,
     sharing_ratios,
 )
-from layerkv.bench.sharing_load import BURSTS, GIVE
+from layerkv.bench.sharing_load import BURSTS, GIVE, PERIOD_S
 from layerkv.bench.sharing_resize import ResizeSpeed, ResizingSteps
 from layerkv.bench.suite.result import Figures
 
@@ -37,6 +37,7 @@ GIVES = ("nothing", "wait", "recompute", "park")
 class SharingResult(msgspec.Struct, kw_only=True):
     """The command's JSON; what belongs to a part that was not run is null.
 
+    A burst of `burst_requests` came to one engine after the other, every `period_s` seconds.
     `static_stock`, `static` and `shared` are the figures of each engine, as those of `layerkv bench run`; `give` those
     of each way to give, with bursts at `give_bursts_at_s`. `idle_freed_fraction` and
     `first_token_after_idle_over_static` are the medians of two figures of `idle`, `step_over_median_while_resizing` is
@@ -48,6 +49,7 @@ class SharingResult(msgspec.Struct, kw_only=True):
     parts: list[str]
     engines: int
     burst_requests: int
+    period_s: float = PERIOD_S
     capacity_bytes: int = BURSTS.capacity_bytes
     static_stock: dict[str, Figures] | None = None
     static: dict[str, Figures] | None = None

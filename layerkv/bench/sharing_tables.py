@@ -29,7 +29,9 @@ def print_part(part: str, result: SharingResult, console: Console) -> None:
 
 def _print_bursts(result: SharingResult, console: Console) -> None:
     size = format_bytes(result.capacity_bytes)
-    title = f"{result.engines} engines, {size} of KV memory, bursts of {result.burst_requests}"
+    title = (
+        f"{result.engines} engines, {size} of KV memory, {result.burst_requests} requests every {result.period_s:g} s"
+    )
     table = Table("", "engine", "fluid", "TTFT mean", "second token p99", "longest pause p99", "tok/s", title=title)
     for way in WAYS:
         of_way: dict[str, Figures] = getattr(result, way)

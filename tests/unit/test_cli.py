@@ -33,8 +33,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     )
     sharing = ModuleType("layerkv.bench.sharing")
     sharing.run_sharing = (  # type: ignore[attr-defined]
-        lambda json, *, num_engines, burst_requests, num_seeds, only: calls.append(
-            (json, num_engines, burst_requests, num_seeds, only)
+        lambda json, *, num_engines, burst_requests, period_s, num_seeds, only: calls.append(
+            (json, num_engines, burst_requests, period_s, num_seeds, only)
         )
     )
     profile = ModuleType("layerkv.bench.profile")
@@ -72,10 +72,10 @@ def demo_that_raises(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> N
             ["bench", "overhead", "--json", "o.json", "--only", "slots", "--model", "test", "--rounds", "1"],
             (Path("o.json"), 1, "slots", "test"),
         ),
-        (["bench", "sharing", "--burst", "8", "--seeds", "1"], (None, 2, 8, 1, [])),
+        (["bench", "sharing", "--burst", "8", "--period", "9", "--seeds", "1"], (None, 2, 8, 9.0, 1, [])),
         (
             ["bench", "sharing", "--json", "s.json", "--engines", "3", "--only", "give", "--only", "idle,resize"],
-            (Path("s.json"), 3, 12, 3, ["give", "idle,resize"]),
+            (Path("s.json"), 3, 12, 5.0, 3, ["give", "idle,resize"]),
         ),
     ],
 )
@@ -110,7 +110,7 @@ def test_the_commands_and_their_options_stay_as_they_are(capsys: pytest.CaptureF
         ],
         ("profile",): ["--model MODEL", "--out FILE", "--engine-args JSON", "--quick"],
         ("bench", "overhead"): ["--json FILE", "--only", "--model", "--rounds N"],
-        ("bench", "sharing"): ["--only PART,..", "--engines N", "--burst N", "--seeds N", "--json FILE"],
+        ("bench", "sharing"): ["--only PART,..", "--engines N", "--burst N", "--period S", "--seeds N", "--json FILE"],
         ("bench", "run"): ["--size", "--seeds N", "--engines A,B,..", "--trace FILE", "--lmcache-python PYTHON"],
     }
     for command, options in surface.items():

@@ -25,7 +25,6 @@ from layerkv.bench.sharing_load import (
     GIVE,
     IDLE_REQUESTS,
     NUM_BURSTS,
-    PERIOD_S,
     PROBES_AT_S,
     SEGMENT_BYTES,
     TAKER,
@@ -58,13 +57,13 @@ def made_result() -> SharingResult:
 
 
 def test_bursts_come_to_one_engine_after_the_other_and_are_the_same_for_every_way() -> None:
-    bursts = Bursts(num_engines=3, burst_requests=4)
+    bursts = Bursts(num_engines=3, burst_requests=4, period_s=7.0)
     for engine in range(3):
         requests = planned(bursts, engine, seed=1)
         assert requests == planned(bursts, engine, seed=1)
         assert len(requests) == NUM_BURSTS * 4
         for index, request in enumerate(requests):
-            begins_s = (index // 4 * 3 + engine) * PERIOD_S
+            begins_s = (index // 4 * 3 + engine) * 7.0
             assert begins_s <= request.arrival_s <= begins_s + WITHIN_S
     assert planned(bursts, 0, seed=1) != planned(bursts, 0, seed=2)
 
@@ -142,10 +141,12 @@ def test_parts_are_named_alone_together_or_not_at_all() -> None:
         ({"num_engines": 1}, "--engines: found 1; expected 2 to 5"),
         ({"burst_requests": 0}, "--burst: found 0; expected 1"),
         ({"num_seeds": 0}, "--seeds: found 0; expected 1"),
+        ({"period_s": 0.5}, "--period: found 0.5; expected 1 to 600 seconds"),
+        ({"period_s": float("nan")}, "--period: found nan; expected 1 to 600 seconds"),
     ],
 )
 def test_numbers_that_measure_nothing_are_refused_before_anything_is_started(
-    numbers: dict[str, int], message: str
+    numbers: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run_sharing(None, **{"num_engines": 2, "burst_requests": 1, "num_seeds": 1, **numbers})
