@@ -88,7 +88,7 @@ class BrokerClient:
         self._sides: dict[Resource, _Side] = {
             name: _Side(terms, need=terms.floor) for name, terms in introduction.terms.items()
         }
-        self._rates = (0.0, 1.0)
+        self._use = (0.0, 1.0, True)
         self._failed: list[Failed] = []
         self._has_news = False
         self._refusal: str | None = None
@@ -131,20 +131,22 @@ class BrokerClient:
         resource: Resource = "device",
         token_rate: float | None = None,
         tpot_s: float | None = None,
+        has_requests: bool | None = None,
     ) -> None:
         """Say what the engine needs and would like to hold; the last word holds.
 
-        The rates are the engine's, whatever resource it asks for; None: they are as they were.
+        The rates, and whether it has requests, are the engine's, whatever resource it asks for; None: as before.
         """
         assert min(need, like, can_leave) >= 0, (need, like, can_leave)
         side = self._sides[resource]
         with self._changed:
-            before = self._rates
-            self._rates = (
+            before = self._use
+            self._use = (
                 before[0] if token_rate is None else token_rate,
                 before[1] if tpot_s is None else tpot_s,
+                before[2] if has_requests is None else has_requests,
             )
-            if (need, like, can_leave, self._rates) != (side.need, side.like, side.can_leave, before):
+            if (need, like, can_leave, self._use) != (side.need, side.like, side.can_leave, before):
                 side.need, side.like, side.can_leave = need, like, can_leave
                 self._ring()
 
@@ -307,11 +309,12 @@ class BrokerClient:
             self._has_news = False
             failed, self._failed = self._failed, []
             host = self._sides.get("host")
-            token_rate, tpot_s = self._rates
+            token_rate, tpot_s, has_requests = self._use
             state = State(
                 device=self._sides["device"].usage(),
                 host=host.usage() if host else None,
                 token_rate=token_rate,
+                has_requests=has_requests,
                 tpot_s=tpot_s,
             )
             return [*failed, state]

@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from layerkv.errors import BrokerError
 
-VERSION = 2
+VERSION = 3
 """Of this protocol. Both sides must have the same."""
 
 MOST_BYTES = 64 << 10
@@ -89,12 +89,13 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello", forbid_unkno
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True, tag="state", forbid_unknown_fields=True):
-    """What an engine has, asks for, and makes: tokens per second, each within ``tpot_s``."""
+    """What an engine has, asks for, and makes: tokens per second, each within ``tpot_s``; whether anybody uses it."""
 
     device: Usage
     host: Usage | None = None
     token_rate: Rate = 0.0
     tpot_s: Duration = 1.0
+    has_requests: bool = True
 
 
 class Limit(msgspec.Struct, frozen=True, kw_only=True, tag="limit", forbid_unknown_fields=True):

@@ -224,6 +224,7 @@ class Broker:
                     like=usage.like,
                     can_leave=usage.can_leave,
                     weight=weight,
+                    has_requests=state.has_requests,
                 )
                 ledger.report(engine, wish, usage.revision, self._clock())
 

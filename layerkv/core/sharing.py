@@ -32,6 +32,7 @@ class Wish:
         can_leave: Of what is needed and held, what could be given up without losing anything: free, or of requests that
             could be parked.
         weight: Its share among others, see :func:`token_pressure`.
+        has_requests: Whether there are any: one without holds caches at most.
     """
 
     segment_bytes: int
@@ -42,6 +43,7 @@ class Wish:
     like: int = 0
     can_leave: int = 0
     weight: float = 1.0
+    has_requests: bool = True
 
     def whole(self, num_bytes: int) -> int:
         """So many bytes in whole segments, rounded up, but never above the ceiling."""

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from layerkv.core.sharing import Wish, divide
 
 NEED_MEMORY_S = 1.5
-"""An engine's need is the largest that it has reported for this long: bursts that alternate would take memory from each
-other without end. Not measured: chosen by trials of a prototype (2026-11-22, no result file)."""
+"""An engine's need is the largest that it has reported for this long, while it has requests: bursts that alternate
+would take memory from each other without end. Not measured: chosen by trials of a prototype (2026-11-22, no result
+file)."""
 
 LOWER_EVERY_S = 0.3
-"""Seconds between times at which limits fall below what is held; and between those at which they fall to it though
-nobody needs that. Not measured: chosen by trials, together with that."""
+"""Seconds between times at which limits of engines with requests fall below what they hold; and between those at which
+limits fall to it though nobody needs that. Not measured: chosen by trials, together with that."""
 
 MISSING_FOR_S = 60.0
 """Seconds for which memory that somebody else has taken counts as missing. Not measured: chosen by judgement: long
@@ -145,10 +146,10 @@ class SharingLedger:
     def report(self, engine: str, wish: Wish, revision: int, now_s: float) -> None:
         """What an engine has and asks for, said after it had seen the limit of that revision."""
         account = self._accounts[engine]
-        while account.needs and account.needs[-1][1] <= wish.need:
+        account.wish, account.has_reported = wish, True
+        while account.needs and (account.needs[-1][1] <= wish.need or not wish.has_requests):
             account.needs.pop()
         account.needs.append((now_s, wish.need))
-        account.wish, account.has_reported = wish, True
         account.unseen = {told: limit for told, limit in account.unseen.items() if told >= revision}
 
     def leave(self, engine: str) -> None:
@@ -199,8 +200,8 @@ class SharingLedger:
             held, goal = account.wish.held, goals[engine]
             if goal >= account.limit or not (account.has_reported or is_over):
                 continue
-            if goal < held and takes_held:
-                self._took_held_s = now_s
+            if goal < held and (takes_held or not account.wish.has_requests):
+                self._took_held_s = now_s if account.wish.has_requests else self._took_held_s
             elif takes_unheld and held < account.limit:  # no memory moves for that
                 goal = max(goal, held)
                 self._took_unheld_s = now_s

@@ -134,11 +134,13 @@ def resize(pool: PoolView) -> Resize:
 
 
 def _leavers(pool: PoolView, excess: int) -> tuple[int, ...]:
-    """The emptiest segments, and no free blocks that prompts under way count on: a fuller one has fewer of them."""
+    """The emptiest segments, and no free blocks that prompts under way count on: a fuller one has fewer of them. Of an
+    engine without requests all at once: there is no step that could become long."""
     chosen: list[int] = []
+    most = excess if pool.idle_s else min(excess, MOST_LEAVING)
     spare = pool.free_blocks - pool.kept_blocks
     for segment, num_used in sorted(pool.in_service, key=lambda entry: (entry[1], -entry[0])):
-        if len(chosen) >= min(excess, MOST_LEAVING):
+        if len(chosen) >= most:
             break
         num_free = pool.segment_blocks - num_used
         if num_free > max(spare, 0) and pool.kept_blocks:  # a full one takes nobody's blocks away

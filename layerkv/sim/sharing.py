@@ -82,6 +82,7 @@ class Member:
             need=need * block_bytes,
             can_leave=max(can_leave, 0) * self.segment_bytes,
             weight=pressure if is_weighted else self.weight,
+            has_requests=not self.is_idle,
         )
 
     def hold(self, num_bytes: int) -> None:

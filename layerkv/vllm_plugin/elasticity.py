@@ -349,4 +349,5 @@ class Elasticity:
             can_leave=decided.can_leave,
             token_rate=self._rate.per_s,
             tpot_s=slo.tpot_s if slo.tpot_s < math.inf else 1.0,
+            has_requests=now_s == self._busy_s,
         )

@@ -37,8 +37,11 @@ class Share(Protocol):
         """Say how many are held: before more are taken, and after some were given back. Whether that may be."""
         ...
 
-    def ask(self, *, need: int, like: int, can_leave: int, token_rate: float, tpot_s: float) -> None:
-        """Say what would be of use, see :class:`layerkv.scheduler.elastic.Resize`, and how fast tokens are made."""
+    def ask(
+        self, *, need: int, like: int, can_leave: int, token_rate: float, tpot_s: float, has_requests: bool
+    ) -> None:
+        """Say what would be of use, see :class:`layerkv.scheduler.elastic.Resize`, how fast tokens are made, and
+        whether there are requests."""
         ...
 
     def could_not_get(self, num_segments: int) -> None:
@@ -78,7 +81,9 @@ class OwnShare:
     def try_hold(self, num_segments: int) -> bool:
         return num_segments <= self._ceiling
 
-    def ask(self, *, need: int, like: int, can_leave: int, token_rate: float, tpot_s: float) -> None:
+    def ask(
+        self, *, need: int, like: int, can_leave: int, token_rate: float, tpot_s: float, has_requests: bool
+    ) -> None:
         """Nobody listens."""
 
     def could_not_get(self, num_segments: int) -> None:
@@ -180,13 +185,16 @@ class BrokerShare:
     def try_hold(self, num_segments: int) -> bool:
         return self._client.try_hold(self._bytes(num_segments))
 
-    def ask(self, *, need: int, like: int, can_leave: int, token_rate: float, tpot_s: float) -> None:
+    def ask(
+        self, *, need: int, like: int, can_leave: int, token_rate: float, tpot_s: float, has_requests: bool
+    ) -> None:
         self._client.ask(
             need=self._bytes(need),
             like=self._bytes(like),
             can_leave=can_leave * self._segment_bytes,
             token_rate=token_rate,
             tpot_s=tpot_s,
+            has_requests=has_requests,
         )
         self._tell_if_alone(need)
 

@@ -226,8 +226,10 @@ def test_idle_it_gives_back_all_but_one_segment_says_so_and_falls_silent(
     while engine.scheduler.requests:
         engine.step()
     engine.drain()
+    assert engine.share.asked[-1]["has_requests"]
     engine.idle(1.5)
     assert engine.table.num_held > 1, "it waits to be idle"
+    assert not engine.share.asked[-1]["has_requests"], "the broker may take at once what others need"
     engine.idle()
     assert not engine.scheduler.has_requests()
     assert engine.share.held == 1

@@ -61,7 +61,7 @@ def wait_until(is_so: Callable[[], object]) -> None:
 
 
 def ask(of: Any, need: int) -> None:
-    of.ask(need=need, like=need, can_leave=0, token_rate=1.0, tpot_s=0.05)
+    of.ask(need=need, like=need, can_leave=0, token_rate=1.0, tpot_s=0.05, has_requests=True)
 
 
 def test_it_starts_with_its_floor_and_may_hold_what_it_needs(broker: Path) -> None:

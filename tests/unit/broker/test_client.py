@@ -242,7 +242,7 @@ def test_the_last_word_of_an_engine_that_closes_is_heard(path: Path) -> None:
 
 def test_what_an_engine_makes_is_said_once_for_all_it_asks_for(path: Path) -> None:
     with deaf_broker(path) as (engine, connection):
-        engine.ask(need=30, like=30, token_rate=50.0, tpot_s=0.1)
+        engine.ask(need=30, like=30, token_rate=50.0, tpot_s=0.1, has_requests=False)
         engine.ask(need=40, like=40, resource="host")
         while not isinstance(message := from_engine(connection.recv(MOST_BYTES)), State) or message.host is None:
             pass
@@ -250,7 +250,7 @@ def test_what_an_engine_makes_is_said_once_for_all_it_asks_for(path: Path) -> No
             message = from_engine(connection.recv(MOST_BYTES))
             assert isinstance(message, State)
             assert message.host is not None
-        assert (message.token_rate, message.tpot_s) == (50.0, 0.1)
+        assert (message.token_rate, message.tpot_s, message.has_requests) == (50.0, 0.1, False)
 
 
 def test_a_broker_of_somebody_else_is_told_nothing(

@@ -230,6 +230,20 @@ def test_what_an_engine_holds_is_its_own_until_the_last_of_its_processes_has_end
         assert "a" not in broker.ledgers["device"].limits
 
 
+def test_whether_an_engine_has_requests_is_in_its_wish(broker: Broker, path: Path) -> None:
+    with connect(path) as connection:
+        connection.send(encode(hello("a", device=Terms(segment_bytes=10, floor=40, ceiling=100))))
+        for has_requests in (False, True):
+            usage = Usage(revision=0, held=0, need=0, like=0)
+            connection.send(encode(State(device=usage, has_requests=has_requests)))
+            step_until(
+                broker,
+                lambda has_requests=has_requests: (
+                    (wish := broker.ledgers["device"].wish("a")) is not None and wish.has_requests == has_requests
+                ),
+            )
+
+
 def test_an_engine_that_has_ended_before_its_hello_is_read_is_nobody(broker: Broker, path: Path) -> None:
     def engine() -> None:
         with connect(path) as connection:

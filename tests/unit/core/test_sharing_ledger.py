@@ -77,14 +77,25 @@ def test_what_an_engine_may_have_and_does_not_hold_goes_to_who_needs_it_at_once(
     assert {engine: limit.num_bytes for engine, limit in limits.items()} == {"a": 15, "c": 5}
     ledger.report("a", wish(10, held=11, like=15), limits["a"].revision, 0)
     ledger.report("b", wish(0), 1, 0)
-    ledger.report("c", wish(0, held=3), limits["c"].revision, 0)
-    assert {engine: limit.num_bytes for engine, limit in ledger.settle(9).items()} == {"c": 0}, "held memory has to go"
-    for need, limit in ((6, 14), (9, 11)):
+    ledger.report("c", wish(2, held=3), limits["c"].revision, 0)
+    assert {engine: limit.num_bytes for engine, limit in ledger.settle(9).items()} == {"c": 2}, "held memory has to go"
+    for need, limit in ((4, 14), (7, 11)):
         ledger.report("b", wish(need), 1, 9 + need / 100)
         assert {e: limit.num_bytes for e, limit in ledger.settle(9 + need / 100).items()} == {"a": limit}
-    ledger.report("b", wish(10), 1, 9.1)
+    ledger.report("b", wish(8), 1, 9.1)
     assert ledger.settle(9.1) == {}
     assert ledger.settle(9 + 1.1 * LOWER_EVERY_S)["a"].num_bytes == 10, "in its time what is held has to go as well"
+    ledger.check()
+
+
+def test_who_has_no_requests_gives_at_once_what_others_need_and_not_for_likes() -> None:
+    ledger = two_engines()
+    revision = ledger.settle(2)["a"].revision
+    ledger.report("a", wish(1, held=20, like=20, has_requests=False), revision, 3)
+    for need, limit in ((5, 15), (8, 12), (10, 10)):
+        ledger.report("b", wish(need, like=15), 1, 3 + need / 100)
+        ledger.settle(3 + need / 100)
+        assert ledger.limits["a"] == limit, "it was busy a moment ago, and gave a moment ago"
     ledger.check()
 
 

@@ -110,6 +110,12 @@ def test_an_engine_that_nobody_uses_keeps_one_segment() -> None:
     assert (decided.need, decided.like, decided.can_leave) == (1, 1, 0)
 
 
+def test_an_engine_without_requests_gives_back_all_at_once() -> None:
+    empty = {"in_service": [(segment, 0) for segment in range(1, 31)], "used_blocks": 1, "free_blocks": 300, "limit": 3}
+    assert len(resized(**empty, idle_s=0.0).leave) == MOST_LEAVING
+    assert len(resized(**empty, idle_s=0.1).leave) == 31 - 3
+
+
 @pytest.mark.parametrize(
     ("wanted", "parkable", "need", "can_leave"),
     [
