@@ -23,13 +23,15 @@ GPU_SHARE = 0.01
 CPU_SHARE = 0.01
 """Of a processor, as Ray counts, on devices of kind cpu: Ray would start no more engines than there are processors."""
 
+RUN_IN_SHELL = "RUN=${XDG_RUNTIME_DIR:+$XDG_RUNTIME_DIR/layerkv}; RUN=${RUN:-${TMPDIR:-/tmp}/layerkv-$(id -u)}"
+"""Says in a shell where a broker is by default, as :func:`layerkv.runtime.runtime_dir` does."""
 _RUN = "@RUN@/"
 _HEAD = '''\
 """Models that share devices, as `layerkv place --emit ray` placed them.
 
 {what_it_is}
 
-    RUN=${{XDG_RUNTIME_DIR:+$XDG_RUNTIME_DIR/layerkv}}; RUN=${{RUN:-${{TMPDIR:-/tmp}}/layerkv-$(id -u)}}
+    {run}
 {commands}
 
 then `RAY_ADDRESS=auto serve run MODULE:app` (importing the app asks Ray, which without that variable may start another
@@ -67,7 +69,7 @@ def ray_application(fleet: Fleet, placement: Placement) -> str:
     """
     on_gpus = fleet.kind == "gpu"
     commands = _gpu_commands(fleet, placement) if on_gpus else _cpu_commands(fleet, placement)
-    text = _HEAD.format(what_it_is=_ON_GPUS if on_gpus else _ON_CPUS, commands="\n".join(commands))
+    text = _HEAD.format(what_it_is=_ON_GPUS if on_gpus else _ON_CPUS, run=RUN_IN_SHELL, commands="\n".join(commands))
     for model in fleet.models:
         for tenant in model.tenants:
             devices = placement.devices_of[tenant.name]

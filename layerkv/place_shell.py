@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 
 from layerkv.core.placement import Placement, Tenant
-from layerkv.place_ray import broker_socket, transfer_config
+from layerkv.place_ray import RUN_IN_SHELL, broker_socket, transfer_config
 from layerkv.sim.fleet_config import Fleet, FleetModel
 
 FIRST_PORT = 8000
@@ -22,7 +22,7 @@ _HEAD = """\
 set -e
 SERVE=${SERVE:-@SERVE@}
 # Where a broker is by default. An environment variable means nothing inside JSON: the shell has to put it there.
-if [ -n "$XDG_RUNTIME_DIR" ]; then RUN=$XDG_RUNTIME_DIR/layerkv; else RUN=${TMPDIR:-/tmp}/layerkv-$(id -u); fi
+@RUN_IN_SHELL@
 PIDS=
 trap 'kill $PIDS 2>/dev/null || :' EXIT
 trap exit INT TERM
@@ -45,6 +45,7 @@ def shell_script(fleet: Fleet, placement: Placement) -> str:
     A model over several devices gets no broker, and its floor as KV memory.
     """
     head = _HEAD.replace("@NOTE@", _NOTE[fleet.kind]).replace("@SERVE@", _SERVE[fleet.kind])
+    head = head.replace("@RUN_IN_SHELL@", RUN_IN_SHELL)
     return head + "".join(f"{line}\n" for line in (*_brokers(fleet, placement), *_servers(fleet, placement), "wait"))
 
 

@@ -201,7 +201,8 @@ class SharingLedger:
             if goal >= account.limit or not (account.has_reported or is_over):
                 continue
             if goal < held and (takes_held or not account.wish.has_requests):
-                self._took_held_s = now_s if account.wish.has_requests else self._took_held_s
+                if account.wish.has_requests:
+                    self._took_held_s = now_s
             elif takes_unheld and held < account.limit:  # no memory moves for that
                 goal = max(goal, held)
                 self._took_unheld_s = now_s

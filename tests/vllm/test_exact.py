@@ -273,9 +273,9 @@ def require_same(
     is_compared: Callable[[MixRequest, bool], bool] = lambda request, in_other_steps: True,
 ) -> int:
     """As :func:`require_exact`, of any mixes; how many requests were compared, by what each is and was through."""
-    assert len(found) >= min(len(mixes), ENOUGH_MIXES)
+    assert min(len(mixes), ENOUGH_MIXES) <= len(found) <= len(mixes) == len(reference)
     num_compared = 0
-    for mix, expected, result in zip(mixes, reference, found, strict=False):
+    for mix, expected, result in zip(mixes[: len(found)], reference[: len(found)], found, strict=True):
         for number, (request, want, got) in enumerate(zip(make_mix(**mix), expected, result["tokens"], strict=True)):
             assert len(want) == request.max_tokens
             if not is_compared(request, number in {*result["recomputed"], *result["cut"]}):
